@@ -1,0 +1,31 @@
+"""Attention over a paged KV cache, in pure JAX: one declaration, lowered to each target."""
+
+from .lower import Attend as Attend
+from .lower import Explanation as Explanation
+from .lower import Program as Program
+from .lower import Schedule as Schedule
+from .lower import check as check
+from .lower import dense_attention as dense_attention
+from .lower import lower as lower
+from .lower import write as write
+from .spec import ALiBi as ALiBi
+from .spec import AttentionSpec as AttentionSpec
+from .spec import AttentionState as AttentionState
+from .spec import Bias as Bias
+from .spec import Causal as Causal
+from .spec import Chunk as Chunk
+from .spec import Coverage as Coverage
+from .spec import Everything as Everything
+from .spec import Mask as Mask
+from .spec import Nothing as Nothing
+from .spec import PageLayout as PageLayout
+from .spec import Pages as Pages
+from .spec import Prefix as Prefix
+from .spec import RaggedBatch as RaggedBatch
+from .spec import ScoreOp as ScoreOp
+from .spec import SoftCap as SoftCap
+from .spec import Where as Where
+from .spec import Window as Window
+from .spec import merge as merge
+from .spec import presets as presets
+from .spec import reference as reference

@@ -1,0 +1,17 @@
+"""How an attention runs: spec to `Program` to `Schedule` to a pure function, per target."""
+
+from .attend import Attend as Attend
+from .attend import lower as lower
+from .attend import write as write
+from .checks import check as check
+from .explain import Explanation as Explanation
+from .lowering import Lowering as Lowering
+from .program import Program as Program
+from .schedule import Schedule as Schedule
+from .select import LOWERINGS as LOWERINGS
+from .select import refusals as refusals
+from .sequences import Sequences as Sequences
+from .simplify import normal_form as normal_form
+from .visits import page_mask as page_mask
+from .visits import visible_pages as visible_pages
+from .xla import dense_attention as dense_attention

@@ -1,0 +1,168 @@
+"""`lower`, the door: from a spec and a page layout to a function of arrays, and what there is to ask of it."""
+
+import dataclasses
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from paged.spec import (
+    AttentionSpec,
+    AttentionState,
+    PageLayout,
+    Pages,
+    RaggedBatch,
+    add_sinks,
+    sinks_per_head,
+)
+
+from .checks import check, require_layout, require_new_tokens, require_pages, require_queries, require_sinks
+from .explain import Explanation, explain
+from .lowering import Lowering
+from .program import Program
+from .schedule import Schedule
+from .select import select
+from .sequences import Sequences
+from .xla import XLA_BLOCKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Attend:
+    """A lowered attention: a pure function of arrays, made by `lower`. Hashable; works under every JAX transform.
+
+    ``out = attend(q, pages, batch, sinks=None)``, where ``q`` is float[tokens, q_heads, head_dim] and ``out`` is
+    float[tokens, q_heads, value_dim] in ``q``'s dtype, 0 in empty rows and in rows of no sequence. Gradients flow to
+    ``q``, float ``pages``, ``sinks`` and whatever the spec's biases close over, and are finite in empty rows; scales
+    of quantised pages are constants.
+    """
+
+    spec: AttentionSpec
+    layout: PageLayout
+    program: Program
+    lowering: Lowering
+    schedule: Schedule
+    check: bool
+
+    def __call__(
+        self,
+        q: Float[Array, "tokens q_heads head_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+        sinks: Float[Array, " q_heads"] | None = None,
+    ) -> Float[Array, "tokens q_heads value_dim"]:
+        """Attend over the pages as they are."""
+        return self.state(q, pages, batch, sinks).out
+
+    def state(
+        self,
+        q: Float[Array, "tokens q_heads head_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+        sinks: Float[Array, " q_heads"] | None = None,
+    ) -> AttentionState:
+        """The output with its log-sum-exp, for `paged.merge`; ``(0, -inf)`` in an empty row, ``(0, sink)`` with a sink."""
+        require_queries(self.spec, q, batch)
+        require_pages(self.layout, pages)
+        require_sinks(self.spec, sinks)
+        if self.check:
+            batch = check(batch, pages, q.shape[0], self.spec)
+        return _state(self, q, pages, batch, sinks)
+
+    def update(
+        self,
+        q: Float[Array, "tokens q_heads head_dim"],
+        k: Float[Array, "tokens kv_heads head_dim"],
+        v: Float[Array, "tokens kv_heads value_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+        sinks: Float[Array, " q_heads"] | None = None,
+    ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
+        """Write this step's keys and values into their slots, then attend. In place where ``pages`` are donated."""
+        require_queries(self.spec, q, batch)
+        require_pages(self.layout, pages)
+        require_sinks(self.spec, sinks)
+        require_new_tokens(self.layout, k, v, q.shape[0])
+        if self.check:
+            batch = check(batch, pages, q.shape[0], self.spec)
+        pages = _write(self.lowering, k, v, pages, batch)
+        return _state(self, q, pages, batch, sinks).out, pages
+
+    def explain(
+        self,
+        q: Float[Array, "tokens q_heads head_dim"] | None = None,
+        pages: Pages | None = None,
+        batch: RaggedBatch | None = None,
+    ) -> Explanation:
+        """What will run, and why not the others; with a concrete batch also the pages and bytes it touches. Print it."""
+        return explain(self.program, self.layout, self.lowering, self.schedule, q, pages, batch)
+
+
+def lower(
+    spec: AttentionSpec,
+    layout: PageLayout,
+    target: str = "auto",
+    *,
+    schedule: Schedule | None = None,
+    check: bool = False,
+) -> Attend:
+    """Lower a spec over a page layout to a target: ``"xla"``, ``"tpu"``, or ``"auto"``, the best that takes it.
+
+    ``schedule`` replaces the lowering's own choice. With ``check`` every call checks the batch's values with
+    `paged.check`; without, faults of the caller give the results that the semantics name, and never a crash.
+    Raises ``ValueError`` when no lowering of the target takes the spec, with every candidate's reason.
+
+    >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=4)
+    >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
+    >>> attend = lower(spec, layout)
+    >>> batch = RaggedBatch.decode(lengths=[3, 0], block_tables=[[5, 1], [-1, -1]])
+    >>> q, kv = jnp.ones((2, 4, 8)), jnp.ones((2, 2, 8))
+    >>> out, pages = attend.update(q, kv, kv, layout.init(num_pages=8), batch)
+    >>> out.shape, float(out[1].sum())
+    ((2, 4, 8), 0.0)
+    """
+    require_layout(spec, layout)
+    program = Program.from_spec(spec)
+    lowering = select(program, layout, target, schedule)
+    return Attend(spec, layout, program, lowering, schedule or lowering.schedule(program, layout), check)
+
+
+def write(
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads value_dim"],
+    pages: Pages,
+    batch: RaggedBatch,
+) -> Pages:
+    """Write this step's keys and values into their slots; in place where ``pages`` are donated under ``jax.jit``.
+
+    Row ``i`` of a sequence with ``n`` rows goes to token ``lengths - n + i``. Rows of no sequence, tokens before the
+    first and table entries outside the pool are dropped. Float pages take ``k`` and ``v`` rounded to their dtype;
+    quantised ones take ``k / scale``, rounded and saturated, where scales a token are computed here.
+
+    >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=1, dtype=jnp.float32)
+    >>> batch = RaggedBatch.prefill(length=3, block_table=[2, 0], query_rows=2)
+    >>> k = jnp.array([[[7.0]], [[8.0]]])
+    >>> write(k, -k, layout.init(num_pages=3), batch).keys()[:, 0, :, 0].tolist()
+    [[8.0, 0.0], [0.0, 0.0], [0.0, 7.0]]
+    """
+    require_pages(pages.layout if isinstance(pages, Pages) else None, pages)  # pyright: ignore
+    require_new_tokens(pages.layout, k, v)
+    return _write(XLA_BLOCKS, k, v, pages, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _state(attend: Attend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
+    state = attend.lowering.state(attend.program, attend.schedule, q, pages, batch)
+    if sinks is not None:
+        is_row = _owned_rows(batch, q.shape[0], pages)
+        with_sinks = add_sinks(state, sinks_per_head(attend.spec, sinks))
+        state = AttentionState(with_sinks.out, jax.numpy.where(is_row[:, None], with_sinks.lse, state.lse))
+    return AttentionState(state.out.astype(q.dtype), state.lse)
+
+
+def _owned_rows(batch: RaggedBatch, tokens: int, pages: Pages) -> Array:
+    return Sequences.of(batch, tokens, pages.layout.page_size).owner(tokens)[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _write(lowering: Lowering, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
+    return lowering.write(k, v, pages, batch)

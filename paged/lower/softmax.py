@@ -1,0 +1,48 @@
+"""Online softmax: attention over a stream of key blocks, one step at a time."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+class Running(NamedTuple):
+    """The softmax of the blocks seen so far: the row maximum, and the sums of weights and of weighted values, both
+    relative to that maximum. All float32."""
+
+    top: Float[Array, "kv_heads rows 1"]
+    total: Float[Array, "kv_heads rows 1"]
+    values: Float[Array, "kv_heads rows dim"]
+
+    @classmethod
+    def start(cls, kv_heads: int, rows: int, dim: int) -> "Running":
+        """Of no block at all."""
+        scalar = (kv_heads, rows, 1)
+        return cls(jnp.full(scalar, -jnp.inf), jnp.zeros(scalar), jnp.zeros((kv_heads, rows, dim)))
+
+    def step(self, s: Float[Array, "kv_heads rows keys"], v: Float[Array, "kv_heads keys dim"]) -> "Running":
+        """Take in one more block of scores, ``-inf`` where invisible, and its values, finite there.
+
+        Source: the online softmax of Milakov and Gimelshein, arXiv:1805.02867.
+        """
+        top = jnp.maximum(self.top, jnp.max(s, axis=-1, keepdims=True))
+        # While a row has seen no key its maximum is -inf, and -inf minus -inf would be NaN.
+        origin = jnp.where(jnp.isneginf(top), 0.0, top)
+        weights = jnp.exp(s - origin)
+        decay = jnp.exp(self.top - origin)
+        weighted = jnp.einsum("hrk,hkd->hrd", weights, v, precision="highest")
+        total = decay * self.total + jnp.sum(weights, axis=-1, keepdims=True)
+        return Running(top, total, decay * self.values + weighted)
+
+    def finish(self) -> tuple[Float[Array, "kv_heads rows dim"], Float[Array, "kv_heads rows"]]:
+        """The normalised output and the natural log-sum-exp: ``(0, -inf)`` for a row that saw no key."""
+        out = self.values / jnp.where(self.total == 0, 1.0, self.total)
+        return out, (jnp.log(self.total) + self.top)[..., 0]
+
+
+def select_values(
+    is_visible: Bool[Array, "... rows keys"], v: Float[Array, "kv_heads keys dim"]
+) -> Float[Array, "kv_heads keys dim"]:
+    """Values with 0 for every key that no row sees: a weight of 0 does not silence a NaN, a selection does."""
+    is_seen = jnp.broadcast_to(is_visible.any(axis=-2)[..., None], (*v.shape[:-1], 1))
+    return jnp.where(is_seen, v, 0.0)

@@ -1,0 +1,4 @@
+"""The XLA target: gather and online softmax in plain `jax.lax`, on any platform."""
+
+from .dense import dense_attention as dense_attention
+from .lowering import XLA_BLOCKS as XLA_BLOCKS

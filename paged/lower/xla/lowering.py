@@ -1,0 +1,79 @@
+"""The XLA lowering's front: what it takes, its schedule, and a batch's state by the phases it is made of."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
+
+from ..closures import hoist
+from ..lowering import Lowering
+from ..program import Program
+from ..schedule import Schedule
+from ..sequences import Sequences
+from .attend import Operands, Tiles, attend
+from .write import write
+
+_BLOCK_TOKENS = 128
+_QUERY_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaBlocks(Lowering):
+    """Decode, prefill and ragged batches on any platform: every term, page order and dtype, and gradients."""
+
+    name: str = "xla-blocks"
+    target: str = "xla"
+
+    def refuses(self, program: Program, layout: PageLayout) -> str | None:
+        """Nothing is refused: any spec and any layout that are valid in themselves lower to XLA."""
+        del program, layout
+        return None
+
+    def schedule(self, program: Program, layout: PageLayout) -> Schedule:
+        """Blocks of about 128 tokens, which with all their heads stay in a core's cache while they are used."""
+        del program
+        pages_per_block = max(1, _BLOCK_TOKENS // layout.page_size)
+        return Schedule(lowering=self.name, pages_per_block=pages_per_block, query_rows=_QUERY_ROWS)
+
+    def state(
+        self,
+        program: Program,
+        schedule: Schedule,
+        q: Float[Array, "tokens q_heads head_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+    ) -> AttentionState:
+        """The batch's state in float32, without sinks."""
+        seqs = Sequences.of(batch, q.shape[0], pages.layout.page_size)
+        states = []
+        for rows, is_member in _phases(schedule, batch, seqs, q.shape[0]):
+            keys = schedule.pages_per_block * pages.layout.page_size
+            terms, constants = hoist(program, program.num_kv_heads, program.group * rows, keys)
+            walk = Tiles(program, terms, rows, schedule.pages_per_block)
+            states.append(attend(walk, Operands(q, pages, constants, seqs, is_member)))
+        # Each row belongs to one phase; in the other it is the empty state, so that the merge is exact.
+        return states[0] if len(states) == 1 else merge(*states)
+
+    def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
+        """One scatter."""
+        return write(k, v, pages, batch)
+
+
+def _phases(
+    schedule: Schedule, batch: RaggedBatch, seqs: Sequences, tokens: int
+) -> list[tuple[int, Bool[Array, " seqs"]]]:
+    """Query rows a block, and which sequences are cut into such blocks.
+
+    Where all have the same known number of rows that is one phase. A ragged batch is two: sequences with one row,
+    which would waste a larger block, and the others. A phase without members costs nothing.
+    """
+    if batch.query_rows is not None or tokens == 1:
+        rows = min(batch.query_rows or 1, schedule.query_rows)
+        return [(rows, seqs.counts > 0)]
+    rows = min(schedule.query_rows, tokens)
+    return [(1, seqs.counts == 1), (rows, seqs.counts > 1)] if rows > 1 else [(1, seqs.counts > 0)]
+
+
+XLA_BLOCKS = XlaBlocks()

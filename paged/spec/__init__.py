@@ -1,0 +1,32 @@
+"""What an attention means: specs, masks, score operations, page layouts, batches and states. No target, no arrays."""
+
+from . import presets as presets
+from .attention import AttentionSpec as AttentionSpec
+from .batch import RaggedBatch as RaggedBatch
+from .coverage import Coverage as Coverage
+from .layout import FLOAT_DTYPES as FLOAT_DTYPES
+from .layout import PageLayout as PageLayout
+from .layout import Pages as Pages
+from .masks import And as And
+from .masks import Causal as Causal
+from .masks import Chunk as Chunk
+from .masks import Everything as Everything
+from .masks import Mask as Mask
+from .masks import Not as Not
+from .masks import Nothing as Nothing
+from .masks import Or as Or
+from .masks import Prefix as Prefix
+from .masks import Where as Where
+from .masks import Window as Window
+from .reference import reference as reference
+from .reference import reference_state as reference_state
+from .reference import sinks_per_head as sinks_per_head
+from .scores import ALiBi as ALiBi
+from .scores import Bias as Bias
+from .scores import ScoreOp as ScoreOp
+from .scores import SoftCap as SoftCap
+from .state import AttentionState as AttentionState
+from .state import add_sinks as add_sinks
+from .state import exp_minus as exp_minus
+from .state import log_add_exp as log_add_exp
+from .state import merge as merge

@@ -1,0 +1,110 @@
+"""`AttentionSpec`: what an attention means, independent of any target, page order or shape of a batch."""
+
+import dataclasses
+import math
+from typing import Any
+
+from .masks import And, Causal, Everything, Mask, Window
+from .scores import ScoreOp, SoftCap
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """A declaration of attention: hashable, comparable, printable, and composed with `replace`.
+
+    For a query at position ``p`` of head ``h`` over keys ``j``: ``s_j = scale * <q, k_j>``, then the score
+    operations in order (the soft cap, then ``scores``), then the mask (``causal``, ``window`` and ``mask``, and-ed),
+    then a softmax in float32 with the sinks, if any, in its denominator only.
+
+    **Arguments:** ``num_q_heads`` a multiple of ``num_kv_heads``: query head ``h`` reads KV head
+    ``h // (num_q_heads // num_kv_heads)``. ``window`` counts tokens including the query's own. ``scale`` defaults
+    to ``1 / sqrt(head_dim)``. ``mask`` is any `Mask`, ``scores`` any score operations. With ``sinks`` every call
+    takes learnt logits. Raises ``ValueError`` or ``TypeError`` for a declaration that means nothing.
+
+    >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64, window=128)
+    >>> spec.group, spec == spec.replace(window=256).replace(window=128)
+    (4, True)
+    >>> print(spec.visibility)
+    (j <= p) & (p - j < 128)
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    scale: float | None = None
+    mask: Mask | None = None
+    scores: tuple[ScoreOp, ...] = ()
+
+    def __post_init__(self):
+        for name in ("num_q_heads", "num_kv_heads", "head_dim"):
+            _require_positive_integer(name, getattr(self, name))
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_q_heads must be a multiple of num_kv_heads, so that every KV head serves a whole group of query "
+                f"heads; got num_q_heads={self.num_q_heads}, num_kv_heads={self.num_kv_heads}."
+            )
+        for name in ("causal", "sinks"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        if self.window is not None:
+            Window(self.window)
+        if self.soft_cap is not None:
+            SoftCap(self.soft_cap)
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite; got {self.scale}. For 1/sqrt(head_dim), leave it out.")
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise TypeError(
+                f"mask must be a Mask, such as Prefix(64) | Chunk(256), or Where(lambda p, j: ...) around a function; "
+                f"got {self.mask!r}."
+            )
+        object.__setattr__(self, "scores", tuple(self.scores))
+        for op in self.scores:
+            if not isinstance(op, ScoreOp):
+                raise TypeError(f"scores must be score operations, such as ALiBi() or Bias(fn); got {op!r}.")
+            op.bind(self.num_q_heads)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def visibility(self) -> Mask:
+        """The whole mask: ``causal``, ``window`` and ``mask`` and-ed."""
+        terms: list[Mask] = [Causal()] if self.causal else []
+        if self.window is not None:
+            terms.append(Window(self.window))
+        if self.mask is not None:
+            terms.append(self.mask)
+        return And(tuple(terms)) if len(terms) > 1 else terms[0] if terms else Everything()
+
+    @property
+    def score_ops(self) -> tuple[ScoreOp, ...]:
+        """Every score operation after the scale, in order, bound to this spec's heads."""
+        cap = () if self.soft_cap is None else (SoftCap(self.soft_cap),)
+        return tuple(op.bind(self.num_q_heads) for op in cap + self.scores)
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor of ``<q, k>``."""
+        return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+
+    def replace(self, **changes: Any) -> "AttentionSpec":
+        """This spec with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def __str__(self) -> str:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        shown = [f"{k}={getattr(self, k)!r}" for k, d in defaults.items() if getattr(self, k) != d]
+        return f"AttentionSpec({', '.join(shown)})"
+
+
+def _require_positive_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a Python int; got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}.")

@@ -1,0 +1,101 @@
+"""`RaggedBatch`: which sequences a step works on, where their tokens live, and which query rows are theirs."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from .masks import Mask
+
+
+class RaggedBatch(eqx.Module):
+    """The integers of one step over ``S`` sequence slots; rows of all sequences lie packed, one after the other.
+
+    * ``lengths`` i32[S]: KV tokens of each sequence *after* this step's own tokens are written.
+    * ``block_tables`` i32[S, pages_per_seq]: token ``j`` of sequence ``s`` is slot ``j % P`` of page
+      ``block_tables[s, j // P]``. Entries that no visible token needs may hold anything.
+    * ``query_starts`` i32[S + 1]: sequence ``s`` owns query rows ``query_starts[s] : query_starts[s + 1]``.
+      Row ``i`` of a sequence with ``n`` rows has position ``lengths[s] - n + i``.
+    * ``num_seqs`` i32[]: the first ``num_seqs`` slots are live; the others are never read.
+    * ``query_rows``, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
+    * ``checked_for``, static: the mask that `paged.check` has found the values sound for, else None.
+
+    Raises ``ValueError`` or ``TypeError`` for a wrong rank, shape or dtype. What only the values show is the
+    business of `paged.check`.
+
+    >>> batch = RaggedBatch.decode(lengths=[5, 9], block_tables=[[3, 0], [1, 2]])
+    >>> batch.num_slots, batch.pages_per_seq, batch.query_starts.tolist()
+    (2, 2, [0, 1, 2])
+    """
+
+    lengths: Int[Array, " seqs"]
+    block_tables: Int[Array, "seqs pages_per_seq"]
+    query_starts: Int[Array, " seqs_plus_1"]
+    num_seqs: Int[Array, ""]
+    query_rows: int | None = eqx.field(static=True)
+    checked_for: Mask | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        lengths: Any,
+        block_tables: Any,
+        query_starts: Any,
+        num_seqs: Any = None,
+        *,
+        query_rows: int | None = None,
+        checked_for: Mask | None = None,
+    ):
+        self.lengths = _as_int32("lengths", lengths, 1)
+        self.block_tables = _as_int32("block_tables", block_tables, 2)
+        self.query_starts = _as_int32("query_starts", query_starts, 1)
+        slots = self.lengths.shape[0]
+        self.num_seqs = _as_int32("num_seqs", slots if num_seqs is None else num_seqs, 0)
+        self.query_rows = query_rows
+        self.checked_for = checked_for
+        if self.block_tables.shape[0] != slots or self.block_tables.shape[1] < 1:
+            raise ValueError(
+                f"block_tables must be [seqs, pages_per_seq] = [{slots}, at least 1] (seqs from lengths); got "
+                f"{self.block_tables.shape}."
+            )
+        if self.query_starts.shape[0] != slots + 1:
+            raise ValueError(
+                f"query_starts must be [seqs + 1] = [{slots + 1}] (seqs from lengths); got {self.query_starts.shape}."
+            )
+
+    @classmethod
+    def decode(cls, lengths: Any, block_tables: Any, num_seqs: Any = None, *, query_rows: int = 1) -> "RaggedBatch":
+        """A step in which every slot has ``query_rows`` rows: 1, or more to score drafted tokens."""
+        slots = np.shape(lengths)[0] if np.ndim(lengths) == 1 else 0
+        starts = np.arange(slots + 1, dtype=np.int32) * query_rows
+        return cls(lengths, block_tables, starts, num_seqs, query_rows=query_rows)
+
+    @classmethod
+    def prefill(cls, length: Any, block_table: Any, query_rows: int) -> "RaggedBatch":
+        """One sequence's chunk: the last ``query_rows`` of its ``length`` tokens; ``block_table`` is i32[pages]."""
+        table = _as_int32("block_table", block_table, 1)
+        return cls(jnp.reshape(jnp.asarray(length), (1,)), table[None], [0, query_rows], query_rows=query_rows)
+
+    @property
+    def num_slots(self) -> int:
+        """Sequence slots ``S``, live or not."""
+        return self.lengths.shape[0]
+
+    @property
+    def pages_per_seq(self) -> int:
+        """Width of the block tables."""
+        return self.block_tables.shape[1]
+
+
+def _as_int32(name: str, value: Any, rank: int) -> Any:
+    if not isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
+        value = np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{name} must be int32; got {value.dtype.name}.")
+    if name == "num_seqs" and value.shape == (1,):
+        value = value.reshape(())  # the field passes it either way
+    if value.ndim != rank:
+        raise ValueError(f"{name} must have {rank} dimension(s); got shape {tuple(value.shape)}.")
+    return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value, jnp.int32)

@@ -1,0 +1,185 @@
+"""`PageLayout` and `Pages`: how a pool of key and value pages lies in memory."""
+
+import dataclasses
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+PageOrder = Literal["packed", "split", "interleaved"]
+ScaleKind = Literal["tensor", "head", "token"]
+
+PAGE_ORDERS: tuple[PageOrder, ...] = ("packed", "split", "interleaved")
+SCALE_KINDS: tuple[ScaleKind, ...] = ("tensor", "head", "token")
+FLOAT_DTYPES = tuple(jnp.dtype(d) for d in ("float16", "bfloat16", "float32"))
+QUANTISED_DTYPES = tuple(jnp.dtype(d) for d in ("int8", "float8_e4m3fn", "float8_e5m2"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageLayout:
+    """The static facts of a page pool. ``N`` pages of ``P = page_size`` tokens, in one of three orders:
+
+    * ``"packed"``, the default: one array ``[N, 2, Hkv, P, D]``, keys before values. A page of all heads is one
+      contiguous transfer, and one head's keys one aligned tile.
+    * ``"split"``: two arrays ``[Hkv, N, P, D]`` and ``[Hkv, N, P, Dv]``.
+    * ``"interleaved"``: one array ``[N, P, 2 * Hkv, D]``, keys on even heads and values on odd ones.
+
+    ``value_dim`` (``Dv``) differs from ``head_dim`` only in ``"split"`` order. Pages of ``int8``, ``float8_e4m3fn``
+    or ``float8_e5m2`` hold ``k / scale``, and carry float32 scales, keys and values each their own:
+    one number (``"tensor"``, shape ``[]``), one a KV head (``"head"``, ``[Hkv]``), or one a token and head
+    (``"token"``, ``[N, Hkv, P]``, computed at the write).
+
+    >>> layout = PageLayout(page_size=16, num_kv_heads=8, head_dim=128, dtype=jnp.bfloat16)
+    >>> layout.init(num_pages=4).arrays[0].shape
+    (4, 2, 8, 16, 128)
+    >>> layout.bytes_per_page
+    65536
+    """
+
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Any = jnp.bfloat16
+    order: PageOrder = "packed"
+    value_dim: int = 0  # 0 is replaced by head_dim at construction
+    scales: ScaleKind | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
+        for name in ("page_size", "num_kv_heads", "head_dim", "value_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a Python int; got {value!r}.")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        if self.order not in PAGE_ORDERS:
+            raise ValueError(f"order must be one of {PAGE_ORDERS}; got {self.order!r}.")
+        if self.order != "split" and self.value_dim != self.head_dim:
+            raise ValueError(
+                f'order "{self.order}" holds keys and values in one array, so value_dim must equal head_dim; got '
+                f'value_dim={self.value_dim}, head_dim={self.head_dim}. order="split" takes them unequal.'
+            )
+        if self.dtype not in FLOAT_DTYPES + QUANTISED_DTYPES:
+            names = ", ".join(d.name for d in FLOAT_DTYPES + QUANTISED_DTYPES)
+            raise TypeError(f"dtype of pages must be one of {names}; got {self.dtype.name}.")
+        if self.scales not in (None, *SCALE_KINDS):
+            raise ValueError(f"scales must be None or one of {SCALE_KINDS}; got {self.scales!r}.")
+        if self.is_quantised != (self.scales is not None):
+            raise ValueError(
+                f"dtype {self.dtype.name} and scales={self.scales!r} do not go together: int8 and float8 pages need "
+                f"scales, one of {SCALE_KINDS}; float pages have none."
+            )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether pages hold scaled int8 or float8 values."""
+        return self.dtype in QUANTISED_DTYPES
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page's keys and values, scales not counted."""
+        tokens = self.page_size * self.num_kv_heads
+        return tokens * (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+    def array_shapes(self, num_pages: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the pool's arrays for ``num_pages`` pages."""
+        heads, size, dim = self.num_kv_heads, self.page_size, self.head_dim
+        if self.order == "packed":
+            return ((num_pages, 2, heads, size, dim),)
+        if self.order == "interleaved":
+            return ((num_pages, size, 2 * heads, dim),)
+        return ((heads, num_pages, size, dim), (heads, num_pages, size, self.value_dim))
+
+    def scale_shape(self, num_pages: int) -> tuple[int, ...] | None:
+        """Shape of ``k_scale`` and of ``v_scale``; None for float pages."""
+        heads = self.num_kv_heads
+        return {None: None, "tensor": (), "head": (heads,), "token": (num_pages, heads, self.page_size)}[self.scales]
+
+    def init(self, num_pages: int) -> "Pages":
+        """A pool of ``num_pages`` zeroed pages, with scales of 1."""
+        if num_pages < 1:
+            raise ValueError(f"num_pages must be at least 1; got {num_pages}.")
+        arrays = tuple(jnp.zeros(shape, self.dtype) for shape in self.array_shapes(num_pages))
+        shape = self.scale_shape(num_pages)
+        ones = [None, None] if shape is None else [jnp.ones(shape, jnp.float32) for _ in range(2)]
+        return Pages(arrays, *ones, self)
+
+    def wrap(self, *arrays: Array, k_scale: Array | None = None, v_scale: Array | None = None) -> "Pages":
+        """Adopt existing arrays without a copy: ``wrap(kv)``, or ``wrap(k, v)`` in ``"split"`` order.
+
+        Raises ``ValueError`` or ``TypeError`` naming the array when its shape or dtype is not this layout's.
+        """
+        names = ("k", "v") if self.order == "split" else ("kv",)
+        if len(arrays) != len(names):
+            raise TypeError(f'order "{self.order}" wraps {" and ".join(names)}; got {len(arrays)} arrays.')
+        page_axis = 1 if self.order == "split" else 0
+        num_pages = arrays[0].shape[page_axis] if len(arrays[0].shape) > page_axis else 1
+        for name, array, shape in zip(names, arrays, self.array_shapes(num_pages), strict=True):
+            _require_array(name, array, shape, self.dtype, f'order "{self.order}" with {num_pages} pages')
+        shape = self.scale_shape(num_pages)
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if (scale is None) != (shape is None):
+                needs = "none" if shape is None else f"float32 of shape {shape}"
+                raise ValueError(f"{name} does not fit: scales={self.scales!r} needs {needs}; got {_describe(scale)}.")
+            if scale is not None and shape is not None:
+                _require_array(name, scale, shape, jnp.dtype("float32"), f"scales={self.scales!r}")
+        return Pages(tuple(arrays), k_scale, v_scale, self)
+
+    def __str__(self) -> str:
+        parts = [f"order={self.order}", f"page_size={self.page_size}", f"kv_heads={self.num_kv_heads}"]
+        parts += [f"head_dim={self.head_dim}"]
+        parts += [f"value_dim={self.value_dim}"] if self.value_dim != self.head_dim else []
+        parts += [f"dtype={self.dtype.name}"] + ([f"scales={self.scales}"] if self.scales else [])
+        return f"PageLayout({', '.join(parts)})"
+
+
+class Pages(eqx.Module):
+    """A pool of pages: a pytree of arrays that knows its layout. Made by `PageLayout.init` and `PageLayout.wrap`."""
+
+    arrays: tuple[Array, ...]
+    k_scale: Array | None
+    v_scale: Array | None
+    layout: PageLayout = eqx.field(static=True)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool."""
+        return self.arrays[0].shape[1 if self.layout.order == "split" else 0]
+
+    def keys(self) -> Float[Array, "pages kv_heads page_size head_dim"]:
+        """All keys, dequantised to float32: a copy of the pool, for inspection and tests."""
+        return self._dequantised(0, self.k_scale)
+
+    def values(self) -> Float[Array, "pages kv_heads page_size value_dim"]:
+        """All values, dequantised to float32: a copy of the pool, for inspection and tests."""
+        return self._dequantised(1, self.v_scale)
+
+    def _dequantised(self, which: int, scale: Array | None) -> Array:
+        order, array = self.layout.order, self.arrays[0]
+        if order == "packed":
+            raw = array[:, which]
+        elif order == "split":
+            raw = jnp.swapaxes(self.arrays[which], 0, 1)
+        else:
+            raw = jnp.swapaxes(array[:, :, which::2], 1, 2)
+        raw = raw.astype(jnp.float32)
+        if scale is None:
+            return raw
+        return raw * (scale[..., None] if scale.ndim == 3 else scale.reshape(-1, 1, 1))
+
+
+def _require_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any, why: str) -> None:
+    if not isinstance(array, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        raise TypeError(f"{name} must be an array; got {type(array).__name__}.")
+    if tuple(array.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape} ({why}); got {tuple(array.shape)}.")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype.name} ({why}); got {array.dtype.name}.")
+
+
+def _describe(array: Any) -> str:
+    return "None" if array is None else f"{array.dtype.name} of shape {tuple(array.shape)}"

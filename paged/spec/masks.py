@@ -1,0 +1,301 @@
+"""Masks: which key position ``j`` a query at position ``p`` may see, and their Boolean algebra."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from .coverage import PARTIAL, Coverage
+
+Position = Any  # an int, or an integer array; shapes broadcast
+
+
+class Mask(abc.ABC):
+    """A predicate over absolute positions: hashable, without arrays, and composable with ``& | ~``.
+
+    A new mask is one frozen dataclass with the two methods below; every lowering then evaluates it, and skips
+    the pages that it hides.
+
+    >>> local = Causal() & (Window(4) | Prefix(1))
+    >>> [j for j in range(9) if local(8, j)]
+    [0, 5, 6, 7, 8]
+    >>> str(local.coverage(p0=100, p1=110, j0=16, j1=32))
+    'empty'
+    """
+
+    @abc.abstractmethod
+    def __call__(self, p: Position, j: Position) -> Any:
+        """Whether the query at position ``p`` sees the key at ``j``; integer arrays broadcast to a bool array."""
+
+    @abc.abstractmethod
+    def coverage(self, p0: Position, p1: Position, j0: Position, j1: Position) -> Coverage:
+        """What is certain for the rectangle ``[p0, p1) x [j0, j1)``, which must not be empty.
+
+        *empty* and *full* must never be wrong; *partial* is always allowed. Integer arrays broadcast.
+        """
+
+    def implies(self, other: "Mask") -> bool:
+        """Whether every pair visible here is visible in ``other``, as far as is known; False is always allowed.
+
+        A program is simplified by it: in ``a & b`` a term that another implies is dropped.
+        """
+        return self == other
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return And((self, other)) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Or((self, other)) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(_NO_TRUTH_VALUE)
+
+
+_NO_TRUTH_VALUE = """A mask has no truth value, so `and`, `or`, `not` and chained comparisons do not work on it.
+    wrong: Causal() and Window(128)
+    right: Causal() & Window(128)        also: |  ~"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Everything(Mask):
+    """Every key is visible: the neutral element of ``&``."""
+
+    def __call__(self, p, j):
+        return jnp.ones(jnp.broadcast_shapes(jnp.shape(p), jnp.shape(j)), bool)
+
+    def coverage(self, p0, p1, j0, j1):
+        return Coverage(True, True)
+
+    def __str__(self):
+        return "everything"
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing(Mask):
+    """No key is visible: the neutral element of ``|``."""
+
+    def __call__(self, p, j):
+        return jnp.zeros(jnp.broadcast_shapes(jnp.shape(p), jnp.shape(j)), bool)
+
+    def coverage(self, p0, p1, j0, j1):
+        return Coverage(False, False)
+
+    def __str__(self):
+        return "nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal(Mask):
+    """``j <= p``: a query sees itself and the past."""
+
+    def __call__(self, p, j):
+        return j <= p
+
+    def coverage(self, p0, p1, j0, j1):
+        return Coverage(some=j0 <= p1 - 1, full=j1 - 1 <= p0)
+
+    def __str__(self):
+        return "j <= p"
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Mask):
+    """``p - j < width``: the last ``width`` tokens, *including* the query's own.
+
+    This is the convention of Mistral, Gemma, gpt-oss and the paged kernels of this field. The other family
+    counts the tokens to the left, ``p - j <= left``: that is ``Window(left + 1)``. It bounds the past only;
+    ``Causal`` bounds the future.
+    """
+
+    width: int
+
+    def __post_init__(self):
+        _require_integer("Window", "width", self.width)
+        if self.width < 1:
+            raise ValueError(
+                f"Window({self.width}) would hide every position from itself: a window counts the query's own "
+                "position, so the smallest is Window(1). For no window, leave it out."
+            )
+
+    def __call__(self, p, j):
+        return p - j < self.width
+
+    def coverage(self, p0, p1, j0, j1):
+        return Coverage(some=p0 - (j1 - 1) < self.width, full=(p1 - 1) - j0 < self.width)
+
+    def implies(self, other):
+        return isinstance(other, Window) and self.width <= other.width
+
+    def __str__(self):
+        return f"p - j < {self.width}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Mask):
+    """``j < size``: the first ``size`` tokens, to be or-ed with a causal mask (prefix-LM, image blocks)."""
+
+    size: int
+
+    def __post_init__(self):
+        _require_integer("Prefix", "size", self.size)
+        if self.size < 1:
+            raise ValueError(f"Prefix({self.size}) has no tokens: the smallest is Prefix(1). For none, leave it out.")
+
+    def __call__(self, p, j):
+        return (j < self.size) & (p == p)  # the second term only gives the result its shape
+
+    def coverage(self, p0, p1, j0, j1):
+        return Coverage(some=j0 < self.size, full=j1 <= self.size)
+
+    def implies(self, other):
+        return isinstance(other, Prefix) and self.size <= other.size
+
+    def __str__(self):
+        return f"j < {self.size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk(Mask):
+    """``j // size == p // size``: attention inside aligned chunks (Llama 4's local layers)."""
+
+    size: int
+
+    def __post_init__(self):
+        _require_integer("Chunk", "size", self.size)
+        if self.size < 1:
+            raise ValueError(f"Chunk({self.size}) has no tokens: the smallest chunk is Chunk(1).")
+
+    def __call__(self, p, j):
+        return j // self.size == p // self.size
+
+    def coverage(self, p0, p1, j0, j1):
+        first_p, last_p = p0 // self.size, (p1 - 1) // self.size
+        first_j, last_j = j0 // self.size, (j1 - 1) // self.size
+        one_chunk = (first_p == last_p) & (first_j == last_j) & (first_p == first_j)
+        return Coverage(some=(first_j <= last_p) & (first_p <= last_j), full=one_chunk)
+
+    def implies(self, other):
+        if isinstance(other, Window):
+            return self.size <= other.width
+        return isinstance(other, Chunk) and other.size % self.size == 0
+
+    def __str__(self):
+        return f"j // {self.size} == p // {self.size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Where(Mask):
+    """A user's own predicate ``fn(p, j) -> bool``; opaque, so no page is ever skipped for its sake.
+
+    ``fn`` gets integer arrays that broadcast against each other and must work elementwise on them (``&`` rather
+    than ``and``). It may close over arrays, traced ones too. Two are equal when their functions are, so keep one
+    function object rather than a new lambda a call: a new one is a new spec, and is traced again.
+    And it with built-in masks to skip pages: ``Causal() & Window(128) & Where(fn)``.
+    """
+
+    fn: Callable[[Any, Any], Any]
+
+    def __post_init__(self):
+        require_hashable_function("Where", self.fn, "fn(p, j) -> bool")
+
+    def __call__(self, p, j):
+        shape = jnp.broadcast_shapes(jnp.shape(p), jnp.shape(j))
+        value = jnp.asarray(self.fn(p, j))
+        if value.dtype != bool:
+            raise TypeError(f"Where needs fn(p, j) to return booleans; {self} returned {value.dtype}.")
+        return jnp.broadcast_to(value, shape)
+
+    def coverage(self, p0, p1, j0, j1):
+        return PARTIAL
+
+    def __str__(self):
+        return f"{function_name(self.fn)}(p, j)"
+
+
+@dataclasses.dataclass(frozen=True)
+class And(Mask):
+    """Visible where every term is; written ``a & b``."""
+
+    terms: tuple[Mask, ...]
+
+    def __call__(self, p, j):
+        value = self.terms[0](p, j)
+        for term in self.terms[1:]:
+            value = value & term(p, j)
+        return value
+
+    def coverage(self, p0, p1, j0, j1):
+        value = self.terms[0].coverage(p0, p1, j0, j1)
+        for term in self.terms[1:]:
+            value = value & term.coverage(p0, p1, j0, j1)
+        return value
+
+    def __str__(self):
+        return " & ".join(f"({term})" for term in self.terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Or(Mask):
+    """Visible where any term is; written ``a | b``."""
+
+    terms: tuple[Mask, ...]
+
+    def __call__(self, p, j):
+        value = self.terms[0](p, j)
+        for term in self.terms[1:]:
+            value = value | term(p, j)
+        return value
+
+    def coverage(self, p0, p1, j0, j1):
+        value = self.terms[0].coverage(p0, p1, j0, j1)
+        for term in self.terms[1:]:
+            value = value | term.coverage(p0, p1, j0, j1)
+        return value
+
+    def __str__(self):
+        return " | ".join(f"({term})" for term in self.terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Not(Mask):
+    """Visible where the term is not; written ``~a``."""
+
+    term: Mask
+
+    def __call__(self, p, j):
+        return jnp.logical_not(self.term(p, j))
+
+    def coverage(self, p0, p1, j0, j1):
+        return ~self.term.coverage(p0, p1, j0, j1)
+
+    def __str__(self):
+        return f"~({self.term})"
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """How a user's function is called in a printed program."""
+    return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def require_hashable_function(owner: str, fn: Any, signature: str) -> None:
+    """Reject what cannot be a term: a ``TypeError`` for a non-callable or a callable without a hash."""
+    if not callable(fn):
+        raise TypeError(f"{owner} needs a function {signature}; got {fn!r}.")
+    try:
+        hash(fn)
+    except TypeError:
+        raise TypeError(
+            f"{owner} needs a hashable function, because specs are compared and cached by their terms; "
+            f"{type(fn).__name__} has no hash (a Module that holds arrays, perhaps). "
+            f"Wrap it once: `fn = lambda *args: module(*args)`, and keep that function."
+        ) from None
+
+
+def _require_integer(owner: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}'s {name} must be a Python int, known when the program is built; got {value!r}.")

@@ -1,0 +1,115 @@
+"""The reference: what a spec means, dense and readable. Slow, and kept free of everything the lowerings do."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .attention import AttentionSpec
+from .batch import RaggedBatch
+from .layout import Pages
+from .state import AttentionState, add_sinks
+
+
+def reference(
+    spec: AttentionSpec, q: Float[Array, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch, sinks=None
+) -> Float[Array, "tokens q_heads value_dim"]:
+    """Attention as SEMANTICS defines it, by materialising every score; for tests and for understanding.
+
+    Takes and gives what a lowered call does: ``q`` float[tokens, q_heads, head_dim], output in ``q``'s dtype, 0 for
+    empty rows and for rows of no sequence. Computes in float32, or in float64 when ``q`` is float64 (with
+    ``jax_enable_x64``). Memory and time grow with tokens x table width.
+
+    >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
+    >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
+    >>> batch = RaggedBatch.decode(lengths=[3], block_tables=[[1, 0]])
+    >>> reference(spec, jnp.ones((1, 2, 4)), layout.init(num_pages=2), batch).shape
+    (1, 2, 4)
+    """
+    return reference_state(spec, q, pages, batch, sinks).out
+
+
+def reference_state(
+    spec: AttentionSpec, q: Float[Array, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch, sinks=None
+) -> AttentionState:
+    """`reference` together with the log-sum-exp; ``lse`` is ``-inf`` (or the sink) for an empty row."""
+    tokens, dtype = q.shape[0], jnp.promote_types(q.dtype, jnp.float32)
+    row = _rows(batch, tokens, pages.layout.page_size)
+    j, keys, values, is_stored = _sequence_keys(pages, batch, row["seq"], row["length"], dtype)
+
+    grouped = q.astype(dtype).reshape(tokens, spec.num_kv_heads, spec.group, -1)
+    s = jnp.einsum("thgd,tjhd->thgj", grouped, keys, precision="highest") * spec.softmax_scale
+    s = s.reshape(tokens, spec.num_q_heads, -1)
+
+    p, h = row["position"][:, None, None], jnp.arange(spec.num_q_heads)[:, None]
+    for op in spec.score_ops:
+        s = op(s, p, j, h)
+    is_visible = spec.visibility(p, j) & is_stored[:, None, :] & row["is_live"][:, None, None]
+    s = jnp.where(is_visible, s, -jnp.inf)
+
+    top = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)
+    weights = jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total == 0, 1.0, total)).reshape(tokens, spec.num_kv_heads, spec.group, -1)
+    out = jnp.einsum("thgj,tjhd->thgd", weights, values, precision="highest").reshape(tokens, spec.num_q_heads, -1)
+    state = AttentionState(out, (jnp.log(total) + top)[..., 0])
+    if spec.sinks:
+        with_sinks = add_sinks(state, sinks_per_head(spec, sinks))
+        state = AttentionState(
+            *(jnp.where(_like(row["is_live"], x), x, y) for x, y in zip(with_sinks, state, strict=True))
+        )
+    return AttentionState(state.out.astype(q.dtype), state.lse.astype(jnp.float32))
+
+
+def sinks_per_head(spec: AttentionSpec, sinks: Array) -> Float[Array, " q_heads"]:
+    """One sink logit a query head, from any of the accepted shapes.
+
+    ``[q_heads]`` and ``[kv_heads, group]`` are one a query head. ``[n]`` and ``[kv_heads, n]`` of any other ``n`` are
+    several a head, the same for all heads or for a KV head's group; their exponentials add up.
+    """
+    sinks = jnp.asarray(sinks, jnp.float32)
+    heads, kv_heads, group = spec.num_q_heads, spec.num_kv_heads, spec.group
+    if sinks.shape in ((heads,), (kv_heads, group)):
+        return sinks.reshape(heads)
+    if sinks.ndim == 1 and sinks.shape[0] > 0:
+        sinks = jnp.broadcast_to(sinks, (kv_heads, sinks.shape[0]))
+    if sinks.ndim == 2 and sinks.shape[0] == kv_heads and sinks.shape[1] > 0:
+        top = jnp.max(sinks, axis=1, keepdims=True)
+        total = top[:, 0] + jnp.log(jnp.sum(jnp.exp(sinks - top), axis=1))
+        return jnp.repeat(total, group)
+    raise ValueError(
+        f"sinks must be [q_heads] = [{heads}] or [kv_heads, group] = [{kv_heads}, {group}] (one a query head), or [n] or "
+        f"[kv_heads, n] (several, which add up); got {sinks.shape}."
+    )
+
+
+def _rows(batch: RaggedBatch, tokens: int, page_size: int) -> dict[str, Array]:
+    """Each query row's sequence, position and KV length, one comparison at a time."""
+    slots = jnp.arange(batch.num_slots)
+    is_live_slot = slots < batch.num_seqs
+    start, stop = batch.query_starts[:-1], batch.query_starts[1:]
+    row = jnp.arange(tokens)[:, None]
+    owns = (row >= start) & (row < stop) & is_live_slot  # [tokens, seqs]
+    seq = jnp.argmax(owns, axis=1)
+    length = jnp.clip(batch.lengths, 0, batch.pages_per_seq * page_size)[seq]
+    position = length - (stop - start)[seq] + row[:, 0] - start[seq]
+    return {"seq": seq, "is_live": owns.any(axis=1), "length": length, "position": position}
+
+
+def _sequence_keys(
+    pages: Pages, batch: RaggedBatch, seq: Int[Array, " tokens"], length: Int[Array, " tokens"], dtype
+) -> tuple[Array, Array, Array, Array]:
+    """For each row: key positions, keys, values (0 where none is stored) and which positions are stored."""
+    size = pages.layout.page_size
+    j = jnp.arange(batch.pages_per_seq * size)
+    page = batch.block_tables[seq][:, j // size]  # [tokens, positions]
+    is_stored = (j < length[:, None]) & (page >= 0) & (page < pages.num_pages)
+    page = jnp.where(is_stored, page, 0)
+
+    def read(pool: Array) -> Array:
+        rows = pool[page, :, j % size].astype(dtype)  # [tokens, positions, kv_heads, dim]
+        return jnp.where(is_stored[..., None, None], rows, 0)
+
+    return j, read(pages.keys()), read(pages.values()), is_stored
+
+
+def _like(flags: Array, array: Array) -> Array:
+    return flags.reshape(flags.shape + (1,) * (array.ndim - 1))
