@@ -60,7 +60,7 @@ class Attend:
         batch: RaggedBatch,
         sinks: Float[Array, " q_heads"] | None = None,
     ) -> AttentionState:
-        """The output with its log-sum-exp, for `paged.merge`; ``(0, -inf)`` in an empty row, ``(0, sink)`` with a sink."""
+        """The output and its log-sum-exp, for `paged.merge`; in an empty row ``(0, -inf)``, or ``(0, sink)``."""
         require_queries(self.spec, q, batch)
         require_pages(self.layout, pages)
         require_sinks(self.spec, sinks)
@@ -93,7 +93,7 @@ class Attend:
         pages: Pages | None = None,
         batch: RaggedBatch | None = None,
     ) -> Explanation:
-        """What will run, and why not the others; with a concrete batch also the pages and bytes it touches. Print it."""
+        """What will run, and why not the others; with a concrete batch also the pages and bytes it touches."""
         return explain(self.program, self.layout, self.lowering, self.schedule, q, pages, batch)
 
 
@@ -144,7 +144,7 @@ def write(
     >>> write(k, -k, layout.init(num_pages=3), batch).keys()[:, 0, :, 0].tolist()
     [[8.0, 0.0], [0.0, 0.0], [0.0, 7.0]]
     """
-    require_pages(pages.layout if isinstance(pages, Pages) else None, pages)  # pyright: ignore
+    require_pages(None, pages)
     require_new_tokens(pages.layout, k, v)
     return _write(XLA_BLOCKS, k, v, pages, batch)
 

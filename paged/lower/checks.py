@@ -1,8 +1,9 @@
 """Checks at the door: shapes and dtypes when traced, and on request the values of a batch when run."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,11 +33,11 @@ def require_queries(spec: AttentionSpec, q: Any, batch: RaggedBatch) -> None:
         )
 
 
-def require_pages(layout: PageLayout, pages: Any) -> None:
-    """Raise unless ``pages`` were made by this layout."""
+def require_pages(layout: PageLayout | None, pages: Any) -> None:
+    """Raise unless ``pages`` were made by this layout; by any layout when it is None."""
     if not isinstance(pages, Pages):
         raise TypeError(f"pages must come from layout.init(...) or layout.wrap(...); got {type(pages).__name__}.")
-    if pages.layout != layout:
+    if layout is not None and pages.layout != layout:
         raise ValueError(f"pages must have the layout that was lowered for, {layout}; got {pages.layout}.")
 
 
@@ -96,37 +97,44 @@ def check(batch: RaggedBatch, pages: Pages, tokens: int, spec: AttentionSpec) ->
     >>> check(batch, layout.init(num_pages=4), tokens=1, spec=spec)
     Traceback (most recent call last):
         ...
-    ValueError: block_tables[0, 1] = 7 (sequence 0) is no page of the pool: it holds tokens 2 to 2, so it must be in [0, 4).
+    ValueError: block_tables[0, 1] = 7 (sequence 0) is no page of the pool: it holds tokens 2 to 2, must be in [0, 4).
     """
     program = Program.from_spec(spec)
     if batch.checked_for is not None and implies(program.mask, batch.checked_for):
         return batch
     values = (batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs)
-    facts = (pages.layout.page_size, pages.num_pages, tokens, program)
+    facts = _Facts(pages.layout.page_size, pages.num_pages, tokens, program)
     if any(isinstance(value, jax.core.Tracer) for value in values):
 
         def raise_on_fault(*arrays: Any) -> np.ndarray:
-            _raise_on_fault(*(np.asarray(array) for array in arrays), *facts)
+            _raise_on_fault(_Values(*map(np.asarray, arrays)), facts)
             return np.zeros((), np.int32)
 
         zero = jax.pure_callback(raise_on_fault, jax.ShapeDtypeStruct((), jnp.int32), *values, vmap_method="sequential")
         # Everything that reads the batch now waits for the verdict.
         values = (values[0] + zero, values[1], values[2] + zero, values[3])
     else:
-        _raise_on_fault(*(np.asarray(value) for value in values), *facts)
+        _raise_on_fault(_Values(*map(np.asarray, values)), facts)
     return RaggedBatch(*values, query_rows=batch.query_rows, checked_for=program.mask)
 
 
-def _raise_on_fault(
-    lengths: np.ndarray,
-    tables: np.ndarray,
-    starts: np.ndarray,
-    num_seqs: np.ndarray,
-    page_size: int,
-    num_pages: int,
-    tokens: int,
-    program: Program,
-) -> None:
+class _Values(NamedTuple):
+    lengths: np.ndarray
+    tables: np.ndarray
+    starts: np.ndarray
+    num_seqs: np.ndarray
+
+
+class _Facts(NamedTuple):
+    page_size: int
+    num_pages: int
+    tokens: int
+    program: Program
+
+
+def _raise_on_fault(values: _Values, facts: _Facts) -> None:
+    lengths, tables, starts, num_seqs = values
+    page_size = facts.page_size
     slots, capacity, live = tables.shape[0], tables.shape[1] * page_size, int(num_seqs)
     if not 0 <= live <= slots:
         raise ValueError(f"num_seqs = {live} is out of range: there are {slots} slots, so it must be in [0, {slots}].")
@@ -136,8 +144,8 @@ def _raise_on_fault(
         start, stop, length = int(starts[s]), int(starts[s + 1]), int(lengths[s])
         if stop < start:
             raise ValueError(f"query_starts[{s + 1}] = {stop} (sequence {s}) decreases: it follows {start}.")
-        if stop > tokens:
-            raise ValueError(f"query_starts[{s + 1}] = {stop} (sequence {s}) is past the {tokens} query rows.")
+        if stop > facts.tokens:
+            raise ValueError(f"query_starts[{s + 1}] = {stop} (sequence {s}) is past the {facts.tokens} query rows.")
         if not 0 <= length <= capacity:
             raise ValueError(
                 f"lengths[{s}] = {length} (sequence {s}) is out of range: its {tables.shape[1]} table entries of "
@@ -148,23 +156,22 @@ def _raise_on_fault(
                 f"lengths[{s}] = {length} (sequence {s}) is less than its {stop - start} query rows: lengths count "
                 "this step's own tokens."
             )
-        _require_pages_in_pool(s, length, stop - start, tables[s], page_size, num_pages, program)
+        _require_pages_in_pool(s, length, stop - start, tables[s], facts)
     _require_distinct_slots(lengths[:live], tables[:live], np.diff(starts[: live + 1]), page_size)
 
 
-def _require_pages_in_pool(
-    s: int, length: int, rows: int, table: np.ndarray, page_size: int, num_pages: int, program: Program
-) -> None:
+def _require_pages_in_pool(s: int, length: int, rows: int, table: np.ndarray, facts: _Facts) -> None:
     """Of one sequence, the pages it may see or writes to."""
+    page_size, num_pages = facts.page_size, facts.num_pages
     first = np.arange(-(-length // page_size)) * page_size
-    some = program.coverage(length - rows, length, first, first + page_size, length).some
+    some = facts.program.coverage(length - rows, length, first, first + page_size, length).some
     is_needed = (some | (first + page_size > length - rows)) & (rows > 0)
     entry = table[: len(first)]
     for i in np.flatnonzero(is_needed & ((entry < 0) | (entry >= num_pages))):
         last = min(length, first[i] + page_size) - 1
         raise ValueError(
             f"block_tables[{s}, {i}] = {entry[i]} (sequence {s}) is no page of the pool: it holds tokens {first[i]} to "
-            f"{last}, so it must be in [0, {num_pages})."
+            f"{last}, must be in [0, {num_pages})."
         )
 
 

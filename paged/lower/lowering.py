@@ -1,6 +1,7 @@
 """`Lowering`: the interface between a program and a target."""
 
 import abc
+
 from jaxtyping import Array
 
 from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch

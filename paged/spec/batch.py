@@ -90,11 +90,11 @@ class RaggedBatch(eqx.Module):
 
 
 def _as_int32(name: str, value: Any, rank: int) -> Any:
-    if not isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
+    if not isinstance(value, jax.Array | jax.ShapeDtypeStruct):
         value = np.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name} must be int32; got {value.dtype.name}.")
-    if name == "num_seqs" and value.shape == (1,):
+    if name == "num_seqs" and value.shape == (1,) and not isinstance(value, jax.ShapeDtypeStruct):
         value = value.reshape(())  # the field passes it either way
     if value.ndim != rank:
         raise ValueError(f"{name} must have {rank} dimension(s); got shape {tuple(value.shape)}.")

@@ -105,8 +105,9 @@ class PageLayout:
             raise ValueError(f"num_pages must be at least 1; got {num_pages}.")
         arrays = tuple(jnp.zeros(shape, self.dtype) for shape in self.array_shapes(num_pages))
         shape = self.scale_shape(num_pages)
-        ones = [None, None] if shape is None else [jnp.ones(shape, jnp.float32) for _ in range(2)]
-        return Pages(arrays, *ones, self)
+        if shape is None:
+            return Pages(arrays, None, None, self)
+        return Pages(arrays, jnp.ones(shape, jnp.float32), jnp.ones(shape, jnp.float32), self)
 
     def wrap(self, *arrays: Array, k_scale: Array | None = None, v_scale: Array | None = None) -> "Pages":
         """Adopt existing arrays without a copy: ``wrap(kv)``, or ``wrap(k, v)`` in ``"split"`` order.

@@ -1,5 +1,7 @@
 """The reference: what a spec means, dense and readable. Slow, and kept free of everything the lowerings do."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -10,7 +12,7 @@ from .state import AttentionState, add_sinks
 
 
 def reference(
-    spec: AttentionSpec, q: Float[Array, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch, sinks=None
+    spec: AttentionSpec, q: Float[Array, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch, sinks: Any = None
 ) -> Float[Array, "tokens q_heads value_dim"]:
     """Attention as SEMANTICS defines it, by materialising every score; for tests and for understanding.
 
@@ -28,7 +30,7 @@ def reference(
 
 
 def reference_state(
-    spec: AttentionSpec, q: Float[Array, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch, sinks=None
+    spec: AttentionSpec, q: Float[Array, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch, sinks: Any = None
 ) -> AttentionState:
     """`reference` together with the log-sum-exp; ``lse`` is ``-inf`` (or the sink) for an empty row."""
     tokens, dtype = q.shape[0], jnp.promote_types(q.dtype, jnp.float32)
@@ -59,7 +61,7 @@ def reference_state(
     return AttentionState(state.out.astype(q.dtype), state.lse.astype(jnp.float32))
 
 
-def sinks_per_head(spec: AttentionSpec, sinks: Array) -> Float[Array, " q_heads"]:
+def sinks_per_head(spec: AttentionSpec, sinks: Any) -> Float[Array, " q_heads"]:
     """One sink logit a query head, from any of the accepted shapes.
 
     ``[q_heads]`` and ``[kv_heads, group]`` are one a query head. ``[n]`` and ``[kv_heads, n]`` of any other ``n`` are
@@ -76,8 +78,8 @@ def sinks_per_head(spec: AttentionSpec, sinks: Array) -> Float[Array, " q_heads"
         total = top[:, 0] + jnp.log(jnp.sum(jnp.exp(sinks - top), axis=1))
         return jnp.repeat(total, group)
     raise ValueError(
-        f"sinks must be [q_heads] = [{heads}] or [kv_heads, group] = [{kv_heads}, {group}] (one a query head), or [n] or "
-        f"[kv_heads, n] (several, which add up); got {sinks.shape}."
+        f"sinks must be [q_heads] = [{heads}] or [kv_heads, group] = [{kv_heads}, {group}] (one a query head), or [n] "
+        f"or [kv_heads, n] (several, which add up); got {sinks.shape}."
     )
 
 

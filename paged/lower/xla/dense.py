@@ -55,7 +55,8 @@ def _require_dense(spec: AttentionSpec, q: Array, k: Array, v: Array) -> None:
         if array.ndim != 4 or array.shape[2] != heads[name] or (name != "v" and array.shape[3] != spec.head_dim):
             dim = "value_dim" if name == "v" else spec.head_dim
             raise ValueError(
-                f"{name} must be [batch, tokens, heads, dim] = [*, *, {heads[name]}, {dim}] (from the spec); got {array.shape}."
+                f"{name} must be [batch, tokens, heads, dim] = [*, *, {heads[name]}, {dim}] (from the spec); got "
+                f"{array.shape}."
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating point; got {array.dtype.name}.")

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge

@@ -25,7 +25,7 @@ def gather(pages: Pages, ids: Int[Array, " block"]) -> tuple[Tile, Tile]:
 def scatter_add(
     layout: PageLayout, pools: tuple[Array, ...], ids: Int[Array, " block"], k: Tile, v: Tile
 ) -> tuple[Array, ...]:
-    """The transpose of `gather` for float pages: add tiles to pool-shaped accumulators; ids out of range are dropped."""
+    """The transpose of `gather` for float pages: add tiles to pool-shaped accumulators."""
     heads = jnp.arange(layout.num_kv_heads)[:, None]
     k, v = (tile.reshape(layout.num_kv_heads, ids.shape[0], layout.page_size, -1) for tile in (k, v))
     if layout.order == "packed":

@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes its own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-slow check format bench clean
+
+demo: $(VENV)/.examples
+	$(BIN)/python -m examples.demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --durations=10
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --durations=10 -m "slow or not slow"
+
+check: $(VENV)/.dev $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q tests/test_structure.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.examples
+	$(BIN)/python -m benchmarks.xla_cpu
+
+# One stamp an extra: installed when missing or when the dependencies change.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	@echo "Installing paged[$*] into $(VENV) ..."
+	$(PIP) install -e ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	@echo "Making the virtual environment $(VENV) ..."
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
