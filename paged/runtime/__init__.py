@@ -1,0 +1,16 @@
+"""When attention runs: pages and who holds them, caches, layers, sampling and serving. State in, state out."""
+
+from .attention import PagedAttention as PagedAttention
+from .cache import PagedCache as PagedCache
+from .generate import Generation as Generation
+from .generate import StepInfo as StepInfo
+from .generate import generate as generate
+from .pool import PagePool as PagePool
+from .rotary import Rotary as Rotary
+from .rotary_scaling import LinearScaling as LinearScaling
+from .rotary_scaling import Llama3Scaling as Llama3Scaling
+from .rotary_scaling import NtkScaling as NtkScaling
+from .rotary_scaling import RotaryScaling as RotaryScaling
+from .rotary_scaling import YarnScaling as YarnScaling
+from .sampling import Sampler as Sampler
+from .sampling import sample as sample

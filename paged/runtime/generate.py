@@ -1,0 +1,275 @@
+"""`generate`: serve a batch of unequal prompts by continuous batching, over one page pool."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from paged.lower import check
+from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
+
+from .pool import PagePool
+from .sampling import Sampler, sample
+from .scheduler import Request, Scheduler
+
+Model = Callable[[Int[Array, " tokens"], RaggedBatch, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What became of one prompt. ``tokens`` are the generated ones; where ``finish_reason`` is ``"eos"`` they end with
+    it. ``preemptions`` counts how often the sequence gave up its pages and was prefilled again."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    finish_reason: Literal["eos", "length"]
+    preemptions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """One device step, as ``on_step`` sees it: its kind, the tokens it cached, and how many pages were in use and
+    how many sequences running and waiting while it ran."""
+
+    kind: Literal["prefill", "decode"]
+    tokens: int
+    pages_in_use: int
+    running: int
+    waiting: int
+
+
+def generate(
+    model: Model,
+    state: eqx.nn.State,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pool: PagePool,
+    max_new_tokens: int | Sequence[int],
+    sampler: Sampler | None = None,
+    key: PRNGKeyArray | None = None,
+    eos: int | Sequence[int] | None = None,
+    chunk_size: int = 64,
+    donate_state: bool = False,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> list[Generation]:
+    """Generate from each prompt; one `Generation` a prompt, in order.
+
+    ``logits, state = model(tokens, batch, state)`` is any callable pytree that keeps its `Pages` in the state, such as
+    a stack of `PagedAttention` layers: ``tokens`` int32[rows], ``logits`` float[rows, vocab]. It is compiled twice, for
+    chunks of ``chunk_size`` rows of one sequence and for decode steps of one row for each of the pool's slots,
+    whatever the prompts' lengths. Chunks and decode steps take turns, so that a long prompt does not hold up
+    sequences that decode.
+
+    * ``pool``: an empty `PagePool`; its slots, pages and table width bound what runs together. It is not changed.
+    * ``max_new_tokens``: for all prompts, or one for each. The last token is never cached, so a request needs room for
+      ``len(prompt) + max_new_tokens - 1``.
+    * ``sampler``: greedy if left out. A random one needs ``key``, and each draw depends on the key, the prompt's index
+      and the token's index only: scheduling is invisible, up to what rounding does to the logits.
+    * ``eos``: token id(s) that end a sequence.
+    * ``donate_state``: give up ``state``, so that there is one cache and not two. Otherwise a copy is worked on.
+    * ``on_step``: called after each step with a `StepInfo`.
+
+    When pages run out the most recently admitted sequence is preempted and prefilled again later. Batch values are
+    checked on the host before each step, for any mask, so layers with ``check`` need not and do not.
+
+    Raises ``ValueError`` or ``TypeError`` before anything runs, naming the prompt, for a request that could never fit,
+    an empty prompt, a pool that is not empty or does not fit the state's pages, a missing key.
+
+    >>> class Parrot(eqx.Module):  # likes the token that it was given
+    ...     def __call__(self, tokens, batch, state):
+    ...         return jax.nn.one_hot(tokens, 10), state
+    >>> pool = PagePool.init(num_pages=4, num_slots=2, pages_per_seq=4, page_size=2)
+    >>> model, state = eqx.nn.make_with_state(Parrot)()
+    >>> [g.tokens for g in generate(model, state, [[1, 2, 3], [4]], pool=pool, max_new_tokens=2)]
+    [(3, 3), (4, 4)]
+    """
+    sampler = Sampler() if sampler is None else sampler
+    if key is None and not sampler.is_greedy:
+        raise ValueError(f"key is missing: {sampler} draws at random. Pass key=jax.random.key(seed).")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 row; got {chunk_size}.")
+    _require_fitting_pool(pool, state)
+    requests = _requests(prompts, max_new_tokens, pool)
+    ends = frozenset() if eos is None else frozenset(np.atleast_1d(np.asarray(eos)).tolist())
+    if not donate_state:
+        state = jax.tree.map(jnp.copy, state)
+    key = jax.random.key(0) if key is None else key  # a greedy step takes one too, and does not use it
+    serve = _Serve(model, state, Scheduler(pool, requests), sampler, key, ends, chunk_size, on_step)
+    serve.run()
+    return [_result(request, ends) for request in requests]
+
+
+@dataclasses.dataclass
+class _Serve:
+    """The loop of one `generate`: the scheduler decides, device steps compute, results come back."""
+
+    model: Model
+    state: eqx.nn.State
+    scheduler: Scheduler
+    sampler: Sampler
+    key: PRNGKeyArray
+    ends: frozenset[int]
+    chunk_size: int
+    on_step: Callable[[StepInfo], None] | None
+
+    def run(self) -> None:
+        scheduler = self.scheduler
+        while scheduler.waiting or scheduler.running:
+            scheduler.admit()
+            slot = scheduler.next_prefill()
+            if slot is not None:
+                self._prefill(slot)
+            self._decode()
+
+    def _prefill(self, slot: int) -> None:
+        """One chunk of one sequence, padded to the chunk size."""
+        scheduler, request = self.scheduler, self.scheduler.running[slot]
+        start = request.cached
+        chunk = request.known[start : start + self.chunk_size]
+        scheduler.extend_prefill(slot, len(chunk))
+        tokens = np.zeros(self.chunk_size, np.int32)
+        tokens[: len(chunk)] = chunk
+        batch = _prefill_batch(scheduler.pool, slot, len(chunk))
+        drawn = self._step(batch, tokens, [len(chunk) - 1], [request])
+        self._report("prefill", len(chunk))
+        if request.cached == len(request.known):
+            self._append([slot], drawn)
+
+    def _decode(self) -> None:
+        """One row for every slot; those of slots that do not decode are empty."""
+        scheduler = self.scheduler
+        slots = scheduler.extend_decoding()
+        if not slots:
+            return
+        tokens = np.zeros(scheduler.pool.num_slots, np.int32)
+        requests: list[Request | None] = [None] * scheduler.pool.num_slots
+        for slot in slots:
+            requests[slot] = scheduler.running[slot]
+            tokens[slot] = scheduler.running[slot].known[-1]
+        is_decoding = np.isin(np.arange(scheduler.pool.num_slots), slots)
+        batch = _decode_batch(scheduler.pool, is_decoding)
+        drawn = self._step(batch, tokens, range(len(requests)), requests)
+        self._report("decode", len(slots))
+        self._append(slots, drawn[slots])
+
+    def _step(
+        self, batch: RaggedBatch, tokens: np.ndarray, rows: Sequence[int], requests: Sequence[Request | None]
+    ) -> np.ndarray:
+        """Run the model, and draw one token for each of ``requests`` from the logits of its row."""
+        pages = _any_pages(self.scheduler.pool)
+        batch = check(batch, pages, len(tokens), _SEES_EVERYTHING)
+        draws = np.asarray([(0, 0) if r is None else (r.index, r.num_generated) for r in requests], np.int32)
+        inputs = (self.model, jnp.asarray(tokens), batch, jnp.asarray(rows, jnp.int32), draws, self.key, self.sampler)
+        drawn, self.state = _model_step(inputs, self.state)
+        return np.asarray(drawn)
+
+    def _append(self, slots: Sequence[int], drawn: np.ndarray) -> None:
+        """Add the drawn tokens to their sequences, and release those that are done."""
+        done = []
+        for slot, token in zip(slots, drawn.tolist(), strict=True):
+            request = self.scheduler.running[slot]
+            request.known.append(token)
+            if token in self.ends or request.num_generated == request.max_new_tokens:
+                done.append(slot)
+        if done:
+            self.scheduler.release(done)
+
+    def _report(self, kind: Literal["prefill", "decode"], tokens: int) -> None:
+        if self.on_step is not None:
+            scheduler = self.scheduler
+            in_use = int(scheduler.pool.pages_in_use)
+            self.on_step(StepInfo(kind, tokens, in_use, len(scheduler.running), len(scheduler.waiting)))
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _model_step(inputs: tuple, state: eqx.nn.State) -> tuple[Int[Array, " requests"], eqx.nn.State]:
+    """The one device step: attend, write, and draw a token from each of ``rows``. The state is updated in place."""
+    model, tokens, batch, rows, draws, key, sampler = inputs
+    logits, state = model(tokens, batch, state)
+    keys = jax.vmap(lambda draw: jax.random.fold_in(jax.random.fold_in(key, draw[0]), draw[1]))(draws)
+    return sample(logits[rows], sampler, keys), state
+
+
+@eqx.filter_jit
+def _prefill_batch(pool: PagePool, slot: Any, rows: Any) -> RaggedBatch:
+    return pool.prefill_batch(slot, rows)
+
+
+@eqx.filter_jit
+def _decode_batch(pool: PagePool, is_decoding: Any) -> RaggedBatch:
+    return pool.decode_batch(is_decoding)
+
+
+# A batch that is sound for every key is sound for any layer's mask.
+_SEES_EVERYTHING = AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=1, causal=False)
+
+
+def _any_pages(pool: PagePool) -> Pages:
+    """Pages of the pool's number and size, without memory: all that a check asks of them."""
+    layout = PageLayout(page_size=pool.page_size, num_kv_heads=1, head_dim=1)
+    return jax.eval_shape(lambda: layout.init(pool.num_pages))
+
+
+def _requests(prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], pool: PagePool) -> list[Request]:
+    limits = [max_new_tokens] * len(prompts) if np.ndim(max_new_tokens) == 0 else list(max_new_tokens)
+    if len(limits) != len(prompts):
+        raise ValueError(
+            f"max_new_tokens must be one int, or one for each of {len(prompts)} prompts; got {len(limits)}."
+        )
+    requests = []
+    for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        ids = tuple(int(token) for token in prompt)
+        if not ids:
+            raise ValueError(
+                f"Prompt {index} is empty: the first token is drawn after at least one; start it with a bos."
+            )
+        if limit < 1:
+            raise ValueError(f"max_new_tokens must be at least 1; got {limit} for prompt {index}.")
+        _require_room(index, len(ids), limit, pool)
+        requests.append(Request(index, ids, limit, list(ids)))
+    return requests
+
+
+def _require_room(index: int, prompt: int, limit: int, pool: PagePool) -> None:
+    tokens = prompt + limit - 1
+    pages, most = -(-tokens // pool.page_size), min(pool.num_pages, pool.pages_per_seq)
+    if pages > most:
+        raise ValueError(
+            f"Prompt {index} can never be served: its {prompt} tokens and {limit} new ones need {pages} pages of "
+            f"{pool.page_size} tokens, and a sequence can have {most} (num_pages={pool.num_pages}, "
+            f"pages_per_seq={pool.pages_per_seq}). Shorten it, or make the pool larger."
+        )
+
+
+def _require_fitting_pool(pool: PagePool, state: eqx.nn.State) -> None:
+    """The pool is empty, and every `Pages` in the state has its pages: else writes would be dropped silently."""
+    in_use = int(pool.pages_in_use)
+    if in_use:
+        raise ValueError(f"pool must be empty, because generate takes all its slots and pages; {in_use} are in use.")
+    for pages in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages)):
+        if not isinstance(pages, Pages):
+            continue
+        size, num_pages = pages.layout.page_size, _num_pages(pages)
+        if size != pool.page_size or num_pages < pool.num_pages:
+            raise ValueError(
+                f"pool has {pool.num_pages} pages of {pool.page_size} tokens, which every layer's pages must hold; the "
+                f"state has a layer with {num_pages} pages of {size}."
+            )
+
+
+def _num_pages(pages: Pages) -> int:
+    """Pages of one layer, also where the layers' pages are stacked on leading axes."""
+    axis = next(i for i, n in enumerate(pages.layout.array_shapes(-1)[0]) if n == -1)
+    rank = len(pages.layout.array_shapes(-1)[0])
+    return pages.arrays[0].shape[pages.arrays[0].ndim - rank + axis]
+
+
+def _result(request: Request, ends: frozenset[int]) -> Generation:
+    tokens = tuple(request.known[len(request.prompt) :])
+    reason = "eos" if tokens[-1] in ends else "length"
+    return Generation(request.prompt, tokens, reason, request.preemptions)

@@ -1,0 +1,105 @@
+"""`Rotary`: rotary position embedding of queries and keys."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .rotary_scaling import RotaryScaling, plain_frequencies
+
+
+class Rotary(eqx.Module):
+    """Rotary position embedding (Su et al., RoFormer, arXiv:2104.09864): pairs of a head's features are turned by an
+    angle proportional to the position, so that ``<q, k>`` depends on the distance only.
+
+    ``Rotary(head_dim, theta=10000.0, *, rotary_dim=None, scaling=None, is_interleaved=False)``:
+
+    * ``theta``: the base; pair ``i`` of ``rotary_dim // 2`` turns ``theta ** (-2 i / rotary_dim)`` radians a position.
+    * ``rotary_dim``: how many of the first features are turned, the others pass unchanged; all by default.
+    * ``scaling``: a `RotaryScaling` for contexts longer than the trained one: `LinearScaling`, `NtkScaling`,
+      `Llama3Scaling`, `YarnScaling`.
+    * ``is_interleaved``: pair feature ``2 i`` with ``2 i + 1`` (the paper, GPT-J), and not ``i`` with
+      ``i + rotary_dim // 2`` (GPT-NeoX, Llama and most released weights), which is the default.
+
+    It has no parameters: everything is static, and two equal ones are one under ``jax.jit``. Raises ``ValueError`` or
+    ``TypeError`` for dimensions that cannot be paired.
+
+    >>> rotary = Rotary(head_dim=2)
+    >>> east = jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]])
+    >>> np.round(rotary(east, jnp.array([0, 1]))[:, 0], 4).tolist() == np.float32([[1, 0], [0.5403, 0.8415]]).tolist()
+    True
+    """
+
+    head_dim: int = eqx.field(static=True)
+    theta: float = eqx.field(static=True)
+    rotary_dim: int = eqx.field(static=True)
+    scaling: RotaryScaling | None = eqx.field(static=True)
+    is_interleaved: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float = 10000.0,
+        *,
+        rotary_dim: int | None = None,
+        scaling: RotaryScaling | None = None,
+        is_interleaved: bool = False,
+    ):
+        self.head_dim = head_dim
+        self.theta = float(theta)
+        self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        self.scaling = scaling
+        self.is_interleaved = is_interleaved
+        for name in ("head_dim", "rotary_dim"):
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a Python int; got {value!r}.")
+        if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= head_dim:
+            raise ValueError(
+                "rotary_dim must be even, because features are turned in pairs, and in [2, head_dim]; got "
+                f"rotary_dim={self.rotary_dim}, head_dim={head_dim}. To turn a part of the head, pass rotary_dim."
+            )
+        if not (self.theta > 1 and math.isfinite(self.theta)):
+            raise ValueError(f"theta must be finite and greater than 1, so that frequencies fall; got {theta}.")
+        if scaling is not None and not isinstance(scaling, RotaryScaling):
+            raise TypeError(f"scaling must be a RotaryScaling, such as LinearScaling(4.0), or None; got {scaling!r}.")
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """float64[rotary_dim // 2]: radians a position of each pair, scaling included."""
+        if self.scaling is None:
+            return plain_frequencies(self.theta, self.rotary_dim)
+        return self.scaling.frequencies(self.theta, self.rotary_dim)
+
+    def __call__(
+        self, x: Float[Array, "tokens heads head_dim"], positions: Int[Array, " tokens"]
+    ) -> Float[Array, "tokens heads head_dim"]:
+        """Turn each row of ``x`` to its absolute position. Angles in float32, output in ``x``'s dtype.
+
+        A negative position, as rows without a token have, turns backwards and is harmless. Raises ``ValueError`` for
+        shapes that do not fit.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.head_dim or positions.shape != x.shape[:1]:
+            raise ValueError(
+                f"x must be [tokens, heads, head_dim] = [*, *, {self.head_dim}] and positions [tokens]; got {x.shape} "
+                f"and {positions.shape}."
+            )
+        factor = 1.0 if self.scaling is None else self.scaling.magnitude
+        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.frequencies, jnp.float32)
+        cos, sin = factor * jnp.cos(angles)[:, None], factor * jnp.sin(angles)[:, None]
+        a, b = self._pairs(x[..., : self.rotary_dim].astype(jnp.float32))
+        turned = self._unpair(a * cos - b * sin, b * cos + a * sin).astype(x.dtype)
+        return jnp.concatenate([turned, x[..., self.rotary_dim :]], axis=-1)
+
+    def _pairs(self, x: Array) -> tuple[Array, Array]:
+        if self.is_interleaved:
+            return x[..., 0::2], x[..., 1::2]
+        return x[..., : self.rotary_dim // 2], x[..., self.rotary_dim // 2 :]
+
+    def _unpair(self, a: Array, b: Array) -> Array:
+        if self.is_interleaved:
+            return jnp.stack([a, b], axis=-1).reshape(*a.shape[:-1], self.rotary_dim)
+        return jnp.concatenate([a, b], axis=-1)
