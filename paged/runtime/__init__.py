@@ -3,7 +3,7 @@
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache
 from .generate import Generation as Generation
-from .generate import StepInfo as StepInfo
+from .generate import StepReport as StepReport
 from .generate import generate as generate
 from .pool import PagePool as PagePool
 from .rotary import Rotary as Rotary

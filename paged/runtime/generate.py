@@ -32,12 +32,13 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepInfo:
-    """One device step, as ``on_step`` sees it: its kind, the tokens it cached, and how many pages were in use and
-    how many sequences running and waiting while it ran."""
+class StepReport:
+    """One device step, as ``on_step`` sees it: its kind, how many tokens it cached and how many it drew for good, and
+    the pages in use and sequences running and waiting while it ran."""
 
     kind: Literal["prefill", "decode"]
     tokens: int
+    new_tokens: int
     pages_in_use: int
     running: int
     waiting: int
@@ -48,44 +49,48 @@ def generate(
     state: eqx.nn.State,
     prompts: Sequence[Sequence[int]],
     *,
-    pool: PagePool,
     max_new_tokens: int | Sequence[int],
+    num_slots: int,
+    num_pages: int | None = None,
+    page_size: int | None = None,
+    pages_per_seq: int | None = None,
+    chunk_size: int = 64,
     sampler: Sampler | None = None,
     key: PRNGKeyArray | None = None,
     eos: int | Sequence[int] | None = None,
-    chunk_size: int = 64,
     donate_state: bool = False,
-    on_step: Callable[[StepInfo], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
 ) -> list[Generation]:
     """Generate from each prompt; one `Generation` a prompt, in order.
 
     ``logits, state = model(tokens, batch, state)`` is any callable pytree that keeps its `Pages` in the state, such as
     a stack of `PagedAttention` layers: ``tokens`` int32[rows], ``logits`` float[rows, vocab]. It is compiled twice, for
-    chunks of ``chunk_size`` rows of one sequence and for decode steps of one row for each of the pool's slots,
-    whatever the prompts' lengths. Chunks and decode steps take turns, so that a long prompt does not hold up
-    sequences that decode.
+    chunks of ``chunk_size`` rows of one sequence and for decode steps of one row a slot, whatever the prompts' lengths.
+    Chunks and decode steps take turns, so that a long prompt does not hold up sequences that decode.
 
-    * ``pool``: an empty `PagePool`; its slots, pages and table width bound what runs together. It is not changed.
     * ``max_new_tokens``: for all prompts, or one for each. The last token is never cached, so a request needs room for
       ``len(prompt) + max_new_tokens - 1``.
+    * ``num_slots``: how many sequences may run together.
+    * ``num_pages``, ``page_size``: the pool's; left out, those of the state's pages.
+    * ``pages_per_seq``: width of the block tables; left out, the least power of two that fits every request.
     * ``sampler``: greedy if left out. A random one needs ``key``, and each draw depends on the key, the prompt's index
       and the token's index only: scheduling is invisible, up to what rounding does to the logits.
     * ``eos``: token id(s) that end a sequence.
     * ``donate_state``: give up ``state``, so that there is one cache and not two. Otherwise a copy is worked on.
-    * ``on_step``: called after each step with a `StepInfo`.
+    * ``on_step``: called after each step with a `StepReport`.
 
     When pages run out the most recently admitted sequence is preempted and prefilled again later. Batch values are
     checked on the host before each step, for any mask, so layers with ``check`` need not and do not.
 
-    Raises ``ValueError`` or ``TypeError`` before anything runs, naming the prompt, for a request that could never fit,
-    an empty prompt, a pool that is not empty or does not fit the state's pages, a missing key.
+    Raises ``ValueError`` or ``TypeError`` before anything runs: for a request that could never fit or an empty prompt,
+    naming it, for a pool that is not what the state's pages can hold, and for a missing key.
 
     >>> class Parrot(eqx.Module):  # likes the token that it was given
     ...     def __call__(self, tokens, batch, state):
     ...         return jax.nn.one_hot(tokens, 10), state
-    >>> pool = PagePool.init(num_pages=4, num_slots=2, pages_per_seq=4, page_size=2)
     >>> model, state = eqx.nn.make_with_state(Parrot)()
-    >>> [g.tokens for g in generate(model, state, [[1, 2, 3], [4]], pool=pool, max_new_tokens=2)]
+    >>> results = generate(model, state, [[1, 2, 3], [4]], max_new_tokens=2, num_slots=2, num_pages=4, page_size=2)
+    >>> [result.tokens for result in results]
     [(3, 3), (4, 4)]
     """
     sampler = Sampler() if sampler is None else sampler
@@ -93,14 +98,15 @@ def generate(
         raise ValueError(f"key is missing: {sampler} draws at random. Pass key=jax.random.key(seed).")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 row; got {chunk_size}.")
-    _require_fitting_pool(pool, state)
-    requests = _requests(prompts, max_new_tokens, pool)
+    num_pages, page_size = _pool_size(state, num_pages, page_size)
+    requests = _requests(prompts, max_new_tokens)
+    pages_per_seq = _table_width(requests, num_pages, page_size, pages_per_seq)
     ends = frozenset() if eos is None else frozenset(np.atleast_1d(np.asarray(eos)).tolist())
     if not donate_state:
         state = jax.tree.map(jnp.copy, state)
     key = jax.random.key(0) if key is None else key  # a greedy step takes one too, and does not use it
-    serve = _Serve(model, state, Scheduler(pool, requests), sampler, key, ends, chunk_size, on_step)
-    serve.run()
+    scheduler = Scheduler(PagePool.init(num_pages, num_slots, pages_per_seq, page_size), requests)
+    _Serve(model, state, scheduler, sampler, key, ends, chunk_size, on_step).run()
     return [_result(request, ends) for request in requests]
 
 
@@ -115,7 +121,7 @@ class _Serve:
     key: PRNGKeyArray
     ends: frozenset[int]
     chunk_size: int
-    on_step: Callable[[StepInfo], None] | None
+    on_step: Callable[[StepReport], None] | None
 
     def run(self) -> None:
         scheduler = self.scheduler
@@ -136,9 +142,8 @@ class _Serve:
         tokens[: len(chunk)] = chunk
         batch = _prefill_batch(scheduler.pool, slot, len(chunk))
         drawn = self._step(batch, tokens, [len(chunk) - 1], [request])
-        self._report("prefill", len(chunk))
-        if request.cached == len(request.known):
-            self._append([slot], drawn)
+        finished = [slot] if request.cached == len(request.known) else []
+        self._finish("prefill", len(chunk), finished, drawn)
 
     def _decode(self) -> None:
         """One row for every slot; those of slots that do not decode are empty."""
@@ -154,8 +159,7 @@ class _Serve:
         is_decoding = np.isin(np.arange(scheduler.pool.num_slots), slots)
         batch = _decode_batch(scheduler.pool, is_decoding)
         drawn = self._step(batch, tokens, range(len(requests)), requests)
-        self._report("decode", len(slots))
-        self._append(slots, drawn[slots])
+        self._finish("decode", len(slots), slots, drawn[slots])
 
     def _step(
         self, batch: RaggedBatch, tokens: np.ndarray, rows: Sequence[int], requests: Sequence[Request | None]
@@ -168,22 +172,20 @@ class _Serve:
         drawn, self.state = _model_step(inputs, self.state)
         return np.asarray(drawn)
 
-    def _append(self, slots: Sequence[int], drawn: np.ndarray) -> None:
-        """Add the drawn tokens to their sequences, and release those that are done."""
+    def _finish(self, kind: Literal["prefill", "decode"], tokens: int, slots: Sequence[int], drawn: np.ndarray) -> None:
+        """Add the drawn tokens to the sequences in ``slots``, release those that are done, and report the step."""
+        scheduler, in_use = self.scheduler, self.scheduler.pool.pages_in_use
+        report = StepReport(kind, tokens, len(slots), int(in_use), len(scheduler.running), len(scheduler.waiting))
         done = []
-        for slot, token in zip(slots, drawn.tolist(), strict=True):
-            request = self.scheduler.running[slot]
+        for slot, token in zip(slots, drawn[: len(slots)].tolist(), strict=True):
+            request = scheduler.running[slot]
             request.known.append(token)
             if token in self.ends or request.num_generated == request.max_new_tokens:
                 done.append(slot)
         if done:
-            self.scheduler.release(done)
-
-    def _report(self, kind: Literal["prefill", "decode"], tokens: int) -> None:
+            scheduler.release(done)
         if self.on_step is not None:
-            scheduler = self.scheduler
-            in_use = int(scheduler.pool.pages_in_use)
-            self.on_step(StepInfo(kind, tokens, in_use, len(scheduler.running), len(scheduler.waiting)))
+            self.on_step(report)
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -215,8 +217,32 @@ def _any_pages(pool: PagePool) -> Pages:
     return jax.eval_shape(lambda: layout.init(pool.num_pages))
 
 
-def _requests(prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], pool: PagePool) -> list[Request]:
-    limits = [max_new_tokens] * len(prompts) if np.ndim(max_new_tokens) == 0 else list(max_new_tokens)
+def _pool_size(state: eqx.nn.State, num_pages: int | None, page_size: int | None) -> tuple[int, int]:
+    """The pool's pages and their size, which every `Pages` in the state must hold: else writes would be dropped."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages))
+    held = [(_num_pages(x), x.layout.page_size) for x in leaves if isinstance(x, Pages)]
+    if not held and (num_pages is None or page_size is None):
+        raise ValueError("The state holds no Pages to take num_pages and page_size from: pass both.")
+    num_pages = min(held)[0] if num_pages is None else num_pages
+    page_size = held[0][1] if page_size is None else page_size
+    for pages, size in held:
+        if size != page_size or pages < num_pages:
+            raise ValueError(
+                f"The pool has num_pages={num_pages} of page_size={page_size} tokens, which every layer's pages must "
+                f"hold; the state has a layer with {pages} pages of {size}."
+            )
+    return num_pages, page_size
+
+
+def _num_pages(pages: Pages) -> int:
+    """Pages of one layer, also where the layers' pages are stacked on leading axes."""
+    shape = pages.layout.array_shapes(-1)[0]
+    return pages.arrays[0].shape[pages.arrays[0].ndim - len(shape) + shape.index(-1)]
+
+
+def _requests(prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> list[Request]:
+    limits = np.asarray(max_new_tokens)
+    limits = np.broadcast_to(limits, len(prompts)) if limits.ndim == 0 else limits
     if len(limits) != len(prompts):
         raise ValueError(
             f"max_new_tokens must be one int, or one for each of {len(prompts)} prompts; got {len(limits)}."
@@ -225,48 +251,27 @@ def _requests(prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[i
     for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         ids = tuple(int(token) for token in prompt)
         if not ids:
-            raise ValueError(
-                f"Prompt {index} is empty: the first token is drawn after at least one; start it with a bos."
-            )
+            raise ValueError(f"prompts[{index}] is empty: a token is drawn after at least one; begin it with a bos.")
         if limit < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {limit} for prompt {index}.")
-        _require_room(index, len(ids), limit, pool)
-        requests.append(Request(index, ids, limit, list(ids)))
+            raise ValueError(f"max_new_tokens must be at least 1; got {limit} for prompts[{index}].")
+        requests.append(Request(index, ids, int(limit), list(ids)))
     return requests
 
 
-def _require_room(index: int, prompt: int, limit: int, pool: PagePool) -> None:
-    tokens = prompt + limit - 1
-    pages, most = -(-tokens // pool.page_size), min(pool.num_pages, pool.pages_per_seq)
-    if pages > most:
-        raise ValueError(
-            f"Prompt {index} can never be served: its {prompt} tokens and {limit} new ones need {pages} pages of "
-            f"{pool.page_size} tokens, and a sequence can have {most} (num_pages={pool.num_pages}, "
-            f"pages_per_seq={pool.pages_per_seq}). Shorten it, or make the pool larger."
-        )
-
-
-def _require_fitting_pool(pool: PagePool, state: eqx.nn.State) -> None:
-    """The pool is empty, and every `Pages` in the state has its pages: else writes would be dropped silently."""
-    in_use = int(pool.pages_in_use)
-    if in_use:
-        raise ValueError(f"pool must be empty, because generate takes all its slots and pages; {in_use} are in use.")
-    for pages in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages)):
-        if not isinstance(pages, Pages):
-            continue
-        size, num_pages = pages.layout.page_size, _num_pages(pages)
-        if size != pool.page_size or num_pages < pool.num_pages:
+def _table_width(requests: Sequence[Request], num_pages: int, page_size: int, pages_per_seq: int | None) -> int:
+    """``pages_per_seq`` or, left out, the least power of two that fits every request, so that few widths compile."""
+    most = num_pages if pages_per_seq is None else min(num_pages, pages_per_seq)
+    longest = 1
+    for request in requests:
+        needed = -(-(len(request.prompt) + request.max_new_tokens - 1) // page_size)
+        if needed > most:
             raise ValueError(
-                f"pool has {pool.num_pages} pages of {pool.page_size} tokens, which every layer's pages must hold; the "
-                f"state has a layer with {num_pages} pages of {size}."
+                f"prompts[{request.index}] can never be served: its {len(request.prompt)} tokens and "
+                f"{request.max_new_tokens} new ones need {needed} pages of {page_size} tokens, and a sequence can have "
+                f"{most} (num_pages={num_pages}, pages_per_seq={pages_per_seq}). Shorten it, or make the pool larger."
             )
-
-
-def _num_pages(pages: Pages) -> int:
-    """Pages of one layer, also where the layers' pages are stacked on leading axes."""
-    axis = next(i for i, n in enumerate(pages.layout.array_shapes(-1)[0]) if n == -1)
-    rank = len(pages.layout.array_shapes(-1)[0])
-    return pages.arrays[0].shape[pages.arrays[0].ndim - rank + axis]
+        longest = max(longest, needed)
+    return 1 << (longest - 1).bit_length() if pages_per_seq is None else pages_per_seq
 
 
 def _result(request: Request, ends: frozenset[int]) -> Generation:

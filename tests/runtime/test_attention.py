@@ -1,0 +1,172 @@
+"""`PagedAttention`: paged equals dense, positions from the batch, stacked layers, gradients, jit and donation."""
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged
+from paged.runtime import PagedAttention, PagePool, Rotary, YarnScaling
+
+from .tiny import EMBED, GLOBAL, LAYOUT, LOCAL, random_layer
+
+TOLERANCE = 3e-5  # float32; outputs are about 3, sums of 16 to 32 products of about 3
+
+
+def build(spec, num_pages=8, seed=0, **options):
+    return eqx.nn.make_with_state(random_layer)(spec, num_pages, jax.random.key(seed), **options)
+
+
+def tokens(count, seed=1):
+    return 3 * jax.random.normal(jax.random.key(seed), (count, EMBED))
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        (LOCAL, {"qk_norm": True}),
+        (GLOBAL, {"use_query_bias": True, "use_value_bias": True, "use_output_bias": True}),
+    ],
+    ids=["window, cap, norm", "sinks, biases"],
+)
+def test_prefill_chunks_then_decode_equal_dense(spec, options):
+    layer, state = build(spec, **options)
+    x, table, ys = tokens(11), jnp.array([5, 0, 7]), []
+    step = eqx.filter_jit(layer)
+    for start, stop in [(0, 6), (6, 10), (10, 11)]:
+        y, state = step(x[start:stop], paged.RaggedBatch.prefill(stop, table, stop - start), state)
+        ys.append(y)
+    np.testing.assert_allclose(jnp.concatenate(ys), layer.dense(x[None])[0], atol=TOLERANCE)
+
+
+def test_a_ragged_batch_gives_every_sequence_its_own_positions():
+    layer, state = build(LOCAL)
+    first, second = tokens(5, seed=2), tokens(7, seed=3)
+    pool, _ = PagePool.init(8, 3, 2, 4).extend(jnp.array([4, 0, 5]))
+    packed = jnp.concatenate([first[:4], second[:5]])
+    step = eqx.filter_jit(layer)
+    _, state = step(packed, pool.ragged_batch(jnp.array([4, 0, 5])), state)
+    pool, _ = pool.extend(jnp.array([1, 0, 2]))
+    padding = tokens(2, seed=4)
+    y, state = step(jnp.concatenate([first[4:], second[5:], padding]), pool.ragged_batch(jnp.array([1, 0, 2])), state)
+    np.testing.assert_allclose(y[0], layer.dense(first[None])[0, 4], atol=TOLERANCE)
+    np.testing.assert_allclose(y[1:3], layer.dense(second[None])[0, 5:], atol=TOLERANCE)
+    assert not y[3:].any(), "padding rows are the projection of 0"
+
+
+def test_scan_over_stacked_layers_equals_a_loop():
+    keys = jax.random.split(jax.random.key(7), 3)
+    stacked, state = eqx.nn.make_with_state(lambda: eqx.filter_vmap(lambda key: random_layer(GLOBAL, 4, key))(keys))()
+    pages = state.get(stacked.cache.index)
+    assert pages.arrays[0].shape == (3, *LAYOUT.array_shapes(4)[0])
+    x, batch = tokens(6), paged.RaggedBatch.prefill(6, [2, 0], 6)
+    batch = paged.check(batch, LAYOUT.init(4), 6, GLOBAL)
+    parameters, static = eqx.partition(stacked, eqx.is_array)
+
+    @jax.jit
+    def scanned(x, parameters, pages):
+        def body(x, layer):
+            y, pages = eqx.combine(layer[0], static).attend_pages(x, batch, layer[1])
+            return x + y, pages
+
+        return jax.lax.scan(body, x, (parameters, pages))
+
+    y, new_pages = scanned(x, parameters, pages)
+    for i in range(3):
+        layer = eqx.combine(jax.tree.map(lambda leaf, i=i: leaf[i], parameters), static)
+        step, own = layer.attend_pages(x, batch, jax.tree.map(lambda leaf, i=i: leaf[i], pages))
+        x = x + step
+        np.testing.assert_allclose(new_pages.arrays[0][i], own.arrays[0], atol=TOLERANCE)
+    np.testing.assert_allclose(y, x, atol=TOLERANCE)
+    chex.assert_trees_all_equal_structs(state.set(stacked.cache.index, new_pages).get(stacked.cache.index), pages)
+
+
+def test_gradients_flow_through_dense_to_every_parameter():
+    layer, _ = build(GLOBAL, qk_norm=True, use_query_bias=True)
+    x = tokens(6)[None]
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(layer):
+        return jnp.sum(layer.dense(x) ** 2)
+
+    leaves = jax.tree.leaves(eqx.filter(gradient(layer), eqx.is_inexact_array))
+    assert len(leaves) == 8  # four weights, one bias, two norms, the sinks
+    for leaf in leaves:
+        assert bool(jnp.isfinite(leaf).all()) and float(jnp.abs(leaf).max()) > 1e-3
+
+
+def test_dense_and_paged_gradients_agree():
+    layer, state = build(LOCAL)
+    x, batch, pages = tokens(6), paged.RaggedBatch.prefill(6, [2, 0], 6), state.get(layer.cache.index)
+    batch = paged.check(batch, pages, 6, LOCAL)
+    served = eqx.filter_grad(lambda layer: jnp.sum(layer.attend_pages(x, batch, pages)[0] ** 2))(layer)
+    dense = eqx.filter_grad(lambda layer: jnp.sum(layer.dense(x[None]) ** 2))(layer)
+    chex.assert_trees_all_close(
+        eqx.filter(served, eqx.is_inexact_array), eqx.filter(dense, eqx.is_inexact_array), rtol=1e-3, atol=1e-2
+    )
+
+
+def test_drop_in_under_filter_jit_with_one_trace_while_lengths_vary():
+    class Block(eqx.Module):
+        """Where a model had ``eqx.nn.MultiheadAttention``, with the batch and the state passed along."""
+
+        attention: PagedAttention
+        norm: eqx.nn.LayerNorm
+
+        def __init__(self, key):
+            self.attention = random_layer(LOCAL, 8, key)
+            self.norm = eqx.nn.LayerNorm(EMBED)
+
+        def __call__(self, x, batch, state):
+            y, state = self.attention(jax.vmap(self.norm)(x), batch, state)
+            return x + y, state
+
+    block, state = eqx.nn.make_with_state(Block)(jax.random.key(0))
+    step = eqx.filter_jit(chex.assert_max_traces(lambda model, x, batch, state: model(x, batch, state), n=1))
+    pool = PagePool.init(8, 2, 4, 4)
+    for count in ([1, 0], [1, 1], [1, 1], [0, 1]):
+        pool, _ = pool.extend(jnp.array(count))
+        y, state = step(block, tokens(2), pool.decode_batch(jnp.array(count, bool)), state)
+        assert y.shape == (2, EMBED)
+
+
+def test_donated_state_is_updated_in_place():
+    layer, state = build(LOCAL, num_pages=64)
+    batch = paged.check(paged.RaggedBatch.decode([3, 9], [[0, 1, 2], [3, 4, 5]]), LAYOUT.init(64), 2, LOCAL)
+    where = state.get(layer.cache.index).arrays[0].unsafe_buffer_pointer()
+    step = eqx.filter_jit(lambda inputs, state: inputs[0](*inputs[1:], state), donate="all-except-first")
+    _, state = step((layer, tokens(2), batch), state)
+    assert state.get(layer.cache.index).arrays[0].unsafe_buffer_pointer() == where
+
+
+def test_rotary_scaling_and_bfloat16_pages_serve():
+    layout = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8)  # bfloat16
+    rotary = Rotary(8, scaling=YarnScaling(factor=4.0, original_context=8))
+    layer, state = eqx.nn.make_with_state(PagedAttention)(
+        LOCAL, layout, 4, EMBED, rotary=rotary, dtype=jnp.bfloat16, key=jax.random.key(0)
+    )
+    x = tokens(6).astype(jnp.bfloat16)
+    y, _ = layer(x, paged.RaggedBatch.prefill(6, [1, 3], 6), state)
+    assert y.dtype == jnp.bfloat16
+    dense = layer.dense(x[None])[0]
+    # Both round q, k, v and y to 8 bits; the attention's own arithmetic is float32.
+    np.testing.assert_allclose(y.astype(jnp.float32), dense.astype(jnp.float32), atol=2**-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: build(LOCAL.replace(head_dim=16)), "rotary.head_dim must equal spec.head_dim = 16; got 8"),
+        (lambda: build(LOCAL)[0].dense(jnp.ones((3, EMBED))), r"x must be \[batch, tokens, embed_dim\].*got \(3, 16\)"),
+        (
+            lambda: build(LOCAL)[0].attend_pages(jnp.ones((3, 7)), paged.RaggedBatch.decode([1] * 3, [[0]] * 3), None),
+            r"x must be \[tokens, embed_dim\] with embed_dim = 16; got \(3, 7\)",
+        ),
+    ],
+)
+def test_error_texts(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()

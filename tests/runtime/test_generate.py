@@ -1,0 +1,199 @@
+"""`generate` against greedy dense recomputation, from pools too small for all; scheduling invisible; few traces."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paged.runtime import Sampler, generate
+
+from .tiny import GLOBAL, PAGE_SIZE, VOCAB, greedy_ref, random_layer, tiny
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5, 9], [1, 6, 1], [3, 14, 15, 9, 26]]
+NEW_TOKENS = [9, 12, 6, 11, 1]
+SETUP = {"num_slots": 3, "pages_per_seq": 8, "chunk_size": 4}
+
+
+@pytest.fixture(scope="module")
+def model_and_state():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def expected(model_and_state):
+    model, _ = model_and_state
+    return [greedy_ref(model, prompt, count) for prompt, count in zip(PROMPTS, NEW_TOKENS, strict=True)]
+
+
+def run(model_and_state, prompts=PROMPTS, max_new_tokens=NEW_TOKENS, **options):
+    return generate(*model_and_state, prompts, max_new_tokens=max_new_tokens, **{**SETUP, **options})
+
+
+def test_equals_dense_recomputation_with_waiting_and_preemption(model_and_state, expected):
+    reports = []
+    results = run(model_and_state, num_pages=8, on_step=reports.append)
+    assert [result.tokens for result in results] == expected
+    assert [list(result.prompt) for result in results] == PROMPTS
+    assert {result.finish_reason for result in results} == {"length"}
+    assert sum(result.preemptions for result in results) >= 1
+    assert max(report.waiting for report in reports) >= 2 and max(report.running for report in reports) == 3
+    assert max(report.pages_in_use for report in reports) <= 8
+    assert sum(report.new_tokens for report in reports) == sum(NEW_TOKENS)
+    prefilled = sum(report.tokens for report in reports if report.kind == "prefill")
+    assert prefilled > sum(map(len, PROMPTS)) - len(PROMPTS), "a preempted sequence is prefilled again"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"chunk_size": 1}, {"chunk_size": 64}, {"num_slots": 1}, {"num_slots": 5, "num_pages": 32}],
+    ids=str,
+)
+def test_chunks_slots_and_pages_are_invisible(model_and_state, expected, options):
+    results = run(model_and_state, **{"num_pages": 12, **options})
+    assert [result.tokens for result in results] == expected
+
+
+def test_eos_ends_a_sequence_and_frees_its_pages(model_and_state, expected):
+    eos = expected[1][3]
+    results = run(model_and_state, num_pages=8, eos=eos)
+    for result, tokens in zip(results, expected, strict=True):
+        stop = tokens.index(eos) + 1 if eos in tokens else len(tokens)
+        assert result.tokens == tokens[:stop]
+        assert result.finish_reason == ("eos" if eos in tokens else "length")
+    several = run(model_and_state, num_pages=8, eos=[eos, expected[0][0]])
+    assert several[0].tokens == expected[0][:1]
+
+
+def test_random_draws_do_not_depend_on_scheduling(model_and_state):
+    options = {"sampler": Sampler(temperature=1.5, top_k=20), "key": jax.random.key(5)}
+    crowded = run(model_and_state, num_pages=8, **options)
+    alone = run(model_and_state, num_pages=32, chunk_size=64, **options)
+    assert [r.tokens for r in crowded] == [r.tokens for r in alone]
+    assert sum(r.preemptions for r in crowded) > sum(r.preemptions for r in alone) == 0
+    other = run(model_and_state, num_pages=32, **{**options, "key": jax.random.key(6)})
+    assert [r.tokens for r in other] != [r.tokens for r in alone]
+    twins = run(model_and_state, prompts=[[5, 5]] * 2, max_new_tokens=12, num_pages=32, **options)
+    assert twins[0].tokens != twins[1].tokens, "equal prompts draw apart"
+
+
+def test_one_trace_a_kind_while_everything_varies():
+    model, state = tiny(seed=1)
+    run((model, state), num_pages=8)
+    run((model, state), prompts=[[1] * 17, [2]], max_new_tokens=[3, 20], num_pages=8)
+    assert sorted(model.traces) == [3, 4], "rows of the decode step (slots) and of the prefill step (chunk)"
+
+
+def test_the_callers_state_survives_unless_donated():
+    model, state = tiny(seed=2)
+    run((model, state), prompts=[[1, 2]], max_new_tokens=2)
+    pages = state.get(model.layers[0].cache.index)
+    assert not pages.arrays[0].any()
+    run((model, state), prompts=[[1, 2]], max_new_tokens=2, donate_state=True)
+    assert pages.arrays[0].is_deleted()
+
+
+class Counter(eqx.Module):
+    """After token t comes t + 1. Without attention, so that many schedules run fast."""
+
+    def __call__(self, tokens, batch, state):
+        del batch
+        return jax.nn.one_hot((tokens + 1) % VOCAB, VOCAB), state
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(1, 11), st.integers(1, 7)), min_size=0, max_size=7), st.integers(5, 9), st.booleans()
+)
+def test_any_schedule_finishes_and_every_sequence_is_its_own(shapes, num_pages, has_eos):
+    model, state = eqx.nn.make_with_state(Counter)()
+    prompts = [[(3 * i + k) % VOCAB for k in range(length)] for i, (length, _) in enumerate(shapes)]
+    limits, reports = [limit for _, limit in shapes], []
+    results = generate(
+        model,
+        state,
+        prompts,
+        max_new_tokens=limits,
+        num_slots=3,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        pages_per_seq=5,
+        chunk_size=4,
+        eos=7 if has_eos else None,
+        on_step=reports.append,
+    )
+    for prompt, limit, result in zip(prompts, limits, results, strict=True):
+        tokens = [(prompt[-1] + 1 + k) % VOCAB for k in range(limit)]
+        if has_eos and 7 in tokens:
+            tokens = tokens[: tokens.index(7) + 1]
+        assert list(result.tokens) == tokens
+    assert all(report.pages_in_use <= num_pages and 1 <= report.running <= 3 for report in reports)
+    assert sum(report.new_tokens for report in reports) == sum(len(result.tokens) for result in results)
+
+
+def test_stacked_layers_under_scan_serve():
+    """A model of stacked layers keeps their pages in one leaf of the state, with a leading axis."""
+
+    class Stacked(eqx.Module):
+        layers: object
+        embedding: jax.Array
+
+        def __init__(self, key):
+            keys = jax.random.split(key, 2)
+            self.layers = eqx.filter_vmap(lambda key: random_layer(GLOBAL, 9, key))(keys)
+            self.embedding = jax.random.normal(key, (VOCAB, 16))
+
+        def __call__(self, tokens, batch, state):
+            parameters, static = eqx.partition(self.layers, eqx.is_array)
+
+            def body(x, layer):
+                y, pages = eqx.combine(layer[0], static).attend_pages(x, batch, layer[1])
+                return x + y, pages
+
+            index = self.layers.cache.index
+            x, pages = jax.lax.scan(body, self.embedding[tokens], (parameters, state.get(index)))
+            return x @ self.embedding.T, state.set(index, pages)
+
+    model, state = eqx.nn.make_with_state(Stacked)(jax.random.key(0))
+    few, many = (run((model, state), PROMPTS[:3], 4, num_pages=n) for n in (4, 9))
+    assert [r.tokens for r in few] == [r.tokens for r in many]
+    with pytest.raises(ValueError, match="a layer with 9 pages of 4"):
+        run((model, state), num_pages=10)
+
+
+def no_model(tokens, batch, state):
+    raise AssertionError("nothing may run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"prompts": [[1], [1] * 9], "max_new_tokens": 8, "num_pages": 3},
+            r"prompts\[1\] can never be served: its 9 tokens and 8 new ones need 4 pages of 4 tokens, and a sequence "
+            r"can have 3 \(num_pages=3, pages_per_seq=8\)",
+        ),
+        ({"prompts": [[1], []], "max_new_tokens": 1}, r"prompts\[1\] is empty"),
+        ({"max_new_tokens": [1, 0, 1, 1, 1]}, r"max_new_tokens must be at least 1; got 0 for prompts\[1\]"),
+        ({"max_new_tokens": [1, 2]}, "one for each of 5 prompts; got 2"),
+        ({"sampler": Sampler(temperature=1.0)}, "key is missing"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1 row; got 0"),
+        ({"num_pages": 33}, "num_pages=33 of page_size=4 tokens.*a layer with 32 pages of 4"),
+        ({"page_size": 8}, "page_size=8 tokens.*a layer with 32 pages of 4"),
+    ],
+    ids=str,
+)
+def test_error_texts(model_and_state, changes, text):
+    with pytest.raises(ValueError, match=text):
+        run((no_model, model_and_state[1]), **changes)
+
+
+def test_a_state_without_pages_needs_sizes():
+    model, state = eqx.nn.make_with_state(Counter)()
+    with pytest.raises(ValueError, match=r"holds no Pages.*pass both"):
+        generate(model, state, [[1]], max_new_tokens=1, num_slots=1)
+    assert generate(model, state, [], max_new_tokens=1, num_slots=1, num_pages=1, page_size=1) == []
+    one = generate(model, state, [np.array([3])], max_new_tokens=jnp.int32(2), num_slots=1, num_pages=1, page_size=2)
+    assert one[0].tokens == (4, 5)

@@ -1,0 +1,169 @@
+"""`PagePool` against a model in plain Python, over random programs and at its edges."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import paged
+from paged.runtime import PagePool
+
+PAGES, SLOTS, WIDTH, SIZE = 7, 3, 4, 2
+CAPACITY = WIDTH * SIZE
+
+# Around every edge: nothing, one, an exact page, a full table, one too many, far too many, negative, near overflow.
+TOKENS = st.sampled_from([0, 0, 1, 2, 3, 4, 5, CAPACITY - 1, CAPACITY, CAPACITY + 1, 2**31 - 1, -1])
+PER_SLOT = st.lists(TOKENS, min_size=SLOTS, max_size=SLOTS)
+OPERATIONS = st.one_of(
+    st.tuples(st.just("reserve"), PER_SLOT),
+    st.tuples(st.just("extend"), PER_SLOT),
+    st.tuples(st.just("release"), st.lists(st.booleans(), min_size=SLOTS, max_size=SLOTS)),
+)
+
+
+class PoolRef:
+    """The same book-keeping with lists and a loop."""
+
+    def __init__(self):
+        self.tables = [[] for _ in range(SLOTS)]
+        self.lengths = [0] * SLOTS
+
+    def free(self):
+        held = {page for table in self.tables for page in table}
+        return [page for page in range(PAGES) if page not in held]
+
+    def reserve(self, tokens):
+        ok = []
+        for table, count in zip(self.tables, tokens, strict=True):
+            more = max(0, -(-count // SIZE) - len(table))
+            ok.append(0 <= count <= CAPACITY and more <= len(self.free()))
+            if ok[-1]:
+                table += self.free()[:more]
+        return ok
+
+    def extend(self, tokens):
+        is_count = [count >= 0 for count in tokens]
+        ok = self.reserve([n + m if c else -1 for n, m, c in zip(self.lengths, tokens, is_count, strict=True)])
+        self.lengths = [n + m if o else n for n, m, o in zip(self.lengths, tokens, ok, strict=True)]
+        return ok
+
+    def release(self, is_released):
+        for slot in np.flatnonzero(is_released):
+            self.tables[slot], self.lengths[slot] = [], 0
+
+
+@jax.jit
+@chex.assert_max_traces(n=1)
+def reserve(pool, tokens):
+    return pool.reserve(tokens)
+
+
+@jax.jit
+@chex.assert_max_traces(n=1)
+def extend(pool, tokens):
+    return pool.extend(tokens)
+
+
+@jax.jit
+@chex.assert_max_traces(n=1)
+def release(pool, is_released):
+    return pool.release(is_released), None
+
+
+RUN = {"reserve": reserve, "extend": extend, "release": release}
+
+
+def assert_invariants(pool: PagePool):
+    tables, counts = np.asarray(pool.block_tables), np.asarray(pool.ref_counts)
+    held = tables[tables >= 0]
+    assert len(set(held.tolist())) == len(held), "a page is in two tables"
+    assert (np.bincount(held, minlength=PAGES) == counts).all(), "counts and tables disagree"
+    assert int(pool.num_free) + int(pool.pages_in_use) == PAGES
+    for table, length in zip(tables, pool.lengths.tolist(), strict=True):
+        live = -(-length // SIZE)
+        assert ((table[:live] >= 0) & (table[:live] < PAGES)).all(), "a live token without a page"
+        assert (np.diff((table >= 0).astype(int)) <= 0).all(), "a hole in a table"
+
+
+@given(st.lists(OPERATIONS, min_size=1, max_size=12))
+def test_any_program_equals_the_model(program):
+    pool, model = PagePool.init(PAGES, SLOTS, WIDTH, SIZE), PoolRef()
+    for name, argument in program:
+        before = pool
+        dtype = bool if name == "release" else jnp.int32
+        pool, ok = RUN[name](pool, jnp.asarray(argument, dtype))
+        expected = getattr(model, name)(argument)
+        if ok is not None:
+            assert ok.tolist() == expected
+            for slot in np.flatnonzero(~np.asarray(ok)):
+                chex.assert_trees_all_equal(
+                    (pool.block_tables[slot], pool.lengths[slot]), (before.block_tables[slot], before.lengths[slot])
+                )
+        assert pool.lengths.tolist() == model.lengths
+        assert [[page for page in table if page >= 0] for table in pool.block_tables.tolist()] == model.tables
+        assert_invariants(pool)
+
+
+def test_exhaustion_is_a_result_and_release_makes_room():
+    pool = PagePool.init(num_pages=3, num_slots=3, pages_per_seq=3, page_size=4)
+    pool, ok = pool.extend(jnp.array([8, 5, 4]))
+    assert ok.tolist() == [True, False, True] and int(pool.num_free) == 0
+    unchanged, ok = pool.extend(jnp.array([1, 1, 1]))
+    assert ok.tolist() == [False, False, False]
+    chex.assert_trees_all_equal(unchanged, pool)
+    pool, ok = pool.release(jnp.array([True, False, False])).extend(jnp.array([0, 8, 0]))
+    assert ok.tolist() == [True, True, True]
+    assert pool.block_tables.tolist() == [[-1, -1, -1], [0, 1, -1], [2, -1, -1]]
+
+
+def test_releasing_twice_frees_once():
+    pool, _ = PagePool.init(4, 2, 2, 2).extend(jnp.array([3, 1]))
+    only_first = jnp.array([True, False])
+    once = pool.release(only_first)
+    chex.assert_trees_all_equal(once.release(only_first), once)
+    assert once.ref_counts.min() == 0 and int(once.num_free) == 3
+
+
+def test_a_page_with_another_user_stays_in_use():
+    """What forks and shared prefixes will rest on."""
+    pool, _ = PagePool.init(4, 2, 2, 2).extend(jnp.array([4, 0]))
+    shared = PagePool(pool.ref_counts.at[0].add(1), pool.block_tables.at[1, 0].set(0), pool.lengths.at[1].set(2), 2)
+    assert int(shared.pages_in_use) == 2
+    assert shared.release(jnp.array([True, False])).ref_counts.tolist() == [1, 0, 0, 0]
+    assert shared.release(jnp.array([True, True])).ref_counts.tolist() == [0, 0, 0, 0]
+
+
+def test_batches_pass_the_check():
+    pool, _ = PagePool.init(8, 4, 3, 2).extend(jnp.array([3, 0, 6, 1]))
+    layout = paged.PageLayout(page_size=2, num_kv_heads=1, head_dim=1)
+    spec = paged.AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=1, causal=False)
+    pages = layout.init(8)
+    ragged = pool.ragged_batch(jnp.array([2, 0, 5, 1]))
+    assert paged.check(ragged, pages, 10, spec).query_starts.tolist() == [0, 2, 2, 7, 8]
+    decode = paged.check(pool.decode_batch(), pages, 4, spec)
+    assert decode.query_rows == 1 and decode.lengths.tolist() == [3, 0, 6, 1]
+    prefill = paged.check(pool.prefill_batch(slot=2, query_rows=4), pages, 8, spec)
+    assert prefill.lengths.tolist() == [6] and prefill.block_tables[0].tolist() == pool.block_tables[2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda pool: PagePool.init(0, 1, 1, 1), ValueError, "num_pages must be at least 1; got 0."),
+        (lambda pool: PagePool.init(1, 1.0, 1, 1), TypeError, "num_slots must be a Python int; got 1.0."),
+        (lambda pool: PagePool.init(1, 1, 2**20, 2**12), ValueError, "must fit in int32"),
+        (
+            lambda pool: pool.reserve(jnp.zeros(3, jnp.int32)),
+            ValueError,
+            r"tokens must be \[seqs\] = \[2\].*got \(3,\)",
+        ),
+        (lambda pool: pool.extend(jnp.zeros(2)), TypeError, "tokens must be int32; got float32."),
+        (lambda pool: pool.release(jnp.zeros(2, jnp.int32)), TypeError, "is_released must be bool; got int32."),
+    ],
+)
+def test_error_texts(call, error, text):
+    with pytest.raises(error, match=text):
+        call(PagePool.init(4, 2, 2, 2))
