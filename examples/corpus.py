@@ -24,9 +24,3 @@ def bigram_loss(training: np.ndarray, text: np.ndarray) -> float:
     np.add.at(counts, (training[:-1], training[1:]), 1)
     log_probability = np.log(counts / counts.sum(axis=1, keepdims=True))
     return float(-log_probability[text[:-1], text[1:]].mean())
-
-
-def batches(text: np.ndarray, batch: int, length: int, steps: int, seed: int) -> "np.ndarray":
-    """``steps`` batches of random windows: uint8[steps, batch, length + 1], inputs and, shifted by one, targets."""
-    starts = np.random.default_rng(seed).integers(0, len(text) - length - 1, size=(steps, batch, 1))
-    return text[starts + np.arange(length + 1)]

@@ -65,12 +65,8 @@ class LanguageModel(eqx.Module):
         key: PRNGKeyArray,
     ):
         embedding_key, head_key, *keys = jax.random.split(key, depth + 2)
-        self.embedding = eqx.nn.Embedding(
-            weight=0.02 * jax.random.normal(embedding_key, (vocabulary, width))
-        )
-        self.blocks = [
-            Block(specs[i % len(specs)], layout, num_pages, width, key=k) for i, k in enumerate(keys)
-        ]
+        self.embedding = eqx.nn.Embedding(weight=0.02 * jax.random.normal(embedding_key, (vocabulary, width)))
+        self.blocks = [Block(specs[i % len(specs)], layout, num_pages, width, key=k) for i, k in enumerate(keys)]
         self.norm = eqx.nn.RMSNorm(width)
         self.head = eqx.nn.Linear(width, vocabulary, use_bias=False, key=head_key)
 

@@ -12,6 +12,6 @@ from .select import LOWERINGS as LOWERINGS
 from .select import refusals as refusals
 from .sequences import Sequences as Sequences
 from .simplify import normal_form as normal_form
-from .visits import page_mask as page_mask
+from .visits import page_coverage as page_coverage
 from .visits import visible_pages as visible_pages
 from .xla import dense_attention as dense_attention

@@ -14,7 +14,7 @@ from .program import Program
 from .schedule import Schedule
 from .select import LOWERINGS
 from .sequences import Sequences
-from .visits import page_mask
+from .visits import page_coverage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _count_pages(program: Program, tokens: int, pages: Pages, batch: RaggedBatch
     seqs = Sequences.of(batch, tokens, size)
 
     def count(length, rows, table):
-        return jnp.sum(page_mask(program, length - rows, length, length, table, size, pages.num_pages))
+        return jnp.sum(page_coverage(program, length - rows, length, length, table, size, pages.num_pages).some)
 
     visited = jax.vmap(count)(seqs.lengths, seqs.counts, seqs.tables)
     held = jnp.where(seqs.counts > 0, -(-seqs.lengths // size), 0)

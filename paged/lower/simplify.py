@@ -69,7 +69,7 @@ def _excludes(kind: type[And] | type[Or], a: Mask, b: Mask) -> bool:
 
 def implies(a: Mask, b: Mask) -> bool:
     """Whether ``a`` is known to imply ``b``, both in normal form. Sound, not complete."""
-    if a == b:
+    if a == b or isinstance(a, Nothing) or isinstance(b, Everything):
         return True
     if isinstance(a, Or):
         return all(implies(term, b) for term in a.terms)

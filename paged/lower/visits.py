@@ -3,20 +3,24 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
+
+from paged.spec import Coverage
 
 from .program import Program
 
 
 class Visits(NamedTuple):
-    """Pages of one sequence in ascending order, the first ``count`` entries of ``index`` being valid.
+    """Pages of one sequence to visit: first those that are visible in full, then the others, each in ascending order.
 
-    ``index`` counts pages of the sequence (page ``i`` holds tokens ``i * P`` onward); ``page`` is where each lies in
-    the pool.
+    The first ``count`` entries are valid, and the first ``num_full`` of them need no mask. ``index`` counts pages of
+    the sequence (page ``i`` holds tokens ``i * P`` onward); ``page`` is where each lies in the pool, ``0`` in the
+    entries past ``count``.
     """
 
     index: Int[Array, " pages_per_seq"]
     page: Int[Array, " pages_per_seq"]
+    num_full: Int[Array, ""]
     count: Int[Array, ""]
 
 
@@ -27,15 +31,19 @@ def visible_pages(
 
     A table entry outside the pool is a hole: its page is never visited, so its tokens are invisible.
     """
-    is_visited = page_mask(program, p0, p1, length, table, page_size, num_pages)
-    index = jnp.nonzero(is_visited, size=table.shape[0], fill_value=0)[0]
-    return Visits(index, table[index], jnp.sum(is_visited, dtype=jnp.int32))
+    some, full = page_coverage(program, p0, p1, length, table, page_size, num_pages)
+    num_full, count = jnp.sum(full, dtype=jnp.int32), jnp.sum(some, dtype=jnp.int32)
+    partial = some & ~full
+    rank = jnp.where(full, jnp.cumsum(full) - 1, num_full + jnp.cumsum(partial) - 1)
+    width = table.shape[0]
+    index = jnp.zeros(width, jnp.int32).at[jnp.where(some, rank, width)].set(jnp.arange(width), mode="drop")
+    return Visits(index, jnp.where(jnp.arange(width) < count, table[index], 0), num_full, count)
 
 
-def page_mask(
+def page_coverage(
     program: Program, p0: Any, p1: Any, length: Any, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
-) -> Bool[Array, " pages_per_seq"]:
-    """For each page of the table, whether the query positions ``[p0, p1)`` visit it."""
+) -> Coverage:
+    """For each page of the table, what the query positions ``[p0, p1)`` see of it; holes are empty."""
     j0 = jnp.arange(table.shape[0]) * page_size
-    some = program.coverage(p0, p1, j0, j0 + page_size, length).some
-    return some & (p0 < p1) & (table >= 0) & (table < num_pages)
+    is_there = (p0 < p1) & (table >= 0) & (table < num_pages)
+    return program.coverage(p0, p1, j0, j0 + page_size, length) & Coverage(is_there, is_there)

@@ -37,14 +37,16 @@ def reference_state(
     row = _rows(batch, tokens, pages.layout.page_size)
     j, keys, values, is_stored = _sequence_keys(pages, batch, row["seq"], row["length"], dtype)
 
+    p, h = row["position"][:, None, None], jnp.arange(spec.num_q_heads)[:, None]
+    is_visible = spec.visibility(p, j) & is_stored[:, None, :] & row["is_live"][:, None, None]
+    # A stale table entry may lead to another sequence's NaN, which a weight of 0 does not silence.
+    keys, values = (jnp.where(is_visible[:, 0, :, None, None], x, 0) for x in (keys, values))
+
     grouped = q.astype(dtype).reshape(tokens, spec.num_kv_heads, spec.group, -1)
     s = jnp.einsum("thgd,tjhd->thgj", grouped, keys, precision="highest") * spec.softmax_scale
     s = s.reshape(tokens, spec.num_q_heads, -1)
-
-    p, h = row["position"][:, None, None], jnp.arange(spec.num_q_heads)[:, None]
     for op in spec.score_ops:
         s = op(s, p, j, h)
-    is_visible = spec.visibility(p, j) & is_stored[:, None, :] & row["is_live"][:, None, None]
     s = jnp.where(is_visible, s, -jnp.inf)
 
     top = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)

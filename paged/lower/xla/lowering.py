@@ -11,11 +11,12 @@ from ..lowering import Lowering
 from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
-from .attend import Operands, Tiles, attend
+from .forward import attend
+from .walk import Operands, Walk
 from .write import write
 
 _BLOCK_TOKENS = 128
-_QUERY_ROWS = 64
+_QUERY_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class XlaBlocks(Lowering):
         for rows, is_member in _phases(schedule, batch, seqs, q.shape[0]):
             keys = schedule.pages_per_block * pages.layout.page_size
             terms, constants = hoist(program, program.num_kv_heads, program.group * rows, keys)
-            walk = Tiles(program, terms, rows, schedule.pages_per_block)
+            walk = Walk(program, terms, rows, schedule.pages_per_block)
             states.append(attend(walk, Operands(q, pages, constants, seqs, is_member)))
         # Each row belongs to one phase; in the other it is the empty state, so that the merge is exact.
         return states[0] if len(states) == 1 else merge(*states)

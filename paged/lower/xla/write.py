@@ -1,11 +1,27 @@
-"""Writing a step's keys and values into their slots: one scatter, in place where the pages are donated."""
+"""Writing a step's keys and values into their slots, in place where the pages are donated."""
 
+import functools
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from paged.spec import Pages, RaggedBatch
+from paged.spec import PageLayout, Pages, RaggedBatch
 
 from ..sequences import Sequences
+from .bits import as_bits, from_bits
+
+# Which axes of a pool's array count pages, and slots within one. The others are what one token has.
+_TOKEN_AXES = {"packed": (0, 3), "split": (1, 2), "interleaved": (0, 1)}
+
+
+class Slots(NamedTuple):
+    """Where each row of a step goes: page and slot, in range, and whether it goes anywhere."""
+
+    page: Int[Array, " tokens"]
+    slot: Int[Array, " tokens"]
+    is_mapped: Bool[Array, " tokens"]
 
 
 def write(
@@ -15,55 +31,112 @@ def write(
     batch: RaggedBatch,
 ) -> Pages:
     """The pages with each row's key and value at its position; rows of no sequence, and holes, are dropped."""
-    page, slot = _slots(batch, k.shape[0], pages)
-    layout, heads = pages.layout, jnp.arange(pages.layout.num_kv_heads)
-    k, k_scale = _quantised(k, pages.k_scale, pages, page, slot)
-    v, v_scale = _quantised(v, pages.v_scale, pages, page, slot)
-    page, slot = page[:, None], slot[:, None]
-    if layout.order == "packed":
-        (pool,) = pages.arrays
-        pools = (pool.at[page, 0, heads, slot].set(k, mode="drop").at[page, 1, heads, slot].set(v, mode="drop"),)
-    elif layout.order == "split":
-        pools = tuple(
-            pool.at[heads, page, slot].set(x, mode="drop") for pool, x in zip(pages.arrays, (k, v), strict=True)
-        )
-    else:
-        (pool,) = pages.arrays
-        pairs = jnp.stack([k, v], axis=2).reshape(k.shape[0], 2 * layout.num_kv_heads, -1)
-        pools = (pool.at[page[:, 0], slot[:, 0]].set(pairs, mode="drop"),)
-    return Pages(pools, k_scale, v_scale, layout)
+    layout, slots = pages.layout, _slots(batch, k.shape[0], pages)
+    k, k_row_scale = _stored(k, layout, pages.k_scale)
+    v, v_row_scale = _stored(v, layout, pages.v_scale)
+    arrays = put(_TOKEN_AXES[layout.order], _rows(layout, k, v), pages.arrays, slots)
+    k_scale, v_scale = pages.k_scale, pages.v_scale
+    if layout.scales == "token":
+        k_scale, v_scale = put((0, 2), (k_row_scale, v_row_scale), (k_scale, v_scale), slots)
+    return Pages(arrays, k_scale, v_scale, layout)
 
 
-def _slots(batch: RaggedBatch, tokens: int, pages: Pages) -> tuple[Int[Array, " tokens"], Int[Array, " tokens"]]:
-    """Each row's page and slot; the page is out of the pool, so that the write is dropped, where there is none."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def put(axes: tuple[int, int], rows: tuple[Array, ...], pools: tuple[Array, ...], slots: Slots) -> tuple[Array, ...]:
+    """The pools with ``rows`` [tokens, ...] in their slots; ``axes`` are the pools' page and slot axes.
+
+    New rows get the gradient of their slots, and what they overwrite gets none.
+    """
+    one_by_one = functools.partial(_put_one_by_one, axes)
+    at_once = functools.partial(_put_at_once, axes)
+    return jax.lax.platform_dependent(rows, pools, slots, cpu=one_by_one, default=at_once)
+
+
+def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Array, ...]:
+    """For CPU, where a scatter of narrow floats converts the whole pool there and back."""
+
+    def put_row(i: Array, pools: tuple[Array, ...]) -> tuple[Array, ...]:
+        def put_in(pool: Array, row: Array) -> Array:
+            start = [0] * pool.ndim
+            start[axes[0]], start[axes[1]] = slots.page[i], slots.slot[i]
+            row = as_bits(jnp.expand_dims(row, axes))
+            bits = as_bits(pool, i)
+            old = jax.lax.dynamic_slice(bits, start, row.shape)
+            new = jax.lax.dynamic_update_slice(bits, jnp.where(slots.is_mapped[i], row, old), start)
+            return from_bits(new, pool.dtype)
+
+        return tuple(put_in(pool, row[i]) for pool, row in zip(pools, rows, strict=True))
+
+    return jax.lax.fori_loop(0, slots.page.shape[0], put_row, pools)
+
+
+def _put_at_once(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Array, ...]:
+    """One scatter, with rows that go nowhere out of range."""
+
+    def put_in(pool: Array, row: Array) -> Array:
+        page = jnp.where(slots.is_mapped, slots.page, pool.shape[axes[0]])
+        row = jnp.moveaxis(row, 0, axes[0]) if axes[1] == axes[0] + 1 else row
+        return pool.at[_index(axes, page, slots.slot)].set(row, mode="drop")
+
+    return tuple(put_in(pool, row) for pool, row in zip(pools, rows, strict=True))
+
+
+def _put_forward(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Any, Slots]:
+    return put(axes, rows, pools, slots), slots
+
+
+def _put_backward(axes: tuple[int, int], slots: Slots, cotangent: tuple[Array, ...]) -> Any:
+    def of_rows(c: Array) -> Array:
+        row = c[_index(axes, slots.page, slots.slot)]
+        row = jnp.moveaxis(row, axes[0], 0) if axes[1] == axes[0] + 1 else row
+        return jnp.where(slots.is_mapped.reshape(-1, *[1] * (row.ndim - 1)), row, 0)
+
+    rows = tuple(of_rows(c) for c in cotangent)
+    return rows, _put_at_once(axes, tuple(jnp.zeros_like(row) for row in rows), cotangent, slots), None
+
+
+put.defvjp(_put_forward, _put_backward)
+
+
+def _index(axes: tuple[int, int], page: Array, slot: Array) -> tuple[Any, ...]:
+    """An index of every token's row; it puts tokens first, or at the page axis where the slot's is next to it."""
+    index: list[Any] = [slice(None)] * (axes[1] + 1)
+    index[axes[0]], index[axes[1]] = page, slot
+    return tuple(index)
+
+
+def _slots(batch: RaggedBatch, tokens: int, pages: Pages) -> Slots:
     size = pages.layout.page_size
     seqs = Sequences.of(batch, tokens, size)
     seq, position, is_live = seqs.positions(tokens)
     position = jnp.where(is_live, position, 0)
     page = seqs.tables[seq, position // size]
     is_mapped = is_live & (page >= 0) & (page < pages.num_pages)
-    return jnp.where(is_mapped, page, pages.num_pages), position % size
+    return Slots(jnp.where(is_mapped, page, 0), position % size, is_mapped)
 
 
-def _quantised(x: Array, scale: Array | None, pages: Pages, page: Array, slot: Array) -> tuple[Array, Array | None]:
-    """``x [tokens, kv_heads, dim]`` as the pages store it, and the scales after the write.
+def _rows(layout: PageLayout, k: Array, v: Array) -> tuple[Array, ...]:
+    """Keys and values as one token's part of each of the pool's arrays."""
+    if layout.order == "packed":
+        return (jnp.stack([k, v], axis=1),)
+    if layout.order == "split":
+        return k, v
+    return (jnp.stack([k, v], axis=2).reshape(k.shape[0], 2 * layout.num_kv_heads, -1),)
+
+
+def _stored(x: Array, layout: PageLayout, scale: Array | None) -> tuple[Array, Array | None]:
+    """``x [tokens, kv_heads, dim]`` as the pages store it, and for scales a token its scales [tokens, kv_heads].
 
     Scales a token and head are computed here, the row's largest magnitude over the dtype's; the others are the
     caller's, and values beyond them saturate.
     """
-    dtype = pages.layout.dtype
     if scale is None:
-        return x.astype(dtype), None
-    x = x.astype(jnp.float32)
-    largest = float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
-    if scale.ndim == 3:
+        return x.astype(layout.dtype), None
+    is_integer = jnp.issubdtype(layout.dtype, jnp.integer)
+    largest = float(jnp.iinfo(layout.dtype).max if is_integer else jnp.finfo(layout.dtype).max)
+    x, row_scale = x.astype(jnp.float32), None
+    if layout.scales == "token":
         row_scale = jnp.max(jnp.abs(x), axis=-1) / largest
-        row_scale = jnp.where(row_scale == 0, 1.0, row_scale)  # a row of zeros is exact at any scale
-        heads = jnp.arange(pages.layout.num_kv_heads)
-        scale = scale.at[page[:, None], heads, slot[:, None]].set(row_scale, mode="drop")
-    else:
-        row_scale = jnp.broadcast_to(scale, (pages.layout.num_kv_heads,))
-    scaled = jnp.clip(x / row_scale[..., None], -largest, largest)
-    if jnp.issubdtype(dtype, jnp.integer):
-        scaled = jnp.round(scaled)
-    return scaled.astype(dtype), scale
+        scale = row_scale = jnp.where(row_scale == 0, 1.0, row_scale)  # a row of zeros is exact at any scale
+    scaled = jnp.clip(x / (scale if scale.ndim == 0 else scale[..., None]), -largest, largest)
+    return (jnp.round(scaled) if is_integer else scaled).astype(layout.dtype), row_scale

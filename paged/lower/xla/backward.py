@@ -1,0 +1,82 @@
+"""The XLA lowering's gradient: the forward pass's tiles once more, with weights recomputed from the log-sum-exp.
+
+Nothing that grows with tokens x length is kept between the passes (Dao et al., arXiv:2205.14135, algorithm 4). What a
+program's score operations do to a gradient is JAX's own differentiation of them, a tile at a time.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from paged.spec import AttentionState, Pages
+
+from ..softmax import select_values
+from . import tiles
+from .blocks import Block, Blocks
+from .walk import Operands, Walk
+
+
+def backward(walk: Walk, saved: tuple[Operands, AttentionState], cotangent: AttentionState) -> tuple[Operands]:
+    """Gradients of `attend`'s operands; None stands for no gradient, which integers and quantised pages get."""
+    operands, state = saved
+    blocks = Blocks.of(operands.seqs, operands.is_member, walk.rows)
+    is_differentiable = not operands.pages.layout.is_quantised
+    pools = tuple(jnp.zeros(a.shape, jnp.float32) for a in operands.pages.arrays if is_differentiable)
+    zeros = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), operands.constants)
+
+    def block_gradient(which, carry):
+        q_gradient, pools, constants = carry
+        block = blocks.block(which, walk.rows)
+        q, pools, constants = _block_gradient(walk, block, operands, state, cotangent, pools, constants)
+        row = jnp.where(block.is_row, block.row, operands.q.shape[0])
+        return q_gradient.at[row].set(walk.unfold(q), mode="drop"), pools, constants
+
+    start = (jnp.zeros(operands.q.shape, jnp.float32), pools, zeros)
+    q, pools, constants = jax.lax.fori_loop(0, blocks.count, block_gradient, start)
+    pages = None
+    if is_differentiable:
+        cast = tuple(pool.astype(array.dtype) for pool, array in zip(pools, operands.pages.arrays, strict=True))
+        pages = Pages(cast, None, None, operands.pages.layout)
+    constants = jax.tree.map(lambda c: c if jnp.issubdtype(c.dtype, jnp.inexact) else None, constants)
+    return (Operands(q.astype(operands.q.dtype), pages, constants, None, None),)  # pyright: ignore
+
+
+def _block_gradient(walk: Walk, block: Block, operands: Operands, state, cotangent, pools, constants):
+    """One block's gradients: of its queries, and added to those of the pools and constants."""
+    at_rows = functools.partial(_rows_of, walk, block)
+    q, out, out_gradient = at_rows(operands.q), at_rows(state.out), at_rows(cotangent.out)
+    lse, lse_gradient = at_rows(state.lse[..., None]), at_rows(cotangent.lse[..., None])
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    # d loss / d s_j = w_j (<d out, v_j> - <d out, out> + d lse): the softmax's Jacobian, and lse's.
+    common = lse_gradient - jnp.sum(out_gradient * out, axis=-1, keepdims=True)
+    visits, p = walk.visits(block, operands), walk.positions(block)
+
+    def step(i, carry):
+        q_gradient, pools, constants = carry
+        tile = walk.tile(i, visits, operands.pages.layout.page_size)
+        is_visible = walk.visible(tile, block, operands.constants)
+        k, v = (select_values(is_visible, x) for x in tiles.gather(operands.pages, tile.ids, i))
+        s, pull = jax.vjp(lambda q, k, c: walk.scores(q, k, c, p, tile.j), q, k, operands.constants)
+        weights = jnp.where(is_visible, jnp.exp(s - lse), 0.0)
+        v_gradient = jnp.einsum("hrk,hrd->hkd", weights, out_gradient, precision="highest")
+        w_gradient = jnp.einsum("hrd,hkd->hrk", out_gradient, v, precision="highest")
+        s_gradient = jnp.where(weights > 0, weights * (w_gradient + common), 0.0)
+        q_step, k_gradient, c_step = pull(s_gradient)
+        if pools:
+            pools = tiles.scatter_add(operands.pages.layout, pools, tile.ids, k_gradient, v_gradient)
+        return q_gradient + q_step, pools, _accumulate(constants, c_step)
+
+    return jax.lax.fori_loop(0, walk.steps(visits), step, (jnp.zeros_like(q), pools, constants))
+
+
+def _rows_of(walk: Walk, block: Block, x: Float[Array, "tokens q_heads dim"]) -> Array:
+    """The block's rows of an array, folded; 0 for rows that are not the block's."""
+    rows = jnp.where(block.is_row[:, None, None], x[block.row].astype(jnp.float32), 0.0)
+    return walk.fold(rows)
+
+
+def _accumulate(total: Any, step: Any) -> Any:
+    return jax.tree.map(lambda a, b: a + b if jnp.issubdtype(a.dtype, jnp.inexact) else a, total, step)
