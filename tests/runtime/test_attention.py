@@ -23,6 +23,44 @@ def tokens(count, seed=1):
     return 3 * jax.random.normal(jax.random.key(seed), (count, EMBED))
 
 
+def layer_ref(layer, x):
+    """One sequence through a layer, row by row in float64: project, normalise, rotate, cap, mask, softmax with sink."""
+    spec, x = layer.spec, np.asarray(x, np.float64)
+
+    def project(linear, norm=None):
+        heads = (x @ np.asarray(linear.weight, np.float64).T).reshape(len(x), -1, spec.head_dim)
+        if norm is None:
+            return heads
+        return heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm.weight, np.float64)
+
+    def rotate(heads):
+        a, b = np.split(heads, 2, axis=-1)
+        angle = np.outer(np.arange(len(x)), 100.0 ** (-np.arange(4) / 4))[:, None]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
+
+    q, k = rotate(project(layer.query_proj, layer.query_norm)), rotate(project(layer.key_proj, layer.key_norm))
+    v, out = project(layer.value_proj), np.zeros_like(q)
+    for p in range(len(x)):
+        first = 0 if spec.window is None else max(0, p - spec.window + 1)
+        for h in range(spec.num_q_heads):
+            s = spec.scale * k[first : p + 1, h // spec.group] @ q[p, h]
+            s = s if spec.soft_cap is None else spec.soft_cap * np.tanh(s / spec.soft_cap)
+            weights = np.exp(s)
+            total = weights.sum() + (np.exp(float(layer.sinks[h])) if spec.sinks else 0)
+            out[p, h] = weights / total @ v[first : p + 1, h // spec.group]
+    return out.reshape(len(x), -1) @ np.asarray(layer.output_proj.weight, np.float64).T
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("spec", [LOCAL, GLOBAL], ids=["window, cap", "sinks"])
+def test_dense_equals_the_formulas(spec, qk_norm):
+    layer, _ = build(spec, qk_norm=qk_norm)
+    if qk_norm:
+        assert float(jnp.abs(layer.query_norm.weight - 1).max()) > 0.1
+    x = tokens(9)
+    np.testing.assert_allclose(eqx.filter_jit(layer.dense)(x[None])[0], layer_ref(layer, x), atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("spec", "options"),
     [

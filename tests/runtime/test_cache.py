@@ -44,6 +44,17 @@ def test_functional_core_is_the_call():
     np.testing.assert_array_equal(pages.arrays[0], state.get(cache.index).arrays[0])
 
 
+def test_quantised_pages_keep_their_scales_in_the_state():
+    layout = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.int8, scales="token")
+    cache, state = eqx.nn.make_with_state(PagedCache)(SPEC, layout, 6)
+    q, k, v = arrays(5)
+    out, state = cache(q, k, v, paged.RaggedBatch.prefill(5, [1, 3], 5), state)
+    exact = paged.dense_attention(SPEC, q[None], k[None], v[None])[0]
+    # int8 steps of about 0.05 (a largest value of 6 over 127) in scores whose queries are about 3 in each of 8 dims.
+    assert 0 < float(jnp.abs(out - exact).max()) < 0.5
+    assert float(state.get(cache.index).k_scale[1].max()) < 0.1
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("is_jitted", [False, True])
 def test_a_stale_table_is_found_by_default(is_jitted):
