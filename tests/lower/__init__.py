@@ -1,0 +1,1 @@
+"""Tests of how an attention runs, apart from its numbers."""

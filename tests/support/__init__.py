@@ -1,0 +1,18 @@
+"""What the tests share: cases, an independent oracle, tolerances and the table of lowerings."""
+
+from .arrays import Built as Built
+from .arrays import build as build
+from .cases import CORNERS as CORNERS
+from .cases import Case as Case
+from .cases import Corner as Corner
+from .compare import TOLERANCES as TOLERANCES
+from .compare import assert_state as assert_state
+from .compare import assert_states_close as assert_states_close
+from .compare import exact_state as exact_state
+from .lowerings import ALL_LOWERINGS as ALL_LOWERINGS
+from .lowerings import every_lowering as every_lowering
+from .lowerings import lowered as lowered
+from .lowerings import state_of as state_of
+from .specs import PHASES as PHASES
+from .specs import SPECS as SPECS
+from .specs import case_of as case_of

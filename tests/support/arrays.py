@@ -1,0 +1,230 @@
+"""`build`: a case's arrays, in which every slot that holds no live token of a live sequence is poison."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged.spec import AttentionSpec, Pages, RaggedBatch
+
+from .cases import Case
+
+SPREAD = 3.0  # inputs are about 3 x normal: scores then reach +-30, and a softmax is nowhere near uniform
+_GARBAGE = (-1, -9, 10**6, -(2**31), 2**31 - 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Built:
+    """A case's arrays for a lowering, and what is known of them.
+
+    ``k`` and ``v`` are this step's own tokens, for `update`. ``is_held[page, slot]`` says which slots hold a live
+    token. ``visible[row]`` lists the key positions that a row sees by brute force, None for padding rows, and
+    ``row_of[row]`` is its sequence and position. ``error_unit[row]`` is, for each head, the largest
+    ``scale * sum_d |q_d k_d|`` over the visible keys, and the largest ``|v|``.
+    """
+
+    case: Case
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    pages: Pages
+    batch: RaggedBatch
+    sinks: jax.Array | None
+    is_held: np.ndarray
+    visible: list[np.ndarray | None]
+    error_unit: np.ndarray
+    row_of: list[tuple[int, int] | None]
+
+
+def build(
+    case: Case, *, physical_seed: int = 0, changed: tuple[int, ...] = (), hold_new: bool = True, padding_seed: int = 0
+) -> Built:
+    """Arrays of a case.
+
+    ``physical_seed`` moves pages about in the pool and redraws garbage; it changes nothing that may matter.
+    ``changed`` names sequences whose contents and lengths are drawn anew. With ``hold_new=False`` this step's own
+    tokens are not in the pool yet, and the slots they will be written to are poison too.
+    """
+    lengths, rows, live = case.values()
+    lengths = [max(1, n - 2) if s in changed else n for s, n in enumerate(lengths)]
+    drawn = [_draw_sequence(case, s, lengths[s], s in changed) for s in range(case.slots)]
+    starts = np.concatenate([[0], np.cumsum(rows)])
+    tokens = case.tokens if case.phase == "ragged" else starts[-1]
+    q = _normal(case, 90, (tokens, case.spec.num_q_heads, case.spec.head_dim))
+    q[starts[live] :] = _normal(case, 91 + padding_seed, q[starts[live] :].shape)
+
+    pool = _Pool.empty(case, np.random.default_rng([case.seed, 7, physical_seed]))
+    tables = pool.garbage_tables()
+    visible: list[np.ndarray | None] = [None] * tokens
+    row_of: list[tuple[int, int] | None] = [None] * tokens
+    for s in range(live):
+        positions = np.arange(lengths[s] - rows[s], lengths[s])
+        seen = _brute_force(case.spec, case.pages_per_seq * case.page_size)[16 + positions, : lengths[s]]
+        for i, p in enumerate(positions):
+            visible[starts[s] + i], row_of[starts[s] + i] = np.flatnonzero(seen[i]), (s, int(p))
+        written = np.arange(max(0, lengths[s] - rows[s]), lengths[s])
+        needed = np.union1d(np.flatnonzero(seen.any(axis=0)), written) // case.page_size
+        held = np.arange(lengths[s] if hold_new else max(0, lengths[s] - rows[s]))
+        pool.store(s, np.unique(needed), held, drawn[s], tables)
+    pages, k_live, v_live = pool.pages()
+
+    k, v = (np.full((tokens, case.spec.num_kv_heads, x.shape[-1]), np.nan, np.float32) for x in drawn[0])
+    for row, owner in enumerate(row_of):
+        if owner is not None and owner[1] >= 0:
+            k[row], v[row] = (x[:, owner[1]] for x in drawn[owner[0]])
+    at = [
+        None if w is None else (tables[w[0], j // case.page_size], j % case.page_size)
+        for w, j in zip(row_of, visible, strict=True)
+    ]
+    error_unit = np.array([_error_unit(case, q[i], where, k_live, v_live) for i, where in enumerate(at)])
+    batch = _batch(case, lengths, rows, live, tables)
+    dtype = jnp.dtype(case.q_dtype)
+    return Built(
+        case,
+        *(jnp.asarray(x, dtype) for x in (q, k, v)),
+        pages,
+        batch,
+        _sinks(case),
+        pool.is_held,
+        visible,
+        error_unit,
+        row_of,
+    )
+
+
+def _error_unit(case: Case, q: np.ndarray, where: tuple | None, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """For each head of a row, see `Built.error_unit`; 1 where nothing is visible."""
+    heads, group = case.spec.num_q_heads, case.spec.group
+    if where is None or not len(where[0]):
+        return np.ones((2, heads))
+    k, v = (np.abs(np.repeat(x[where[0], :, where[1]], group, axis=1)) for x in (k, v))
+    condition = case.spec.softmax_scale * np.einsum("hd,jhd->jh", np.abs(q), k).max(axis=0)
+    return np.stack([np.nan_to_num(condition, nan=1.0), np.nan_to_num(v.max(axis=(0, 2)), nan=1.0)])
+
+
+def _batch(case: Case, lengths: list[int], rows: list[int], live: int, tables: np.ndarray) -> RaggedBatch:
+    """The batch, with garbage in everything that dead slots own."""
+    known = np.array(lengths)
+    known[live:] = np.resize([-7, 10**6, -(2**31), 2**31 - 1, 3], case.slots)[live:]
+    if case.phase == "prefill":
+        batch = RaggedBatch.prefill(known[0], tables[0], case.rows)
+        return RaggedBatch(known, tables, batch.query_starts, live, query_rows=case.rows)
+    if case.phase == "decode":
+        return RaggedBatch.decode(known, tables, live, query_rows=case.rows)
+    starts = np.concatenate([[0], np.cumsum(rows)])
+    starts[live + 1 :] = np.resize([10**6, -4, 2, -(2**31), 5], case.slots)[live:]
+    return RaggedBatch(known, tables, starts, live)
+
+
+@functools.cache
+def _brute_force(spec: AttentionSpec, capacity: int) -> np.ndarray:
+    """Whether each position ``p`` sees ``j``, as ``[p + 16, j]``: the mask's value at every pair, once a spec."""
+    p, j = jnp.arange(-16, capacity)[:, None], jnp.arange(capacity)[None, :]
+    return np.broadcast_to(np.asarray(spec.visibility(p, j)), (16 + capacity, capacity))
+
+
+def _normal(case: Case, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng([case.seed, stream]).normal(0, SPREAD, shape).astype(np.float32)
+
+
+def _draw_sequence(case: Case, s: int, length: int, is_changed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values ``[kv_heads, length, dim]`` of one sequence; they depend on nothing but the sequence."""
+    heads, layout = case.spec.num_kv_heads, case.layout
+    full = case.pages_per_seq * case.page_size
+    streams = (200 + s, 300 + s) if is_changed else (s, 100 + s)
+    k, v = (
+        _normal(case, stream, (full, heads, dim))
+        for stream, dim in zip(streams, (layout.head_dim, layout.value_dim), strict=True)
+    )
+    return np.moveaxis(k, 1, 0)[:, :length], np.moveaxis(v, 1, 0)[:, :length]
+
+
+def _sinks(case: Case) -> jax.Array | None:
+    if case.sink_shape is None:
+        return None
+    return jnp.asarray(_normal(case, 50, case.sink_shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    """A pool under construction, as ``[pages, kv_heads, page_size, dim]`` of what the pages will store."""
+
+    case: Case
+    rng: np.random.Generator
+    physical: np.ndarray
+    raw: tuple[np.ndarray, np.ndarray]
+    scales: tuple[np.ndarray, np.ndarray] | None
+    is_held: np.ndarray
+
+    @classmethod
+    def empty(cls, case: Case, rng: np.random.Generator) -> "_Pool":
+        layout, n = case.layout, case.num_pages
+        head = (n, layout.num_kv_heads, layout.page_size)
+        raw = tuple(_poison(rng, case.dtype, (*head, dim)) for dim in (layout.head_dim, layout.value_dim))
+        scales = None
+        if case.scales is not None:
+            shape = {"tensor": (), "head": (layout.num_kv_heads,), "token": head}[case.scales]
+            base = 3 * SPREAD / 127 if case.dtype == "int8" else 0.5
+            values = tuple(
+                base * np.random.default_rng([case.seed, 60 + i]).uniform(0.7, 1.4, shape).astype(np.float32)
+                for i in range(2)
+            )
+            scales = tuple(np.full(shape, np.nan, np.float32) if case.scales == "token" else v for v in values)
+        return cls(case, rng, rng.permutation(n), raw, scales, np.zeros((n, layout.page_size), bool))
+
+    def garbage_tables(self) -> np.ndarray:
+        """Tables of nothing but garbage: ids out of the pool, and ids of pages that belong to someone else."""
+        shape = (self.case.slots, self.case.pages_per_seq)
+        inside = self.rng.integers(0, self.case.num_pages, shape)
+        return np.where(self.rng.random(shape) < 0.5, inside, self.rng.choice(_GARBAGE, shape)).astype(np.int32)
+
+    def store(self, s: int, needed: np.ndarray, held: np.ndarray, drawn: Any, tables: np.ndarray) -> None:
+        """Map a sequence's needed pages, and put the held tokens that lie in them into their slots."""
+        tables[s, needed] = self.physical[s * self.case.pages_per_seq + needed]
+        held = held[np.isin(held // self.case.page_size, needed)]
+        page, slot = tables[s, held // self.case.page_size], held % self.case.page_size
+        self.is_held[page, slot] = True
+        for which, x in enumerate(drawn):
+            rows = np.moveaxis(x[:, held], 0, 1)  # [held, kv_heads, dim]
+            if self.scales is not None:
+                rows = self._quantise(which, rows, page, slot)
+            self.raw[which][page, :, slot] = rows.astype(self.raw[which].dtype)
+
+    def _quantise(self, which: int, rows: np.ndarray, page: np.ndarray, slot: np.ndarray) -> np.ndarray:
+        scale = self.scales[which]  # pyright: ignore
+        if self.case.scales == "token":
+            scale[page, :, slot] = np.abs(rows).max(axis=-1) / (127 if self.case.dtype == "int8" else 12.0)
+            rows = rows / scale[page, :, slot][..., None]
+        else:
+            rows = rows / (scale[:, None] if scale.ndim else scale)
+        return np.clip(np.round(rows), -127, 127) if self.case.dtype == "int8" else rows
+
+    def pages(self) -> tuple[Pages, np.ndarray, np.ndarray]:
+        """The pages in the case's order, and their dequantised keys and values as ``[pages, kv_heads, slot, dim]``."""
+        layout, (k, v) = self.case.layout, self.raw
+        if layout.order == "packed":
+            arrays = (np.stack([k, v], axis=1),)
+        elif layout.order == "split":
+            arrays = (k.swapaxes(0, 1), v.swapaxes(0, 1))
+        else:
+            both = np.empty((k.shape[0], k.shape[2], 2 * k.shape[1], k.shape[3]), k.dtype)
+            both[:, :, 0::2], both[:, :, 1::2] = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            arrays = (both,)
+        k, v = (x.astype(np.float64) for x in (k, v))
+        scales: dict[str, Any] = {}
+        if self.scales is not None:
+            scales = {name: jnp.asarray(x) for name, x in zip(("k_scale", "v_scale"), self.scales, strict=True)}
+            broadcast = [x[..., None] if x.ndim == 3 else x.reshape(-1, 1, 1) for x in self.scales]
+            k, v = k * broadcast[0], v * broadcast[1]
+        return layout.wrap(*(jnp.asarray(x) for x in arrays), **scales), k, v
+
+
+def _poison(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """What must never be seen: NaN and infinities, or the largest integers."""
+    if dtype == "int8":
+        return rng.choice(np.array([-128, 127], np.int8), shape)
+    poison = rng.choice(np.array([np.nan, np.inf, -np.inf], np.float32), shape, p=[0.8, 0.1, 0.1])
+    return poison.astype(jnp.dtype(dtype))

@@ -1,0 +1,97 @@
+"""`Case`: the static facts of one test, from which `build` makes its arrays; and the corners of a batch's values."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from paged.spec import AttentionSpec, PageLayout
+
+Phase = Literal["decode", "ragged", "prefill"]
+
+SLOTS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Corner:
+    """Lengths and row counts of five slots. A length ``(a, b)`` is ``a`` pages and ``b`` tokens, of any page size."""
+
+    lengths: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    num_seqs: int = SLOTS
+
+
+# Tables hold four pages a sequence, and ragged batches 16 rows: what the rows below leave over is padding.
+CORNERS = {
+    "mixed": Corner(((2, 1), (0, 1), (0, 0), (1, 0), (4, -1)), (3, 1, 1, 2, 5)),
+    "empty": Corner(((0, 0),) * 5, (1, 3, 1, 0, 2)),
+    "one token": Corner(((0, 1),) * 5, (1, 1, 1, 1, 1)),
+    "exact pages": Corner(((1, 0), (2, 0), (1, 0), (4, 0), (3, 0)), (1, 4, 2, 3, 1)),
+    "one past a page": Corner(((1, 1), (2, 1), (3, 1), (1, 1), (2, 1)), (1, 3, 6, 2, 1)),
+    "first page masked": Corner(((4, 0), (4, -1), (3, 1), (4, 0), (4, 0)), (1, 2, 3, 1, 8)),
+    "more rows than tokens": Corner(((0, 2), (1, 0), (0, 1), (0, 0), (1, 1)), (5, 1, 3, 2, 4)),
+    "no rows in the middle": Corner(((2, 0), (3, 1), (4, 0), (1, 1), (0, 1)), (4, 0, 0, 7, 1)),
+    "few live": Corner(((3, 1), (0, 1), (2, 0), (2, 0), (2, 0)), (2, 1, 3, 3, 3), num_seqs=2),
+    "one live": Corner(((4, 0), (1, 0), (1, 0), (1, 0), (1, 0)), (9, 1, 1, 1, 1), num_seqs=1),
+    "all dead": Corner(((2, 0),) * 5, (3, 1, 1, 2, 5), num_seqs=0),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Everything static about a test. Two cases that differ in ``corner`` or ``seed`` alone share one trace.
+
+    ``rows`` is what every slot has in a decode batch, and the chunk in a prefill; a ragged batch takes them from its
+    corner and has ``tokens`` rows in all. ``sink_shape`` is the shape that sinks are given in.
+    """
+
+    spec: AttentionSpec
+    page_size: int = 4
+    order: str = "packed"
+    dtype: str = "float32"
+    scales: str | None = None
+    value_dim: int = 0
+    q_dtype: str = "float32"
+    phase: Phase = "ragged"
+    corner: str = "mixed"
+    rows: int = 1
+    tokens: int = 16
+    pages_per_seq: int = 4
+    sink_shape: tuple[int, ...] | None = None
+    seed: int = 0
+
+    @property
+    def layout(self) -> PageLayout:
+        """The layout of the case's pages."""
+        return PageLayout(
+            page_size=self.page_size,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            dtype=jnp.dtype(self.dtype),
+            order=self.order,  # pyright: ignore
+            value_dim=self.value_dim,
+            scales=self.scales,  # pyright: ignore
+        )
+
+    @property
+    def slots(self) -> int:
+        """Sequence slots."""
+        return 1 if self.phase == "prefill" else SLOTS
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool: all that the tables could map, and three that nobody does."""
+        return self.slots * self.pages_per_seq + 3
+
+    def replace(self, **changes) -> "Case":
+        """This case with some facts changed."""
+        return dataclasses.replace(self, **changes)
+
+    def values(self) -> tuple[list[int], list[int], int]:
+        """Lengths, row counts and live sequences of the case's corner in its phase."""
+        corner = CORNERS[self.corner]
+        lengths = [min(a * self.page_size + b, self.pages_per_seq * self.page_size) for a, b in corner.lengths]
+        if self.phase == "prefill":
+            return lengths[:1], [self.rows], min(corner.num_seqs, 1)
+        rows = list(corner.rows) if self.phase == "ragged" else [self.rows] * SLOTS
+        return lengths, rows, corner.num_seqs

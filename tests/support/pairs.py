@@ -1,0 +1,48 @@
+"""All-pairs tables: few rows in which any two levels of any two factors meet at least once."""
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_CANDIDATES = 40
+
+
+def covering_rows(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """Rows that cover every pair of levels, chosen greedily (Cohen et al., the AETG system, 1997); the same each run.
+
+    >>> rows = covering_rows({"a": "xy", "b": "xy", "c": "xy"})
+    >>> len(rows), sorted({(row["a"], row["c"]) for row in rows})
+    (4, [('x', 'x'), ('x', 'y'), ('y', 'x'), ('y', 'y')])
+    """
+    rng = random.Random(seed)
+    missing = {
+        frozenset(((a, x), (b, y)))
+        for a, b in itertools.combinations(factors, 2)
+        for x in range(len(factors[a]))
+        for y in range(len(factors[b]))
+    }
+    rows = []
+    while missing:
+        row = max(
+            (_candidate(rng, factors, missing) for _ in range(_CANDIDATES)), key=lambda r: len(_pairs(r) & missing)
+        )
+        missing -= _pairs(row)
+        rows.append({name: factors[name][level] for name, level in row.items()})
+    return rows
+
+
+def _candidate(rng: random.Random, factors: Mapping[str, Sequence[Any]], missing: set) -> dict[str, int]:
+    """A row grown from one missing pair, each further factor at the level that covers most."""
+    row = dict(rng.choice(sorted(missing, key=sorted)))
+    names = [name for name in factors if name not in row]
+    rng.shuffle(names)
+    for name in names:
+        levels = rng.sample(range(len(factors[name])), len(factors[name]))
+        gain = {x: sum(frozenset(((name, x), pair)) in missing for pair in row.items()) for x in levels}
+        row[name] = max(levels, key=lambda x: gain[x])
+    return row
+
+
+def _pairs(row: dict[str, int]) -> set:
+    return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}

@@ -1,0 +1,176 @@
+"""Gradients, crossed with every lowering: those of the reference in float64, and finite in empty rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged
+from paged.spec import AttentionSpec, AttentionState, Bias, Chunk, Prefix, reference_state
+from tests.support import Case, build, every_lowering, lowered
+from tests.support.specs import PHASES
+
+SPECS = {
+    "causal": {},
+    "window, cap, sinks": {"window": 5, "soft_cap": 20.0, "sinks": True},
+    "chunks, ALiBi": {"causal": False, "mask": Prefix(3) | Chunk(6), "scores": (paged.ALiBi(),)},
+}
+PHASE_OF = {"causal": "decode", "window, cap, sinks": "ragged", "chunks, ALiBi": "prefill"}
+# Relative to the largest entry of each gradient: sums of up to a hundred terms, each with the error of a weight,
+# 2e-6, times scores' and values' sizes of about 10.
+RELATIVE = 1e-5
+
+
+def _case(name, **facts):
+    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, **SPECS[name])
+    phase = PHASE_OF[name]
+    sinks = (4,) if spec.sinks else None
+    return Case(spec=spec, phase=phase, sink_shape=sinks, **{**PHASES[phase], **facts})
+
+
+def _weights(built, dtype):
+    """Random cotangents of the output and the lse; 0 for the lse of rows that are empty, where it is -inf."""
+    rng = np.random.default_rng(5)
+    out = rng.normal(size=(*built.q.shape[:2], built.pages.layout.value_dim))
+    lse = rng.normal(size=built.q.shape[:2])
+    return jnp.asarray(out, dtype), jnp.asarray(lse, dtype)
+
+
+def _loss(state, weights):
+    lse = jnp.where(jnp.isneginf(state.lse), 0.0, state.lse)
+    return jnp.sum(state.out * weights[0]) + jnp.sum(lse * weights[1])
+
+
+def _exact(built, spec_of, *extra):
+    """The reference's gradients in float64: of q, the pages' arrays, the sinks and whatever else."""
+    with jax.enable_x64(True):
+        double = [None if x is None else jnp.asarray(np.asarray(x, np.float64)) for x in (built.q, built.sinks, *extra)]
+        weights = _weights(built, jnp.float64)
+
+        def loss(q, arrays, sinks, *extra):
+            pages = built.pages.layout.wrap(*arrays)
+            return _loss(reference_state(spec_of(*extra), q, pages, built.batch, sinks), weights)
+
+        which = tuple(i for i in range(3 + len(extra)) if i != 2 or built.sinks is not None)
+        gradients = jax.jit(jax.grad(loss, argnums=which))(double[0], built.pages.arrays, *double[1:])
+        return [np.asarray(g, np.float64) for g in jax.tree.leaves(gradients)]
+
+
+def _got(built, attend_of_extra, *extra):
+    weights = _weights(built, jnp.float32)
+
+    def loss(q, arrays, sinks, *extra):
+        pages = built.pages.layout.wrap(*arrays)
+        return _loss(attend_of_extra(*extra).state(q, pages, built.batch, sinks), weights)
+
+    which = tuple(i for i in range(3 + len(extra)) if i != 2 or built.sinks is not None)
+    return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=which))(built.q, built.pages.arrays, built.sinks, *extra))
+
+
+def _assert_close(got, want):
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        a = np.asarray(a, np.float64)
+        assert np.isfinite(a).all(), f"gradient {i} is not finite"
+        assert np.abs(b).max() > 1e-2, f"gradient {i} is nothing to compare with"
+        error = np.abs(a - b).max() / np.abs(b).max()
+        assert error <= RELATIVE, f"gradient {i} is off by {error:.3g} of its largest entry"
+
+
+@every_lowering
+@pytest.mark.parametrize("corner", ["mixed", "more rows than tokens"])
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients_are_the_references(lowering, name, corner):
+    """Of q, every array of the pages, and the sinks, through both out and lse; pages hold NaN where nothing lives."""
+    case = _case(name)
+    built = build(case.replace(corner=corner))
+    attend = lowered(lowering, case)
+    _assert_close(_got(built, lambda: attend), _exact(built, lambda: case.spec))
+
+
+@every_lowering
+@pytest.mark.parametrize("order", ["split", "interleaved"])
+def test_gradients_of_the_other_page_orders_are_the_references(lowering, order):
+    case = _case("window, cap, sinks", order=order, value_dim=3 if order == "split" else 0)
+    built = build(case)
+    attend = lowered(lowering, case)
+    _assert_close(_got(built, lambda: attend), _exact(built, lambda: case.spec))
+
+
+@every_lowering
+def test_gradients_reach_what_a_bias_closes_over(lowering):
+    case = _case("window, cap, sinks")
+    built = build(case)
+    table = jnp.asarray(np.random.default_rng(3).normal(size=(4, 8)), jnp.float32)
+
+    def spec_of(table):
+        return case.spec.replace(scores=(Bias(lambda p, j, h: table[h, jnp.clip(p - j, 0, 7)]),))
+
+    def attend_of(table):
+        return paged.lower(spec_of(table), case.layout, lowered(lowering, case).lowering.target)
+
+    _assert_close(_got(built, attend_of, table), _exact(built, spec_of, table))
+
+
+@every_lowering
+@pytest.mark.parametrize("corner", ["empty", "all dead"])
+def test_gradients_are_finite_and_zero_where_nothing_is_visible(lowering, corner):
+    case = _case("causal").replace(phase="ragged")
+    built = build(case.replace(corner=corner))
+    attend = lowered(lowering, case)
+    for gradient in _got(built, lambda: attend):
+        assert not np.asarray(gradient).any()
+
+
+@every_lowering
+def test_a_naive_loss_over_lse_keeps_gradients_finite_with_a_sink(lowering):
+    """With a sink every row of a sequence has a finite lse, so a loss may sum it."""
+    case = _case("window, cap, sinks")
+    built = build(case.replace(corner="empty"))
+    attend = lowered(lowering, case)
+
+    def loss(q, sinks):
+        state = attend.state(q, built.pages, built.batch, sinks)
+        owned = np.array([row is not None for row in built.row_of])
+        return jnp.sum(jnp.where(owned[:, None], state.lse, 0.0)) + jnp.sum(state.out)
+
+    q, sinks = jax.jit(jax.grad(loss, argnums=(0, 1)))(built.q, built.sinks)
+    assert not np.asarray(q).any()
+    np.testing.assert_allclose(sinks, sum(row is not None for row in built.row_of), rtol=1e-6)
+
+
+@every_lowering
+def test_gradients_of_an_update_reach_the_new_tokens(lowering):
+    """Through the write: as if the tokens had been in the pages."""
+    case = _case("causal")
+    built, held = build(case, hold_new=False), build(case)
+    attend, weights = lowered(lowering, case), _weights(built, jnp.float32)
+
+    def loss(k, v):
+        out, _ = attend.update(built.q, k, v, built.pages, built.batch)
+        return jnp.sum(out * weights[0])
+
+    def loss_of_pages(arrays):
+        return jnp.sum(attend(held.q, held.pages.layout.wrap(*arrays), held.batch) * weights[0])
+
+    k, v = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.nan_to_num(built.k), jnp.nan_to_num(built.v))
+    (pool,) = jax.jit(jax.grad(loss_of_pages))(held.pages.arrays)
+    for row, owner in enumerate(built.row_of):
+        if owner is not None and owner[1] >= 0:
+            page, slot = built.batch.block_tables[owner[0], owner[1] // 4], owner[1] % 4
+            np.testing.assert_allclose(k[row], pool[page, 0, :, slot], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(v[row], pool[page, 1, :, slot], rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(v)).max() > 0.1
+
+
+def test_gradients_of_a_merge_are_finite_at_empty_states():
+    def loss(out, lse, is_empty):
+        empty = AttentionState(jnp.zeros((2, 1, 3)), jnp.full((2, 1), -jnp.inf))
+        a = AttentionState(out, jnp.where(is_empty, -jnp.inf, lse))
+        merged = paged.merge(a, empty)
+        return jnp.sum(merged.out**2) + jnp.sum(jnp.where(jnp.isneginf(merged.lse), 0.0, merged.lse))
+
+    is_empty = jnp.array([[True], [False]])
+    out, lse = jax.grad(loss, argnums=(0, 1))(3 * jnp.ones((2, 1, 3)), jnp.ones((2, 1)), is_empty)
+    np.testing.assert_array_equal(out, jnp.array([[[0.0] * 3], [[6.0] * 3]]))
+    np.testing.assert_array_equal(lse, jnp.array([[0.0], [1.0]]))

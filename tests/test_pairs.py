@@ -1,0 +1,182 @@
+"""Features crossed in pairs: any two of them meet in some row, and every row equals the reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged.spec import ALiBi, AttentionSpec, AttentionState, Bias, Chunk, Prefix, Where
+from tests.support import (
+    PHASES,
+    Case,
+    assert_state,
+    assert_states_close,
+    build,
+    case_of,
+    every_lowering,
+    exact_state,
+    lowered,
+    state_of,
+)
+from tests.support.pairs import covering_rows
+from tests.support.specs import not_fifth, table_bias
+
+MASKS = {
+    "causal": {},
+    "window": {"window": 5},
+    "both sides": {"causal": False},
+    "prefix or chunk": {"causal": False, "mask": Prefix(3) | Chunk(6)},
+    "not prefix, where": {"window": 9, "mask": ~Prefix(2) & Where(not_fifth)},
+}
+SCORES = {"none": (), "alibi": (ALiBi(),), "bias": (Bias(table_bias),), "alibi, bias": (ALiBi(), Bias(table_bias))}
+FACTORS = {
+    "mask": tuple(MASKS),
+    "pool": ("float32", "bfloat16", "int8 token", "int8 head", "float8_e4m3fn tensor"),
+    "heads": ((4, 4), (6, 2), (5, 1), (8, 1)),
+    "page_size": (1, 4, 16, 3),
+    "sinks": (None, "q_heads", "kv_heads, group", "kv_heads, n"),
+    "scores": tuple(SCORES),
+    "order": ("packed", "split", "interleaved"),
+    "phase": tuple(PHASES),
+    "q_dtype": ("float32", "bfloat16", "float16"),
+    "soft_cap": (None, 7.0),
+    "scale": (None, 0.11),
+    "head_dim": (8, 16),
+    # pages_per_block, query_rows
+    "schedule": (None, (1, 1), (3, 5)),
+}
+ROWS = covering_rows(FACTORS)
+
+
+def case_of_row(row) -> Case:
+    """The case that a row of the table stands for."""
+    heads, kv_heads = row["heads"]
+    group = heads // kv_heads
+    sink_shape = {
+        None: None,
+        "q_heads": (heads,),
+        "kv_heads, group": (kv_heads, group),
+        "kv_heads, n": (kv_heads, group + 1),
+    }[row["sinks"]]
+    spec = AttentionSpec(
+        num_q_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=row["head_dim"],
+        soft_cap=row["soft_cap"],
+        scale=row["scale"],
+        sinks=sink_shape is not None,
+        scores=SCORES[row["scores"]],
+        **MASKS[row["mask"]],
+    )
+    dtype, _, scales = row["pool"].partition(" ")
+    return Case(
+        spec=spec,
+        page_size=row["page_size"],
+        order=row["order"],
+        dtype=dtype,
+        scales=scales or None,
+        q_dtype=row["q_dtype"],
+        phase=row["phase"],
+        sink_shape=sink_shape,
+        **PHASES[row["phase"]],
+    )
+
+
+def _schedule(row):
+    return {} if row["schedule"] is None else dict(zip(("pages_per_block", "query_rows"), row["schedule"], strict=True))
+
+
+@every_lowering
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(value) for value in row.values()))
+def test_any_two_features_together_equal_the_reference(lowering, row):
+    case = case_of_row(row)
+    attend = lowered(lowering, case, **_schedule(row))
+    for corner in ("mixed", "first page masked", "more rows than tokens"):
+        built = build(case.replace(corner=corner))
+        assert_state(state_of(attend, built), built)
+
+
+SINGLES = {
+    "float16": {"dtype": "float16", "q_dtype": "float16"},
+    "five sinks for all heads": {"sink_shape": (5,)},
+    "head_dim 64": {"head_dim": 64},
+    "head_dim 80": {"head_dim": 80},
+    "head_dim 96": {"head_dim": 96},
+    "head_dim 128": {"head_dim": 128},
+    "head_dim 256": {"head_dim": 256, "page_size": 8},
+    "page_size 128": {"page_size": 128},
+    "value_dim under head_dim": {"order": "split", "value_dim": 3},
+    "value_dim over head_dim": {"order": "split", "value_dim": 24, "dtype": "bfloat16"},
+    "float8_e5m2": {"dtype": "float8_e5m2", "scales": "head"},
+    "float8_e4m3fn, scales a token": {"dtype": "float8_e4m3fn", "scales": "token", "order": "split"},
+    "int8, one scale": {"dtype": "int8", "scales": "tensor", "order": "interleaved"},
+    "drafted tokens": {"phase": "decode", "rows": 3},
+    "one row": {"phase": "prefill", "rows": 1},
+}
+
+
+@every_lowering
+@pytest.mark.parametrize("single", SINGLES)
+def test_single_features_equal_the_reference(lowering, single):
+    facts = dict(SINGLES[single])
+    spec = AttentionSpec(
+        num_q_heads=3, num_kv_heads=1, head_dim=facts.pop("head_dim", 8), window=40, sinks="sink_shape" in facts
+    )
+    case = Case(spec=spec, **facts)
+    for corner in ("mixed", "first page masked"):
+        built = build(case.replace(corner=corner))
+        assert_state(state_of(lowered(lowering, case), built), built)
+
+
+@every_lowering
+@pytest.mark.parametrize(("pages_per_block", "query_rows"), [(1, 16), (3, 2), (7, 5)])
+def test_any_schedule_gives_the_same_attention(lowering, pages_per_block, query_rows):
+    case = case_of("rich", "ragged")
+    attend = lowered(lowering, case, pages_per_block=pages_per_block, query_rows=query_rows)
+    for corner in ("mixed", "first page masked", "exact pages"):
+        built = build(case.replace(corner=corner))
+        assert_state(state_of(attend, built), built)
+
+
+HALVES = [("bfloat16", "decode"), ("bfloat16", "ragged"), ("bfloat16", "prefill"), ("float16", "decode")]
+
+
+@every_lowering
+@pytest.mark.parametrize(("dtype", "phase"), HALVES)
+def test_a_half_precision_result_is_the_float32_result_rounded_once(lowering, dtype, phase):
+    """Softmax statistics and accumulators are float32 whatever the queries and pages are stored in."""
+    case = case_of("rich", phase, dtype=dtype, q_dtype=dtype)
+    built = build(case)
+    attend = lowered(lowering, case)
+    half = state_of(attend, built)
+    full = attend.state(built.q.astype(jnp.float32), built.pages, built.batch, built.sinks)
+    ulp = np.abs(np.spacing(np.asarray(full.out.astype(dtype))).astype(np.float32))
+    assert (np.abs(np.asarray(half.out, np.float32) - np.asarray(full.out)) <= ulp).all()
+    assert_states_close(AttentionState(full.out, half.lse), exact_state(built), built.error_unit, "float32")
+
+
+@every_lowering
+def test_scales_are_data_and_a_new_value_never_compiles(lowering):
+    case = case_of("plain", "ragged", dtype="int8", scales="head", order="split")
+    built = build(case)
+    attend, traces = lowered(lowering, case), []
+
+    @jax.jit
+    def run(pages):
+        traces.append(pages)
+        return attend(built.q, pages, built.batch)
+
+    out = run(built.pages)
+    doubled = built.case.layout.wrap(*built.pages.arrays, k_scale=built.pages.k_scale, v_scale=2 * built.pages.v_scale)
+    np.testing.assert_array_equal(run(doubled), 2 * out)
+    assert len(traces) == 1 and np.abs(np.asarray(out)).max() > 1
+
+
+def test_the_table_covers_every_pair():
+    """And is not much larger than it has to be: five pools times five masks are 25 rows already."""
+    assert len(ROWS) <= 32
+    names = list(FACTORS)
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            met = {(row[a], row[b]) for row in ROWS}
+            assert len(met) == len(FACTORS[a]) * len(FACTORS[b]), (a, b)

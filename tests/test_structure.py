@@ -1,0 +1,138 @@
+"""The rules of the house, read off the sources: arrows, imports, sizes, docstrings."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "paged").rglob("*.py"))
+PROJECT = [
+    path
+    for folder in ("paged", "tests", "examples", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "__pycache__" not in path.parts
+]
+LAYERS = ("spec", "lower", "runtime")  # arrows point to the left
+FILE_LINES, FUNCTION_LINES = 400, 60
+
+every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+every_file = pytest.mark.parametrize("path", PROJECT, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def _imports(path):
+    """Absolute dotted names that a module imports from: relative imports resolved, `from a import b` as ``a``."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, node.module) if node.module else base)
+            yield from ((node, module, alias.name) for alias in node.names)
+
+
+def _layer(parts):
+    return parts[1] if len(parts) > 1 and parts[0] == "paged" and parts[1] in LAYERS else None
+
+
+@every_source
+def test_arrows_point_from_runtime_to_lower_to_spec(path):
+    own = _layer(path.relative_to(ROOT).with_suffix("").parts)
+    if own is None:
+        return
+    for node, module, name in _imports(path):
+        parts = module.split(".")
+        other = _layer(parts) or (_layer(["paged", name]) if parts == ["paged"] else None)
+        if other is not None:
+            assert LAYERS.index(other) <= LAYERS.index(own), f"line {node.lineno}: {own} imports {module}"
+        assert parts != ["paged"] or own is None, f"line {node.lineno}: {own} imports the door, which imports it"
+
+
+@every_source
+def test_siblings_import_through_the_package(path):
+    """`from paged.spec import Causal`, not `from paged.spec.masks import Causal`: a file may move, a name may not."""
+    own = _layer(path.relative_to(ROOT).with_suffix("").parts)
+    for node, module, _ in _imports(path):
+        parts = module.split(".")
+        if _layer(parts) not in (None, own):
+            assert len(parts) == 2, f"line {node.lineno}: {module} reaches into another package"
+
+
+@every_file
+def test_no_import_is_inside_a_function_and_none_is_a_star(path):
+    tree = ast.parse(path.read_text())
+    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
+        inner = [n.lineno for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not inner, f"imports inside {function.name}: lines {inner}"
+    for _, module, name in _imports(path):
+        assert name != "*", f"star import from {module}"
+
+
+@every_file
+def test_sizes_fit_a_reader(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+@every_file
+def test_every_module_says_what_it_holds(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring and docstring.splitlines()[0].rstrip().endswith((".", "?", ":"))
+    assert path.stem not in ("utils", "util", "helpers", "misc", "common")
+
+
+def test_no_machine_path_is_committed():
+    """A path of one machine in a committed file works nowhere else."""
+    pattern = re.compile(r"(?<![\w.])/(?:tmp|home|root|work|Users|mnt)/\w")
+    found = []
+    for suffix in ("*.py", "*.toml", "*.md", "*.yml", "*.yaml", "Makefile", "*.cfg"):
+        for path in ROOT.rglob(suffix):
+            if not any(part.startswith(".") and part != ".ci" for part in path.relative_to(ROOT).parts):
+                found += [f"{path.relative_to(ROOT)}: {m.group()}" for m in pattern.finditer(path.read_text())]
+    assert not found
+
+
+def _public_names():
+    """``(file, definition)`` of every name that the door re-exports, found by following the re-exports."""
+    pending, seen = [(ROOT / "paged" / "__init__.py", None)], []
+    while pending:
+        path, wanted = pending.pop()
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == wanted:
+                seen.append((path, node))
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                base = path.parent
+                for _ in range(node.level - 1):
+                    base = base.parent
+                for alias in node.names:
+                    if wanted in (None, alias.asname or alias.name):
+                        target = base / (node.module or alias.name).replace(".", "/")
+                        name = alias.name if node.module else None
+                        file = target / "__init__.py" if target.is_dir() else target.with_suffix(".py")
+                        if name is not None:
+                            pending.append((file, name))
+    return sorted(seen, key=lambda found: found[1].name)
+
+
+@pytest.mark.parametrize(("path", "node"), _public_names(), ids=lambda x: getattr(x, "name", ""))
+def test_public_names_are_documented_and_functions_by_example(path, node):
+    docstring = ast.get_docstring(node)
+    assert docstring, f"{node.name} in {path.name} has no docstring"
+    if isinstance(node, ast.FunctionDef):
+        assert ">>>" in docstring, f"{node.name} in {path.name} has no example"
+    else:
+        for method in (n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")):
+            inherited = any(ast.unparse(base) in ("Mask", "ScoreOp", "Lowering") for base in node.bases)
+            assert inherited or ast.get_docstring(method), f"{node.name}.{method.name} has no docstring"
+
+
+def test_the_public_names_were_found():
+    names = {node.name for _, node in _public_names()}
+    assert {"lower", "write", "merge", "reference", "check", "AttentionSpec", "PageLayout", "Causal"} <= names
