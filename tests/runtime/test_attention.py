@@ -76,7 +76,7 @@ def test_prefill_chunks_then_decode_equal_dense(spec, options):
     for start, stop in [(0, 6), (6, 10), (10, 11)]:
         y, state = step(x[start:stop], paged.RaggedBatch.prefill(stop, table, stop - start), state)
         ys.append(y)
-    np.testing.assert_allclose(jnp.concatenate(ys), layer.dense(x[None])[0], atol=TOLERANCE)
+    np.testing.assert_allclose(jnp.concatenate(ys), eqx.filter_jit(layer.dense)(x[None])[0], atol=TOLERANCE)
 
 
 def test_a_ragged_batch_gives_every_sequence_its_own_positions():
@@ -87,10 +87,12 @@ def test_a_ragged_batch_gives_every_sequence_its_own_positions():
     step = eqx.filter_jit(layer)
     _, state = step(packed, pool.ragged_batch(jnp.array([4, 0, 5])), state)
     pool, _ = pool.extend(jnp.array([1, 0, 2]))
-    padding = tokens(2, seed=4)
+    padding = tokens(6, seed=4)  # as many rows as before, so that the step compiles once
     y, state = step(jnp.concatenate([first[4:], second[5:], padding]), pool.ragged_batch(jnp.array([1, 0, 2])), state)
-    np.testing.assert_allclose(y[0], layer.dense(first[None])[0, 4], atol=TOLERANCE)
-    np.testing.assert_allclose(y[1:3], layer.dense(second[None])[0, 5:], atol=TOLERANCE)
+    together = jnp.stack([jnp.pad(first, ((0, 2), (0, 0))), second])
+    dense = eqx.filter_jit(layer.dense)(together)
+    np.testing.assert_allclose(y[0], dense[0, 4], atol=TOLERANCE)
+    np.testing.assert_allclose(y[1:3], dense[1, 5:], atol=TOLERANCE)
     assert not y[3:].any(), "padding rows are the projection of 0"
 
 
@@ -111,10 +113,11 @@ def test_scan_over_stacked_layers_equals_a_loop():
 
         return jax.lax.scan(body, x, (parameters, pages))
 
+    step_pages = eqx.filter_jit(lambda layer, x, pages: layer.attend_pages(x, batch, pages))
     y, new_pages = scanned(x, parameters, pages)
     for i in range(3):
         layer = eqx.combine(jax.tree.map(lambda leaf, i=i: leaf[i], parameters), static)
-        step, own = layer.attend_pages(x, batch, jax.tree.map(lambda leaf, i=i: leaf[i], pages))
+        step, own = step_pages(layer, x, jax.tree.map(lambda leaf, i=i: leaf[i], pages))
         x = x + step
         np.testing.assert_allclose(new_pages.arrays[0][i], own.arrays[0], atol=TOLERANCE)
     np.testing.assert_allclose(y, x, atol=TOLERANCE)
@@ -140,8 +143,8 @@ def test_dense_and_paged_gradients_agree():
     layer, state = build(LOCAL)
     x, batch, pages = tokens(6), paged.RaggedBatch.prefill(6, [2, 0], 6), state.get(layer.cache.index)
     batch = paged.check(batch, pages, 6, LOCAL)
-    served = eqx.filter_grad(lambda layer: jnp.sum(layer.attend_pages(x, batch, pages)[0] ** 2))(layer)
-    dense = eqx.filter_grad(lambda layer: jnp.sum(layer.dense(x[None]) ** 2))(layer)
+    losses = (lambda m: jnp.sum(m.attend_pages(x, batch, pages)[0] ** 2), lambda m: jnp.sum(m.dense(x[None]) ** 2))
+    served, dense = (eqx.filter_jit(eqx.filter_grad(loss))(layer) for loss in losses)
     chex.assert_trees_all_close(
         eqx.filter(served, eqx.is_inexact_array), eqx.filter(dense, eqx.is_inexact_array), rtol=1e-3, atol=1e-2
     )
@@ -187,9 +190,9 @@ def test_rotary_scaling_and_bfloat16_pages_serve():
         LOCAL, layout, 4, EMBED, rotary=rotary, dtype=jnp.bfloat16, key=jax.random.key(0)
     )
     x = tokens(6).astype(jnp.bfloat16)
-    y, _ = layer(x, paged.RaggedBatch.prefill(6, [1, 3], 6), state)
+    y, _ = eqx.filter_jit(layer)(x, paged.RaggedBatch.prefill(6, [1, 3], 6), state)
     assert y.dtype == jnp.bfloat16
-    dense = layer.dense(x[None])[0]
+    dense = eqx.filter_jit(layer.dense)(x[None])[0]
     # Both round q, k, v and y to 8 bits; the attention's own arithmetic is float32.
     np.testing.assert_allclose(y.astype(jnp.float32), dense.astype(jnp.float32), atol=2**-5)
 

@@ -70,7 +70,7 @@ def test_eos_ends_a_sequence_and_frees_its_pages(model_and_state, expected):
 def test_random_draws_do_not_depend_on_scheduling(model_and_state):
     options = {"sampler": Sampler(temperature=1.5, top_k=20), "key": jax.random.key(5)}
     crowded = run(model_and_state, num_pages=8, **options)
-    alone = run(model_and_state, num_pages=32, chunk_size=64, **options)
+    alone = run(model_and_state, num_pages=32, **options)
     assert [r.tokens for r in crowded] == [r.tokens for r in alone]
     assert sum(r.preemptions for r in crowded) > sum(r.preemptions for r in alone) == 0
     other = run(model_and_state, num_pages=32, **{**options, "key": jax.random.key(6)})
