@@ -33,12 +33,12 @@ TIE = 1e-4  # logits closer than this are a tie: float32 sums in another order m
 def main() -> int:
     """Train, serve, check. The exit code."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--steps", type=int, default=500, help="training steps")
+    options.add_argument("--steps", type=int, default=320, help="training steps")
     options.add_argument("--prompts", type=int, default=32, help="prompts to serve")
     options.add_argument("--new-tokens", type=int, default=64, help="bytes to generate for the longest answer")
     given = options.parse_args()
 
-    print(f"{paged.lower(LOCAL, LAYOUT).explain()}\n")
+    print(f"{paged.lower(LOCAL, LAYOUT).explain()}\nand the same without the window, on alternate layers\n")
     training, held_out = standard_library()
     model, state = eqx.nn.make_with_state(LanguageModel)(
         (LOCAL, GLOBAL), LAYOUT, NUM_PAGES, vocabulary=VOCABULARY, width=WIDTH, depth=DEPTH, key=jax.random.key(0)
@@ -121,8 +121,9 @@ def serve(
     print_pages_over_time(reports)
     generated = sum(len(result.tokens) for result in results)
     processed = generated + sum(len(prompt) for prompt in prompts)
-    print(f"{generated} tokens generated, {generated / seconds:.0f} a second; {processed / seconds:.0f} a second with ")
-    print(f"the prompts' (wall time, compilation included); {sum(r.preemptions for r in results)} preemptions")
+    rates = f"{generated / seconds:.0f} a second, {processed / seconds:.0f} with the prompts'"
+    print(f"{generated} tokens generated: {rates} (measured, wall time, compilation included)")
+    print(f"{sum(result.preemptions for result in results)} preemptions")
     for result in results[:3]:
         print(f"\n--- prompt ends: {bytes(result.prompt[-60:])!r}\n    answer: {bytes(result.tokens)!r}")
     return results
