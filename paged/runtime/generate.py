@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from paged.lower import check
 from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
@@ -72,7 +72,7 @@ def generate(
       ``len(prompt) + max_new_tokens - 1``.
     * ``num_slots``: how many sequences may run together.
     * ``num_pages``, ``page_size``: the pool's; left out, those of the state's pages.
-    * ``pages_per_seq``: width of the block tables; left out, the least power of two that fits every request.
+    * ``pages_per_seq``: width of block tables; left out, the least power of two that fits every request.
     * ``sampler``: greedy if left out. A random one needs ``key``, and each draw depends on the key, the prompt's index
       and the token's index only: scheduling is invisible, up to what rounding does to the logits.
     * ``eos``: token id(s) that end a sequence.
@@ -80,8 +80,7 @@ def generate(
     * ``on_step``: called after each step with a `StepReport`.
 
     When pages run out the most recently admitted sequence is preempted and prefilled again later. Batch values are
-    checked on the host before each step, for any mask, so layers with ``check`` need not and do not.
-
+    checked on the host before each step, for any mask, so that layers with ``check`` do not do it again.
     Raises ``ValueError`` or ``TypeError`` before anything runs: for a request that could never fit or an empty prompt,
     naming it, for a pool that is not what the state's pages can hold, and for a missing key.
 
@@ -94,17 +93,13 @@ def generate(
     [(3, 3), (4, 4)]
     """
     sampler = Sampler() if sampler is None else sampler
-    if key is None and not sampler.is_greedy:
-        raise ValueError(f"key is missing: {sampler} draws at random. Pass key=jax.random.key(seed).")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 row; got {chunk_size}.")
+    key = _require_key(sampler, key)
     num_pages, page_size = _pool_size(state, num_pages, page_size)
     requests = _requests(prompts, max_new_tokens)
     pages_per_seq = _table_width(requests, num_pages, page_size, pages_per_seq)
     ends = frozenset() if eos is None else frozenset(np.atleast_1d(np.asarray(eos)).tolist())
     if not donate_state:
         state = jax.tree.map(jnp.copy, state)
-    key = jax.random.key(0) if key is None else key  # a greedy step takes one too, and does not use it
     scheduler = Scheduler(PagePool.init(num_pages, num_slots, pages_per_seq, page_size), requests)
     _Serve(model, state, scheduler, sampler, key, ends, chunk_size, on_step).run()
     return [_result(request, ends) for request in requests]
@@ -123,6 +118,10 @@ class _Serve:
     chunk_size: int
     on_step: Callable[[StepReport], None] | None
 
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 row; got {self.chunk_size}.")
+
     def run(self) -> None:
         scheduler = self.scheduler
         while scheduler.waiting or scheduler.running:
@@ -140,7 +139,8 @@ class _Serve:
         scheduler.extend_prefill(slot, len(chunk))
         tokens = np.zeros(self.chunk_size, np.int32)
         tokens[: len(chunk)] = chunk
-        batch = _prefill_batch(scheduler.pool, slot, len(chunk))
+        # As arrays: Python ints would be static, and compile a step for each slot and length.
+        batch = _prefill_batch(scheduler.pool, jnp.asarray(slot), jnp.asarray(len(chunk)))
         drawn = self._step(batch, tokens, [len(chunk) - 1], [request])
         finished = [slot] if request.cached == len(request.known) else []
         self._finish("prefill", len(chunk), finished, drawn)
@@ -157,19 +157,17 @@ class _Serve:
             requests[slot] = scheduler.running[slot]
             tokens[slot] = scheduler.running[slot].known[-1]
         is_decoding = np.isin(np.arange(scheduler.pool.num_slots), slots)
-        batch = _decode_batch(scheduler.pool, is_decoding)
+        batch = _decode_batch(scheduler.pool, jnp.asarray(is_decoding))
         drawn = self._step(batch, tokens, range(len(requests)), requests)
         self._finish("decode", len(slots), slots, drawn[slots])
 
-    def _step(
-        self, batch: RaggedBatch, tokens: np.ndarray, rows: Sequence[int], requests: Sequence[Request | None]
-    ) -> np.ndarray:
+    def _step(self, batch: RaggedBatch, tokens: Any, rows: Any, requests: Sequence[Request | None]) -> np.ndarray:
         """Run the model, and draw one token for each of ``requests`` from the logits of its row."""
         pages = _any_pages(self.scheduler.pool)
         batch = check(batch, pages, len(tokens), _SEES_EVERYTHING)
-        draws = np.asarray([(0, 0) if r is None else (r.index, r.num_generated) for r in requests], np.int32)
-        inputs = (self.model, jnp.asarray(tokens), batch, jnp.asarray(rows, jnp.int32), draws, self.key, self.sampler)
-        drawn, self.state = _model_step(inputs, self.state)
+        draws = np.asarray([(r.index, r.num_generated) if r else (0, 0) for r in requests], np.int32)
+        tokens, rows, draws = jnp.asarray(tokens), jnp.asarray(rows, jnp.int32), jnp.asarray(draws)
+        drawn, self.state = _model_step((self.model, tokens, batch, rows, draws, self.key, self.sampler), self.state)
         return np.asarray(drawn)
 
     def _finish(self, kind: Literal["prefill", "decode"], tokens: int, slots: Sequence[int], drawn: np.ndarray) -> None:
@@ -198,12 +196,12 @@ def _model_step(inputs: tuple, state: eqx.nn.State) -> tuple[Int[Array, " reques
 
 
 @eqx.filter_jit
-def _prefill_batch(pool: PagePool, slot: Any, rows: Any) -> RaggedBatch:
+def _prefill_batch(pool: PagePool, slot: Int[Array, ""], rows: Int[Array, ""]) -> RaggedBatch:
     return pool.prefill_batch(slot, rows)
 
 
 @eqx.filter_jit
-def _decode_batch(pool: PagePool, is_decoding: Any) -> RaggedBatch:
+def _decode_batch(pool: PagePool, is_decoding: Bool[Array, " seqs"]) -> RaggedBatch:
     return pool.decode_batch(is_decoding)
 
 
@@ -215,6 +213,12 @@ def _any_pages(pool: PagePool) -> Pages:
     """Pages of the pool's number and size, without memory: all that a check asks of them."""
     layout = PageLayout(page_size=pool.page_size, num_kv_heads=1, head_dim=1)
     return jax.eval_shape(lambda: layout.init(pool.num_pages))
+
+
+def _require_key(sampler: Sampler, key: PRNGKeyArray | None) -> PRNGKeyArray:
+    if key is None and not sampler.is_greedy:
+        raise ValueError(f"key is missing: {sampler} draws at random. Pass key=jax.random.key(seed).")
+    return jax.random.key(0) if key is None else key  # a greedy step takes one too, and does not use it
 
 
 def _pool_size(state: eqx.nn.State, num_pages: int | None, page_size: int | None) -> tuple[int, int]:

@@ -86,6 +86,24 @@ def test_one_trace_a_kind_while_everything_varies():
     assert sorted(model.traces) == [3, 4], "rows of the decode step (slots) and of the prefill step (chunk)"
 
 
+def test_other_lengths_compile_nothing_at_all():
+    """Not the steps, and not the small programs around them."""
+    model, state = tiny(seed=1)
+    compiled: list[str] = []
+    run((model, state), num_pages=8)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        jax.jit(lambda x: x + 1)(1)
+        assert compiled, "the listener hears of a compilation"
+        compiled.clear()
+        run((model, state), prompts=[[1] * 6, [2], [3] * 17], max_new_tokens=[3, 20, 2], num_pages=8)
+        assert not compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
 def test_the_callers_state_survives_unless_donated():
     model, state = tiny(seed=2)
     run((model, state), prompts=[[1, 2]], max_new_tokens=2)
