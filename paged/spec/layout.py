@@ -118,7 +118,8 @@ class PageLayout:
         if len(arrays) != len(names):
             raise TypeError(f'order "{self.order}" wraps {" and ".join(names)}; got {len(arrays)} arrays.')
         page_axis = 1 if self.order == "split" else 0
-        num_pages = arrays[0].shape[page_axis] if len(arrays[0].shape) > page_axis else 1
+        first = np.shape(arrays[0])
+        num_pages = first[page_axis] if len(first) > page_axis else 1
         for name, array, shape in zip(names, arrays, self.array_shapes(num_pages), strict=True):
             _require_array(name, array, shape, self.dtype, f'order "{self.order}" with {num_pages} pages')
         shape = self.scale_shape(num_pages)

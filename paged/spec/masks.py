@@ -56,6 +56,8 @@ class Mask(abc.ABC):
         raise TypeError(_NO_TRUTH_VALUE)
 
 
+_LARGEST_POSITION = 2**31 - 1
+
 _NO_TRUTH_VALUE = """A mask has no truth value, so `and`, `or`, `not` and chained comparisons do not work on it.
     wrong: Causal() and Window(128)
     right: Causal() & Window(128)        also: |  ~"""
@@ -299,3 +301,8 @@ def require_hashable_function(owner: str, fn: Any, signature: str) -> None:
 def _require_integer(owner: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}'s {name} must be a Python int, known when the program is built; got {value!r}.")
+    if value > _LARGEST_POSITION:
+        raise ValueError(
+            f"{owner}'s {name} must be at most 2**31 - 1, because positions are int32; got {value}. A mask as large as "
+            "that hides nothing: leave it out."
+        )

@@ -1,0 +1,151 @@
+"""`PageLayout`, `Pages` and `RaggedBatch`: shapes, errors, and wrapping without a copy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged.spec import PageLayout, RaggedBatch
+
+FACTS = {"page_size": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": jnp.float32}
+SHAPES = {
+    "packed": ((5, 2, 2, 4, 8),),
+    "split": ((2, 5, 4, 8), (2, 5, 4, 8)),
+    "interleaved": ((5, 4, 4, 8),),
+}
+
+
+@pytest.mark.parametrize("order", SHAPES)
+def test_init_has_the_documented_shapes_and_wrap_is_no_copy(order):
+    layout = PageLayout(order=order, **FACTS)
+    pages = layout.init(5)
+    assert tuple(a.shape for a in pages.arrays) == SHAPES[order] and pages.num_pages == 5
+    assert not any(np.asarray(a).any() for a in pages.arrays)
+    wrapped = layout.wrap(*pages.arrays)
+    assert all(a is b for a, b in zip(wrapped.arrays, pages.arrays, strict=True))
+    assert layout.bytes_per_page == sum(a.nbytes for a in pages.arrays) // 5
+    assert pages.keys().shape == pages.values().shape == (5, 2, 4, 8)
+
+
+@pytest.mark.parametrize("order", SHAPES)
+def test_one_mark_is_one_key_or_value(order):
+    """A number put at a page, head and slot by the documented order is found by `values` there alone."""
+    layout = PageLayout(order=order, **FACTS)
+    arrays = list(layout.init(5).arrays)
+    where = {"packed": (3, 1, 1, 2), "split": (1, 3, 2), "interleaved": (3, 2, 2 * 1 + 1)}[order]
+    which = 1 if order == "split" else 0
+    arrays[which] = arrays[which].at[where].set(7.0)
+    pages = layout.wrap(*arrays)
+    want = np.zeros((5, 2, 4, 8))
+    want[3, 1, 2] = 7.0
+    np.testing.assert_array_equal(pages.values(), want)
+    assert not np.asarray(pages.keys()).any()
+
+
+@pytest.mark.parametrize(("scales", "shape"), [("tensor", ()), ("head", (2,)), ("token", (5, 2, 4))])
+def test_scales_multiply_what_they_belong_to(scales, shape):
+    layout = PageLayout(**{**FACTS, "dtype": "int8"}, scales=scales)
+    assert layout.is_quantised and layout.scale_shape(5) == shape and layout.init(5).k_scale.shape == shape
+    k_scale = jnp.arange(1.0, 1 + np.prod(shape, dtype=int)).reshape(shape)
+    pages = layout.wrap(jnp.full(SHAPES["packed"][0], 2, jnp.int8), k_scale=k_scale, v_scale=0 * k_scale)
+    each = {"tensor": (1, 1, 1), "head": (1, 2, 1), "token": (5, 2, 4)}[scales]
+    want = np.broadcast_to(2 * np.asarray(k_scale).reshape(each), (5, 2, 4))
+    np.testing.assert_array_equal(pages.keys(), np.repeat(want[..., None], 8, axis=-1))
+    assert not np.asarray(pages.values()).any()
+
+
+def test_layouts_are_values_and_print():
+    layout = PageLayout(order="split", value_dim=4, **FACTS)
+    assert layout == PageLayout(order="split", value_dim=4, **{**FACTS, "dtype": "float32"})
+    assert len({layout, PageLayout(**FACTS)}) == 2
+    assert str(layout) == "PageLayout(order=split, page_size=4, kv_heads=2, head_dim=8, value_dim=4, dtype=float32)"
+    assert layout.init(3).arrays[1].shape == (2, 3, 4, 4)
+
+
+LAYOUT_ERRORS = {
+    "order": ({"order": "blocked"}, ValueError, "order must be one of .*packed.*got 'blocked'"),
+    "page size": ({"page_size": 0}, ValueError, "page_size must be at least 1; got 0"),
+    "page size type": ({"page_size": 4.0}, TypeError, r"page_size must be a Python int; got 4\.0"),
+    "value dim": ({"value_dim": 4}, ValueError, r'value_dim must equal head_dim.*value_dim=4.*order="split" takes'),
+    "dtype": ({"dtype": "int32"}, TypeError, "dtype of pages must be one of .*int8.*got int32"),
+    "double": ({"dtype": np.float64}, TypeError, "dtype of pages must be one of .*got float64"),
+    "scales": ({"scales": "page"}, ValueError, "scales must be None or one of .*got 'page'"),
+    "no scales": ({"dtype": "int8"}, ValueError, "dtype int8 and scales=None do not go together"),
+    "float scales": ({"scales": "head"}, ValueError, "dtype float32 and scales='head' do not go together"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUT_ERRORS)
+def test_layout_errors(name):
+    change, kind, text = LAYOUT_ERRORS[name]
+    with pytest.raises(kind, match=text):
+        PageLayout(**{**FACTS, **change})
+
+
+_PACKED, _SPLIT = PageLayout(**FACTS), PageLayout(order="split", **FACTS)
+_INT8 = PageLayout(**{**FACTS, "dtype": "int8"}, scales="head")
+_POOL, _HALF = jnp.zeros((5, 2, 2, 4, 8)), jnp.zeros((2, 5, 4, 8))
+WRAP_ERRORS = {
+    "shape": (
+        lambda: _PACKED.wrap(_POOL[:, :, :1]),
+        ValueError,
+        r"kv must have shape \(5, 2, 2, 4, 8\).*got \(5, 2, 1",
+    ),
+    "dtype": (lambda: _PACKED.wrap(_POOL.astype("bfloat16")), TypeError, "kv must be float32.*got bfloat16"),
+    "rank": (lambda: _PACKED.wrap(jnp.zeros(())), ValueError, r"kv must have shape.*got \(\)"),
+    "list": (lambda: _PACKED.wrap(_POOL.tolist()), TypeError, "kv must be an array; got list"),
+    "count": (lambda: _SPLIT.wrap(_HALF), TypeError, 'order "split" wraps k and v; got 1 arrays'),
+    "v": (lambda: _SPLIT.wrap(_HALF, _HALF[:, :4]), ValueError, r"v must have shape \(2, 5, 4, 8\).*got \(2, 4"),
+    "scale missing": (
+        lambda: _INT8.wrap(_POOL.astype("int8")),
+        ValueError,
+        "k_scale does not fit.*float32 of shape.*got None",
+    ),
+    "scale given": (lambda: _PACKED.wrap(_POOL, k_scale=jnp.ones(2)), ValueError, "k_scale does not fit.*needs none"),
+    "scale shape": (
+        lambda: _INT8.wrap(_POOL.astype("int8"), k_scale=jnp.ones(2), v_scale=jnp.ones(3)),
+        ValueError,
+        r"v_scale must have shape \(2,\).*got \(3,\)",
+    ),
+    "no pages": (lambda: _PACKED.init(0), ValueError, "num_pages must be at least 1; got 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRAP_ERRORS)
+def test_wrap_errors(name):
+    act, kind, text = WRAP_ERRORS[name]
+    with pytest.raises(kind, match=text):
+        act()
+
+
+def test_batches_say_whose_rows_are_whose():
+    decode = RaggedBatch.decode([3, 4], [[0, 1], [2, 3]], query_rows=2)
+    assert decode.query_starts.tolist() == [0, 2, 4] and decode.query_rows == 2 and int(decode.num_seqs) == 2
+    prefill = RaggedBatch.prefill(jnp.int32(5), [4, 2, 9], query_rows=3)
+    assert prefill.block_tables.tolist() == [[4, 2, 9]] and prefill.query_starts.tolist() == [0, 3]
+    assert (prefill.num_slots, prefill.pages_per_seq) == (1, 3)
+    assert RaggedBatch([1], [[0]], [0, 1], jnp.array([1])).num_seqs.shape == ()
+    leaves = jax.tree.leaves(decode)
+    assert len(leaves) == 4 and all(leaf.dtype == jnp.int32 for leaf in leaves)
+
+
+BATCH_ERRORS = {
+    "float lengths": (([1.0], [[0]], [0, 1]), TypeError, "lengths must be int32; got float64"),
+    "rank": (([1], [0], [0, 1]), ValueError, r"block_tables must have 2 dimension\(s\); got shape \(1,\)"),
+    "tables": (([1, 2], [[0]], [0, 1, 2]), ValueError, r"block_tables must be .*\[2, at least 1\].*got \(1, 1\)"),
+    "no entries": (([1], np.zeros((1, 0), int), [0, 1]), ValueError, r"block_tables must be .*got \(1, 0\)"),
+    "starts": (([1, 2], [[0], [1]], [0, 1]), ValueError, r"query_starts must be .*= \[3\].*got \(2,\)"),
+    "num_seqs": (([1], [[0]], [0, 1], [1, 2]), ValueError, r"num_seqs must have 0 dimension\(s\); got shape \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_ERRORS)
+def test_batch_errors(name):
+    args, kind, text = BATCH_ERRORS[name]
+    with pytest.raises(kind, match=text):
+        RaggedBatch(*args)
+
+
+def test_decode_of_a_wrong_rank_names_lengths():
+    with pytest.raises(ValueError, match=r"lengths must have 1 dimension\(s\)"):
+        RaggedBatch.decode(3, [[0]])
