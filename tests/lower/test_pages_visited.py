@@ -1,0 +1,117 @@
+"""Exactly which pages are read: counts from `explain` and `visible_pages` for windows, chunks, gaps, empty slots."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged
+from paged.lower import Program, page_coverage, visible_pages
+from paged.spec import AttentionSpec, Chunk, Prefix, RaggedBatch, Where, Window
+
+SPEC = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
+
+
+def _visited(spec, lengths, *, page_size=16, rows=1, pages_per_seq=None, num_seqs=None, tables=None):
+    """``(pages_visited, pages_held)`` of a decode step, from shapes alone: the pool is never touched."""
+    layout = paged.PageLayout(page_size=page_size, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
+    width = pages_per_seq or max(1, -(-max(lengths) // page_size))
+    tables = np.arange(len(lengths) * width).reshape(-1, width) if tables is None else tables
+    batch = RaggedBatch.decode(lengths, tables, num_seqs, query_rows=rows)
+    q = jnp.zeros((rows * len(lengths), 2, 4))
+    pages = jax.eval_shape(lambda: layout.init(len(lengths) * width))
+    explanation = paged.lower(spec, layout).explain(q, pages, batch)
+    assert explanation.bytes_visited == explanation.pages_visited * layout.bytes_per_page
+    return explanation.pages_visited, explanation.pages_held
+
+
+COUNTS = {
+    # A window of 128 tokens on a context of 16384: 8 pages when aligned, 9 when it straddles; never 1024.
+    "window, aligned": (SPEC.replace(window=128), [16384], {}, (8, 1024)),
+    "window, one past": (SPEC.replace(window=128), [16369], {}, (9, 1024)),
+    "window, one page": (SPEC.replace(window=16), [16384], {}, (1, 1024)),
+    "window, one page and a token": (SPEC.replace(window=17), [16384], {}, (2, 1024)),
+    "window longer than all": (SPEC.replace(window=10**6), [16384], {}, (1024, 1024)),
+    "window, pages of 128": (SPEC.replace(window=128), [16384], {"page_size": 128}, (1, 128)),
+    "window, four drafted rows": (SPEC.replace(window=128), [16384], {"rows": 4}, (9, 1024)),
+    "chunk": (SPEC.replace(mask=Chunk(64)), [16384 - 60], {"pages_per_seq": 1024}, (1, 1021)),
+    "chunk, full": (SPEC.replace(mask=Chunk(64)), [16384], {}, (4, 1024)),
+    "prefix or window": (SPEC.replace(mask=Prefix(20) | Window(32)), [16384], {}, (2 + 2, 1024)),
+    "outside a window": (SPEC.replace(mask=~Window(128)), [16384], {}, (1016, 1024)),
+    "opaque": (SPEC.replace(mask=Where(lambda p, j: j >= 0)), [16384], {}, (1024, 1024)),
+    "opaque and window": (SPEC.replace(window=128, mask=Where(lambda p, j: j >= 0)), [16384], {}, (8, 1024)),
+    # The table's width costs nothing: short sequences among long ones, empty slots, dead slots.
+    "short among long": (SPEC, [16384, 1, 17, 16], {}, (1024 + 1 + 2 + 1, 1028)),
+    "empty": (SPEC, [0, 0, 33], {}, (3, 3)),
+    "dead": (SPEC, [33, 16384], {"num_seqs": 1}, (3, 3)),
+    "all dead": (SPEC, [33, 16384], {"num_seqs": 0}, (0, 0)),
+    "nothing": (SPEC.replace(mask=Window(4) & ~Window(9)), [16384], {}, (0, 1024)),
+    "causal, a later prefix": (SPEC.replace(mask=~Prefix(10**6)), [16384], {}, (0, 1024)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_visits_exactly_the_pages_that_hold_a_visible_key(name):
+    spec, lengths, facts, expected = COUNTS[name]
+    assert _visited(spec, lengths, **facts) == expected
+
+
+def test_holes_are_not_visited():
+    tables = np.array([[-1, 1, 99, 3]])
+    assert _visited(SPEC, [64], tables=tables) == (2, 4)
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 5, 8, 9, None])
+@pytest.mark.parametrize("mask", [None, Chunk(3), Chunk(8), Chunk(3) | Prefix(2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_visible_pages_are_those_of_brute_force(window, mask, rows):
+    """Every length up to 20, pages of 4: first those visible in full, then the others, none missing, none in excess.
+
+    Two terms may each see something of a page and together nothing; only such pages may be visited for nothing.
+    """
+    spec = SPEC.replace(window=window, mask=mask)
+    program, table = Program.from_spec(spec), jnp.arange(5) + 7
+    visits_of = jax.jit(lambda length: visible_pages(program, length - rows, length, length, table, 4, 100))
+    cover = jax.jit(lambda length: page_coverage(program, length - rows, length, length, table, 4, 100))
+    p, j = np.arange(-3, 20)[:, None], np.arange(20)[None, :]
+    values = np.asarray(spec.visibility(jnp.asarray(p), jnp.asarray(j)))
+    for length in range(21):
+        seen = values[length - rows + 3 : length + 3] & (np.arange(20) < length)
+        by_page = seen.reshape(rows, 5, 4)
+        some, full = by_page.any(axis=(0, 2)), by_page.all(axis=(0, 2))
+        visits = visits_of(length)
+        count, num_full = int(visits.count), int(visits.num_full)
+        index, page = np.asarray(visits.index), np.asarray(visits.page)
+        assert index[:num_full].tolist() == np.flatnonzero(full).tolist()
+        rest = index[num_full:count].tolist()
+        assert rest == sorted(rest) and set(np.flatnonzero(some & ~full)) <= set(rest)
+        if mask is None or (rows == 1 and mask == Chunk(8)):
+            assert len(rest) == (some & ~full).sum()
+        np.testing.assert_array_equal(page[:count], index[:count] + 7)
+        assert not page[count:].any()
+        assert set(np.flatnonzero(cover(length).some)) == set(index[:count])
+
+
+def test_pages_that_are_not_visited_are_not_read():
+    """4096 tokens, a window of 32: 2 real pages, and NaN with ids of nothing everywhere else."""
+    spec = SPEC.replace(window=32)
+    layout = paged.PageLayout(page_size=16, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
+    pool = np.full((4, 2, 1, 16, 4), np.nan, np.float32)
+    rng = np.random.default_rng(0)
+    pool[[3, 1]] = rng.normal(0, 3, (2, 2, 1, 16, 4))
+    tables = rng.choice([-1, 0, 2, 10**6, -(2**31)], (1, 256))
+    tables[0, -2:] = [3, 1]
+    q = jnp.asarray(rng.normal(0, 3, (1, 2, 4)), jnp.float32)
+    attend = paged.lower(spec, layout)
+    batch = RaggedBatch.decode([4096], tables)
+    got = attend(q, layout.wrap(jnp.asarray(pool)), batch)
+    short = attend(q, layout.wrap(jnp.nan_to_num(jnp.asarray(pool))), RaggedBatch.decode([32], [[3, 1]]))
+    np.testing.assert_allclose(got, short, rtol=0, atol=2e-6 * np.nanmax(np.abs(pool)))
+    assert attend.explain(q, layout.wrap(jnp.asarray(pool)), batch).pages_visited == 2
+
+
+def test_work_follows_what_is_visible_and_not_the_table():
+    """Counted, not timed: a wide table of holes visits what a narrow table visits."""
+    wide = np.full((2, 512), -1)
+    wide[:, :2] = [[0, 1], [2, 3]]
+    assert _visited(SPEC, [20, 30], tables=wide) == _visited(SPEC, [20, 30]) == (4, 4)
