@@ -87,9 +87,10 @@ def check(batch: RaggedBatch, pages: Pages, tokens: int, spec: AttentionSpec) ->
     within the ``tokens`` query rows; ``lengths`` in ``[0, pages_per_seq * P]`` and not under the number of query rows;
     every page with a token that the spec may see, or that this step writes, in ``[0, N)``; no slot written twice.
 
-    Returns the batch, marked so that it is not checked again for a spec that sees no more. With concrete arrays it
-    raises at once. Under ``jax.jit`` it raises when the returned batch is used, through a host callback, as JAX's
-    runtime error with the same text; that adds a custom call to the program, which a lowering itself never does.
+    Returns the batch, marked so that it is not checked again for a spec that sees no more, over as many rows and as
+    many pages of this size. With concrete arrays it raises at once. Under ``jax.jit`` it raises when the returned
+    batch is used, through a host callback, as JAX's runtime error with the same text; that adds a custom call to the
+    program, which a lowering itself never does.
 
     >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4)
     >>> batch = RaggedBatch.decode(lengths=[3], block_tables=[[0, 7]])
@@ -100,10 +101,12 @@ def check(batch: RaggedBatch, pages: Pages, tokens: int, spec: AttentionSpec) ->
     ValueError: block_tables[0, 1] = 7 (sequence 0) is no page of the pool: it holds tokens 2 to 2, must be in [0, 4).
     """
     program = Program.from_spec(spec)
-    if batch.checked_for is not None and implies(program.mask, batch.checked_for):
-        return batch
-    values = (batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs)
     facts = _Facts(pages.layout.page_size, pages.num_pages, tokens, program)
+    if batch.checked_for is not None:
+        *shapes, mask = batch.checked_for
+        if shapes == [*facts[:-1]] and implies(program.mask, mask):
+            return batch
+    values = (batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs)
     if any(isinstance(value, jax.core.Tracer) for value in values):
 
         def raise_on_fault(*arrays: Any) -> np.ndarray:
@@ -115,7 +118,7 @@ def check(batch: RaggedBatch, pages: Pages, tokens: int, spec: AttentionSpec) ->
         values = (values[0] + zero, values[1], values[2] + zero, values[3])
     else:
         _raise_on_fault(_Values(*map(np.asarray, values)), facts)
-    return RaggedBatch(*values, query_rows=batch.query_rows, checked_for=program.mask)
+    return RaggedBatch(*values, query_rows=batch.query_rows, checked_for=(*facts[:-1], program.mask))
 
 
 class _Values(NamedTuple):

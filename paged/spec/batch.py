@@ -21,7 +21,8 @@ class RaggedBatch(eqx.Module):
       Row ``i`` of a sequence with ``n`` rows has position ``lengths[s] - n + i``.
     * ``num_seqs`` i32[]: the first ``num_seqs`` slots are live; the others are never read.
     * ``query_rows``, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
-    * ``checked_for``, static: the mask that `paged.check` has found the values sound for, else None.
+    * ``checked_for``, static: the page size, pages, query rows and mask that `paged.check` has found the values
+      sound for, else None.
 
     Raises ``ValueError`` or ``TypeError`` for a wrong rank, shape or dtype. What only the values show is the
     business of `paged.check`.
@@ -36,7 +37,7 @@ class RaggedBatch(eqx.Module):
     query_starts: Int[Array, " seqs_plus_1"]
     num_seqs: Int[Array, ""]
     query_rows: int | None = eqx.field(static=True)
-    checked_for: Mask | None = eqx.field(static=True)
+    checked_for: tuple[int, int, int, Mask] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class RaggedBatch(eqx.Module):
         num_seqs: Any = None,
         *,
         query_rows: int | None = None,
-        checked_for: Mask | None = None,
+        checked_for: tuple[int, int, int, Mask] | None = None,
     ):
         self.lengths = _as_int32("lengths", lengths, 1)
         self.block_tables = _as_int32("block_tables", block_tables, 2)

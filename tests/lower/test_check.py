@@ -124,6 +124,16 @@ def test_a_checked_batch_is_not_checked_again_for_a_spec_that_sees_no_more(array
         paged.check(checked, pages, 1, SPEC)
 
 
+def test_a_checked_batch_is_checked_again_for_another_pool(arrays):
+    """A smaller pool, or fewer query rows, make faults of what was sound."""
+    pages = arrays[3]
+    checked = paged.check(_batch(), pages, TOKENS, SPEC)
+    with pytest.raises(ValueError, match=r"block_tables\[1, 1\] = 3 .*\[0, 3\)"):
+        paged.check(checked, LAYOUT.init(3), TOKENS, SPEC)
+    with pytest.raises(ValueError, match="past the 5 query rows"):
+        paged.check(checked, pages, 5, SPEC)
+
+
 def test_layers_of_one_mask_trace_one_callback(arrays):
     """Two layers over one checked batch: one host callback in the program, and none in an unchecked one."""
     q, _, _, pages = arrays
