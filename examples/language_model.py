@@ -1,8 +1,7 @@
-"""A small decoder-only transformer around `PagedAttention`: one set of weights, trained densely and served from pages."""
+"""A small decoder-only transformer around `PagedAttention`: one set of weights, trained densely, served from pages."""
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from paged.runtime import PagedAttention, Rotary

@@ -1,7 +1,6 @@
 """Train the language model on bytes: next-token cross entropy, AdamW with warm-up and cosine decay."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax

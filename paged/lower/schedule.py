@@ -12,8 +12,9 @@ class Schedule:
     * ``lowering``: the name of the lowering it is for.
     * ``pages_per_block``: pages taken in one step of the online softmax.
     * ``query_rows``: the most query rows of one sequence that are worked on together.
+    * ``lanes``: how many such blocks of rows are worked on side by side.
 
-    >>> schedule = Schedule(lowering="xla-blocks", pages_per_block=8, query_rows=64)
+    >>> schedule = Schedule(lowering="xla-blocks", pages_per_block=8, query_rows=64, lanes=1)
     >>> Schedule.from_json(schedule.to_json()) == schedule
     True
     """
@@ -21,6 +22,7 @@ class Schedule:
     lowering: str
     pages_per_block: int
     query_rows: int
+    lanes: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

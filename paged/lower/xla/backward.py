@@ -54,13 +54,17 @@ def _block_gradient(walk: Walk, block: Block, operands: Operands, state, cotange
     common = lse_gradient - jnp.sum(out_gradient * out, axis=-1, keepdims=True)
     visits, p = walk.visits(block, operands), walk.positions(block)
 
-    def step(i, carry):
+    def step(i, carry, is_masked):
         q_gradient, pools, constants = carry
         tile = walk.tile(i, visits, operands.pages.layout.page_size)
-        is_visible = walk.visible(tile, block, operands.constants)
-        k, v = (select_values(is_visible, x) for x in tiles.gather(operands.pages, tile.ids, i))
+        k, v = tiles.gather(operands.pages, tile.ids, i)
+        if is_masked:
+            is_visible = walk.visible(tile, block, operands.constants)
+            k, v = select_values(is_visible, k), select_values(is_visible, v)
         s, pull = jax.vjp(lambda q, k, c: walk.scores(q, k, c, p, tile.j), q, k, operands.constants)
-        weights = jnp.where(is_visible, jnp.exp(s - lse), 0.0)
+        weights = jnp.exp(s - lse)
+        if is_masked:
+            weights = jnp.where(is_visible, weights, 0.0)  # pyright: ignore
         v_gradient = jnp.einsum("hrk,hrd->hkd", weights, out_gradient, precision="highest")
         w_gradient = jnp.einsum("hrd,hkd->hrk", out_gradient, v, precision="highest")
         s_gradient = jnp.where(weights > 0, weights * (w_gradient + common), 0.0)
@@ -69,7 +73,7 @@ def _block_gradient(walk: Walk, block: Block, operands: Operands, state, cotange
             pools = tiles.scatter_add(operands.pages.layout, pools, tile.ids, k_gradient, v_gradient)
         return q_gradient + q_step, pools, _accumulate(constants, c_step)
 
-    return jax.lax.fori_loop(0, walk.steps(visits), step, (jnp.zeros_like(q), pools, constants))
+    return walk.over_tiles(visits, step, (jnp.zeros_like(q), pools, constants))
 
 
 def _rows_of(walk: Walk, block: Block, x: Float[Array, "tokens q_heads dim"]) -> Array:

@@ -45,12 +45,12 @@ class Blocks(NamedTuple):
         return self.ends[-1]
 
     def block(self, which: Any, rows: int) -> Block:
-        """Block number ``which`` in ``0 .. count - 1``, of at most ``rows`` rows."""
+        """Block number ``which``, of at most ``rows`` rows; without a row if it is ``count`` or more."""
         seqs = self.seqs
-        seq = jnp.searchsorted(self.ends, which, side="right")
+        seq = jnp.minimum(jnp.searchsorted(self.ends, which, side="right"), self.ends.shape[0] - 1)
         before = jnp.where(seq > 0, self.ends[jnp.maximum(seq - 1, 0)], 0)
         offset = (which - before) * rows + jnp.arange(rows)
-        is_row = offset < seqs.counts[seq]
+        is_row = (offset < seqs.counts[seq]) & (which < self.count)
         row = jnp.where(is_row, seqs.starts[seq] + offset, 0)
         position = seqs.lengths[seq] - seqs.counts[seq] + offset
         return Block(seq, row, position, is_row, seqs.lengths[seq])

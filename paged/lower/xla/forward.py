@@ -1,11 +1,12 @@
 """The XLA lowering's forward pass: blocks of query rows, each over the pages that it can see, by online softmax.
 
-Blocks of rows run one after the other, and inside each a loop runs over its blocks of pages, first those that need no
-mask and then the rest, with as many steps as there are visible pages. So scores of a whole row never exist, work
-follows what is visible, and a sequence's result depends on nothing but itself.
+Blocks of rows run one after the other (or in lanes, several at once), and inside each a loop runs over its blocks of
+pages, first those that need no mask and then the rest, with as many steps as there are visible pages. So scores of a
+whole row never exist, work follows what is visible, and a sequence's result depends on nothing but itself.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +27,22 @@ def attend(walk: Walk, operands: Operands) -> AttentionState:
     tokens, dim = operands.q.shape[0], operands.pages.layout.value_dim
     blocks = Blocks.of(operands.seqs, operands.is_member, walk.rows)
 
-    def attend_block(which, state):
+    def attend_one(which):
         block = blocks.block(which, walk.rows)
         out, lse = _attend_block(walk, block, operands)
         row = jnp.where(block.is_row, block.row, tokens)
-        return AttentionState(
-            state.out.at[row].set(walk.unfold(out), mode="drop"),
-            state.lse.at[row].set(walk.unfold(lse[..., None])[..., 0], mode="drop"),
-        )
+        return row, walk.unfold(out), walk.unfold(lse[..., None])[..., 0]
+
+    def attend_lanes(i, state):
+        if walk.lanes == 1:
+            row, out, lse = attend_one(i)
+        else:
+            row, out, lse = jax.vmap(attend_one)(i * walk.lanes + jnp.arange(walk.lanes))
+        return AttentionState(state.out.at[row].set(out, mode="drop"), state.lse.at[row].set(lse, mode="drop"))
 
     heads = walk.program.num_q_heads
     empty = AttentionState(jnp.zeros((tokens, heads, dim)), jnp.full((tokens, heads), -jnp.inf))
-    return jax.lax.fori_loop(0, blocks.count, attend_block, empty)
+    return jax.lax.fori_loop(0, -(-blocks.count // walk.lanes), attend_lanes, empty)
 
 
 def _attend_block(
@@ -57,14 +62,11 @@ def _attend_block(
             s, v = jnp.where(is_visible, s, -jnp.inf), select_values(is_visible, v)
         return running.step(s, v)
 
-    whole, steps = walk.whole_steps(visits), walk.steps(visits)
-    running = Running.start(walk.program.num_kv_heads, q.shape[1], pages.layout.value_dim)
-    running = jax.lax.fori_loop(0, whole, functools.partial(step, is_masked=False), running)
-    running = jax.lax.fori_loop(whole, steps, functools.partial(step, is_masked=True), running)
-    return running.finish()
+    start = Running.start(walk.program.num_kv_heads, q.shape[1], pages.layout.value_dim)
+    return walk.over_tiles(visits, step, start).finish()
 
 
-def _forward(walk: Walk, operands: Operands) -> tuple[AttentionState, tuple[Operands, AttentionState]]:
+def _forward(walk: Walk, operands: Operands) -> Any:
     state = attend(walk, operands)
     return state, (operands, state)
 

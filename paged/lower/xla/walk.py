@@ -4,6 +4,8 @@ A tile is one block of query rows, of one sequence, against one block of the pag
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +44,7 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Walk:
-    """The static facts of a walk: the program and its terms, query rows a block, pages a block.
+    """The static facts of a walk: the program and its terms, query rows a block, pages a block, blocks at once.
 
     Query heads that share a KV head and the rows of a block are one axis, ``group_rows``, heads first.
     """
@@ -51,6 +53,7 @@ class Walk:
     terms: TileTerms
     rows: int
     pages_per_block: int
+    lanes: int
 
     def fold(self, x: Float[Array, "rows q_heads dim"]) -> Float[Array, "kv_heads group_rows dim"]:
         """Rows of all query heads, as rows of KV heads."""
@@ -69,13 +72,15 @@ class Walk:
         size = pages.layout.page_size
         return visible_pages(self.program, p0, p1, block.length, table, size, pages.num_pages)
 
-    def whole_steps(self, visits: Visits) -> Int[Array, ""]:
-        """How many blocks of pages, from the first, need no mask."""
-        return visits.num_full // self.pages_per_block
+    def over_tiles(self, visits: Visits, step: Callable[..., Any], start: Any) -> Any:
+        """Fold ``carry = step(i, carry, is_masked)`` over the visits' blocks of pages, from ``start``.
 
-    def steps(self, visits: Visits) -> Int[Array, ""]:
-        """How many blocks of pages there are in all."""
-        return -(-visits.count // self.pages_per_block)
+        Blocks of pages that are visible in full come first, and with ``is_masked`` False: they need no mask.
+        """
+        whole = visits.num_full // self.pages_per_block
+        count = -(-visits.count // self.pages_per_block)
+        carry = jax.lax.fori_loop(0, whole, functools.partial(step, is_masked=False), start)
+        return jax.lax.fori_loop(whole, count, functools.partial(step, is_masked=True), carry)
 
     def tile(self, step: Any, visits: Visits, page_size: int) -> Tile:
         """Block number ``step`` of the visited pages."""

@@ -13,6 +13,7 @@ from ..sequences import Sequences
 from .bits import as_bits, from_bits
 
 # Which axes of a pool's array count pages, and slots within one. The others are what one token has.
+_SCALE_AXES = (0, 2)
 _TOKEN_AXES = {"packed": (0, 3), "split": (1, 2), "interleaved": (0, 1)}
 
 
@@ -34,15 +35,15 @@ def write(
     layout, slots = pages.layout, _slots(batch, k.shape[0], pages)
     k, k_row_scale = _stored(k, layout, pages.k_scale)
     v, v_row_scale = _stored(v, layout, pages.v_scale)
-    arrays = put(_TOKEN_AXES[layout.order], _rows(layout, k, v), pages.arrays, slots)
-    k_scale, v_scale = pages.k_scale, pages.v_scale
+    arrays = _put(_TOKEN_AXES[layout.order], _rows(layout, k, v), pages.arrays, slots)
+    scales = pages.k_scale, pages.v_scale
     if layout.scales == "token":
-        k_scale, v_scale = put((0, 2), (k_row_scale, v_row_scale), (k_scale, v_scale), slots)
-    return Pages(arrays, k_scale, v_scale, layout)
+        scales = _put(_SCALE_AXES, (k_row_scale, v_row_scale), scales, slots)
+    return Pages(tuple(arrays), *scales, layout=layout)  # pyright: ignore
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def put(axes: tuple[int, int], rows: tuple[Array, ...], pools: tuple[Array, ...], slots: Slots) -> tuple[Array, ...]:
+def _put(axes: tuple[int, int], rows: tuple[Array, ...], pools: tuple[Array, ...], slots: Slots) -> tuple[Array, ...]:
     """The pools with ``rows`` [tokens, ...] in their slots; ``axes`` are the pools' page and slot axes.
 
     New rows get the gradient of their slots, and what they overwrite gets none.
@@ -57,7 +58,7 @@ def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) 
 
     def put_row(i: Array, pools: tuple[Array, ...]) -> tuple[Array, ...]:
         def put_in(pool: Array, row: Array) -> Array:
-            start = [0] * pool.ndim
+            start: list[Any] = [0] * pool.ndim
             start[axes[0]], start[axes[1]] = slots.page[i], slots.slot[i]
             row = as_bits(jnp.expand_dims(row, axes))
             bits = as_bits(pool, i)
@@ -82,7 +83,7 @@ def _put_at_once(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> 
 
 
 def _put_forward(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Any, Slots]:
-    return put(axes, rows, pools, slots), slots
+    return _put(axes, rows, pools, slots), slots
 
 
 def _put_backward(axes: tuple[int, int], slots: Slots, cotangent: tuple[Array, ...]) -> Any:
@@ -95,7 +96,7 @@ def _put_backward(axes: tuple[int, int], slots: Slots, cotangent: tuple[Array, .
     return rows, _put_at_once(axes, tuple(jnp.zeros_like(row) for row in rows), cotangent, slots), None
 
 
-put.defvjp(_put_forward, _put_backward)
+_put.defvjp(_put_forward, _put_backward)
 
 
 def _index(axes: tuple[int, int], page: Array, slot: Array) -> tuple[Any, ...]:
