@@ -30,13 +30,13 @@ NUM_PAGES, NUM_SLOTS, CHUNK = 96, 12, 64
 TIE = 1e-4  # logits closer than this are a tie: float32 sums in another order may rank them either way
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Train, serve, check. The exit code."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--steps", type=int, default=320, help="training steps")
     options.add_argument("--prompts", type=int, default=32, help="prompts to serve")
     options.add_argument("--new-tokens", type=int, default=64, help="bytes to generate for the longest answer")
-    given = options.parse_args()
+    given = options.parse_args(arguments)
 
     print(f"{paged.lower(LOCAL, LAYOUT).explain()}\nand the same without the window, on alternate layers\n")
     training, held_out = standard_library()

@@ -1,0 +1,70 @@
+"""What the documentation shows runs: the README's code, and the demo on a small scale."""
+
+import contextlib
+import io
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from examples import corpus, demo
+
+ROOT = pathlib.Path(__file__).parent.parent
+READMES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_the_code_of_a_page_runs_and_prints_what_the_page_says(path):
+    names: dict[str, object] = {}
+    for code, _, shown in re.findall(r"```python\n(.*?)```(\s*```text\n(.*?)```)?", path.read_text(), re.DOTALL):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, str(path), "exec"), names)
+        if shown:
+            assert printed.getvalue().strip() == shown.strip()
+    assert names, f"{path.name} has no code: leave it out of this test"
+
+
+def test_bigram_loss_is_that_of_a_hand_counted_model():
+    training = np.frombuffer(b"abab", np.uint8)  # pairs: ab, ba, ab
+    of_ab, of_ba = 3 / (256 + 2), 2 / (256 + 1)  # add-one counts over rows of 256
+    expected = -(np.log(of_ab) + np.log(of_ba)) / 2
+    assert corpus.bigram_loss(training, np.frombuffer(b"aba", np.uint8)) == pytest.approx(expected)
+
+
+def test_the_standard_library_is_split_into_disjoint_files():
+    training, held_out = corpus.standard_library()
+    whole = training.tobytes()
+    assert len(training) > 1_000_000 and len(held_out) > 5
+    assert not any(file[:2000].tobytes() in whole for file in held_out)
+
+
+@pytest.mark.slow
+def test_the_demo_serves_exactly_and_reports_an_untrained_model(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "NUM_PAGES", 40)
+    assert demo.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"\b0 different: ok", printed) and "NOT BETTER" in printed and "FAILED" in printed
+
+
+@pytest.mark.slow
+def test_the_demo_notices_a_wrong_token(monkeypatch, capsys):
+    honest = demo.generate
+
+    def dishonest(*args, **kwargs):
+        first, *others = honest(*args, **kwargs)
+        wrong = ((first.tokens[0] + 1) % 256, *first.tokens[1:])
+        return [type(first)(first.prompt, wrong, first.finish_reason, first.preemptions), *others]
+
+    monkeypatch.setattr(demo, "NUM_PAGES", 40)
+    monkeypatch.setattr(demo, "generate", dishonest)
+    assert demo.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
+    assert "NOT EQUAL" in capsys.readouterr().out
+
+
+def test_importing_paged_touches_no_device():
+    code = "import paged\nfrom jax._src import xla_bridge\nassert not xla_bridge._backends, xla_bridge._backends"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
