@@ -45,16 +45,15 @@ def cases(is_quick: bool) -> list[Case]:
         for page_size in (16, 64)
         for lengths in ("even", "uneven")
     ]
-    orders = [
-        Case(dtype, 8, 4096, order=order) for dtype in ("float32", "bfloat16") for order in ("split", "interleaved")
-    ]
+    dtypes, orders = ("float32", "bfloat16"), ("split", "interleaved")
+    others = [Case(dtype, 8, 4096, order=order) for dtype in dtypes for order in orders]
     with_peers = [
         dataclasses.replace(point, has_peers=True)
         for point in points
         if (point.batch, point.context, point.page_size) == (8, 4096, 16)
     ]
     points = [point for point in points if dataclasses.replace(point, has_peers=True) not in with_peers]
-    return [*with_peers, *points, *orders, Case("int8", 8, 4096)]
+    return [*with_peers, *points, *others, Case("int8", 8, 4096)]
 
 
 def run(setting: Setting) -> Iterator[Row]:

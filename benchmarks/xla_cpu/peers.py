@@ -112,9 +112,11 @@ def _torch_prefill(inputs: Inputs, chunk: int) -> Candidate:
 def _jax_prefill(inputs: Inputs, chunk: int) -> Candidate:
     k, v = (jnp.swapaxes(x, 1, 2) for x in dense(inputs))
     mask = jnp.asarray(_offset_causal(chunk, k.shape[1]))[None, None]
-    return compiled(
-        lambda q, k, v, mask: jax.nn.dot_product_attention(q[None], k, v, mask=mask)[0], inputs.q, k, v, mask
-    )
+
+    def attend(q, k, v, mask):
+        return jax.nn.dot_product_attention(q[None], k, v, mask=mask)[0]
+
+    return compiled(attend, inputs.q, k, v, mask)
 
 
 def _offset_causal(chunk: int, length: int) -> np.ndarray:

@@ -22,7 +22,7 @@ _RATIO = {
 def tables(rows: list[Row]) -> str:
     """All sections that have rows."""
     sections = [section for section in GOALS if any(row.section == section for row in rows)]
-    busy = f"`~`: other processes kept more than {_BUSY} cores busy meanwhile; do not trust times so marked, and wall times least."
+    busy = f"`~`: other processes kept more than {_BUSY} cores busy meanwhile: trust ratios only, and no wall time."
     return "\n\n".join([*(_section(name, [row for row in rows if row.section == name]) for name in sections), busy])
 
 

@@ -33,7 +33,7 @@ def run(setting: Setting) -> Iterator[Row]:
             pages = jax.block_until_ready(executable(k, v, pages, batch))
             seconds.append(setting.clock() - begin)
         needed = temporaries(executable)
-        is_aliased = "input_output_alias={" in executable.as_text()
+        is_aliased = "input_output_alias={" in (executable.as_text() or "")
         is_in_place = is_aliased and needed is not None and needed < pool_bytes / 100
         yield Row(
             "write",
