@@ -86,13 +86,14 @@ def test_3_an_empty_sequence_does_not_show_the_row_before_it(lowering):
 
 @every_lowering
 def test_3_a_length_past_the_table_reads_nothing_of_the_next_sequence(lowering):
-    """It is clamped to the table's capacity."""
-    built = build(_decode(PLAIN, corner="exact pages"))
-    attend = lowered(lowering, _decode(PLAIN))
-    long = RaggedBatch.decode(built.batch.lengths.at[3].set(10**6), built.batch.block_tables)
+    """It is clamped to the table's capacity, and so are the positions that a window counts from."""
+    case = _decode(PLAIN.replace(window=5), corner="exact pages")
+    built, attend = build(case), lowered(lowering, case.replace(corner="mixed"))
     assert int(built.batch.lengths[3]) == 16
-    for got, want in zip(attend.state(built.q, built.pages, long), state_of(attend, built), strict=True):
-        np.testing.assert_array_equal(got, want)
+    for length in (17, 10**6, 2**31 - 1):
+        long = RaggedBatch.decode(built.batch.lengths.at[3].set(length), built.batch.block_tables)
+        for got, want in zip(attend.state(built.q, built.pages, long), state_of(attend, built), strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 @every_lowering

@@ -83,7 +83,11 @@ def case_of_row(row) -> Case:
 
 
 def _schedule(row):
-    return {} if row["schedule"] is None else dict(zip(("pages_per_block", "query_rows"), row["schedule"], strict=True))
+    return (
+        {"own": 1}
+        if row["schedule"] is None
+        else dict(zip(("pages_per_block", "query_rows"), row["schedule"], strict=True))
+    )
 
 
 @every_lowering

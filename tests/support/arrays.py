@@ -108,14 +108,15 @@ def _error_unit(case: Case, q: np.ndarray, where: tuple | None, k: np.ndarray, v
 def _batch(case: Case, lengths: list[int], rows: list[int], live: int, tables: np.ndarray) -> RaggedBatch:
     """The batch, with garbage in everything that dead slots own."""
     known = np.array(lengths)
-    known[live:] = np.resize([-7, 10**6, -(2**31), 2**31 - 1, 3], case.slots)[live:]
+    known[live:] = np.resize([9, -7, 10**6, -(2**31), 2**31 - 1], case.slots)[: case.slots - live]
     if case.phase == "prefill":
         batch = RaggedBatch.prefill(known[0], tables[0], case.rows)
         return RaggedBatch(known, tables, batch.query_starts, live, query_rows=case.rows)
     if case.phase == "decode":
         return RaggedBatch.decode(known, tables, live, query_rows=case.rows)
     starts = np.concatenate([[0], np.cumsum(rows)])
-    starts[live + 1 :] = np.resize([10**6, -4, 2, -(2**31), 5], case.slots)[live:]
+    # The first dead slot claims every padding row, in plausible numbers; those after it are nonsense.
+    starts[live + 1 :] = np.resize([case.tokens, 10**6, -4, 2, -(2**31)], case.slots)[: case.slots - live]
     return RaggedBatch(known, tables, starts, live)
 
 
@@ -176,10 +177,14 @@ class _Pool:
         return cls(case, rng, rng.permutation(n), raw, scales, np.zeros((n, layout.page_size), bool))
 
     def garbage_tables(self) -> np.ndarray:
-        """Tables of nothing but garbage: ids out of the pool, and ids of pages that belong to someone else."""
+        """Tables of nothing but garbage: ids out of the pool, and ids of pages that may be someone else's.
+
+        Dead slots have ids in the pool alone, which look like anybody's.
+        """
         shape = (self.case.slots, self.case.pages_per_seq)
         inside = self.rng.integers(0, self.case.num_pages, shape)
-        return np.where(self.rng.random(shape) < 0.5, inside, self.rng.choice(_GARBAGE, shape)).astype(np.int32)
+        is_inside = (self.rng.random(shape) < 0.5) | (np.arange(shape[0])[:, None] >= self.case.values()[2])
+        return np.where(is_inside, inside, self.rng.choice(_GARBAGE, shape)).astype(np.int32)
 
     def store(self, s: int, needed: np.ndarray, held: np.ndarray, drawn: Any, tables: np.ndarray) -> None:
         """Map a sequence's needed pages, and put the held tokens that lie in them into their slots."""

@@ -14,17 +14,25 @@ from .cases import Case
 # One row a lowering: a new one in `paged.lower.LOWERINGS` is tested from the day it is listed.
 ALL_LOWERINGS: dict[str, Lowering] = {lowering.name: lowering for lowering in LOWERINGS}
 
+# Tests' sequences have a few pages, so a schedule for real ones would take them in one step: these make several.
+SMALL_SCHEDULES = {"xla-blocks": {"pages_per_block": 2, "query_rows": 4}}
+
 every_lowering = pytest.mark.parametrize("lowering", ALL_LOWERINGS)
 
 
 @functools.cache
 def lowered(lowering: str, case: Case, **schedule: int) -> Attend:
-    """The case's attention on the named lowering, with changes to its schedule; a refusal skips the test."""
+    """The case's attention on the named lowering, with a schedule for small cases; a refusal skips the test.
+
+    Changes to the lowering's own schedule may be given instead; with ``own=1`` there are none.
+    """
     chosen, program = ALL_LOWERINGS[lowering], Program.from_spec(case.spec)
     reason = chosen.refuses(program, case.layout)
     if reason is not None:
         pytest.skip(f"{lowering} refuses: {reason}")
-    own = chosen.schedule(program, case.layout).replace(**schedule)
+    changes = schedule or SMALL_SCHEDULES.get(lowering, {})
+    own = chosen.schedule(program, case.layout)
+    own = own if "own" in schedule else own.replace(**changes)
     return paged.lower(case.spec, case.layout, chosen.target, schedule=own)
 
 

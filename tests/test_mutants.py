@@ -1,0 +1,266 @@
+"""Planted bugs that the tests must kill: each mutant replaces one small function, and the compact suite must fail.
+
+The suite is five batches against the reference, an update, and a merge. A mutant that survives says that a property
+lost its teeth. The reference's results are computed before the bug is planted, since it shares masks and scores.
+"""
+
+import importlib
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged
+from paged.lower import Program
+from paged.spec import AttentionState, Causal, Coverage, SoftCap, Window
+from tests.support import Case, assert_states_close, build, case_of, exact_state
+from tests.support.lowerings import ALL_LOWERINGS
+from tests.support.specs import PLAIN
+
+CASES = (
+    case_of("rich", "ragged", corner="more rows than tokens"),
+    case_of("rich", "ragged", corner="first page masked"),
+    case_of("plain", "ragged", corner="mixed"),
+    case_of("plain", "ragged", corner="few live"),
+    # Under a causal mask no pair is visible past the length, so only this one sees whether the length is heeded.
+    Case(spec=PLAIN.replace(causal=False), corner="one past a page"),
+)
+FIRST = next(iter(ALL_LOWERINGS.values()))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Each case's arrays and its exact state; and an update's pages."""
+    builts = [build(case) for case in CASES]
+    update = build(case_of("plain", "ragged", corner="more rows than tokens"), hold_new=False)
+    return [(built, exact_state(built)) for built in builts], update
+
+
+def run_suite(expected, index):
+    """Raise ``AssertionError`` unless every check passes.
+
+    A scale of ``2 ** index`` times the spec's, with queries divided by it, is the same attention exactly, under a name
+    that no trace is cached for.
+    """
+    states, update = expected
+    for built, want in states:
+        spec = built.case.spec.replace(scale=built.case.spec.softmax_scale * 2.0**index)
+        attend = _lower(spec, built.case.layout)
+        got = attend.state(built.q * 2.0**-index, built.pages, built.batch, built.sinks)
+        assert_states_close(got, want, built.error_unit, "float32")
+    _check_long_lengths(index)
+    _check_update(update, index)
+    _check_merge()
+
+
+def _lower(spec, layout):
+    """One page a block, so that a few pages are many steps."""
+    own = FIRST.schedule(Program.from_spec(spec), layout).replace(pages_per_block=1, query_rows=4)
+    return paged.lower(spec, layout, FIRST.target, schedule=own)
+
+
+def _check_long_lengths(index):
+    """A length past the table's capacity is the capacity, and the window counts from there."""
+    built = build(case_of("plain", "decode", corner="exact pages"))
+    spec = built.case.spec.replace(scale=0.25 * 2.0**index, window=5)
+    attend = _lower(spec, built.case.layout)
+    long = built.batch.lengths.at[3].set(17)
+    assert int(built.batch.lengths[3]) == 16
+    outs = [
+        attend(built.q, built.pages, paged.RaggedBatch.decode(lengths, built.batch.block_tables))
+        for lengths in (built.batch.lengths, long)
+    ]
+    np.testing.assert_array_equal(*outs)
+
+
+def _check_update(update, index):
+    pages = _fresh_write(update, index)
+    written = np.zeros(update.is_held.shape, bool)
+    for row, owner in enumerate(update.row_of):
+        if owner is not None and owner[1] >= 0:
+            page, slot = int(update.batch.block_tables[owner[0], owner[1] // 4]), owner[1] % 4
+            written[page, slot] = True
+            np.testing.assert_array_equal(pages.keys()[page, :, slot], update.k[row])
+    before, after = (np.asarray(p.arrays[0]).view(np.uint32) for p in (update.pages, pages))
+    changed = (before != after).any(axis=(1, 2, 4))
+    np.testing.assert_array_equal(changed, written)
+
+
+def _fresh_write(update, index):
+    """The write with ``index`` more padding rows, so that it is traced anew."""
+    k, v = (jnp.concatenate([x, x[:index]]) if index else x for x in (update.k, update.v))
+    return paged.write(k, v, update.pages, update.batch)
+
+
+def _check_merge():
+    out, lse = jnp.ones((1, 2, 3)), jnp.array([[1.0, -jnp.inf]])
+    merged = paged.merge(
+        AttentionState(out * (lse > 0)[..., None], lse), AttentionState(3 * out, jnp.array([[1.0, 2.0]]))
+    )
+    np.testing.assert_allclose(merged.out[0, :, 0], [2.0, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(merged.lse, [[1 + np.log(2), 2.0]], rtol=1e-6)
+
+
+def _module(name):
+    return importlib.import_module(f"paged.{name}")
+
+
+def _replace_everywhere(patch, module, name, mutant):
+    """Replace a function in every module of the library that holds it; an error if it is gone."""
+    original = getattr(_module(module), name, None)
+    assert original is not None, f"paged.{module}.{name} is gone: give this mutant a new home"
+    for loaded_name, loaded in list(sys.modules.items()):
+        if loaded_name.startswith("paged") and getattr(loaded, name, None) is original:
+            patch.setattr(loaded, name, mutant(original))
+
+
+def _method(module, owner, name, mutant):
+    def plant(patch):
+        cls = getattr(_module(module), owner, None)
+        assert hasattr(cls, name), f"paged.{module}.{owner}.{name} is gone: give this mutant a new home"
+        raw = cls.__dict__[name]
+        if isinstance(raw, classmethod):
+            patch.setattr(cls, name, classmethod(mutant(raw.__func__)))
+        else:
+            patch.setattr(cls, name, mutant(raw))
+
+    return plant
+
+
+def _function(module, name, mutant):
+    return lambda patch: _replace_everywhere(patch, module, name, mutant)
+
+
+def _unguarded_step(original):
+    def step(self, s, v):
+        top = jnp.maximum(self.top, jnp.max(s, axis=-1, keepdims=True))
+        weights, decay = jnp.exp(s - top), jnp.exp(self.top - top)
+        total = decay * self.total + weights.sum(-1, keepdims=True)
+        return type(self)(top, total, decay * self.values + weights @ v)
+
+    return step
+
+
+def _undecayed_step(original):
+    def step(self, s, v):
+        taken = original(self, s, v)
+        return taken._replace(values=self.values + original(type(self).start(*_shape(self)), s, v).values)
+
+    return step
+
+
+def _shape(running):
+    return (*running.values.shape[:2], running.values.shape[2])
+
+
+def _dead_slots_live(original):
+    def of(cls, batch, tokens, page_size):
+        live = type(batch)(
+            batch.lengths, batch.block_tables, batch.query_starts, batch.num_slots, query_rows=batch.query_rows
+        )
+        return original(cls, live, tokens, page_size)
+
+    return of
+
+
+def _unclamped_lengths(original):
+    return lambda cls, batch, tokens, size: original(cls, batch, tokens, size)._replace(lengths=batch.lengths)
+
+
+def _last_page_dropped(original):
+    def visible_pages(*args):
+        visits = original(*args)
+        count = jnp.maximum(visits.count - 1, 0)
+        return visits._replace(count=count, num_full=jnp.minimum(visits.num_full, count))
+
+    return visible_pages
+
+
+def _before_the_first_token(original):
+    def positions(self, tokens):
+        slot, position, _ = original(self, tokens)
+        return slot, position % 4, self.owner(tokens)[1]
+
+    return positions
+
+
+def _base_two(original):
+    def finish(self):
+        out, lse = original(self)
+        return out, lse / np.log(2.0).astype(np.float32)
+
+    return finish
+
+
+MUTANTS = {
+    "values not selected": _function("lower.softmax", "select_values", lambda _: lambda is_visible, v: v),
+    "-inf minus -inf": _method("lower.softmax", "Running", "step", _unguarded_step),
+    "values not decayed": _method("lower.softmax", "Running", "step", _undecayed_step),
+    "lse in base two": _method("lower.softmax", "Running", "finish", _base_two),
+    "full ignores the length": _method(
+        "lower.program",
+        "Program",
+        "coverage",
+        lambda _: lambda self, p0, p1, j0, j1, n: self.mask.coverage(p0, p1, j0, j1) & Coverage(j0 < n, j1 == j1),
+    ),
+    "pages end a page early": _method(
+        "lower.program",
+        "Program",
+        "coverage",
+        lambda _: lambda self, p0, p1, j0, j1, n: self.mask.coverage(p0, p1, j0, j1) & Coverage(j1 <= n, j1 <= n),
+    ),
+    "scores out of order": _method(
+        "lower.program", "Program", "scores", lambda _: lambda self, s, p, j, h: _reversed_scores(self, s, p, j, h)
+    ),
+    "last page dropped": _function("lower.visits", "visible_pages", _last_page_dropped),
+    "dead slots live": _method("lower.sequences", "Sequences", "of", _dead_slots_live),
+    "lengths not clamped": _method("lower.sequences", "Sequences", "of", _unclamped_lengths),
+    "writes before the first token": _method("lower.sequences", "Sequences", "positions", _before_the_first_token),
+    "larger window kept": _method(
+        "spec.masks", "Window", "implies", lambda _: lambda self, other: isinstance(other, Causal)
+    ),
+    "causal full off by one": _method(
+        "spec.masks",
+        "Causal",
+        "coverage",
+        lambda _: lambda self, p0, p1, j0, j1: Coverage(j0 <= p1 - 1, j1 - 1 <= p0 + 1),
+    ),
+    "window skips one too many": _method(
+        "spec.masks",
+        "Window",
+        "coverage",
+        lambda _: lambda self, p0, p1, j0, j1: Coverage(p0 - j1 + 2 < self.width, p1 - 1 - j0 < self.width),
+    ),
+    "j < p": _method("spec.masks", "Causal", "__call__", lambda _: lambda self, p, j: j < p),
+    "window one wider": _method("spec.masks", "Window", "__call__", lambda _: lambda self, p, j: p - j <= self.width),
+    "no cap": _method("spec.scores", "SoftCap", "__call__", lambda _: lambda self, s, p, j, h: s),
+    "sink taken twice": _function(
+        "spec.state", "add_sinks", lambda add: lambda state, sinks: add(add(state, sinks), sinks)
+    ),
+    "merge adds up": _function(
+        "spec.state", "merge", lambda merge: lambda a, b: AttentionState(a.out + b.out, merge(a, b).lse)
+    ),
+}
+
+
+def _reversed_scores(program, s, p, j, h):
+    for op in reversed(program.score_ops):
+        s = op(s, p, j, h)
+    return s
+
+
+def test_the_suite_passes_without_a_mutant(expected):
+    run_suite(expected, 0)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_suite_kills(name, expected, monkeypatch):
+    MUTANTS[name](monkeypatch)
+    with pytest.raises(AssertionError):
+        run_suite(expected, 1 + list(MUTANTS).index(name))
+
+
+def test_mutants_are_of_what_the_library_uses():
+    """The classes named here are those that specs hold."""
+    assert _module("spec.masks").Window is Window and _module("spec.scores").SoftCap is SoftCap
