@@ -133,10 +133,10 @@ def test_single_features_equal_the_reference(lowering, single):
 
 
 @every_lowering
-@pytest.mark.parametrize(("pages_per_block", "query_rows"), [(1, 16), (3, 2), (7, 5)])
-def test_any_schedule_gives_the_same_attention(lowering, pages_per_block, query_rows):
+@pytest.mark.parametrize(("pages_per_block", "query_rows", "lanes"), [(1, 16, 1), (3, 2, 3), (7, 5, 2)])
+def test_any_schedule_gives_the_same_attention(lowering, pages_per_block, query_rows, lanes):
     case = case_of("rich", "ragged")
-    attend = lowered(lowering, case, pages_per_block=pages_per_block, query_rows=query_rows)
+    attend = lowered(lowering, case, pages_per_block=pages_per_block, query_rows=query_rows, lanes=lanes)
     for corner in ("mixed", "first page masked", "exact pages"):
         built = build(case.replace(corner=corner))
         assert_state(state_of(attend, built), built)
