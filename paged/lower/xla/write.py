@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paged.spec import PageLayout, Pages, RaggedBatch
 
+from ..jax_version import CONVERTED_BY_UPDATES, HAS_BIT_UPDATES_IN_PLACE
 from ..sequences import Sequences
 from .bits import as_bits, from_bits
 
@@ -54,21 +55,30 @@ def _put(axes: tuple[int, int], rows: tuple[Array, ...], pools: tuple[Array, ...
 
 
 def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Array, ...]:
-    """For CPU, where a scatter of narrow floats converts the whole pool there and back."""
+    """For CPU, where a scatter may convert or copy the whole pool: a loop over the rows that go somewhere."""
+    dtypes = [pool.dtype for pool in pools]
+    order = jnp.argsort(~slots.is_mapped, stable=True)
+    if not HAS_BIT_UPDATES_IN_PLACE:
+        rows, pools = (tuple(_movable(x) for x in arrays) for arrays in (rows, pools))
 
     def put_row(i: Array, pools: tuple[Array, ...]) -> tuple[Array, ...]:
+        token = order[i]
+
         def put_in(pool: Array, row: Array) -> Array:
             start: list[Any] = [0] * pool.ndim
-            start[axes[0]], start[axes[1]] = slots.page[i], slots.slot[i]
-            row = as_bits(jnp.expand_dims(row, axes))
-            bits = as_bits(pool, i)
-            old = jax.lax.dynamic_slice(bits, start, row.shape)
-            new = jax.lax.dynamic_update_slice(bits, jnp.where(slots.is_mapped[i], row, old), start)
-            return from_bits(new, pool.dtype)
+            start[axes[0]], start[axes[1]] = slots.page[token], slots.slot[token]
+            row = _movable(jnp.expand_dims(row[token], axes))
+            return from_bits(jax.lax.dynamic_update_slice(_movable(pool, i), row, start), pool.dtype)
 
-        return tuple(put_in(pool, row[i]) for pool, row in zip(pools, rows, strict=True))
+        return tuple(put_in(pool, row) for pool, row in zip(pools, rows, strict=True))
 
-    return jax.lax.fori_loop(0, slots.page.shape[0], put_row, pools)
+    pools = jax.lax.fori_loop(0, jnp.sum(slots.is_mapped), put_row, tuple(pools))
+    return tuple(from_bits(pool, dtype) for pool, dtype in zip(pools, dtypes, strict=True))
+
+
+def _movable(x: Array, step: Any = None) -> Array:
+    """``x`` as bits if this version of JAX would convert it."""
+    return as_bits(x, step) if x.dtype in CONVERTED_BY_UPDATES else x
 
 
 def _put_at_once(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Array, ...]:
