@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 _VERSION = jax.__version_info__
 
-# XLA:CPU computes with these floats by converting them, and does so to update one slot of a pool too: the *whole pool*
-# is converted there and back. As bits they are updated alone.
-CONVERTED_BY_UPDATES = tuple(
+# XLA:CPU computes with these floats by converting them, and to gather from a pool or to update a slot of it converts
+# the *whole pool*, there and back. As bits they are moved alone.
+CONVERTED_WHOLE = tuple(
     jnp.dtype(name)
     for name, is_converted in {
         "bfloat16": _VERSION < (0, 11),

@@ -1,9 +1,4 @@
-"""Narrow floats as the bits they are, for moving them without XLA:CPU converting the whole pool to float32.
-
-XLA:CPU computes with 16-bit floats by converting to float32, and does so for a gather, a slice or an update of a pool
-as well: the *whole pool* is converted, and the conversion hoisted out of the loop. Moving unsigned integers, through a
-view that is tied to the loop's counter so that the view stays in the loop too, avoids it.
-"""
+"""Narrow floats as the bits they are, for moving them without XLA:CPU converting the whole pool."""
 
 from typing import Any
 
@@ -11,15 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ..jax_version import CONVERTED_WHOLE
+
 _BITS = {1: jnp.uint8, 2: jnp.uint16}
 
 
 def as_bits(x: Array, step: Any = None) -> Array:
-    """``x`` as unsigned integers where its dtype is a float narrower than float32, else ``x``.
+    """``x`` as unsigned integers, if its dtype is one that this version of JAX converts in order to move.
 
-    In a loop, ``step`` is the loop's counter.
+    In a loop, ``step`` is the loop's counter: a view that is tied to it stays in the loop, and is not made of the
+    whole pool before.
     """
-    if x.dtype.itemsize not in _BITS or jnp.issubdtype(x.dtype, jnp.integer):
+    if x.dtype not in CONVERTED_WHOLE:
         return x
     if step is not None:
         x, _ = jax.lax.optimization_barrier((x, step))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paged.spec import PageLayout, Pages, RaggedBatch
 
-from ..jax_version import CONVERTED_BY_UPDATES, HAS_BIT_UPDATES_IN_PLACE
+from ..jax_version import HAS_BIT_UPDATES_IN_PLACE
 from ..sequences import Sequences
 from .bits import as_bits, from_bits
 
@@ -59,7 +59,7 @@ def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) 
     dtypes = [pool.dtype for pool in pools]
     order = jnp.argsort(~slots.is_mapped, stable=True)
     if not HAS_BIT_UPDATES_IN_PLACE:
-        rows, pools = (tuple(_movable(x) for x in arrays) for arrays in (rows, pools))
+        rows, pools = (tuple(as_bits(x) for x in arrays) for arrays in (rows, pools))
 
     def put_row(i: Array, pools: tuple[Array, ...]) -> tuple[Array, ...]:
         token = order[i]
@@ -67,18 +67,13 @@ def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) 
         def put_in(pool: Array, row: Array) -> Array:
             start: list[Any] = [0] * pool.ndim
             start[axes[0]], start[axes[1]] = slots.page[token], slots.slot[token]
-            row = _movable(jnp.expand_dims(row[token], axes))
-            return from_bits(jax.lax.dynamic_update_slice(_movable(pool, i), row, start), pool.dtype)
+            row = as_bits(jnp.expand_dims(row[token], axes))
+            return from_bits(jax.lax.dynamic_update_slice(as_bits(pool, i), row, start), pool.dtype)
 
         return tuple(put_in(pool, row) for pool, row in zip(pools, rows, strict=True))
 
     pools = jax.lax.fori_loop(0, jnp.sum(slots.is_mapped), put_row, tuple(pools))
     return tuple(from_bits(pool, dtype) for pool, dtype in zip(pools, dtypes, strict=True))
-
-
-def _movable(x: Array, step: Any = None) -> Array:
-    """``x`` as bits if this version of JAX would convert it."""
-    return as_bits(x, step) if x.dtype in CONVERTED_BY_UPDATES else x
 
 
 def _put_at_once(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Array, ...]:
