@@ -13,7 +13,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --durations=10
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --durations=10 -m "slow or not slow"
+	PAGED_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n auto --durations=10 -m "slow or not slow"
 
 check: $(VENV)/.dev $(VENV)/.test
 	$(BIN)/ruff check .

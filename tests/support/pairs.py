@@ -28,7 +28,8 @@ def covering_rows(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> list[d
             (_candidate(rng, factors, missing) for _ in range(_CANDIDATES)), key=lambda r: len(_pairs(r) & missing)
         )
         missing -= _pairs(row)
-        rows.append({name: factors[name][level] for name, level in row.items()})
+        # In the order of the factors, and not of a set's hashes, which differ between processes.
+        rows.append({name: levels[row[name]] for name, levels in factors.items()})
     return rows
 
 
