@@ -43,8 +43,8 @@ def pool(layout: PageLayout, num_pages: int) -> Pages:
         few = rng.standard_normal(shape, np.float32) * (40 if layout.is_quantised else 1)
         few = jnp.asarray(np.clip(few, -127, 127)).astype(layout.dtype)
         arrays.append(_repeat(few, num_pages, page_axis))
-    scale = jnp.full(KV_HEADS, 0.025) if layout.is_quantised else None
-    return layout.wrap(*arrays, k_scale=scale, v_scale=scale)
+    k_scale, v_scale = (jnp.full(KV_HEADS, 0.025) if layout.is_quantised else None for _ in range(2))
+    return layout.wrap(*arrays, k_scale=k_scale, v_scale=v_scale)
 
 
 def decode_inputs(layout: PageLayout, lengths: np.ndarray, slots: int | None = None) -> Inputs:

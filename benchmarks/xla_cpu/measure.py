@@ -34,7 +34,7 @@ class Setting:
     @property
     def seconds_a_case(self) -> float:
         """What the repeats of one case aim at, all candidates together."""
-        return 1.0 if self.is_quick else 2.5
+        return 0.5 if self.is_quick else 1.5
 
 
 @dataclasses.dataclass
