@@ -23,7 +23,6 @@ def main(section: str, cores: str, speed: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     for row in _SECTIONS[section](Setting(cores, speed == "quick")):
         print(json.dumps(dataclasses.asdict(row)), flush=True)
-        jax.clear_caches()
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ from .forward import attend
 from .walk import Operands, Walk
 from .write import write
 
-# Tokens a block, query rows a block, lanes.
-_ON_CPU = (128, 128, 1)
-_ELSEWHERE = (256, 128, 32)
+_QUERY_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +32,16 @@ class XlaBlocks(Lowering):
         return None
 
     def schedule(self, program: Program, layout: PageLayout) -> Schedule:
-        """By platform. On CPU, one block of rows at a time, and blocks of about 128 tokens: with all their heads they
-        stay in a core's cache while they are used (measured: benchmarks/xla_cpu). Elsewhere, lanes to fill the
-        machine and larger blocks to take fewer steps (not measured)."""
+        """By platform. On CPU, one block of rows at a time, and blocks of pages that with all their heads stay in a
+        core's cache while they are used: 128 tokens, or 256 where narrow dtypes and pages of 32 tokens or more make
+        that as cheap to gather (measured: benchmarks/xla_cpu). Elsewhere, lanes to fill the machine and larger blocks
+        to take fewer steps (not measured)."""
         del program
-        tokens, rows, lanes = _ON_CPU if jax.default_backend() == "cpu" else _ELSEWHERE
+        tokens, lanes = 256, 32
+        if jax.default_backend() == "cpu":
+            tokens, lanes = (256 if layout.dtype.itemsize < 4 and layout.page_size >= 32 else 128), 1
         pages_per_block = max(1, tokens // layout.page_size)
-        return Schedule(lowering=self.name, pages_per_block=pages_per_block, query_rows=rows, lanes=lanes)
+        return Schedule(lowering=self.name, pages_per_block=pages_per_block, query_rows=_QUERY_ROWS, lanes=lanes)
 
     def state(
         self,
