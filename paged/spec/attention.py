@@ -61,10 +61,13 @@ class AttentionSpec:
                 f"mask must be a Mask, such as Prefix(64) | Chunk(256), or Where(lambda p, j: ...) around a function; "
                 f"got {self.mask!r}."
             )
+        if not isinstance(self.scores, tuple | list) or not all(isinstance(op, ScoreOp) for op in self.scores):
+            raise TypeError(
+                f"scores must be a tuple of score operations, such as (ALiBi(),) or (ALiBi(), Bias(fn)); got "
+                f"{self.scores!r}."
+            )
         object.__setattr__(self, "scores", tuple(self.scores))
         for op in self.scores:
-            if not isinstance(op, ScoreOp):
-                raise TypeError(f"scores must be score operations, such as ALiBi() or Bias(fn); got {op!r}.")
             op.bind(self.num_q_heads)
 
     @property

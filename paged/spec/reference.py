@@ -1,5 +1,6 @@
 """The reference: what a spec means, dense and readable. Slow, and kept free of everything the lowerings do."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from .attention import AttentionSpec
 from .batch import RaggedBatch
 from .layout import Pages
-from .state import AttentionState, add_sinks
+from .state import AttentionState, add_sinks, log_add_exp
 
 
 def reference(
@@ -76,8 +77,7 @@ def sinks_per_head(spec: AttentionSpec, sinks: Any) -> Float[Array, " q_heads"]:
     if sinks.ndim == 1 and sinks.shape[0] > 0:
         sinks = jnp.broadcast_to(sinks, (kv_heads, sinks.shape[0]))
     if sinks.ndim == 2 and sinks.shape[0] == kv_heads and sinks.shape[1] > 0:
-        top = jnp.max(sinks, axis=1, keepdims=True)
-        total = top[:, 0] + jnp.log(jnp.sum(jnp.exp(sinks - top), axis=1))
+        total = functools.reduce(log_add_exp, jnp.unstack(sinks, axis=1))
         return jnp.repeat(total, group)
     raise ValueError(
         f"sinks must be [q_heads] = [{heads}] or [kv_heads, group] = [{kv_heads}, {group}] (one a query head), or [n] "

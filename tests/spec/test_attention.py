@@ -61,7 +61,8 @@ ERRORS = {
     "cap nan": ({"soft_cap": math.nan}, ValueError, r"SoftCap\(nan\) is not a bound"),
     "scale": ({"scale": math.inf}, ValueError, r"scale must be finite; got inf.*leave it out"),
     "mask function": ({"mask": lambda p, j: True}, TypeError, r"mask must be a Mask.*Where\(lambda"),
-    "score function": ({"scores": (abs,)}, TypeError, r"scores must be score operations.*built-in function abs"),
+    "score function": ({"scores": (abs,)}, TypeError, r"scores must be a tuple of.*built-in function abs"),
+    "score alone": ({"scores": ALiBi()}, TypeError, r"scores must be a tuple of.*got ALiBi\(slopes=None\)"),
     "slopes": ({"scores": (ALiBi((1.0, 2.0)),)}, ValueError, "one slope a query head: the spec has 8, got 2"),
 }
 

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 import paged
-from paged.spec import ALiBi, AttentionSpec, Bias, Chunk, Prefix, RaggedBatch, SoftCap, Where, Window, reference_state
+from paged.spec import (
+    ALiBi,
+    AttentionSpec,
+    Bias,
+    Chunk,
+    Prefix,
+    RaggedBatch,
+    SoftCap,
+    Where,
+    Window,
+    reference_state,
+    sinks_per_head,
+)
 from tests.support import CORNERS, Case, build, exact_state
 from tests.support.oracle import attention_by_loops
 
@@ -111,3 +123,8 @@ def test_keeps_the_queries_dtype():
         built = build(Case(spec=spec, page_size=2))
         state = jax.eval_shape(lambda q: reference_state(spec, q, built.pages, built.batch), built.q.astype(dtype))  # noqa: B023
         assert state.out.dtype == dtype and state.lse.dtype == jnp.float32
+
+
+def test_several_sinks_of_minus_infinity_are_no_sink():
+    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=4, sinks=True)
+    np.testing.assert_array_equal(sinks_per_head(spec, jnp.full(3, -jnp.inf)), np.full(4, -np.inf))

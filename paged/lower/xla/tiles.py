@@ -1,7 +1,8 @@
 """Head views of the page orders: pages in, one contiguous float32 tile of keys and of values a head out, and back.
 
-A tile is gathered once and used at once, while it is in cache. One gather a tile splits over threads on CPU, which
-copies page by page do not, and compiles in a fraction of their time.
+A tile is gathered once and used at once, while it is in cache. One gather a tile is a few percent slower on one core
+than copying page by page into a tile that the loop carries, and compiles in a fraction of the time (measured:
+benchmarks/xla_cpu).
 """
 
 from typing import Any
