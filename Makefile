@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes its own environment.
 PYTHON ?= python3
 VENV ?= .venv
+BENCH ?= --quick
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -26,7 +27,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.examples
-	$(BIN)/python -m benchmarks.xla_cpu
+	$(BIN)/python -m benchmarks.xla_cpu $(BENCH)
 
 # One stamp an extra: installed when missing or when the dependencies change.
 $(VENV)/.%: pyproject.toml | $(BIN)/python
