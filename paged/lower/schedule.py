@@ -12,7 +12,7 @@ class Schedule:
     * ``lowering``: the name of the lowering it is for.
     * ``pages_per_block``: pages taken in one step of the online softmax.
     * ``query_rows``: the most query rows of one sequence that are worked on together.
-    * ``lanes``: how many such blocks of rows are worked on side by side.
+    * ``lanes``: how many such blocks of rows the forward pass works on side by side; the gradient takes one at a time.
 
     >>> schedule = Schedule(lowering="xla-blocks", pages_per_block=8, query_rows=64, lanes=1)
     >>> Schedule.from_json(schedule.to_json()) == schedule
