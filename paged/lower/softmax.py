@@ -1,43 +1,54 @@
 """Online softmax: attention over a stream of key blocks, one step at a time."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
+def weigh_exactly(weights: Float[Array, "*heads rows keys"], v: Float[Array, "*heads keys dim"]) -> Array:
+    """Weighted sums of values, in full float32."""
+    return jnp.matmul(weights, v, precision="highest")
+
+
 class Running(NamedTuple):
     """The softmax of the blocks seen so far: the row maximum, and the sums of weights and of weighted values, both
-    relative to that maximum. All float32."""
+    relative to that maximum. All float32. Leading axes, such as KV heads, go side by side."""
 
-    top: Float[Array, "kv_heads rows 1"]
-    total: Float[Array, "kv_heads rows 1"]
-    values: Float[Array, "kv_heads rows dim"]
+    top: Float[Array, "*heads rows 1"]
+    total: Float[Array, "*heads rows 1"]
+    values: Float[Array, "*heads rows dim"]
 
     @classmethod
-    def start(cls, kv_heads: int, rows: int, dim: int) -> "Running":
+    def start(cls, *heads_rows: int, dim: int) -> "Running":
         """Of no block at all."""
-        scalar = (kv_heads, rows, 1)
-        return cls(jnp.full(scalar, -jnp.inf), jnp.zeros(scalar), jnp.zeros((kv_heads, rows, dim)))
+        scalar = (*heads_rows, 1)
+        return cls(jnp.full(scalar, -jnp.inf), jnp.zeros(scalar), jnp.zeros((*heads_rows, dim)))
 
-    def step(self, s: Float[Array, "kv_heads rows keys"], v: Float[Array, "kv_heads keys dim"]) -> "Running":
+    def step(
+        self,
+        s: Float[Array, "*heads rows keys"],
+        v: Float[Array, "*heads keys dim"],
+        weigh: Callable[[Array, Array], Array] = weigh_exactly,
+    ) -> "Running":
         """Take in one more block of scores, ``-inf`` where invisible, and its values, finite there.
 
+        ``weigh(weights, v)`` is their product, summed over keys in float32.
         Source: the online softmax of Milakov and Gimelshein, arXiv:1805.02867.
         """
         top = jnp.maximum(self.top, jnp.max(s, axis=-1, keepdims=True))
         # While a row has seen no key its maximum is -inf, and -inf minus -inf would be NaN.
-        origin = jnp.where(jnp.isneginf(top), 0.0, top)
+        origin = jnp.where(top == -jnp.inf, 0.0, top)
         weights = jnp.exp(s - origin)
         decay = jnp.exp(self.top - origin)
-        weighted = jnp.einsum("hrk,hkd->hrd", weights, v, precision="highest")
         total = decay * self.total + jnp.sum(weights, axis=-1, keepdims=True)
-        return Running(top, total, decay * self.values + weighted)
+        return Running(top, total, decay * self.values + weigh(weights, v))
 
-    def finish(self) -> tuple[Float[Array, "kv_heads rows dim"], Float[Array, "kv_heads rows"]]:
+    def finish(self) -> tuple[Float[Array, "*heads rows dim"], Float[Array, "*heads rows 1"]]:
         """The normalised output and the natural log-sum-exp: ``(0, -inf)`` for a row that saw no key."""
         out = self.values / jnp.where(self.total == 0, 1.0, self.total)
-        return out, (jnp.log(self.total) + self.top)[..., 0]
+        return out, jnp.log(self.total) + self.top
 
 
 def select_values(

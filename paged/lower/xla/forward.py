@@ -31,7 +31,7 @@ def attend(walk: Walk, operands: Operands) -> AttentionState:
         block = blocks.block(which, walk.rows)
         out, lse = _attend_block(walk, block, operands)
         row = jnp.where(block.is_row, block.row, tokens)
-        return row, walk.unfold(out), walk.unfold(lse[..., None])[..., 0]
+        return row, walk.unfold(out), walk.unfold(lse)[..., 0]
 
     def attend_lanes(i, state):
         if walk.lanes == 1:
@@ -47,7 +47,7 @@ def attend(walk: Walk, operands: Operands) -> AttentionState:
 
 def _attend_block(
     walk: Walk, block: Block, operands: Operands
-) -> tuple[Float[Array, "kv_heads group_rows dim"], Float[Array, "kv_heads group_rows"]]:
+) -> tuple[Float[Array, "kv_heads group_rows dim"], Float[Array, "kv_heads group_rows 1"]]:
     """One block of query rows over all the pages it visits."""
     pages, constants = operands.pages, operands.constants
     q = walk.fold(operands.q[block.row].astype(jnp.float32))
@@ -62,7 +62,7 @@ def _attend_block(
             s, v = jnp.where(is_visible, s, -jnp.inf), select_values(is_visible, v)
         return running.step(s, v)
 
-    start = Running.start(walk.program.num_kv_heads, q.shape[1], pages.layout.value_dim)
+    start = Running.start(walk.program.num_kv_heads, q.shape[1], dim=pages.layout.value_dim)
     return walk.over_tiles(visits, step, start).finish()
 
 

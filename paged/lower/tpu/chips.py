@@ -1,0 +1,63 @@
+"""Public facts of TPU generations: what a schedule has to fit, and what a model of its time divides by."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TPU generation, as one JAX device sees it.
+
+    * ``topology``: the smallest slice that the compiler can be asked for ahead of time.
+    * ``device_kinds``: what ``jax.Device.device_kind`` says on it.
+    * ``cores``: TensorCores that one device drives at once ("megacore"); a kernel splits its work over them.
+    * ``vmem_bytes``, ``smem_bytes``: vector and scalar memory of a core.
+    * ``hbm_bytes_per_second``: peak bandwidth of one JAX device.
+
+    Sources: cloud.google.com/tpu/docs, the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" (bandwidth a chip; a device
+    of tpu7x is half a chip); memory sizes from the table of JAX's own ``pallas.tpu.get_tpu_info``.
+    """
+
+    generation: str
+    topology: str
+    device_kinds: tuple[str, ...]
+    cores: int
+    vmem_bytes: int
+    hbm_bytes_per_second: float
+    smem_bytes: int = 2**20
+
+
+_MIB = 2**20
+
+CHIPS: dict[str, Chip] = {
+    chip.generation: chip
+    for chip in (
+        Chip("v4", "v4:2x2x1", ("TPU v4",), 2, 16 * _MIB, 1228e9),
+        Chip("v5e", "v5e:2x2", ("TPU v5 lite", "TPU v5e"), 1, 128 * _MIB, 819e9),
+        Chip("v5p", "v5p:2x2x1", ("TPU v5", "TPU v5p"), 2, 64 * _MIB, 2765e9),
+        Chip("v6e", "v6e:2x2", ("TPU v6 lite", "TPU v6e"), 1, 128 * _MIB, 1640e9),
+        Chip("tpu7x", "tpu7x:2x2x1", ("TPU7x", "TPU7"), 1, 64 * _MIB, 3690e9),
+    )
+}
+
+# For a machine that is none of the above: one core, and no more memory than any of them has.
+ANY_CHIP = Chip("any", "", (), 1, 16 * _MIB, 819e9)
+
+
+def chip_named(generation: str) -> Chip:
+    """The facts of a generation. Raises ``ValueError`` that lists those known."""
+    if generation not in CHIPS:
+        raise ValueError(f"generation must be one of {sorted(CHIPS)}; got {generation!r}.")
+    return CHIPS[generation]
+
+
+def this_chip() -> Chip:
+    """The chip of this process's first TPU; `ANY_CHIP` where there is none, or one that is not in the table."""
+    return chip_of(jax.devices()[0]) if jax.default_backend() == "tpu" else ANY_CHIP
+
+
+def chip_of(device: Any) -> Chip:
+    """The chip that a device is, or `ANY_CHIP`."""
+    return next((chip for chip in CHIPS.values() if device.device_kind in chip.device_kinds), ANY_CHIP)

@@ -1,0 +1,289 @@
+"""The decode kernel: online softmax over the visible pages of each sequence, streamed from HBM without a pause.
+
+Blocks of pages of all items follow one another in one stream. While a block is worked on, the next ones are on their
+way, those of the next sequence too: the place in the stream from which to fetch, the *cursor*, runs ahead of the work.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..softmax import Running
+from .terms import Terms
+from .transfer import Transfers
+from .views import NOWHERE, Views
+from .work import Work
+
+Ref = Any
+# Tiles whose scores are held at once: their products overlap, and more would not fit the registers.
+_TILES_AT_ONCE = 8
+
+
+class Refs(NamedTuple):
+    """What the kernel reads, writes and works in."""
+
+    work: Work
+    k_scale: Ref | None
+    v_scale: Ref | None
+    arrays: tuple[Ref, ...]
+    q: Ref
+    transfers: Transfers
+    out: Ref
+    lse: Ref
+    q_buffer: Ref
+    q_arrived: Ref
+    out_buffer: Ref
+    lse_buffer: Ref
+    out_left: Ref
+    cursor: Ref
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """The kernel's static facts. ``splits`` items make one sequence; ``buffers`` blocks are in flight."""
+
+    views: Views
+    terms: Terms
+    scale: float
+    buffers: int
+    splits: int
+
+    def run_items(self, refs: Refs, first: Any, end: Any) -> None:
+        """All items of one core, one after the other."""
+        self.begin(refs, first, end)
+        jax.lax.fori_loop(first, end, lambda item, slot: self.run_item(refs, item, first, end, slot), jnp.int32(0))
+        self.drain(refs, first, end)
+
+    def begin(self, refs: Refs, first: Any, end: Any) -> None:
+        """Set the stream going."""
+        refs.transfers.silence_all()
+
+        @pl.when(first < end)
+        def _():
+            self._copy_queries(refs, first, "start")
+
+        refs.cursor[0] = refs.work.busy[first]
+        refs.cursor[1] = 0
+        for slot in range(self.buffers - 1):
+            self._fetch_next(refs, end, slot)
+
+    def run_item(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
+        """Attend over one item's pages, whose first block is in ``slot``; the slot of the next item's first block."""
+
+        @pl.when(item + 1 < end)
+        def _():
+            self._copy_queries(refs, item + 1, "start")
+
+        self._copy_queries(refs, item, "wait")
+        q = [self.views.queries(refs.q_buffer.at[item & 1], tile) for tile in range(self.views.tiles)]
+        start = (slot, self._start())
+        slot, running = self._over_blocks(refs, item, end, q, start)
+        self._finish(refs, item, running)
+
+        @pl.when(item > first)
+        def _():
+            self._copy_results(refs, item - 1, "wait")
+
+        return slot
+
+    def drain(self, refs: Refs, first: Any, end: Any) -> None:
+        """Wait for the last results to leave."""
+
+        @pl.when(first < end)
+        def _():
+            self._copy_results(refs, end - 1, "wait")
+
+    def _over_blocks(self, refs: Refs, item: Any, end: Any, q: list, start: Any) -> Any:
+        """Fold the item's blocks: those visible in full while whole blocks follow, in one straight line; then the rest."""
+        block = self.views.pages_per_block
+        count, ahead = refs.work.count[item], self.buffers - 1
+        whole = jax.lax.div(refs.work.num_full[item], block)
+        total = jax.lax.div(count + block - 1, block)
+        straight = jnp.maximum(jnp.minimum(whole, jax.lax.div(count, block) - ahead), 0)
+
+        def step_straight(i, carry):
+            slot, running = carry
+            refs.transfers.wait(slot, block)
+            fetch = self._fetch_in_parts(refs, item, i + ahead, self._before(slot))
+            return self._after(slot), self._attend_block(refs, item, i, slot, q, running, False, fetch)
+
+        def step(i, carry, is_masked):
+            slot, running = carry
+            self._fetch_next(refs, end, self._before(slot))
+            refs.transfers.wait_for(slot, jnp.minimum(count - i * block, block))
+            return self._after(slot), self._attend_block(refs, item, i, slot, q, running, is_masked)
+
+        carry = jax.lax.fori_loop(0, straight, step_straight, start)
+
+        @pl.when(straight > 0)
+        def _():
+            self._move_cursor(refs, item, straight + ahead - 1)
+
+        carry = jax.lax.fori_loop(straight, whole, lambda i, carry: step(i, carry, False), carry)
+        return jax.lax.fori_loop(whole, total, lambda i, carry: step(i, carry, True), carry)
+
+    def _attend_block(
+        self,
+        refs: Refs,
+        item: Any,
+        i: Any,
+        slot: Any,
+        q: list,
+        running: tuple[Running, ...],
+        is_masked: bool,
+        between: Callable[[int], None] = lambda tile: None,
+    ) -> tuple[Running, ...]:
+        """One step of the online softmax for every tile of a block; ``between(tile)`` is called after its product."""
+        views, buffers = self.views, refs.transfers.buffers
+        base = refs.work.begin[item] + i * views.pages_per_block
+        pages = jnp.minimum(refs.work.count[item] - i * views.pages_per_block, views.pages_per_block)
+        if is_masked:
+            self._silence_tail(refs, item, base + pages - 1, slot, pages - 1)
+        p = j = None
+        if is_masked or self.terms.scores_use_positions:
+            p = refs.work.position[item] + views.row()
+            j = views.positions(lambda at: jnp.where(at < pages, refs.work.index[base + at], NOWHERE))
+        visible = self._visible(refs, item, p, j) if is_masked else views.is_own_key()
+        scales = [views.scales(buffer, slot) for buffer in buffers[-2:]] if self._scales_tokens else None
+        new = []
+        for chunk in range(0, views.tiles, _TILES_AT_ONCE):
+            tiles = range(chunk, min(chunk + _TILES_AT_ONCE, views.tiles))
+            products = []
+            for tile in tiles:
+                products.append(_dot(q[tile], views.keys(buffers, slot, tile), contract=1))
+                between(tile)
+            for tile, product in zip(tiles, products, strict=True):
+                s = self._scores(refs, tile, product, scales, p, j)
+                s = s if visible is None else jnp.where(visible, s, -jnp.inf)
+                v = views.values(buffers, slot, tile)
+                v_scale = None if scales is None else scales[1][tile : tile + 1]
+                if v_scale is not None and is_masked:
+                    v_scale = jnp.where(j[:1] < refs.work.length[item], v_scale, 0.0)
+                new.append(running[tile].step(s, v, self._weigh(v_scale)))
+        return tuple(new)
+
+    def _scores(self, refs: Refs, tile: int, product: Any, scales: Any, p: Any, j: Any) -> Any:
+        """Scores before the mask, from products of stored keys."""
+        s = product * self.scale
+        if refs.k_scale is not None:
+            s = s * refs.k_scale[tile]
+        if scales is not None:
+            s = s * scales[0][tile : tile + 1]
+        return self.terms.scores(tuple(ref[tile] for ref in refs.arrays), s, p, j)
+
+    def _visible(self, refs: Refs, item: Any, p: Any, j: Any) -> Any:
+        visible = self.terms.mask(tuple(ref[0] for ref in refs.arrays), p, j) & (j < refs.work.length[item])
+        own = self.views.is_own_key()
+        return visible if own is None else visible & own
+
+    def _weigh(self, v_scale: Any) -> Callable[..., Any]:
+        def weigh(weights, v):
+            weights = weights if v_scale is None else weights * v_scale
+            return _dot(self.views.align(weights).astype(v.dtype), v, contract=0)
+
+        return weigh
+
+    def _silence_tail(self, refs: Refs, item: Any, entry: Any, slot: Any, at: Any) -> None:
+        """The last page of a sequence may have slots past its length: their values must not count."""
+        live = refs.work.length[item] - refs.work.index[entry] * self.views.layout.page_size
+
+        @pl.when(live < self.views.layout.page_size)
+        def _():
+            refs.transfers.silence(slot, at, live)
+
+    def _start(self) -> tuple[Running, ...]:
+        views = self.views
+        return tuple(Running.start(views.tile_rows, dim=views.layout.value_dim) for _ in range(views.tiles))
+
+    def _finish(self, refs: Refs, item: Any, running: tuple[Running, ...]) -> None:
+        """Normalise, and begin to send the item's results. The log-sum-exp of tile ``t`` is lane ``t``."""
+        views, half = self.views, item & 1
+        lane = jax.lax.broadcasted_iota(jnp.int32, (views.tile_rows, 128), 1)
+        lses = jnp.zeros((views.tile_rows, 128), jnp.float32)
+        for tile in range(views.tiles):
+            out, lse = running[tile].finish()
+            if refs.v_scale is not None:
+                out = out * refs.v_scale[tile]
+            views.store(refs.out_buffer.at[half], tile, out)
+            lses = jnp.where(lane == tile, lse, lses)
+        refs.lse_buffer[half] = lses.reshape(refs.lse_buffer.shape[1:])
+        self._copy_results(refs, item, "start")
+
+    def _copy_queries(self, refs: Refs, item: Any, verb: str) -> None:
+        last = refs.q.shape[0] - 1
+        for row in range(self.views.rows):
+            source = refs.q.at[jnp.minimum(refs.work.row[item] + row, last)]
+            copy = pltpu.make_async_copy(source, refs.q_buffer.at[item & 1, row], refs.q_arrived.at[item & 1])
+            getattr(copy, verb)()
+
+    def _copy_results(self, refs: Refs, item: Any, verb: str) -> None:
+        """Results go to the item's own rows; a row that the sequence does not have is nobody's."""
+        half, part = item & 1, jax.lax.rem(item, self.splits)
+        for row in range(self.views.rows):
+
+            @pl.when(row < refs.work.rows[item])
+            def _(row=row):
+                for buffer, ref in ((refs.out_buffer, refs.out), (refs.lse_buffer, refs.lse)):
+                    target = ref.at[part, refs.work.row[item] + row]
+                    getattr(pltpu.make_async_copy(buffer.at[half, row], target, refs.out_left.at[half]), verb)()
+
+    def _fetch_next(self, refs: Refs, end: Any, slot: Any) -> None:
+        """Begin to fetch the block at the cursor into ``slot``, and move on; nothing at the end of the stream."""
+        item, i, block = refs.cursor[0], refs.cursor[1], self.views.pages_per_block
+
+        @pl.when(item < end)
+        def _():
+            base, pages = refs.work.begin[item] + i * block, refs.work.count[item] - i * block
+
+            def fetch(at):
+                refs.transfers.start(refs.work.page[base + at], slot, at)
+
+            @pl.when(pages >= block)
+            def _():
+                for at in range(block):
+                    fetch(at)
+
+            @pl.when(pages < block)
+            def _():
+                jax.lax.fori_loop(0, pages, lambda at, _: fetch(at), None)
+
+            self._move_cursor(refs, item, i)
+
+    def _fetch_in_parts(self, refs: Refs, item: Any, i: Any, slot: Any) -> Callable[[int], None]:
+        """Fetch block ``i``, a whole one, a part at every tile, so that addresses are computed beside products."""
+        block, tiles = self.views.pages_per_block, self.views.tiles
+        base = refs.work.begin[item] + i * block
+
+        def fetch(tile):
+            for at in range(tile * block // tiles, (tile + 1) * block // tiles):
+                refs.transfers.start(refs.work.page[base + at], slot, at)
+
+        return fetch
+
+    def _move_cursor(self, refs: Refs, item: Any, fetched: Any) -> None:
+        """To the block after block ``fetched`` of ``item``."""
+        is_last = (fetched + 1) * self.views.pages_per_block >= refs.work.count[item]
+        refs.cursor[0] = jnp.where(is_last, refs.work.busy[item + 1], item)
+        refs.cursor[1] = jnp.where(is_last, 0, fetched + 1)
+
+    def _before(self, slot: Any) -> Any:
+        return jnp.where(slot == 0, self.buffers - 1, slot - 1)
+
+    def _after(self, slot: Any) -> Any:
+        return jnp.where(slot == self.buffers - 1, 0, slot + 1)
+
+    @property
+    def _scales_tokens(self) -> bool:
+        return self.views.layout.scales == "token"
+
+
+def _dot(a: Any, b: Any, contract: int) -> Any:
+    """``a [m, n]`` times ``b``, which is summed over its axis ``contract``, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((1,), (contract,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,195 @@
+"""From arrays to a kernel and back: operands, scratch memory, grid, and the state that comes out."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from paged.spec import AttentionState, Pages
+
+from ..program import Program
+from .decode import Decode, Refs
+from .terms import split_terms
+from .transfer import Transfers, pools_of
+from .views import Views
+from .work import Work
+
+_LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One decode kernel: its views, and how its items are laid over cores and grid."""
+
+    program: Program
+    views: Views
+    sequence: str
+    buffers: int
+    splits: int
+    cores: int
+    vmem_limit: int
+    interpret: Any
+
+    def __call__(self, work: Work, q: Float[Array, "tokens q_heads dim"], pages: Pages) -> AttentionState:
+        """The state of the work's rows, float32; other rows hold anything."""
+        views, items = self.views, work.begin.shape[0]
+        terms = split_terms(self.program, views.tile_rows, views.columns)
+        arrays = self._arrays(terms)
+        scales = self._head_scales(pages)
+        if self.sequence == "grid":
+            per_core = -(-items // self.cores)
+            work = work._replace(bounds=jnp.minimum(jnp.arange(self.cores + 1, dtype=jnp.int32) * per_core, items))
+        decode = Decode(views, terms, self.program.scale, self.buffers, self.splits)
+        pools = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
+        operands = (*scales, *arrays, self._pad(q), *pools)
+        in_memory = [pltpu.VMEM] * len(scales) + [pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays]
+        in_memory += [pltpu.HBM] * (1 + len(pools))
+        grid = (self.cores,) if self.sequence == "inline" else (self.cores, -(-items // self.cores))
+        out, lse = pl.pallas_call(
+            self._kernel(decode, len(scales), len(arrays), len(pools)),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(work),
+                grid=grid,
+                in_specs=[pl.BlockSpec(memory_space=memory) for memory in in_memory],
+                out_specs=[pl.BlockSpec(memory_space=pltpu.HBM)] * 2,
+                scratch_shapes=self._scratch(),
+            ),
+            out_shape=self._out_shapes(q.shape[0]),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary")[: len(grid)],
+                disable_bounds_checks=True,
+                vmem_limit_bytes=self.vmem_limit,
+            ),
+            interpret=self.interpret,
+            name=f"paged_decode_{self.sequence}",
+        )(*work, *operands)
+        return self._state(out, lse)
+
+    def _kernel(self, decode: Decode, num_scales: int, num_arrays: int, num_pools: int) -> Any:
+        def kernel(*refs: Any) -> None:
+            refs_left = list(refs)
+
+            def take(count: int) -> tuple[Any, ...]:
+                taken, refs_left[:] = refs_left[:count], refs_left[count:]
+                return tuple(taken)
+
+            work, scales, arrays = Work(*take(len(Work._fields))), take(num_scales), take(num_arrays)
+            (q,), pools, (out, lse), buffers = take(1), take(num_pools), take(2), take(num_pools)
+            arrived, q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor, place = refs_left
+            transfers = Transfers(self.views.layout, pools, buffers, arrived)
+            k_scale, v_scale = scales or (None, None)
+            bound = Refs(
+                work, k_scale, v_scale, arrays, q, transfers, out, lse, q_buffer, q_arrived, out_buffer, lse_buffer,
+                out_left, cursor,
+            )  # fmt: skip
+            core = pl.program_id(0)
+            first, end = work.bounds[core], work.bounds[core + 1]
+            if self.sequence == "inline":
+                decode.run_items(bound, first, end)
+            else:
+                _run_step(decode, bound, place, first, end)
+
+        return kernel
+
+    def _arrays(self, terms: Any) -> tuple[Array, ...]:
+        """What the terms need, for every tile; numbers alone go to scalar memory."""
+        h = jnp.asarray(self.views.q_head(self.program.group), jnp.int32)[..., None]
+        arrays = jax.vmap(terms.early, out_axes=0)(h)
+        return tuple(x.astype(jnp.int32) if x.dtype == bool else x for x in arrays)
+
+    def _head_scales(self, pages: Pages) -> tuple[Array, ...]:
+        """Scales a tensor or head, as one factor for every query row."""
+        if pages.layout.scales not in ("tensor", "head"):
+            return ()
+        heads = pages.layout.num_kv_heads
+        rows = self.views.kv_head()
+        return tuple(jnp.broadcast_to(scale, (heads,))[rows][..., None] for scale in (pages.k_scale, pages.v_scale))
+
+    def _pad(self, q: Array) -> Float[Array, "tokens kv_heads group dim"]:
+        """Query heads by KV head, padded to the rows of a vector register."""
+        grouped = q.reshape(q.shape[0], self.program.num_kv_heads, self.program.group, -1)
+        padding = self.views.group - self.program.group
+        return jnp.pad(grouped.astype(self.views.compute_dtype), ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+    def _scratch(self) -> list[Any]:
+        views, f32 = self.views, jnp.float32
+        heads, layout = views.layout.num_kv_heads, views.layout
+        pages = [
+            pltpu.VMEM((self.buffers, views.pages_per_block, *pool.page_shape), pool.dtype) for pool in pools_of(layout)
+        ]
+        dma = pltpu.SemaphoreType.DMA
+        return [
+            *pages,
+            dma((self.buffers,)),
+            pltpu.VMEM((2, views.rows, heads, views.group, layout.head_dim), views.compute_dtype),
+            dma((2,)),
+            pltpu.VMEM((2, views.rows, heads, views.group, layout.value_dim), f32),
+            pltpu.VMEM((2, views.rows, views.heads * views.group, _LANES), f32),
+            dma((2,)),
+            pltpu.SMEM((2,), jnp.int32),
+            pltpu.SMEM((1,), jnp.int32),
+        ]
+
+    def _out_shapes(self, tokens: int) -> list[jax.ShapeDtypeStruct]:
+        views, layout = self.views, self.views.layout
+        out = (self.splits, tokens, layout.num_kv_heads, views.group, layout.value_dim)
+        lse = (self.splits, tokens, views.heads * views.group, _LANES)
+        return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (out, lse)]
+
+    def _state(self, out: Array, lse: Array) -> AttentionState:
+        """Parts merged, padding dropped, heads in their order."""
+        views, program = self.views, self.program
+        parts, tokens = out.shape[:2]
+        out = out[:, :, :, : program.group].reshape(parts, tokens, program.num_q_heads, -1)
+        lse = jnp.moveaxis(lse[..., : views.tiles], -1, 2).reshape(parts, tokens, program.num_kv_heads, views.group)
+        lse = lse[..., : program.group].reshape(parts, tokens, program.num_q_heads)
+        return AttentionState(out[0], lse[0]) if parts == 1 else _merge_parts(out, lse)
+
+    def vmem_bytes(self) -> int:
+        """Vector memory that the kernel's scratch takes, with every tile padded as the chips lay it out."""
+        return sum(_padded_bytes(x.shape, x.dtype) for x in self._scratch() if _is_vmem(x))
+
+
+def _run_step(decode: Decode, refs: Refs, place: Any, first: Any, end: Any) -> None:
+    """One item a grid step; the stream of pages runs on from step to step."""
+    step = pl.program_id(1)
+
+    @pl.when(step == 0)
+    def _():
+        decode.begin(refs, first, end)
+        place[0] = 0
+
+    @pl.when(first + step < end)
+    def _():
+        place[0] = decode.run_item(refs, first + step, first, end, place[0])
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _():
+        decode.drain(refs, first, end)
+
+
+def _merge_parts(out: Float[Array, "parts tokens heads dim"], lse: Float[Array, "parts tokens heads"]) -> AttentionState:
+    """`merge` of many states at once."""
+    top = jnp.max(lse, axis=0)
+    origin = jnp.where(top == -jnp.inf, 0.0, top)
+    share = jnp.exp(lse - origin)
+    total = jnp.sum(share, axis=0)
+    weight = share / jnp.where(total == 0, 1.0, total)
+    return AttentionState(jnp.sum(weight[..., None] * out, axis=0), jnp.log(total) + top)
+
+
+def _is_vmem(scratch: Any) -> bool:
+    return getattr(scratch, "memory_space", None) == pltpu.VMEM
+
+
+def _padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array whose last two axes are padded to tiles of 8 (32-bit) to 32 (8-bit) rows of 128 lanes."""
+    itemsize = jnp.dtype(dtype).itemsize
+    rows = 8 * (4 // itemsize)
+    padded = (*shape[:-2], -(-shape[-2] // rows) * rows, -(-shape[-1] // _LANES) * _LANES)
+    return math.prod(padded) * itemsize

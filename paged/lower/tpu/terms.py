@@ -1,0 +1,141 @@
+"""A program's scores and mask as a kernel evaluates them: what depends on the head alone is computed before it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jaxtyping import Array
+
+from ..program import Program
+
+# What a kernel may compute of a tile: elementwise arithmetic, and changes of shape that cost nothing.
+_ELEMENTWISE = frozenset(
+    "abs add and atan2 ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt integer_pow"
+    " is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n shift_left"
+    " shift_right_arithmetic shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor"
+    " broadcast_in_dim iota squeeze reshape".split()
+)
+_NESTED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint")
+
+
+class Terms(NamedTuple):
+    """Scores and mask at one tile shape.
+
+    ``early(h)`` computes, outside of the kernel, arrays that depend on ``h [rows, 1]`` and on what the terms close
+    over. ``scores(arrays, s, p, j)`` and ``mask(arrays, p, j)`` run inside, on ``[rows, keys]`` tiles.
+    ``scores_use_positions`` is False where scores are a function of ``s`` and the head alone.
+    """
+
+    early: Callable[[Array], tuple[Array, ...]]
+    scores: Callable[..., Array]
+    mask: Callable[..., Array]
+    scores_use_positions: bool
+
+
+class _Split(NamedTuple):
+    """A function cut in two: equations on known values that do not span keys, and the rest."""
+
+    early: Callable[..., tuple[Array, ...]]
+    late: Callable[..., Array]
+    used: tuple[bool, ...]
+    refused: tuple[str, ...]
+
+
+def split_terms(program: Program, rows: int, keys: int) -> Terms:
+    """The program's terms for tiles of this shape."""
+    scores, mask = _splits(program, rows, keys)
+    num_scores = len(jax.eval_shape(scores.early, jax.ShapeDtypeStruct((rows, 1), jnp.int32)))
+
+    return Terms(
+        early=lambda h: (*scores.early(h), *mask.early()),
+        scores=lambda arrays, s, p, j: scores.late(arrays[:num_scores], s, p, j),
+        mask=lambda arrays, p, j: mask.late(arrays[num_scores:], p, j),
+        scores_use_positions=any(scores.used[1:]),
+    )
+
+
+def refused_operations(program: Program) -> tuple[str, ...]:
+    """Operations in the program's terms that a kernel has no rule for, such as a gather by position."""
+    scores, mask = _splits(program, 8, 128)
+    return tuple(dict.fromkeys((*scores.refused, *mask.refused)))
+
+
+def _splits(program: Program, rows: int, keys: int) -> tuple[_Split, _Split]:
+    s = jax.ShapeDtypeStruct((rows, keys), jnp.float32)
+    position = jax.ShapeDtypeStruct((rows, keys), jnp.int32)
+    head = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    scores = _split(lambda h, s, p, j: program.scores(s, p, j, h), (head,), (s, position, position))
+    return scores, _split(program.mask, (), (position, position))
+
+
+def _split(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, ...]) -> _Split:
+    closed = jax.make_jaxpr(fn)(*known, *unknown)
+    jaxpr, consts = closed.jaxpr, closed.consts
+    is_known = {*jaxpr.constvars, *jaxpr.invars[: len(known)]}
+    early, late = [], []
+    for eqn in jaxpr.eqns:
+        spans_keys = any(v.aval.size > max(v.aval.shape[:1], default=1) for v in eqn.outvars)
+        if all(isinstance(v, jex.Literal) or v in is_known for v in eqn.invars) and not spans_keys:
+            early.append(eqn)
+            is_known.update(eqn.outvars)
+        else:
+            late.append(eqn)
+    reads = [v for eqn in late for v in eqn.invars if not isinstance(v, jex.Literal)]
+    reads += [v for v in jaxpr.outvars if not isinstance(v, jex.Literal)]
+    crossing = list(dict.fromkeys(v for v in reads if v in is_known))
+    unknowns = jaxpr.invars[len(known) :]
+
+    def run_early(*args: Array) -> tuple[Array, ...]:
+        env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=False))
+        _evaluate(early, env)
+        return tuple(jnp.asarray(env[v]) for v in crossing)
+
+    def run_late(arrays: tuple[Array, ...], *args: Array) -> Array:
+        env = dict(zip(crossing, arrays, strict=True)) | dict(zip(unknowns, args, strict=True))
+        _evaluate(late, env)
+        return _read(env, jaxpr.outvars[0])
+
+    return _Split(run_early, run_late, tuple(v in reads for v in unknowns), tuple(_refused(late)))
+
+
+def _evaluate(eqns: Any, env: dict[Any, Any]) -> None:
+    for eqn in eqns:
+        values = [_read(env, v) for v in eqn.invars]
+        if eqn.primitive.name in _NESTED:
+            closed = _nested_jaxpr(eqn)
+            inner = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+            inner |= dict(zip(closed.jaxpr.invars, values, strict=True))
+            _evaluate(closed.jaxpr.eqns, inner)
+            results = [_read(inner, v) for v in closed.jaxpr.outvars]
+        elif eqn.primitive.name == "broadcast_in_dim" and values[0].dtype == bool:
+            # Kernels broadcast numbers, not masks.
+            bind = functools.partial(eqn.primitive.bind, **eqn.params)
+            results = [bind(jnp.asarray(values[0]).astype(jnp.int32)) != 0]
+        else:
+            results = eqn.primitive.bind(*values, **eqn.params)
+            results = results if eqn.primitive.multiple_results else [results]
+        env.update(zip(eqn.outvars, results, strict=True))
+
+
+def _read(env: dict[Any, Any], v: Any) -> Any:
+    return np.asarray(v.val, v.aval.dtype)[()] if isinstance(v, jex.Literal) else env[v]
+
+
+def _refused(eqns: Any) -> list[str]:
+    names = []
+    for eqn in eqns:
+        if eqn.primitive.name in _NESTED:
+            names += _refused(_nested_jaxpr(eqn).jaxpr.eqns)
+        elif eqn.primitive.name not in _ELEMENTWISE:
+            names.append(eqn.primitive.name)
+    return names
+
+
+def _nested_jaxpr(eqn: Any) -> Any:
+    nested = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return nested if hasattr(nested, "consts") else jex.ClosedJaxpr(nested, ())

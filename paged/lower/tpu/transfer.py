@@ -1,0 +1,95 @@
+"""Pages between HBM and VMEM, for every page order: buffers of whole blocks, filled page by page, awaited at once."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from paged.spec import PageLayout
+
+Ref = Any
+
+
+class Pool(NamedTuple):
+    """One array of the pages: which axis counts them, and the shape and dtype of one page's part."""
+
+    page_axis: int
+    page_shape: tuple[int, ...]
+    dtype: Any
+
+    def page(self, ref: Ref, page: Any) -> Ref:
+        """One page's part of the pool."""
+        return ref.at[page] if self.page_axis == 0 else ref.at[:, page]
+
+
+def pools_of(layout: PageLayout) -> tuple[Pool, ...]:
+    """The pool's arrays, then its scales a token."""
+    page_axis = 1 if layout.order == "split" else 0
+    shapes = layout.array_shapes(1)
+    pools = [Pool(page_axis, tuple(n for i, n in enumerate(s) if i != page_axis), layout.dtype) for s in shapes]
+    if layout.scales == "token":
+        pools += [Pool(0, (layout.num_kv_heads, layout.page_size), jnp.dtype("float32"))] * 2
+    return tuple(pools)
+
+
+class Transfers(NamedTuple):
+    """Asynchronous copies of pages into ``buffers [slots, pages_per_block, *page]``; one semaphore a slot."""
+
+    layout: PageLayout
+    pools: tuple[Ref, ...]
+    buffers: tuple[Ref, ...]
+    arrived: Ref
+
+    def start(self, page: Any, slot: Any, at: Any) -> None:
+        """Begin to copy page ``page`` of the pool to place ``at`` of a slot."""
+        for pool, ref, buffer in zip(pools_of(self.layout), self.pools, self.buffers, strict=True):
+            pltpu.make_async_copy(pool.page(ref, page), buffer.at[slot, at], self.arrived.at[slot]).start()
+
+    def wait(self, slot: Any, pages: int) -> None:
+        """Wait until ``pages`` more pages have arrived in a slot: semaphores count bytes, whichever they are."""
+        for buffer in self.buffers:
+            landed = buffer.at[slot, pl.ds(0, pages)]
+            pltpu.make_async_copy(landed, landed, self.arrived.at[slot]).wait()
+
+    def wait_for(self, slot: Any, pages: Any) -> None:
+        """Wait for a number of pages known when it runs, at most a block: in powers of two, so in few waits."""
+        block = self.buffers[0].shape[1]
+        power = 1 << (block.bit_length() - 1)
+        while power:
+
+            @pl.when((pages & power) != 0)
+            def _(power=power):
+                self.wait(slot, power)
+
+            power //= 2
+
+    def silence(self, slot: Any, at: Any, live: Any) -> None:
+        """Make the values of a page's tokens from ``live`` on 0: they may be NaN, and a weight of 0 would not help."""
+        if jnp.issubdtype(self.layout.dtype, jnp.integer):
+            return
+        ref, token_axis = self._values(slot, at)
+        values = ref[...].astype(jnp.float32)
+        token = jax.lax.broadcasted_iota(jnp.int32, values.shape, token_axis)
+        ref[...] = jnp.where(token < live, values, 0.0).astype(ref.dtype)
+
+    def silence_all(self) -> None:
+        """Make all values in the buffers 0, before anything has arrived."""
+        if jnp.issubdtype(self.layout.dtype, jnp.integer):
+            return
+        slots, block = self.buffers[0].shape[:2]
+
+        def clear(i: Any, _: None) -> None:
+            ref, _ = self._values(i // block, i % block)
+            ref[...] = jnp.zeros(ref.shape, jnp.float32).astype(ref.dtype)
+
+        jax.lax.fori_loop(0, slots * block, clear, None)
+
+    def _values(self, slot: Any, at: Any) -> tuple[Ref, int]:
+        """The part of a page that holds its values (in interleaved order the keys as well), and its token axis."""
+        if self.layout.order == "packed":
+            return self.buffers[0].at[slot, at, 1], 1
+        if self.layout.order == "split":
+            return self.buffers[1].at[slot, at], 1
+        return self.buffers[0].at[slot, at], 0

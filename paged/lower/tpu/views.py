@@ -1,0 +1,147 @@
+"""How the tiles of a page order serve the heads: which query rows meet which keys, and where a tile's keys lie.
+
+In packed and split order every KV head has a tile of keys and one of values, and meets them with its own query rows.
+In interleaved order the heads of a token lie next to each other, and to part them costs more than it saves: all query
+rows meet one tile of everything, and a row takes no notice of what is not a key of its own head.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+from paged.spec import PageLayout
+
+Ref = Any
+
+# The page index of places in a block where no page has been put: past every table, and its tokens past every length.
+NOWHERE = 2**20
+_LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """The tiles of a block of ``pages_per_block`` pages. Query rows of a KV head come in ``rows`` of ``group`` heads,
+    padded from ``program.group``; ``compute_dtype`` is what products take."""
+
+    layout: PageLayout
+    pages_per_block: int
+    rows: int
+    group: int
+    compute_dtype: Any
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether one tile serves all heads."""
+        return self.layout.order == "interleaved"
+
+    @property
+    def tiles(self) -> int:
+        """Tiles a block."""
+        return 1 if self.is_shared else self.layout.num_kv_heads
+
+    @property
+    def heads(self) -> int:
+        """KV heads a tile."""
+        return self.layout.num_kv_heads // self.tiles
+
+    @property
+    def tile_rows(self) -> int:
+        """Query rows that meet a tile: ``rows x heads x group``, in that order."""
+        return self.rows * self.heads * self.group
+
+    @property
+    def columns_per_token(self) -> int:
+        """Columns of a tile for each token: its keys, and in a shared tile its values too."""
+        return 2 * self.heads if self.is_shared else 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile's scores."""
+        return self.pages_per_block * self.layout.page_size * self.columns_per_token
+
+    def kv_head(self) -> Int[np.ndarray, "tiles tile_rows"]:
+        """The KV head of each query row."""
+        head = np.arange(self.tiles * self.heads).reshape(self.tiles, 1, self.heads, 1)
+        shape = (self.tiles, self.rows, self.heads, self.group)
+        return np.broadcast_to(head, shape).reshape(self.tiles, -1)
+
+    def q_head(self, group: int) -> Int[np.ndarray, "tiles tile_rows"]:
+        """The query head of each row, of ``group`` real ones a KV head; padding rows count as the last of theirs."""
+        within = np.tile(np.minimum(np.arange(self.group), group - 1), self.rows * self.heads)
+        return self.kv_head() * group + within
+
+    def row(self) -> Int[Array, "tile_rows columns"]:
+        """Which of the sequence's query rows each row of a tile is."""
+        row = jax.lax.broadcasted_iota(jnp.int32, (self.tile_rows, self.columns), 0)
+        return jax.lax.div(row, self.heads * self.group)
+
+    def queries(self, ref: Ref, tile: int) -> Float[Array, "tile_rows dim"]:
+        """The rows that meet a tile, from ``[rows, kv_heads, group, dim]``."""
+        if self.rows == 1 and not self.is_shared:
+            return ref[0, tile].astype(self.compute_dtype)
+        q = ref[...] if self.is_shared else ref[:, tile]
+        return q.astype(jnp.float32).reshape(self.tile_rows, -1).astype(self.compute_dtype)
+
+    def store(self, ref: Ref, tile: int, x: Float[Array, "tile_rows dim"]) -> None:
+        """Put a tile's rows where `queries` would find them."""
+        if self.is_shared:
+            ref[...] = x.reshape(ref.shape)
+        else:
+            ref[:, tile] = x.reshape(self.rows, self.group, -1)
+
+    def keys(self, buffers: tuple[Ref, ...], slot: Any, tile: int) -> Array:
+        """A tile's keys ``[columns, head_dim]``."""
+        return self._flat(self._part(buffers, slot, tile, 0))
+
+    def values(self, buffers: tuple[Ref, ...], slot: Any, tile: int) -> Array:
+        """A tile's values ``[columns, value_dim]``; in a shared tile the same array as its keys."""
+        return self._flat(self._part(buffers, slot, tile, 1))
+
+    def _part(self, buffers: tuple[Ref, ...], slot: Any, tile: int, which: int) -> Array:
+        if self.layout.order == "packed":
+            return buffers[0][slot, :, which, tile]
+        return buffers[which][slot, :, tile] if self.layout.order == "split" else buffers[0][slot]
+
+    def _flat(self, x: Array) -> Array:
+        """``[pages, .., dim]`` as ``[columns, dim]``: free where the axis before the last fills whole tiles."""
+        if x.dtype != self.compute_dtype or x.shape[-2] % (32 // x.dtype.itemsize):
+            x = x.astype(jnp.float32)
+        return x.reshape(-1, x.shape[-1]).astype(self.compute_dtype)
+
+    def scales(self, buffer: Ref, slot: Any) -> Float[Array, "kv_heads columns"]:
+        """Scales a token, from ``[slots, pages, kv_heads, page_size]``, along the columns of each head's tile."""
+        return jnp.concatenate([buffer[slot, at] for at in range(self.pages_per_block)], axis=1)
+
+    def is_own_key(self) -> Bool[Array, "tile_rows columns"] | None:
+        """Which columns of a shared tile are keys of the row's head; None where all columns are."""
+        if not self.is_shared:
+            return None
+        shape = (self.tile_rows, self.columns)
+        column = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, shape, 1), self.columns_per_token)
+        row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return column == 2 * jax.lax.rem(jax.lax.div(row, self.group), self.heads)
+
+    def align(self, weights: Float[Array, "tile_rows columns"]) -> Float[Array, "tile_rows columns"]:
+        """Weights of keys, at the columns of their values."""
+        return pltpu.roll(weights, 1, axis=1) if self.is_shared else weights
+
+    def positions(self, page_index: Any) -> Int[Array, "tile_rows columns"]:
+        """The position of each column's token, from ``page_index(at)``, the index of the page at each place."""
+        page_columns = self.layout.page_size * self.columns_per_token
+        chunk = _LANES if page_columns < _LANES and _LANES % page_columns == 0 else page_columns
+        lane = jax.lax.broadcasted_iota(jnp.int32, (self.tile_rows, min(chunk, self.columns)), 1)
+        place = jax.lax.div(lane, page_columns)
+        offset = jax.lax.div(jax.lax.rem(lane, page_columns), self.columns_per_token)
+        pieces = []
+        for first in range(0, self.columns, lane.shape[1]):
+            at = first // page_columns
+            base = jnp.full(lane.shape, page_index(at) * self.layout.page_size, jnp.int32)
+            for i in range(1, lane.shape[1] // page_columns):
+                base = jnp.where(place == i, page_index(at + i) * self.layout.page_size, base)
+            pieces.append(base + offset)
+        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)

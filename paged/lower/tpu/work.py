@@ -1,0 +1,102 @@
+"""What a decode kernel has to do, as integers for its scalar memory, computed from the batch before it starts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ..program import Program
+from ..sequences import Sequences
+from ..visits import page_coverage
+
+
+class Work(NamedTuple):
+    """Items of work, and the pages of each. An item is one sequence, or one of the parts that its pages are split into.
+
+    Pages are listed for every sequence as `Visits` lists them, ``width`` entries each, flat because scalar memory pads
+    rows: first those visible in full, then the others, each in ascending order. Item ``i`` takes ``count[i]`` entries
+    from ``begin[i]`` on, the first ``num_full[i]`` of which need no mask.
+
+    * ``page``, ``index`` i32[seqs * width]: where the page lies in the pool, and which page of its sequence it is.
+    * ``begin``, ``count``, ``num_full`` i32[items].
+    * ``length`` i32[items], and ``position`` of the first of the sequence's query rows.
+    * ``row``, ``rows`` i32[items]: its first query row, and how many there are (0 for a dead slot).
+    * ``busy`` i32[items + 1]: the first item from ``i`` on that has a page; ``items`` where none has.
+    * ``bounds`` i32[cores + 1]: core ``c`` does the items from ``bounds[c]`` to ``bounds[c + 1]``.
+    """
+
+    page: Int[Array, " entries"]
+    index: Int[Array, " entries"]
+    begin: Int[Array, " items"]
+    count: Int[Array, " items"]
+    num_full: Int[Array, " items"]
+    length: Int[Array, " items"]
+    position: Int[Array, " items"]
+    row: Int[Array, " items"]
+    rows: Int[Array, " items"]
+    busy: Int[Array, " items_plus_1"]
+    bounds: Int[Array, " cores_plus_1"]
+
+
+def plan_work(
+    program: Program, seqs: Sequences, page_size: int, num_pages: int, *, splits: int, pages_per_block: int, cores: int
+) -> Work:
+    """The work of clamped sequences. Each sequence's pages are split into ``splits`` parts of whole blocks."""
+    width = seqs.tables.shape[1]
+    page, index, num_full, count = _visits(program, seqs, page_size, num_pages)
+    blocks = -(-count // pages_per_block)
+    part = -(-blocks // splits) * pages_per_block
+
+    def of_items(x: Array) -> Array:
+        return jnp.repeat(x, splits, total_repeat_length=x.shape[0] * splits) if splits > 1 else x
+
+    offset = jnp.tile(jnp.arange(splits), count.shape[0]) * of_items(part)
+    item_count = jnp.clip(of_items(count) - offset, 0, of_items(part))
+    seq = of_items(jnp.arange(count.shape[0]))
+    return Work(
+        page=page.reshape(-1),
+        index=index.reshape(-1),
+        begin=seq * width + offset,
+        count=item_count,
+        num_full=jnp.clip(of_items(num_full) - offset, 0, item_count),
+        length=of_items(seqs.lengths),
+        position=of_items(seqs.lengths - seqs.counts),
+        row=of_items(seqs.starts),
+        rows=of_items(seqs.counts),
+        busy=_next_busy(item_count),
+        bounds=_bounds(-(-item_count // pages_per_block), cores),
+    )
+
+
+def _visits(
+    program: Program, seqs: Sequences, page_size: int, num_pages: int
+) -> tuple[Int[Array, "seqs width"], Int[Array, "seqs width"], Int[Array, " seqs"], Int[Array, " seqs"]]:
+    """Pages and their indices, full ones first, and how many are full and visible: `visible_pages` for all sequences.
+
+    One sort: a TPU has no fast scatter.
+    """
+
+    def coverage(length, rows, table):
+        return page_coverage(program, length - rows, length, length, table, page_size, num_pages)
+
+    some, full = jax.vmap(coverage)(seqs.lengths, seqs.counts, seqs.tables)
+    width = seqs.tables.shape[1]
+    index = jnp.arange(width, dtype=jnp.int32)
+    key = index + jnp.where(full, 0, jnp.where(some, width, 2 * width))
+    key, page = jax.lax.sort((key, seqs.tables), dimension=1, num_keys=1)
+    return page, key % width, jnp.sum(full, axis=1, dtype=jnp.int32), jnp.sum(some, axis=1, dtype=jnp.int32)
+
+
+def _next_busy(count: Int[Array, " items"]) -> Int[Array, " items_plus_1"]:
+    items = count.shape[0]
+    own = jnp.where(count > 0, jnp.arange(items, dtype=jnp.int32), items)
+    return jnp.append(jax.lax.cummin(own, reverse=True), items).astype(jnp.int32)
+
+
+def _bounds(blocks: Int[Array, " items"], cores: int) -> Int[Array, " cores_plus_1"]:
+    """Where to cut the items so that every core has about as many blocks; an item costs one more by itself."""
+    items = blocks.shape[0]
+    done = jnp.cumsum(blocks + 1)
+    cuts = [jnp.sum(done * cores <= done[-1] * core, dtype=jnp.int32) for core in range(1, cores)]
+    return jnp.stack([jnp.int32(0), *cuts, jnp.int32(items)])
