@@ -3,7 +3,11 @@
 from .attend import Attend as Attend
 from .attend import lower as lower
 from .attend import write as write
+from .call import Call as Call
 from .checks import check as check
+from .compile_for import Compiled as Compiled
+from .compile_for import CompileError as CompileError
+from .compile_for import compile_for as compile_for
 from .explain import Explanation as Explanation
 from .lowering import Lowering as Lowering
 from .program import Program as Program

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
@@ -16,6 +17,7 @@ from paged.spec import (
     sinks_per_head,
 )
 
+from .call import Call
 from .checks import check, require_layout, require_new_tokens, require_pages, require_queries, require_sinks
 from .explain import Explanation, explain
 from .lowering import Lowering
@@ -23,6 +25,7 @@ from .program import Program
 from .schedule import Schedule
 from .select import select
 from .sequences import Sequences
+from .tpu import Chip
 from .xla import XLA_BLOCKS
 
 
@@ -39,9 +42,40 @@ class Attend:
     spec: AttentionSpec
     layout: PageLayout
     program: Program
-    lowering: Lowering
-    schedule: Schedule
+    lowerings: tuple[Lowering, ...]  # those that take the program, in order of preference
+    pinned: Schedule | None  # the caller's schedule
     check: bool
+
+    @property
+    def lowering(self) -> Lowering:
+        """The lowering of choice; a call that it refuses goes to the next."""
+        return self.lowerings[0]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The caller's schedule, or else what the lowering would choose for a common call."""
+        return self.pinned or self.lowering.schedule(self.program, self.layout)
+
+    def on_chip(self, chip: Chip) -> "Attend":
+        """This attention as it would be lowered on a chip, whatever this process has."""
+        return dataclasses.replace(self, lowerings=tuple(lowering.on_chip(chip) for lowering in self.lowerings))
+
+    def choose(self, call: Call) -> tuple[Lowering, Schedule]:
+        """What runs in a call of these shapes. Raises ``ValueError`` when no lowering takes it, or when the caller's
+        schedule cannot be honoured."""
+        reasons = {}
+        for lowering in self.lowerings:
+            reasons[lowering.name] = lowering.refuses(self.program, self.layout, call)
+            if reasons[lowering.name] is not None:
+                continue
+            schedule = self.pinned or lowering.schedule(self.program, self.layout, call)
+            reason = self.pinned and lowering.cannot_honour(self.program, self.layout, call, schedule)
+            if reason:
+                nearest = lowering.schedule(self.program, self.layout, call)
+                raise ValueError(f"The schedule {schedule} cannot run: {reason} The nearest that can: {nearest}.")
+            return lowering, schedule
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f'No lowering takes this call: {why}. target="auto" and target="xla" take any call.')
 
     def __call__(
         self,
@@ -84,8 +118,8 @@ class Attend:
         require_new_tokens(self.layout, k, v, q.shape[0])
         if self.check:
             batch = check(batch, pages, q.shape[0], self.spec)
-        pages = _write(self.lowering, k, v, pages, batch)
-        return _state(self, q, pages, batch, sinks).out, pages
+        state, pages = _update(self, q, k, v, pages, batch, sinks)
+        return state.out, pages
 
     def explain(
         self,
@@ -94,7 +128,10 @@ class Attend:
         batch: RaggedBatch | None = None,
     ) -> Explanation:
         """What will run, and why not the others; with a concrete batch also the pages and bytes it touches."""
-        return explain(self.program, self.layout, self.lowering, self.schedule, q, pages, batch)
+        if q is None or pages is None or batch is None:
+            return explain(self.program, self.layout, self.lowering, self.schedule)
+        lowering, schedule = self.choose(Call.of(q, pages, batch))
+        return explain(self.program, self.layout, lowering, schedule, q, pages, batch)
 
 
 def lower(
@@ -104,10 +141,12 @@ def lower(
     *,
     schedule: Schedule | None = None,
     check: bool = False,
+    interpret: Any = False,
 ) -> Attend:
-    """Lower a spec over a page layout to a target: ``"xla"``, ``"tpu"``, or ``"auto"``, the best that takes it.
+    """Lower a spec over a page layout to a target: ``"xla"``, ``"tpu"``, or ``"auto"``, the best that takes each call.
 
-    ``schedule`` replaces the lowering's own choice. With ``check`` every call checks the batch's values with
+    ``schedule`` replaces the lowering's own choice. ``interpret`` runs kernels on any machine, slowly: True, or the
+    interpreter's own settings (``jax.experimental.pallas.tpu.InterpretParams``). With ``check`` every call checks the batch's values with
     `paged.check`; without, faults of the caller give the results that the semantics name, and never a crash.
     Raises ``ValueError`` when no lowering of the target takes the spec, with every candidate's reason.
 
@@ -122,8 +161,10 @@ def lower(
     """
     require_layout(spec, layout)
     program = Program.from_spec(spec)
-    lowering = select(program, layout, target, schedule)
-    return Attend(spec, layout, program, lowering, schedule or lowering.schedule(program, layout), check)
+    lowerings = select(program, layout, target, schedule)
+    if interpret:
+        lowerings = tuple(lowering.interpreted(interpret) for lowering in lowerings)
+    return Attend(spec, layout, program, lowerings, schedule, check)
 
 
 def write(
@@ -151,18 +192,30 @@ def write(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _state(attend: Attend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
-    state = attend.lowering.state(attend.program, attend.schedule, q, pages, batch)
-    if sinks is not None:
-        is_row = _owned_rows(batch, q.shape[0], pages)
-        with_sinks = add_sinks(state, sinks_per_head(attend.spec, sinks))
-        state = AttentionState(with_sinks.out, jax.numpy.where(is_row[:, None], with_sinks.lse, state.lse))
-    return AttentionState(state.out.astype(q.dtype), state.lse)
+    lowering, schedule = attend.choose(Call.of(q, pages, batch))
+    return _with_sinks(attend, lowering.state(attend.program, schedule, q, pages, batch), q, pages, batch, sinks)
 
 
-def _owned_rows(batch: RaggedBatch, tokens: int, pages: Pages) -> Array:
-    return Sequences.of(batch, tokens, pages.layout.page_size).owner(tokens)[1]
+@functools.partial(jax.jit, static_argnums=0)
+def _update(
+    attend: Attend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
+) -> tuple[AttentionState, Pages]:
+    lowering, schedule = attend.choose(Call.of(q, pages, batch))
+    state, pages = lowering.update(attend.program, schedule, q, k, v, pages, batch)
+    return _with_sinks(attend, state, q, pages, batch, sinks), pages
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _write(lowering: Lowering, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
     return lowering.write(k, v, pages, batch)
+
+
+def _with_sinks(
+    attend: Attend, state: AttentionState, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
+) -> AttentionState:
+    """The state in the queries' dtype, with sinks in the rows that sequences own."""
+    if sinks is not None:
+        is_row = Sequences.of(batch, q.shape[0], pages.layout.page_size).owner(q.shape[0])[1]
+        with_sinks = add_sinks(state, sinks_per_head(attend.spec, sinks))
+        state = AttentionState(with_sinks.out, jax.numpy.where(is_row[:, None], with_sinks.lse, state.lse))
+    return AttentionState(state.out.astype(q.dtype), state.lse)

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from paged.spec import PageLayout, Pages, RaggedBatch
 
+from .call import Call
 from .lowering import Lowering
 from .program import Program
 from .schedule import Schedule
@@ -54,12 +55,13 @@ def explain(
     layout: PageLayout,
     lowering: Lowering,
     schedule: Schedule,
-    q: Array | None,
-    pages: Pages | None,
-    batch: RaggedBatch | None,
+    q: Array | None = None,
+    pages: Pages | None = None,
+    batch: RaggedBatch | None = None,
 ) -> Explanation:
     """See `Attend.explain`."""
-    reasons = {low.name: low.refuses(program, layout) for low in LOWERINGS if low.name != lowering.name}
+    call = None if q is None or pages is None or batch is None else Call.of(q, pages, batch)
+    reasons = {low.name: low.refuses(program, layout, call) for low in LOWERINGS if low.name != lowering.name}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if q is None or pages is None or batch is None:
         return Explanation(program, layout, schedule, refused, None, None)

@@ -1,11 +1,13 @@
 """`Lowering`: the interface between a program and a target."""
 
 import abc
+from typing import Any
 
 from jaxtyping import Array
 
 from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch
 
+from .call import Call
 from .program import Program
 from .schedule import Schedule
 
@@ -23,13 +25,33 @@ class Lowering(abc.ABC):
     def target(self) -> str:
         """The target it runs on."""
 
+    @property
     @abc.abstractmethod
-    def refuses(self, program: Program, layout: PageLayout) -> str | None:
-        """Why it does not take this program over this layout, or None when it does. Decided from static facts."""
+    def choices(self) -> frozenset[str]:
+        """The fields of a `Schedule` that it heeds."""
 
     @abc.abstractmethod
-    def schedule(self, program: Program, layout: PageLayout) -> Schedule:
-        """The schedule it would choose."""
+    def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
+        """Why it does not take this program over this layout, or None when it does. Decided from static facts: those
+        of one call where it is given, and else what holds for any."""
+
+    @abc.abstractmethod
+    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
+        """The schedule it would choose; without a call, for a common one."""
+
+    def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
+        """Why this schedule cannot run in this call, or None when it can."""
+        del program, layout, call, schedule
+        return None
+
+    def interpreted(self, interpret: Any) -> "Lowering":
+        """This lowering with its kernels interpreted as told. Raises ``ValueError`` where there are no kernels."""
+        raise ValueError(f'interpret={interpret!r} is for kernels, and the lowering "{self.name}" has none.')
+
+    def on_chip(self, chip: Any) -> "Lowering":
+        """This lowering as it would be on another chip than this process's."""
+        del chip
+        return self
 
     @abc.abstractmethod
     def state(self, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: RaggedBatch) -> AttentionState:
@@ -38,3 +60,10 @@ class Lowering(abc.ABC):
     @abc.abstractmethod
     def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
         """The pages with this step's keys and values in their slots; rows without a slot are dropped."""
+
+    def update(
+        self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
+    ) -> tuple[AttentionState, Pages]:
+        """`write`, then `state` over what was written."""
+        pages = self.write(k, v, pages, batch)
+        return self.state(program, schedule, q, pages, batch), pages

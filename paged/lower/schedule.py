@@ -2,38 +2,60 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Literal
+
+SEQUENCES = ("inline", "grid")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How a lowering cuts its work. Any schedule gives the same attention; only speed and memory differ.
 
-    * ``lowering``: the name of the lowering it is for.
+    * ``lowering``: the name of the lowering it is for. A lowering heeds some of the fields below, and refuses a
+      schedule that sets others.
     * ``pages_per_block``: pages taken in one step of the online softmax.
     * ``query_rows``: the most query rows of one sequence that are worked on together.
     * ``lanes``: how many such blocks of rows the forward pass works on side by side; the gradient takes one at a time.
+    * ``sequence``: where a kernel's loop over sequences is, ``"inline"`` in its body or on its ``"grid"``.
+    * ``buffers``: blocks of pages in a kernel's memory at once: one is worked on while the others arrive.
+    * ``kv_splits``: parts that each sequence's pages are split into, worked on as if they were sequences, and merged.
+    * ``cores``: cores of one device ("megacore") that share the sequences.
 
-    >>> schedule = Schedule(lowering="xla-blocks", pages_per_block=8, query_rows=64, lanes=1)
+    >>> schedule = Schedule(lowering="xla-blocks", pages_per_block=8, query_rows=64)
     >>> Schedule.from_json(schedule.to_json()) == schedule
     True
+    >>> print(schedule)
+    xla-blocks(pages_per_block=8, query_rows=64)
     """
 
     lowering: str
     pages_per_block: int
-    query_rows: int
+    query_rows: int = 1
     lanes: int = 1
+    sequence: Literal["inline", "grid"] = "inline"
+    buffers: int = 2
+    kv_splits: int = 1
+    cores: int = 1
 
     def __post_init__(self):
+        if not isinstance(self.lowering, str):
+            raise TypeError(f"lowering must be a lowering's name; got {self.lowering!r}.")
+        if self.sequence not in SEQUENCES:
+            raise ValueError(f"sequence must be one of {SEQUENCES}; got {self.sequence!r}.")
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "lowering":
-                if not isinstance(value, str):
-                    raise TypeError(f"lowering must be a lowering's name; got {value!r}.")
-            elif isinstance(value, bool) or not isinstance(value, int):
+            value, least = getattr(self, field.name), 2 if field.name == "buffers" else 1
+            if field.name in ("lowering", "sequence"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{field.name} must be a Python int; got {value!r}.")
-            elif value < 1:
-                raise ValueError(f"{field.name} must be at least 1; got {value}.")
+            if value < least:
+                raise ValueError(f"{field.name} must be at least {least}; got {value}.")
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, without the lowering's name."""
+        fields = [field for field in dataclasses.fields(self) if field.name != "lowering"]
+        return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
 
     def replace(self, **changes: Any) -> "Schedule":
         """This schedule with some fields changed, checked again."""
@@ -52,3 +74,6 @@ class Schedule:
             got = sorted(values) if isinstance(values, dict) else values
             raise ValueError(f"A schedule's JSON has the fields {sorted(names)}; got {got}.")
         return cls(**values)
+
+    def __str__(self) -> str:
+        return f"{self.lowering}({', '.join(f'{name}={value}' for name, value in self.chosen.items())})"

@@ -1,39 +1,65 @@
 """Which lowering runs: the candidates of a target, in order of preference, and what each refuses."""
 
+import jax
+
 from paged.spec import PageLayout
 
+from .call import Call
 from .lowering import Lowering
 from .program import Program
 from .schedule import Schedule
+from .tpu import TPU_DECODE
 from .xla import XLA_BLOCKS
 
 # In order of preference. A new lowering is one more entry.
-LOWERINGS: tuple[Lowering, ...] = (XLA_BLOCKS,)
+LOWERINGS: tuple[Lowering, ...] = (TPU_DECODE, XLA_BLOCKS)
 TARGETS = ("auto", "tpu", "xla")
 
 
-def refusals(program: Program, layout: PageLayout, target: str = "auto") -> dict[str, str | None]:
+def refusals(
+    program: Program, layout: PageLayout, target: str = "auto", call: Call | None = None
+) -> dict[str, str | None]:
     """For each candidate of a target, by name: why it does not take the program, or None when it does."""
-    return {low.name: low.refuses(program, layout) for low in LOWERINGS if target in ("auto", low.target)}
+    return {low.name: low.refuses(program, layout, call) for low in LOWERINGS if target in ("auto", low.target)}
 
 
-def select(program: Program, layout: PageLayout, target: str, schedule: Schedule | None = None) -> Lowering:
-    """The first candidate that takes the program, or the one that the schedule names.
+def select(
+    program: Program, layout: PageLayout, target: str, schedule: Schedule | None = None
+) -> tuple[Lowering, ...]:
+    """The candidates that take the program, in order of preference, or the one that the schedule names.
 
-    Raises ``ValueError`` with every candidate's reason when there is none.
+    ``"auto"`` means those that run on this process's default backend. Raises ``ValueError`` with every candidate's
+    reason when there is none.
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {TARGETS}; got {target!r}.")
-    reasons = refusals(program, layout, target)
-    if schedule is not None and schedule.lowering not in reasons:
-        raise ValueError(
-            f'The schedule is for the lowering "{schedule.lowering}", which target "{target}" does not have; it has '
-            f"{sorted(reasons) or 'none'}."
-        )
-    wanted = reasons if schedule is None else {schedule.lowering: reasons[schedule.lowering]}
-    for lowering in LOWERINGS:
-        if lowering.name in wanted and wanted[lowering.name] is None:
-            return lowering
-    why = "; ".join(f"{name}: {reason}" for name, reason in wanted.items()) or "it has no lowerings yet"
+    candidates = [low for low in LOWERINGS if target == low.target or (target == "auto" and _runs_here(low))]
+    if schedule is not None:
+        candidates = [low for low in candidates if low.name == schedule.lowering]
+        if not candidates:
+            names = sorted(low.name for low in LOWERINGS if target in ("auto", low.target))
+            raise ValueError(
+                f'The schedule is for the lowering "{schedule.lowering}", which target "{target}" does not have; it '
+                f"has {names or 'none'}."
+            )
+        _require_heeded(candidates[0], schedule)
+    takers = tuple(low for low in candidates if low.refuses(program, layout) is None)
+    if takers:
+        return takers
+    why = "; ".join(f"{low.name}: {low.refuses(program, layout)}" for low in candidates) or "it has no lowerings yet"
     others = sorted({low.target for low in LOWERINGS if low.refuses(program, layout) is None})
     raise ValueError(f'No lowering takes this spec on target "{target}": {why}. Targets that take it: {others}.')
+
+
+def _runs_here(lowering: Lowering) -> bool:
+    return lowering.target in ("xla", jax.default_backend())
+
+
+def _require_heeded(lowering: Lowering, schedule: Schedule) -> None:
+    """A schedule must not ask for what its lowering would ignore."""
+    ignored = [name for name in schedule.chosen if name not in lowering.choices]
+    if ignored:
+        raise ValueError(
+            f'The schedule sets {ignored}, which the lowering "{lowering.name}" has no use for; it heeds '
+            f"{sorted(lowering.choices)}."
+        )

@@ -2,4 +2,6 @@
 
 from .chips import CHIPS as CHIPS
 from .chips import Chip as Chip
-from .launch import Launch as Launch
+from .chips import chip_named as chip_named
+from .lowering import TPU_DECODE as TPU_DECODE
+from .lowering import TpuDecode as TpuDecode

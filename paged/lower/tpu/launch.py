@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from paged.spec import AttentionState, Pages
 
 from ..program import Program
+from .chips import Chip
 from .decode import Decode, Refs
 from .terms import split_terms
 from .transfer import Transfers, pools_of
@@ -32,7 +33,7 @@ class Launch:
     buffers: int
     splits: int
     cores: int
-    vmem_limit: int
+    chip: Chip
     interpret: Any
 
     def __call__(self, work: Work, q: Float[Array, "tokens q_heads dim"], pages: Pages) -> AttentionState:
@@ -63,7 +64,7 @@ class Launch:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary")[: len(grid)],
                 disable_bounds_checks=True,
-                vmem_limit_bytes=self.vmem_limit,
+                vmem_limit_bytes=self.chip.vmem_bytes,
             ),
             interpret=self.interpret,
             name=f"paged_decode_{self.sequence}",
@@ -117,19 +118,15 @@ class Launch:
         return jnp.pad(grouped.astype(self.views.compute_dtype), ((0, 0), (0, 0), (0, padding), (0, 0)))
 
     def _scratch(self) -> list[Any]:
-        views, f32 = self.views, jnp.float32
-        heads, layout = views.layout.num_kv_heads, views.layout
-        pages = [
-            pltpu.VMEM((self.buffers, views.pages_per_block, *pool.page_shape), pool.dtype) for pool in pools_of(layout)
-        ]
         dma = pltpu.SemaphoreType.DMA
+        pages, (q, out, lse) = _vmem_scratch(self.views, self.buffers)
         return [
             *pages,
             dma((self.buffers,)),
-            pltpu.VMEM((2, views.rows, heads, views.group, layout.head_dim), views.compute_dtype),
+            q,
             dma((2,)),
-            pltpu.VMEM((2, views.rows, heads, views.group, layout.value_dim), f32),
-            pltpu.VMEM((2, views.rows, views.heads * views.group, _LANES), f32),
+            out,
+            lse,
             dma((2,)),
             pltpu.SMEM((2,), jnp.int32),
             pltpu.SMEM((1,), jnp.int32),
@@ -150,9 +147,23 @@ class Launch:
         lse = lse[..., : program.group].reshape(parts, tokens, program.num_q_heads)
         return AttentionState(out[0], lse[0]) if parts == 1 else _merge_parts(out, lse)
 
-    def vmem_bytes(self) -> int:
-        """Vector memory that the kernel's scratch takes, with every tile padded as the chips lay it out."""
-        return sum(_padded_bytes(x.shape, x.dtype) for x in self._scratch() if _is_vmem(x))
+    @staticmethod
+    def vmem_bytes(views: Views, buffers: int) -> int:
+        """Vector memory that a kernel's buffers take, with every tile padded as the chips lay it out."""
+        pages, rows = _vmem_scratch(views, buffers)
+        return sum(_padded_bytes(x.shape, x.dtype) for x in (*pages, *rows))
+
+
+def _vmem_scratch(views: Views, buffers: int) -> tuple[list[Any], list[Any]]:
+    """Buffers of pages; and those of queries, results and log-sum-exps, two of each."""
+    layout, block, f32 = views.layout, views.pages_per_block, jnp.float32
+    pages = [pltpu.VMEM((buffers, block, *pool.page_shape), pool.dtype) for pool in pools_of(layout)]
+    rows = (2, views.rows, layout.num_kv_heads, views.group)
+    return pages, [
+        pltpu.VMEM((*rows, layout.head_dim), views.compute_dtype),
+        pltpu.VMEM((*rows, layout.value_dim), f32),
+        pltpu.VMEM((2, views.rows, views.heads * views.group, _LANES), f32),
+    ]
 
 
 def _run_step(decode: Decode, refs: Refs, place: Any, first: Any, end: Any) -> None:
@@ -181,10 +192,6 @@ def _merge_parts(out: Float[Array, "parts tokens heads dim"], lse: Float[Array, 
     total = jnp.sum(share, axis=0)
     weight = share / jnp.where(total == 0, 1.0, total)
     return AttentionState(jnp.sum(weight[..., None] * out, axis=0), jnp.log(total) + top)
-
-
-def _is_vmem(scratch: Any) -> bool:
-    return getattr(scratch, "memory_space", None) == pltpu.VMEM
 
 
 def _padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:

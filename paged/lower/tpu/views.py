@@ -133,15 +133,14 @@ class Views:
     def positions(self, page_index: Any) -> Int[Array, "tile_rows columns"]:
         """The position of each column's token, from ``page_index(at)``, the index of the page at each place."""
         page_columns = self.layout.page_size * self.columns_per_token
-        chunk = _LANES if page_columns < _LANES and _LANES % page_columns == 0 else page_columns
-        lane = jax.lax.broadcasted_iota(jnp.int32, (self.tile_rows, min(chunk, self.columns)), 1)
-        place = jax.lax.div(lane, page_columns)
-        offset = jax.lax.div(jax.lax.rem(lane, page_columns), self.columns_per_token)
+        width = _LANES if _LANES % page_columns == 0 else page_columns
         pieces = []
-        for first in range(0, self.columns, lane.shape[1]):
-            at = first // page_columns
-            base = jnp.full(lane.shape, page_index(at) * self.layout.page_size, jnp.int32)
-            for i in range(1, lane.shape[1] // page_columns):
-                base = jnp.where(place == i, page_index(at + i) * self.layout.page_size, base)
-            pieces.append(base + offset)
+        for first in range(0, self.columns, width):
+            lane = jax.lax.broadcasted_iota(jnp.int32, (self.tile_rows, min(width, self.columns - first)), 1)
+            at, places = first // page_columns, lane.shape[1] // page_columns
+            index = jnp.full(lane.shape, page_index(at), jnp.int32)
+            for i in range(1, places):
+                index = jnp.where(lane >= i * page_columns, page_index(at + i), index)
+            offset = jax.lax.div(jax.lax.rem(lane, page_columns), self.columns_per_token)
+            pieces.append(index * self.layout.page_size + offset)
         return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)

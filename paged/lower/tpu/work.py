@@ -39,53 +39,56 @@ class Work(NamedTuple):
     bounds: Int[Array, " cores_plus_1"]
 
 
-def plan_work(
-    program: Program, seqs: Sequences, page_size: int, num_pages: int, *, splits: int, pages_per_block: int, cores: int
-) -> Work:
-    """The work of clamped sequences. Each sequence's pages are split into ``splits`` parts of whole blocks."""
-    width = seqs.tables.shape[1]
-    page, index, num_full, count = _visits(program, seqs, page_size, num_pages)
-    blocks = -(-count // pages_per_block)
-    part = -(-blocks // splits) * pages_per_block
+class Visited(NamedTuple):
+    """The pages that each sequence visits, in the order of `Visits`: those visible in full first."""
 
-    def of_items(x: Array) -> Array:
-        return jnp.repeat(x, splits, total_repeat_length=x.shape[0] * splits) if splits > 1 else x
+    seqs: Sequences
+    page: Int[Array, "seqs width"]
+    index: Int[Array, "seqs width"]
+    num_full: Int[Array, " seqs"]
+    count: Int[Array, " seqs"]
 
-    offset = jnp.tile(jnp.arange(splits), count.shape[0]) * of_items(part)
-    item_count = jnp.clip(of_items(count) - offset, 0, of_items(part))
-    seq = of_items(jnp.arange(count.shape[0]))
-    return Work(
-        page=page.reshape(-1),
-        index=index.reshape(-1),
-        begin=seq * width + offset,
-        count=item_count,
-        num_full=jnp.clip(of_items(num_full) - offset, 0, item_count),
-        length=of_items(seqs.lengths),
-        position=of_items(seqs.lengths - seqs.counts),
-        row=of_items(seqs.starts),
-        rows=of_items(seqs.counts),
-        busy=_next_busy(item_count),
-        bounds=_bounds(-(-item_count // pages_per_block), cores),
-    )
+    @classmethod
+    def of(cls, program: Program, seqs: Sequences, page_size: int, num_pages: int) -> "Visited":
+        """`visible_pages` for all sequences at once, by one sort: a TPU has no fast scatter."""
 
+        def coverage(length, rows, table):
+            return page_coverage(program, length - rows, length, length, table, page_size, num_pages)
 
-def _visits(
-    program: Program, seqs: Sequences, page_size: int, num_pages: int
-) -> tuple[Int[Array, "seqs width"], Int[Array, "seqs width"], Int[Array, " seqs"], Int[Array, " seqs"]]:
-    """Pages and their indices, full ones first, and how many are full and visible: `visible_pages` for all sequences.
+        some, full = jax.vmap(coverage)(seqs.lengths, seqs.counts, seqs.tables)
+        width = seqs.tables.shape[1]
+        index = jnp.arange(width, dtype=jnp.int32)
+        key = index + jnp.where(full, 0, jnp.where(some, width, 2 * width))
+        key, page = jax.lax.sort((key, seqs.tables), dimension=1, num_keys=1)
+        count = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (full, some))
+        return cls(seqs, page, jax.lax.rem(key, width), *count)
 
-    One sort: a TPU has no fast scatter.
-    """
+    def work(self, rows: slice, entries: slice, *, splits: int, pages_per_block: int, cores: int) -> Work:
+        """The work of some sequences on a part of their entries, each split into ``splits`` parts of whole blocks."""
 
-    def coverage(length, rows, table):
-        return page_coverage(program, length - rows, length, length, table, page_size, num_pages)
+        def of_items(x: Array) -> Array:
+            return jnp.repeat(x[rows], splits, total_repeat_length=x[rows].shape[0] * splits) if splits > 1 else x[rows]
 
-    some, full = jax.vmap(coverage)(seqs.lengths, seqs.counts, seqs.tables)
-    width = seqs.tables.shape[1]
-    index = jnp.arange(width, dtype=jnp.int32)
-    key = index + jnp.where(full, 0, jnp.where(some, width, 2 * width))
-    key, page = jax.lax.sort((key, seqs.tables), dimension=1, num_keys=1)
-    return page, key % width, jnp.sum(full, axis=1, dtype=jnp.int32), jnp.sum(some, axis=1, dtype=jnp.int32)
+        width = entries.stop - entries.start
+        count, num_full = (jnp.clip(of_items(x) - entries.start, 0, width) for x in (self.count, self.num_full))
+        items = count.shape[0]
+        part = -(-(-(-count // pages_per_block)) // splits) * pages_per_block
+        item = jnp.arange(items, dtype=jnp.int32)
+        offset = item % splits * part
+        item_count = jnp.clip(count - offset, 0, part)
+        return Work(
+            page=self.page[rows, entries].reshape(-1),
+            index=self.index[rows, entries].reshape(-1),
+            begin=item // splits * width + offset,
+            count=item_count,
+            num_full=jnp.clip(num_full - offset, 0, item_count),
+            length=of_items(self.seqs.lengths),
+            position=of_items(self.seqs.lengths - self.seqs.counts),
+            row=of_items(self.seqs.starts),
+            rows=of_items(self.seqs.counts),
+            busy=_next_busy(item_count),
+            bounds=_bounds(-(-item_count // pages_per_block), cores),
+        )
 
 
 def _next_busy(count: Int[Array, " items"]) -> Int[Array, " items_plus_1"]:

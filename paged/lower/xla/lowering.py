@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
 
+from ..call import Call
 from ..closures import hoist
 from ..lowering import Lowering
 from ..program import Program
@@ -26,17 +27,19 @@ class XlaBlocks(Lowering):
     name: str = "xla-blocks"
     target: str = "xla"
 
-    def refuses(self, program: Program, layout: PageLayout) -> str | None:
+    choices: frozenset[str] = frozenset({"pages_per_block", "query_rows", "lanes"})
+
+    def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
         """Nothing is refused: any spec and any layout that are valid in themselves lower to XLA."""
-        del program, layout
+        del program, layout, call
         return None
 
-    def schedule(self, program: Program, layout: PageLayout) -> Schedule:
+    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
         """By platform. On CPU, one block of rows at a time, and blocks of pages that with all their heads stay in a
         core's cache while they are used: 128 tokens, or 256 where narrow dtypes and pages of 32 tokens or more make
         that as cheap to gather (measured: benchmarks/xla_cpu). Elsewhere, lanes to fill the machine and larger blocks
         to take fewer steps (not measured)."""
-        del program
+        del program, call
         tokens, lanes = 256, 32
         if jax.default_backend() == "cpu":
             tokens, lanes = (256 if layout.dtype.itemsize < 4 and layout.page_size >= 32 else 128), 1

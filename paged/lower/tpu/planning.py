@@ -1,0 +1,99 @@
+"""The schedule that a chip would be given: from its memory, the bytes of a page, and how much of a sequence is seen."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from paged.spec import PageLayout
+
+from ..call import Call
+from ..program import Program
+from ..schedule import Schedule
+from .chips import Chip
+from .launch import Launch
+from .views import Views
+
+# A call of which nothing is known: a common decode step.
+COMMON = Call(tokens=64, slots=64, pages_per_seq=256, num_pages=2**14, query_rows=1, q_dtype=jnp.dtype("bfloat16"))
+
+# Tokens a block: with fewer, the steps between blocks show beside the work; more hold memory for nothing (modelled).
+_TOKENS = 512
+# Scores of one tile, rows x columns, that are worked on at once.
+_SCORES = 2**17
+# Bytes on their way that keep HBM busy for its latency: 1 MiB on tpu7x (1675 bytes a cycle, 640 cycles), less elsewhere.
+_IN_FLIGHT = 2**20
+_MOST_BUFFERS = 8
+# The share of vector memory that buffers may take; the compiler needs the rest for what it spills.
+_BUFFER_SHARE = 0.6
+
+
+def launch_of(
+    program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip, interpret: Any = False
+) -> Launch:
+    """The kernel that a schedule describes."""
+    views = _views(program, layout, call, schedule.pages_per_block)
+    return Launch(
+        program, views, schedule.sequence, schedule.buffers, schedule.kv_splits, schedule.cores, chip, interpret
+    )
+
+
+def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | None, chip: Chip) -> Schedule:
+    """The heuristic. Blocks are as long as most sequences are seen, up to `_TOKENS`, and shorter where memory ends."""
+    call = call or COMMON
+    rows = _views(program, layout, call, 1)
+    per_token = rows.tile_rows * rows.columns_per_token
+    tokens = min(_TOKENS, max(128, _SCORES // per_token))
+    seen = most_pages_seen(program, layout.page_size, call)
+    pages = max(1, min(tokens // layout.page_size, seen))
+    splits = 1 if chip.cores == 1 else max(1, min(seen // (2 * pages), -(-2 * chip.cores // call.slots)))
+    schedule = Schedule(lowering=name, pages_per_block=pages, kv_splits=splits, cores=chip.cores)
+    block_bytes = max(1, vmem_bytes(program, layout, call, schedule.replace(buffers=3)) - vmem_bytes(
+        program, layout, call, schedule
+    ))  # fmt: skip
+    schedule = schedule.replace(buffers=min(_MOST_BUFFERS, max(3, 2 + -(-_IN_FLIGHT // block_bytes))))
+    while not _fits(program, layout, call, schedule, chip):
+        if schedule.buffers > 2:
+            schedule = schedule.replace(buffers=schedule.buffers - 1)
+        elif schedule.pages_per_block > 1:
+            schedule = schedule.replace(pages_per_block=schedule.pages_per_block // 2)
+        else:
+            return schedule
+    return schedule
+
+
+def vmem_bytes(program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> int:
+    """Vector memory of the kernel's buffers."""
+    views = _views(program, layout, call, schedule.pages_per_block)
+    return Launch.vmem_bytes(views, schedule.buffers)
+
+
+def vmem_budget(chip: Chip) -> int:
+    """Vector memory that buffers may take."""
+    return int(_BUFFER_SHARE * chip.vmem_bytes)
+
+
+def most_pages_seen(program: Program, page_size: int, call: Call) -> int:
+    """The most pages that one sequence's rows see, at a sample of lengths up to the table's capacity."""
+    rows, capacity = call.query_rows or 1, call.pages_per_seq * page_size
+    lengths = np.unique(np.concatenate([np.linspace(1, capacity, 16).astype(int), capacity - np.arange(page_size)]))
+    first = np.arange(call.pages_per_seq) * page_size
+    length = np.maximum(lengths, 1)[:, None]
+    some = program.coverage(length - rows, length, first, first + page_size, length).some
+    return max(1, int(np.max(np.sum(np.broadcast_to(some, (len(lengths), len(first))), axis=1))))
+
+
+def compute_dtype(layout: PageLayout, q_dtype: Any) -> Any:
+    """What products take: exact for queries and pages alike; stored 8-bit values are exact in bfloat16."""
+    stored = jnp.dtype("bfloat16") if layout.is_quantised else layout.dtype
+    return jnp.promote_types(jnp.promote_types(q_dtype, stored), jnp.bfloat16)
+
+
+def _views(program: Program, layout: PageLayout, call: Call, pages_per_block: int) -> Views:
+    group = -(-program.group // 8) * 8
+    dtype = compute_dtype(layout, call.q_dtype)
+    return Views(layout, pages_per_block, call.query_rows or 1, group, dtype)
+
+
+def _fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip) -> bool:
+    return vmem_bytes(program, layout, call, schedule) <= vmem_budget(chip)
