@@ -89,7 +89,7 @@ def test_gradients_are_the_references(lowering, name, corner):
 
 
 @every_lowering
-@pytest.mark.parametrize("order", ["split", "interleaved"])
+@pytest.mark.parametrize("order", ["joined", "split", "interleaved"])
 def test_gradients_of_the_other_page_orders_are_the_references(lowering, order):
     case = _case("window, cap, sinks", order=order, value_dim=3 if order == "split" else 0)
     built = build(case)

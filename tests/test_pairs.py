@@ -36,7 +36,7 @@ FACTORS = {
     "page_size": (1, 4, 16, 3),
     "sinks": (None, "q_heads", "kv_heads, group", "kv_heads, n"),
     "scores": tuple(SCORES),
-    "order": ("packed", "split", "interleaved"),
+    "order": ("packed", "joined", "split", "interleaved"),
     "phase": tuple(PHASES),
     "q_dtype": ("float32", "bfloat16", "float16"),
     "soft_cap": (None, 7.0),

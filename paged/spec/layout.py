@@ -1,6 +1,7 @@
 """`PageLayout` and `Pages`: how a pool of key and value pages lies in memory."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import equinox as eqx
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-PageOrder = Literal["packed", "split", "interleaved"]
+PageOrder = Literal["packed", "joined", "split", "interleaved"]
 ScaleKind = Literal["tensor", "head", "token"]
 
-PAGE_ORDERS: tuple[PageOrder, ...] = ("packed", "split", "interleaved")
+PAGE_ORDERS: tuple[PageOrder, ...] = ("packed", "joined", "split", "interleaved")
+_LANES = 128  # of a TPU's registers
 SCALE_KINDS: tuple[ScaleKind, ...] = ("tensor", "head", "token")
 FLOAT_DTYPES = tuple(jnp.dtype(d) for d in ("float16", "bfloat16", "float32"))
 QUANTISED_DTYPES = tuple(jnp.dtype(d) for d in ("int8", "float8_e4m3fn", "float8_e5m2"))
@@ -20,10 +22,14 @@ QUANTISED_DTYPES = tuple(jnp.dtype(d) for d in ("int8", "float8_e4m3fn", "float8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PageLayout:
-    """The static facts of a page pool. ``N`` pages of ``P = page_size`` tokens, in one of three orders:
+    """The static facts of a page pool. ``N`` pages of ``P = page_size`` tokens, in one of four orders:
 
     * ``"packed"``, the default: one array ``[N, 2, Hkv, P, D]``, keys before values. A page of all heads is one
       contiguous transfer, and one head's keys one aligned tile.
+    * ``"joined"``: one array ``[N, Hkv, P, lanes]``, a token's key and its value side by side in ``lanes``, the multiple
+      of 128 that holds both: the value begins at ``lanes / 2``, and what neither fills is 0. For TPUs and a head
+      dimension that is no multiple of 128, for which XLA would lay the others out in a way that no kernel can read,
+      and copy the pool at every call.
     * ``"split"``: two arrays ``[Hkv, N, P, D]`` and ``[Hkv, N, P, Dv]``.
     * ``"interleaved"``: one array ``[N, P, 2 * Hkv, D]``, keys on even heads and values on odd ones.
 
@@ -80,16 +86,22 @@ class PageLayout:
         return self.dtype in QUANTISED_DTYPES
 
     @property
+    def value_lane(self) -> int:
+        """In ``"joined"`` order, the lane at which values begin: half of what a token and head takes."""
+        return -(-2 * self.head_dim // _LANES) * _LANES // 2
+
+    @property
     def bytes_per_page(self) -> int:
         """Bytes of one page's keys and values, scales not counted."""
-        tokens = self.page_size * self.num_kv_heads
-        return tokens * (self.head_dim + self.value_dim) * self.dtype.itemsize
+        return sum(math.prod(shape) for shape in self.array_shapes(1)) * self.dtype.itemsize
 
     def array_shapes(self, num_pages: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the pool's arrays for ``num_pages`` pages."""
         heads, size, dim = self.num_kv_heads, self.page_size, self.head_dim
         if self.order == "packed":
             return ((num_pages, 2, heads, size, dim),)
+        if self.order == "joined":
+            return ((num_pages, heads, size, 2 * self.value_lane),)
         if self.order == "interleaved":
             return ((num_pages, size, 2 * heads, dim),)
         return ((heads, num_pages, size, dim), (heads, num_pages, size, self.value_dim))
@@ -164,6 +176,9 @@ class Pages(eqx.Module):
         order, array = self.layout.order, self.arrays[0]
         if order == "packed":
             raw = array[:, which]
+        elif order == "joined":
+            first = which * self.layout.value_lane
+            raw = array[..., first : first + self.layout.head_dim]
         elif order == "split":
             raw = jnp.swapaxes(self.arrays[which], 0, 1)
         else:

@@ -45,7 +45,7 @@ def temporaries(*args, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ["packed", "split", "interleaved"])
+@pytest.mark.parametrize("order", ["packed", "joined", "split", "interleaved"])
 @pytest.mark.parametrize("what", ["write", "update"])
 def test_donated_pages_are_written_in_place(what, order, dtype):
     """The pool is aliased to the result, and nothing of the pool's size is allocated."""
@@ -59,7 +59,7 @@ def test_donated_pages_are_written_in_place(what, order, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ["packed", "split", "interleaved"])
+@pytest.mark.parametrize("order", ["packed", "joined", "split", "interleaved"])
 def test_attention_neither_copies_nor_converts_the_pool(order, dtype):
     few, many = (temporaries("attend", order, dtype, num_pages=n) for n in (64, 1024))
     assert many <= few + 1024

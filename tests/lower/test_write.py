@@ -10,7 +10,7 @@ from paged.spec import PageLayout, RaggedBatch
 from tests.support import CORNERS, build, case_of
 from tests.support.arrays import Built
 
-ORDERS = ("packed", "split", "interleaved")
+ORDERS = ("packed", "joined", "split", "interleaved")
 
 
 def _bits(array):
@@ -23,6 +23,8 @@ def _by_slot(pages, order):
     arrays = [_bits(a) for a in pages.arrays]
     if order == "packed":
         moved = [np.moveaxis(arrays[0], 3, 1)]
+    elif order == "joined":
+        moved = [np.moveaxis(arrays[0], 2, 1)]
     elif order == "split":
         moved = [np.moveaxis(a, 0, 2) for a in arrays]
     else:

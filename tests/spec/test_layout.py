@@ -10,6 +10,7 @@ from paged.spec import PageLayout, RaggedBatch
 FACTS = {"page_size": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": jnp.float32}
 SHAPES = {
     "packed": ((5, 2, 2, 4, 8),),
+    "joined": ((5, 2, 4, 128),),
     "split": ((2, 5, 4, 8), (2, 5, 4, 8)),
     "interleaved": ((5, 4, 4, 8),),
 }
@@ -32,7 +33,12 @@ def test_one_mark_is_one_key_or_value(order):
     """A number put at a page, head and slot by the documented order is found by `values` there alone."""
     layout = PageLayout(order=order, **FACTS)
     arrays = list(layout.init(5).arrays)
-    where = {"packed": (3, 1, 1, 2), "split": (1, 3, 2), "interleaved": (3, 2, 2 * 1 + 1)}[order]
+    where = {
+        "packed": (3, 1, 1, 2),
+        "joined": (3, 1, 2, slice(64, 72)),
+        "split": (1, 3, 2),
+        "interleaved": (3, 2, 2 * 1 + 1),
+    }[order]
     which = 1 if order == "split" else 0
     arrays[which] = arrays[which].at[where].set(7.0)
     pages = layout.wrap(*arrays)

@@ -70,7 +70,7 @@ def test_takes_every_shape_of_sinks(shape):
     ("dtype", "scales"),
     [("int8", "tensor"), ("int8", "head"), ("int8", "token"), ("float8_e4m3fn", "token"), ("float8_e5m2", "head")],
 )
-@pytest.mark.parametrize("order", ["packed", "split", "interleaved"])
+@pytest.mark.parametrize("order", ["packed", "joined", "split", "interleaved"])
 def test_reads_every_page_order_and_scale(order, dtype, scales):
     """The pages here were assembled by hand in each order, so this is the test of `Pages.keys` and `values` too."""
     spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=4)

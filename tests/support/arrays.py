@@ -212,6 +212,10 @@ class _Pool:
         layout, (k, v) = self.case.layout, self.raw
         if layout.order == "packed":
             arrays = (np.stack([k, v], axis=1),)
+        elif layout.order == "joined":
+            both = np.zeros(layout.array_shapes(k.shape[0])[0], k.dtype)
+            both[..., : layout.head_dim], both[..., layout.value_lane :][..., : layout.head_dim] = k, v
+            arrays = (both,)
         elif layout.order == "split":
             arrays = (k.swapaxes(0, 1), v.swapaxes(0, 1))
         else:

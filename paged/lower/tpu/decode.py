@@ -198,7 +198,7 @@ class Decode:
 
     def _start(self) -> tuple[Running, ...]:
         views = self.views
-        return tuple(Running.start(views.tile_rows, dim=views.layout.value_dim) for _ in range(views.tiles))
+        return tuple(Running.start(views.tile_rows, dim=views.result_lanes) for _ in range(views.tiles))
 
     def _finish(self, refs: Refs, item: Any, running: tuple[Running, ...]) -> None:
         """Normalise, and begin to send the item's results. The log-sum-exp of tile ``t`` is lane ``t``."""

@@ -112,10 +112,11 @@ class Launch:
         return tuple(jnp.broadcast_to(scale, (heads,))[rows][..., None] for scale in (pages.k_scale, pages.v_scale))
 
     def _pad(self, q: Array) -> Float[Array, "tokens kv_heads group dim"]:
-        """Query heads by KV head, padded to the rows of a vector register."""
+        """Query heads by KV head, padded to the rows of a vector register and to the lanes of a key."""
         grouped = q.reshape(q.shape[0], self.program.num_kv_heads, self.program.group, -1)
-        padding = self.views.group - self.program.group
-        return jnp.pad(grouped.astype(self.views.compute_dtype), ((0, 0), (0, 0), (0, padding), (0, 0)))
+        padding = [(0, 0), (0, 0), (0, self.views.group - self.program.group), (0, 0)]
+        padding[3] = (0, self.views.key_lanes - q.shape[-1])
+        return jnp.pad(grouped.astype(self.views.compute_dtype), padding)
 
     def _scratch(self) -> list[Any]:
         dma = pltpu.SemaphoreType.DMA
@@ -134,7 +135,7 @@ class Launch:
 
     def _out_shapes(self, tokens: int) -> list[jax.ShapeDtypeStruct]:
         views, layout = self.views, self.views.layout
-        out = (self.splits, tokens, layout.num_kv_heads, views.group, layout.value_dim)
+        out = (self.splits, tokens, layout.num_kv_heads, views.group, views.result_lanes)
         lse = (self.splits, tokens, views.heads * views.group, _LANES)
         return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (out, lse)]
 
@@ -142,7 +143,7 @@ class Launch:
         """Parts merged, padding dropped, heads in their order."""
         views, program = self.views, self.program
         parts, tokens = out.shape[:2]
-        out = out[:, :, :, : program.group].reshape(parts, tokens, program.num_q_heads, -1)
+        out = out[:, :, :, : program.group, views.value_lanes].reshape(parts, tokens, program.num_q_heads, -1)
         lse = jnp.moveaxis(lse[..., : views.tiles], -1, 2).reshape(parts, tokens, program.num_kv_heads, views.group)
         lse = lse[..., : program.group].reshape(parts, tokens, program.num_q_heads)
         return AttentionState(out[0], lse[0]) if parts == 1 else _merge_parts(out, lse)
@@ -160,8 +161,8 @@ def _vmem_scratch(views: Views, buffers: int) -> tuple[list[Any], list[Any]]:
     pages = [pltpu.VMEM((buffers, block, *pool.page_shape), pool.dtype) for pool in pools_of(layout)]
     rows = (2, views.rows, layout.num_kv_heads, views.group)
     return pages, [
-        pltpu.VMEM((*rows, layout.head_dim), views.compute_dtype),
-        pltpu.VMEM((*rows, layout.value_dim), f32),
+        pltpu.VMEM((*rows, views.key_lanes), views.compute_dtype),
+        pltpu.VMEM((*rows, views.result_lanes), f32),
         pltpu.VMEM((2, views.rows, views.heads * views.group, _LANES), f32),
     ]
 

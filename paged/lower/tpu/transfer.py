@@ -87,9 +87,10 @@ class Transfers(NamedTuple):
         jax.lax.fori_loop(0, slots * block, clear, None)
 
     def _values(self, slot: Any, at: Any) -> tuple[Ref, int]:
-        """The part of a page that holds its values (in interleaved order the keys as well), and its token axis."""
+        """The part of a page that holds its values (in joined and interleaved order the keys as well), and its token
+        axis."""
         if self.layout.order == "packed":
             return self.buffers[0].at[slot, at, 1], 1
         if self.layout.order == "split":
             return self.buffers[1].at[slot, at], 1
-        return self.buffers[0].at[slot, at], 0
+        return self.buffers[0].at[slot, at], 1 if self.layout.order == "joined" else 0

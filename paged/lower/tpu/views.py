@@ -1,6 +1,8 @@
 """How the tiles of a page order serve the heads: which query rows meet which keys, and where a tile's keys lie.
 
 In packed and split order every KV head has a tile of keys and one of values, and meets them with its own query rows.
+In joined order with both in one register, that tile is its keys as well as its values: queries are 0 at the lanes of
+values, and of the result only those lanes are read.
 In interleaved order the heads of a token lie next to each other, and to part them costs more than it saves: all query
 rows meet one tile of everything, and a row takes no notice of what is not a key of its own head.
 """
@@ -11,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
@@ -64,6 +67,31 @@ class Views:
         """Columns of a tile's scores."""
         return self.pages_per_block * self.layout.page_size * self.columns_per_token
 
+    @property
+    def key_lanes(self) -> int:
+        """Lanes of a query and of a key as they are multiplied: the head dimension, and where keys are joined to values
+        the lanes up to these, or all if they share a register."""
+        layout = self.layout
+        if layout.order != "joined":
+            return layout.head_dim
+        return layout.value_lane if self._is_parted else 2 * layout.value_lane
+
+    @property
+    def value_lanes(self) -> slice:
+        """Which lanes of a result are the value's."""
+        first = 0 if self.layout.order != "joined" or self._is_parted else self.layout.value_lane
+        return slice(first, first + self.layout.value_dim)
+
+    @property
+    def result_lanes(self) -> int:
+        """Lanes of a result, with those that are not the value's."""
+        return self.key_lanes if self.layout.order == "joined" else self.layout.value_dim
+
+    @property
+    def _is_parted(self) -> bool:
+        """Whether joined keys and values are in registers of their own."""
+        return self.layout.value_lane % _LANES == 0
+
     def kv_head(self) -> Int[np.ndarray, "tiles tile_rows"]:
         """The KV head of each query row."""
         head = np.arange(self.tiles * self.heads).reshape(self.tiles, 1, self.heads, 1)
@@ -105,6 +133,9 @@ class Views:
     def _part(self, buffers: tuple[Ref, ...], slot: Any, tile: int, which: int) -> Array:
         if self.layout.order == "packed":
             return buffers[0][slot, :, which, tile]
+        if self.layout.order == "joined":
+            first = which * self.layout.value_lane if self._is_parted else 0
+            return buffers[0][slot, :, tile, :, pl.ds(first, self.key_lanes)]
         return buffers[which][slot, :, tile] if self.layout.order == "split" else buffers[0][slot]
 
     def _flat(self, x: Array) -> Array:

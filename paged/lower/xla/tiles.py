@@ -29,6 +29,9 @@ def gather(pages: Pages, ids: Int[Array, " block"], step: Any) -> tuple[Tile, Ti
         # Keys and values of page i are rows 2i and 2i + 1 of one array.
         rows = pools[0].reshape(-1, *pools[0].shape[2:])
         raw = _take(rows, 2 * ids, axis=0), _take(rows, 2 * ids + 1, axis=0)
+    elif layout.order == "joined":
+        both = _take(pools[0], ids, axis=0)
+        raw = both[..., : layout.head_dim], both[..., layout.value_lane : layout.value_lane + layout.value_dim]
     elif layout.order == "split":
         raw = _take(pools[0], ids, axis=1), _take(pools[1], ids, axis=1)
     else:
@@ -49,6 +52,10 @@ def scatter_add(
     if layout.order == "packed":
         (pool,) = pools
         return (pool.at[ids, 0, heads].add(k).at[ids, 1, heads].add(v),)
+    if layout.order == "joined":
+        (pool,) = pools
+        first, last = layout.value_lane, layout.value_lane + layout.value_dim
+        return (pool.at[ids, heads, :, : layout.head_dim].add(k).at[ids, heads, :, first:last].add(v),)
     if layout.order == "split":
         return tuple(pool.at[heads, ids].add(tile) for pool, tile in zip(pools, (k, v), strict=True))
     (pool,) = pools

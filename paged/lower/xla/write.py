@@ -15,7 +15,7 @@ from .bits import as_bits, from_bits
 
 # Which axes of a pool's array count pages, and slots within one. The others are what one token has.
 _SCALE_AXES = (0, 2)
-_TOKEN_AXES = {"packed": (0, 3), "split": (1, 2), "interleaved": (0, 1)}
+_TOKEN_AXES = {"packed": (0, 3), "joined": (0, 2), "split": (1, 2), "interleaved": (0, 1)}
 
 
 class Slots(NamedTuple):
@@ -125,6 +125,9 @@ def _rows(layout: PageLayout, k: Array, v: Array) -> tuple[Array, ...]:
     """Keys and values as one token's part of each of the pool's arrays."""
     if layout.order == "packed":
         return (jnp.stack([k, v], axis=1),)
+    if layout.order == "joined":
+        padding = ((0, 0), (0, 0), (0, layout.value_lane - layout.head_dim))
+        return (jnp.concatenate([jnp.pad(k, padding), jnp.pad(v, padding)], axis=-1),)
     if layout.order == "split":
         return k, v
     return (jnp.stack([k, v], axis=2).reshape(k.shape[0], 2 * layout.num_kv_heads, -1),)
