@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,18 @@ from .chips import Chip
 from .decode import Decode, Refs
 from .terms import split_terms
 from .transfer import Transfers, pools_of
+from .update import Staging, Targets, Write
 from .views import Views
 from .work import Work
 
 _LANES = 128
+
+
+class New(NamedTuple):
+    """New rows to write: where they go, and each array's part of every query row's token, float32."""
+
+    targets: Targets
+    rows: tuple[Float[Array, "tokens ..."], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +45,11 @@ class Launch:
     chip: Chip
     interpret: Any
 
-    def __call__(self, work: Work, q: Float[Array, "tokens q_heads dim"], pages: Pages) -> AttentionState:
-        """The state of the work's rows, float32; other rows hold anything."""
+    def __call__(
+        self, work: Work, q: Float[Array, "tokens q_heads dim"], pages: Pages, new: New | None = None
+    ) -> tuple[AttentionState, Pages]:
+        """The state of the work's rows, float32; other rows hold anything. With ``new`` rows these are written first, in
+        place where the pages are donated; there must be one item a sequence then."""
         views, items = self.views, work.begin.shape[0]
         terms = split_terms(self.program, views.tile_rows, views.columns)
         arrays = self._arrays(terms)
@@ -47,20 +59,27 @@ class Launch:
             work = work._replace(bounds=jnp.minimum(jnp.arange(self.cores + 1, dtype=jnp.int32) * per_core, items))
         decode = Decode(views, terms, self.program.scale, self.buffers, self.splits)
         pools = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
-        operands = (*scales, *arrays, self._pad(q), *pools)
         in_memory = [pltpu.VMEM] * len(scales) + [pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays]
-        in_memory += [pltpu.HBM] * (1 + len(pools))
+        targets, rows = ((), ()) if new is None else (new.targets, new.rows)
+        scalars, operands = (*work, *targets), (*scales, *arrays, self._pad(q), *rows, *pools)
+        in_memory += [pltpu.HBM] * (1 + len(rows) + len(pools))
         grid = (self.cores,) if self.sequence == "inline" else (self.cores, -(-items // self.cores))
-        out, lse = pl.pallas_call(
-            self._kernel(decode, len(scales), len(arrays), len(pools)),
+        out_shapes = self._out_shapes(q.shape[0])
+        first_pool, aliases = len(scalars) + len(operands) - len(pools), {}
+        if new is not None:
+            aliases = {first_pool + i: len(out_shapes) + i for i in range(len(pools))}
+            out_shapes += [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools]
+        out, lse, *written = pl.pallas_call(
+            self._kernel(decode, len(scales), len(arrays), len(pools), new is not None),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(work),
+                num_scalar_prefetch=len(scalars),
                 grid=grid,
                 in_specs=[pl.BlockSpec(memory_space=memory) for memory in in_memory],
-                out_specs=[pl.BlockSpec(memory_space=pltpu.HBM)] * 2,
-                scratch_shapes=self._scratch(),
+                out_specs=[pl.BlockSpec(memory_space=pltpu.HBM)] * len(out_shapes),
+                scratch_shapes=self._scratch(new is not None),
             ),
-            out_shape=self._out_shapes(q.shape[0]),
+            out_shape=out_shapes,
+            input_output_aliases=aliases,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary")[: len(grid)],
                 disable_bounds_checks=True,
@@ -68,10 +87,10 @@ class Launch:
             ),
             interpret=self.interpret,
             name=f"paged_decode_{self.sequence}",
-        )(*work, *operands)
-        return self._state(out, lse)
+        )(*scalars, *operands)
+        return self._state(out, lse), _with_pools(pages, written) if written else pages
 
-    def _kernel(self, decode: Decode, num_scales: int, num_arrays: int, num_pools: int) -> Any:
+    def _kernel(self, decode: Decode, num_scales: int, num_arrays: int, num_pools: int, is_update: bool) -> Any:
         def kernel(*refs: Any) -> None:
             refs_left = list(refs)
 
@@ -79,21 +98,31 @@ class Launch:
                 taken, refs_left[:] = refs_left[:count], refs_left[count:]
                 return tuple(taken)
 
-            work, scales, arrays = Work(*take(len(Work._fields))), take(num_scales), take(num_arrays)
-            (q,), pools, (out, lse), buffers = take(1), take(num_pools), take(2), take(num_pools)
-            arrived, q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor, place = refs_left
-            transfers = Transfers(self.views.layout, pools, buffers, arrived)
+            some = num_pools if is_update else 0
+            work = Work(*take(len(Work._fields)))
+            targets = Targets(*take(len(Targets._fields))) if is_update else None
+            scales, arrays, (q,), new, pools = (take(n) for n in (num_scales, num_arrays, 1, some, num_pools))
+            (out, lse), written, buffers = take(2), take(some), take(num_pools)
+            arrived, q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor, place = take(8)
+            pools = written or pools
             k_scale, v_scale = scales or (None, None)
             bound = Refs(
-                work, k_scale, v_scale, arrays, q, transfers, out, lse, q_buffer, q_arrived, out_buffer, lse_buffer,
-                out_left, cursor,
+                work, k_scale, v_scale, arrays, q, Transfers(self.views.layout, pools, buffers, arrived), out, lse,
+                q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor,
             )  # fmt: skip
             core = pl.program_id(0)
             first, end = work.bounds[core], work.bounds[core + 1]
+
+            def write() -> None:
+                if targets is not None:
+                    staging = Staging(new, take(some), take(some), *take(2))
+                    Write(self.views.layout, self.views.rows).run(work, targets, staging, pools, first, end)
+
             if self.sequence == "inline":
+                write()
                 decode.run_items(bound, first, end)
             else:
-                _run_step(decode, bound, place, first, end)
+                _run_step(decode, bound, place, first, end, write)
 
         return kernel
 
@@ -118,7 +147,7 @@ class Launch:
         padding[3] = (0, self.views.key_lanes - q.shape[-1])
         return jnp.pad(grouped.astype(self.views.compute_dtype), padding)
 
-    def _scratch(self) -> list[Any]:
+    def _scratch(self, is_update: bool) -> list[Any]:
         dma = pltpu.SemaphoreType.DMA
         pages, (q, out, lse) = _vmem_scratch(self.views, self.buffers)
         return [
@@ -131,6 +160,7 @@ class Launch:
             dma((2,)),
             pltpu.SMEM((2,), jnp.int32),
             pltpu.SMEM((1,), jnp.int32),
+            *(Write(self.views.layout, self.views.rows).scratch() if is_update else ()),
         ]
 
     def _out_shapes(self, tokens: int) -> list[jax.ShapeDtypeStruct]:
@@ -167,12 +197,13 @@ def _vmem_scratch(views: Views, buffers: int) -> tuple[list[Any], list[Any]]:
     ]
 
 
-def _run_step(decode: Decode, refs: Refs, place: Any, first: Any, end: Any) -> None:
-    """One item a grid step; the stream of pages runs on from step to step."""
+def _run_step(decode: Decode, refs: Refs, place: Any, first: Any, end: Any, write: Callable[[], None]) -> None:
+    """One item a grid step, the first after all writes; the stream of pages runs on from step to step."""
     step = pl.program_id(1)
 
     @pl.when(step == 0)
     def _():
+        write()
         decode.begin(refs, first, end)
         place[0] = 0
 
@@ -183,6 +214,12 @@ def _run_step(decode: Decode, refs: Refs, place: Any, first: Any, end: Any) -> N
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
         decode.drain(refs, first, end)
+
+
+def _with_pools(pages: Pages, pools: list[Array]) -> Pages:
+    count = len(pages.arrays)
+    scales = tuple(pools[count:]) or (pages.k_scale, pages.v_scale)
+    return Pages(tuple(pools[:count]), *scales, layout=pages.layout)  # pyright: ignore
 
 
 def _merge_parts(out: Float[Array, "parts tokens heads dim"], lse: Float[Array, "parts tokens heads"]) -> AttentionState:

@@ -15,12 +15,14 @@ from ..lowering import Lowering
 from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
-from ..xla import XLA_BLOCKS
+from ..xla import XLA_BLOCKS, token_rows
 from .chips import Chip, this_chip
-from .launch import Launch
+from .launch import New
 from .limits import chunks, fits, refuses_call, refuses_program
 from .planning import launch_of, plan_schedule
-from .work import Visited
+from .transfer import pools_of
+from .update import Targets, row_shape
+from .work import Visited, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,14 @@ class TpuDecode(Lowering):
         """One scatter, by XLA."""
         return XLA_BLOCKS.write(k, v, pages, batch)
 
+    def update(
+        self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
+    ) -> tuple[AttentionState, Pages]:
+        """The write and the attention in one kernel. Where a sequence is split, or one kernel cannot hold the lists of
+        pages, XLA writes first; and where two sequences write next to each other, which the kernel cannot do at once.
+        """
+        return _differentiable_update(self, program, schedule, q, k, v, pages, batch)
+
     @property
     def _chip(self) -> Chip:
         return self.chip or this_chip()
@@ -86,14 +96,60 @@ def _differentiable_state(
     call, layout = Call.of(q, pages, batch), pages.layout
     seqs = Sequences.of(batch, call.tokens, layout.page_size)
     launch = launch_of(program, layout, call, schedule, lowering._chip, lowering.interpret)
-    return _attend(launch, program, schedule, q, pages, seqs)
+    visited = Visited.of(program, seqs, layout.page_size, pages.num_pages)
+    states = []
+    for part in chunks(seqs.tables.shape, schedule, launch.chip):
+        work = visited.work(*part, **_cut(schedule))
+        states.append(_own_rows(launch(work, q, pages)[0], work))
+    return functools.reduce(merge, states)
 
 
-def _forward(lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: RaggedBatch):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable_update(
+    lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: Any
+) -> tuple[AttentionState, Pages]:
+    call, layout = Call.of(q, pages, batch), pages.layout
+    seqs = Sequences.of(batch, call.tokens, layout.page_size)
+    launch = launch_of(program, layout, call, schedule, lowering._chip, lowering.interpret)
+    parts = list(chunks(seqs.tables.shape, schedule, launch.chip))
+
+    def one_by_one(pages: Pages) -> tuple[AttentionState, Pages]:
+        pages = XLA_BLOCKS.write(k, v, pages, batch)
+        return _differentiable_state(lowering, program, schedule, q, pages, batch), pages
+
+    def at_once(pages: Pages) -> tuple[AttentionState, Pages]:
+        visited = Visited.of(program, seqs, layout.page_size, pages.num_pages)
+        work = visited.work(*parts[0], **_cut(schedule))
+        rows = tuple(
+            x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
+            for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
+        )
+        state, pages = launch(work, q, pages, New(targets, rows))
+        return _own_rows(state, work), pages
+
+    if schedule.kv_splits > 1 or len(parts) > 1:
+        return one_by_one(pages)
+    targets = Targets.of(seqs, batch.query_rows or 1, layout.page_size, pages.num_pages)
+    return jax.lax.cond(targets.are_distinct(), at_once, one_by_one, pages)
+
+
+def _own_rows(state: AttentionState, work: Work) -> AttentionState:
+    """The state in the rows of the work's sequences, and the empty state in all others."""
+    row = jnp.arange(state.out.shape[0])
+    is_own = (row >= work.row[0]) & (row < work.row[-1] + work.rows[-1])
+    out = jnp.where(is_own[:, None, None], state.out, 0.0)
+    return AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf))
+
+
+def _cut(schedule: Schedule) -> dict[str, int]:
+    return {"splits": schedule.kv_splits, "pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
+
+
+def _state_forward(lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: Any):
     return _differentiable_state(lowering, program, schedule, q, pages, batch), (q, pages, batch)
 
 
-def _backward(lowering: TpuDecode, program: Program, schedule: Schedule, residuals: Any, cotangent: AttentionState):
+def _state_backward(lowering: TpuDecode, program: Program, schedule: Schedule, residuals: Any, cotangent: Any):
     q, pages, batch = residuals
     del lowering, schedule
     own = XLA_BLOCKS.schedule(program, pages.layout)
@@ -101,25 +157,21 @@ def _backward(lowering: TpuDecode, program: Program, schedule: Schedule, residua
     return (*pull(cotangent), None)
 
 
-_differentiable_state.defvjp(_forward, _backward)
+def _update_forward(
+    lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: Any
+):
+    return _differentiable_update(lowering, program, schedule, q, k, v, pages, batch), (q, k, v, pages, batch)
 
 
-def _attend(
-    launch: Launch, program: Program, schedule: Schedule, q: Array, pages: Pages, seqs: Sequences
-) -> AttentionState:
-    """By as many kernels as scalar memory needs: each takes some sequences, and a part of what they visit."""
-    layout, states = pages.layout, []
-    visited = Visited.of(program, seqs, layout.page_size, pages.num_pages)
-    cut = {"splits": schedule.kv_splits, "pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
-    for rows, entries in chunks(seqs.tables.shape, schedule, launch.chip):
-        work = visited.work(rows, entries, **cut)
-        state = launch(work, q, pages)
-        row = jnp.arange(q.shape[0])
-        first, last = work.row[0], work.row[-1] + work.rows[-1]
-        is_own = (row >= first) & (row < last)
-        out = jnp.where(is_own[:, None, None], state.out, 0.0)
-        states.append(AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf)))
-    return functools.reduce(merge, states)
+def _update_backward(lowering: TpuDecode, program: Program, schedule: Schedule, residuals: Any, cotangent: Any):
+    *differentiable, batch = residuals
+    del lowering, schedule
+    own = XLA_BLOCKS.schedule(program, differentiable[-1].layout)
+    _, pull = jax.vjp(lambda *args: XLA_BLOCKS.update(program, own, *args, batch), *differentiable)
+    return (*pull(cotangent), None)
 
+
+_differentiable_state.defvjp(_state_forward, _state_backward)
+_differentiable_update.defvjp(_update_forward, _update_backward)
 
 TPU_DECODE = TpuDecode()

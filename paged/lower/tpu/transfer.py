@@ -13,11 +13,13 @@ Ref = Any
 
 
 class Pool(NamedTuple):
-    """One array of the pages: which axis counts them, and the shape and dtype of one page's part."""
+    """One array of the pages: which axis counts them, the shape and dtype of one page's part, and whether it is
+    scales a token, ``[kv_heads, page_size]``."""
 
     page_axis: int
     page_shape: tuple[int, ...]
     dtype: Any
+    is_scale: bool = False
 
     def page(self, ref: Ref, page: Any) -> Ref:
         """One page's part of the pool."""
@@ -30,7 +32,7 @@ def pools_of(layout: PageLayout) -> tuple[Pool, ...]:
     shapes = layout.array_shapes(1)
     pools = [Pool(page_axis, tuple(n for i, n in enumerate(s) if i != page_axis), layout.dtype) for s in shapes]
     if layout.scales == "token":
-        pools += [Pool(0, (layout.num_kv_heads, layout.page_size), jnp.dtype("float32"))] * 2
+        pools += [Pool(0, (layout.num_kv_heads, layout.page_size), jnp.dtype("float32"), is_scale=True)] * 2
     return tuple(pools)
 
 

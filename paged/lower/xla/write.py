@@ -34,13 +34,21 @@ def write(
 ) -> Pages:
     """The pages with each row's key and value at its position; rows of no sequence, and holes, are dropped."""
     layout, slots = pages.layout, _slots(batch, k.shape[0], pages)
-    k, k_row_scale = _stored(k, layout, pages.k_scale)
-    v, v_row_scale = _stored(v, layout, pages.v_scale)
-    arrays = _put(_TOKEN_AXES[layout.order], _rows(layout, k, v), pages.arrays, slots)
+    rows = token_rows(k, v, pages)
+    count = len(pages.arrays)
+    arrays = _put(_TOKEN_AXES[layout.order], rows[:count], pages.arrays, slots)
     scales = pages.k_scale, pages.v_scale
     if layout.scales == "token":
-        scales = _put(_SCALE_AXES, (k_row_scale, v_row_scale), scales, slots)
+        scales = _put(_SCALE_AXES, rows[count:], scales, slots)
     return Pages(tuple(arrays), *scales, layout=layout)  # pyright: ignore
+
+
+def token_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
+    """Each token's part of every array of the pages, as it is stored; then its scales, if it has its own."""
+    k, k_row_scale = _stored(k, pages.layout, pages.k_scale)
+    v, v_row_scale = _stored(v, pages.layout, pages.v_scale)
+    rows = _rows(pages.layout, k, v)
+    return rows if k_row_scale is None or v_row_scale is None else (*rows, k_row_scale, v_row_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

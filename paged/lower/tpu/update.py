@@ -1,0 +1,176 @@
+"""Writing a step's keys and values in the kernel that then attends: read a few slots, put the new rows in, write back.
+
+The smallest piece of a page that can be moved is a *granule*, the slots of one tile. Granules of many sequences are
+read at once, changed and written back, and all have arrived before the first page is read for attention.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
+
+from paged.spec import PageLayout
+
+from ..sequences import Sequences
+from .transfer import Pool, pools_of
+
+Ref = Any
+GRANULE = 8
+# Vector memory that granules on their way may take, and the most of them at once.
+_STAGE_BYTES, _MOST_STAGED = 2**21, 64
+
+
+class Targets(NamedTuple):
+    """Where new rows go: ``per_seq`` granules for every sequence, flat.
+
+    ``page`` is the granule's page, -1 where nothing is written; ``slot`` its first slot, and ``position`` that slot's.
+    """
+
+    page: Int[Array, " granules"]
+    slot: Int[Array, " granules"]
+    position: Int[Array, " granules"]
+
+    @classmethod
+    def of(cls, seqs: Sequences, rows: int, page_size: int, num_pages: int) -> "Targets":
+        """For clamped sequences of at most ``rows`` rows."""
+        first = jnp.maximum(seqs.lengths - seqs.counts, 0) // GRANULE * GRANULE
+        position = first[:, None] + GRANULE * jnp.arange(granules_per_seq(rows), dtype=jnp.int32)
+        is_written = (position < seqs.lengths[:, None]) & (seqs.counts > 0)[:, None]
+        entry = jnp.minimum(position // page_size, seqs.tables.shape[1] - 1)
+        page = jnp.take_along_axis(seqs.tables, entry, axis=1)
+        is_written &= (page >= 0) & (page < num_pages)
+        page = jnp.where(is_written, page, -1)
+        return cls(*(x.reshape(-1).astype(jnp.int32) for x in (page, position % page_size, position)))
+
+    def are_distinct(self) -> Array:
+        """Whether no two sequences write to one granule: only then may granules be changed side by side."""
+        key = jnp.where(self.page < 0, -1 - jnp.arange(self.page.shape[0]), self.page)
+        page, slot = jax.lax.sort((key, self.slot), num_keys=2)
+        return ~jnp.any((page[1:] == page[:-1]) & (slot[1:] == slot[:-1]))
+
+
+def granules_per_seq(rows: int) -> int:
+    """The most granules that ``rows`` consecutive tokens touch."""
+    return (rows + GRANULE - 2) // GRANULE + 1
+
+
+class Staging(NamedTuple):
+    """Granules of several sequences, and the rows that go into them; each pool's array has its own of both."""
+
+    new: tuple[Ref, ...]
+    granules: tuple[Ref, ...]
+    rows: tuple[Ref, ...]
+    arrived: Ref
+    left: Ref
+
+
+class Write(NamedTuple):
+    """The static facts of the writing part of a kernel."""
+
+    layout: PageLayout
+    rows: int
+
+    @property
+    def staged(self) -> int:
+        """Sequences whose granules are on their way together."""
+        granule = sum(math.prod(_granule_shape(self.layout, pool)) * 4 for pool in pools_of(self.layout))
+        return max(1, min(_MOST_STAGED, _STAGE_BYTES // (granule * granules_per_seq(self.rows))))
+
+    def scratch(self) -> list[Any]:
+        """Memory for `Staging`, without ``new``."""
+        pools, count = pools_of(self.layout), self.staged * granules_per_seq(self.rows)
+        granules = [pltpu.VMEM((count, *_granule_shape(self.layout, pool)), pool.dtype) for pool in pools]
+        rows = [pltpu.VMEM((self.staged, self.rows, *row_shape(self.layout, pool)), jnp.float32) for pool in pools]
+        return [*granules, *rows, pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA]
+
+    def run(self, work: Any, targets: Targets, staging: Staging, pools: tuple[Ref, ...], first: Any, end: Any) -> None:
+        """Write the new rows of sequences ``first`` to ``end``, and return when they are in place."""
+        per_seq, staged = granules_per_seq(self.rows), self.staged
+
+        def over(count, act):
+            jax.lax.fori_loop(0, count, lambda i, _: act(i), None)
+
+        def write_some(turn, _):
+            base = first + turn * staged
+            count = jnp.minimum(end - base, staged)
+            over(count, lambda i: self._copy_rows(work, staging, base + i, i, "start"))
+            over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "read"))
+            over(count, lambda i: self._copy_rows(work, staging, base + i, i, "wait"))
+            over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "await read"))
+            over(count * per_seq, lambda i: self._put(work, targets, staging, base, i))
+            over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "write"))
+            over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "await write"))
+
+        jax.lax.fori_loop(0, jax.lax.div(end - first + staged - 1, staged), write_some, None)
+
+    def _copy_rows(self, work: Any, staging: Staging, seq: Any, i: Any, verb: str) -> None:
+        for row in range(self.rows):
+            for new, buffer in zip(staging.new, staging.rows, strict=True):
+                source = new.at[jnp.minimum(work.row[seq] + row, new.shape[0] - 1)]
+                getattr(pltpu.make_async_copy(source, buffer.at[i, row], staging.arrived), verb)()
+
+    def _copy_granule(
+        self, targets: Targets, staging: Staging, pools: tuple[Ref, ...], base: Any, i: Any, what: str
+    ) -> None:
+        page, slot = targets.page[base + i], targets.slot[base + i]
+
+        @pl.when(page >= 0)
+        def _():
+            for pool, ref, buffer in zip(pools_of(self.layout), pools, staging.granules, strict=True):
+                place, here = _granule(self.layout, pool, ref, page, slot), buffer.at[i]
+                if what.endswith("read"):
+                    copy = pltpu.make_async_copy(place, here, staging.arrived)
+                else:
+                    copy = pltpu.make_async_copy(here, place, staging.left)
+                copy.wait() if what.startswith("await") else copy.start()
+
+    def _put(self, work: Any, targets: Targets, staging: Staging, base: Any, i: Any) -> None:
+        """Put a sequence's rows into one of its granules."""
+        per_seq = granules_per_seq(self.rows)
+        local = jax.lax.div(i, per_seq)
+        seq, granule = base + local, base * per_seq + i
+
+        @pl.when(targets.page[granule] >= 0)
+        def _():
+            for which, pool in enumerate(pools_of(self.layout)):
+                ref, axis = staging.granules[which].at[i], _token_axis(self.layout, pool)
+                x = ref[...].astype(jnp.float32)
+                slot = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+                if pool.is_scale:
+                    slot = slot - targets.slot[granule]
+                for row in range(self.rows):
+                    place = jnp.where(row < work.rows[seq], work.position[seq] + row - targets.position[granule], -1)
+                    x = jnp.where(slot == place, staging.rows[which][local, row], x)
+                ref[...] = x.astype(ref.dtype)
+
+
+def row_shape(layout: PageLayout, pool: Pool) -> tuple[int, ...]:
+    """One token's part of a page, with its axis kept."""
+    axis = _token_axis(layout, pool)
+    return tuple(1 if i == axis else n for i, n in enumerate(pool.page_shape))
+
+
+def _token_axis(layout: PageLayout, pool: Pool) -> int:
+    if pool.is_scale:
+        return 1
+    return {"packed": 2, "joined": 1, "split": 1, "interleaved": 0}[layout.order]
+
+
+def _granule_shape(layout: PageLayout, pool: Pool) -> tuple[int, ...]:
+    """A granule of a page; scales lie along lanes, and are moved as a whole page."""
+    if pool.is_scale:
+        return pool.page_shape
+    axis = _token_axis(layout, pool)
+    return tuple(GRANULE if i == axis else n for i, n in enumerate(pool.page_shape))
+
+
+def _granule(layout: PageLayout, pool: Pool, ref: Ref, page: Any, slot: Any) -> Ref:
+    if pool.is_scale:
+        return pool.page(ref, page)
+    axis = _token_axis(layout, pool)
+    slots: Any = pl.ds(pl.multiple_of(slot, GRANULE), GRANULE)
+    return pool.page(ref, page).at[tuple(slots if i == axis else slice(None) for i in range(axis + 1))]
