@@ -54,16 +54,14 @@ class Launch:
         terms = split_terms(self.program, views.tile_rows, views.columns)
         arrays = self._arrays(terms)
         scales = self._head_scales(pages)
-        if self.sequence == "grid":
-            per_core = -(-items // self.cores)
-            work = work._replace(bounds=jnp.minimum(jnp.arange(self.cores + 1, dtype=jnp.int32) * per_core, items))
         decode = Decode(views, terms, self.program.scale, self.buffers, self.splits)
         pools = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
         in_memory = [pltpu.VMEM] * len(scales) + [pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays]
         targets, rows = ((), ()) if new is None else (new.targets, new.rows)
         scalars, operands = (*work, *targets), (*scales, *arrays, self._pad(q), *rows, *pools)
         in_memory += [pltpu.HBM] * (1 + len(rows) + len(pools))
-        grid = (self.cores,) if self.sequence == "inline" else (self.cores, -(-items // self.cores))
+        # A core may be given any number of the items, so it has a step for each; those that are not its own are empty.
+        grid = (self.cores,) if self.sequence == "inline" else (self.cores, items)
         out_shapes = self._out_shapes(q.shape[0])
         first_pool, aliases = len(scalars) + len(operands) - len(pools), {}
         if new is not None:

@@ -80,8 +80,7 @@ class TpuDecode(Lowering):
         self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
     ) -> tuple[AttentionState, Pages]:
         """The write and the attention in one kernel. Where a sequence is split, or one kernel cannot hold the lists of
-        pages, XLA writes first; and where two sequences write next to each other, which the kernel cannot do at once.
-        """
+        pages, XLA writes first."""
         return _differentiable_update(self, program, schedule, q, k, v, pages, batch)
 
     @property
@@ -113,24 +112,20 @@ def _differentiable_update(
     launch = launch_of(program, layout, call, schedule, lowering._chip, lowering.interpret)
     parts = list(chunks(seqs.tables.shape, schedule, launch.chip))
 
-    def one_by_one(pages: Pages) -> tuple[AttentionState, Pages]:
+    if schedule.kv_splits > 1 or len(parts) > 1:
         pages = XLA_BLOCKS.write(k, v, pages, batch)
         return _differentiable_state(lowering, program, schedule, q, pages, batch), pages
-
-    def at_once(pages: Pages) -> tuple[AttentionState, Pages]:
-        visited = Visited.of(program, seqs, layout.page_size, pages.num_pages)
-        work = visited.work(*parts[0], **_cut(schedule))
-        rows = tuple(
-            x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
-            for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
-        )
-        state, pages = launch(work, q, pages, New(targets, rows))
-        return _own_rows(state, work), pages
-
-    if schedule.kv_splits > 1 or len(parts) > 1:
-        return one_by_one(pages)
     targets = Targets.of(seqs, batch.query_rows or 1, layout.page_size, pages.num_pages)
-    return jax.lax.cond(targets.are_distinct(), at_once, one_by_one, pages)
+    work = Visited.of(program, seqs, layout.page_size, pages.num_pages).work(*parts[0], **_cut(schedule))
+    # Sequences that write next to each other must be on one core, in turn.
+    alone = jnp.full_like(work.bounds, work.begin.shape[0]).at[0].set(0)
+    work = work._replace(bounds=jnp.where(targets.is_shared != 0, alone, work.bounds))
+    rows = tuple(
+        x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
+        for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
+    )
+    state, pages = launch(work, q, pages, New(targets, rows))
+    return _own_rows(state, work), pages
 
 
 def _own_rows(state: AttentionState, work: Work) -> AttentionState:

@@ -28,11 +28,13 @@ class Targets(NamedTuple):
     """Where new rows go: ``per_seq`` granules for every sequence, flat.
 
     ``page`` is the granule's page, -1 where nothing is written; ``slot`` its first slot, and ``position`` that slot's.
+    ``is_shared`` is 1 where two sequences write to one granule: granules must then be changed one after the other.
     """
 
     page: Int[Array, " granules"]
     slot: Int[Array, " granules"]
     position: Int[Array, " granules"]
+    is_shared: Int[Array, "1"]
 
     @classmethod
     def of(cls, seqs: Sequences, rows: int, page_size: int, num_pages: int) -> "Targets":
@@ -43,14 +45,12 @@ class Targets(NamedTuple):
         entry = jnp.minimum(position // page_size, seqs.tables.shape[1] - 1)
         page = jnp.take_along_axis(seqs.tables, entry, axis=1)
         is_written &= (page >= 0) & (page < num_pages)
-        page = jnp.where(is_written, page, -1)
-        return cls(*(x.reshape(-1).astype(jnp.int32) for x in (page, position % page_size, position)))
-
-    def are_distinct(self) -> Array:
-        """Whether no two sequences write to one granule: only then may granules be changed side by side."""
-        key = jnp.where(self.page < 0, -1 - jnp.arange(self.page.shape[0]), self.page)
-        page, slot = jax.lax.sort((key, self.slot), num_keys=2)
-        return ~jnp.any((page[1:] == page[:-1]) & (slot[1:] == slot[:-1]))
+        page, slot = jnp.where(is_written, page, -1).reshape(-1), (position % page_size).reshape(-1)
+        # Each granule that nobody writes gets a number of its own, so that only real ones can be equal.
+        key = jnp.where(page < 0, -1 - jnp.arange(page.shape[0], dtype=jnp.int32), page)
+        pages, slots = jax.lax.sort((key, slot), num_keys=2)
+        is_shared = jnp.any((pages[1:] == pages[:-1]) & (slots[1:] == slots[:-1]))
+        return cls(page, slot, position.reshape(-1), is_shared.astype(jnp.int32)[None])
 
 
 def granules_per_seq(rows: int) -> int:
@@ -89,14 +89,15 @@ class Write(NamedTuple):
 
     def run(self, work: Any, targets: Targets, staging: Staging, pools: tuple[Ref, ...], first: Any, end: Any) -> None:
         """Write the new rows of sequences ``first`` to ``end``, and return when they are in place."""
-        per_seq, staged = granules_per_seq(self.rows), self.staged
+        per_seq = granules_per_seq(self.rows)
+        at_once = jnp.where(targets.is_shared[0] != 0, 1, self.staged)
 
         def over(count, act):
             jax.lax.fori_loop(0, count, lambda i, _: act(i), None)
 
         def write_some(turn, _):
-            base = first + turn * staged
-            count = jnp.minimum(end - base, staged)
+            base = first + turn * at_once
+            count = jnp.minimum(end - base, at_once)
             over(count, lambda i: self._copy_rows(work, staging, base + i, i, "start"))
             over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "read"))
             over(count, lambda i: self._copy_rows(work, staging, base + i, i, "wait"))
@@ -105,7 +106,7 @@ class Write(NamedTuple):
             over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "write"))
             over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "await write"))
 
-        jax.lax.fori_loop(0, jax.lax.div(end - first + staged - 1, staged), write_some, None)
+        jax.lax.fori_loop(0, jax.lax.div(end - first + at_once - 1, at_once), write_some, None)
 
     def _copy_rows(self, work: Any, staging: Staging, seq: Any, i: Any, verb: str) -> None:
         for row in range(self.rows):
