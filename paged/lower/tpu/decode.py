@@ -22,6 +22,8 @@ from .work import Work
 Ref = Any
 # Tiles whose scores are held at once: their products overlap, and more would not fit the registers.
 _TILES_AT_ONCE = 8
+# Items whose queries and results are in memory at once: a short item is done before a copy of either has arrived.
+ROWS_IN_FLIGHT = 4
 
 
 class Refs(NamedTuple):
@@ -41,6 +43,7 @@ class Refs(NamedTuple):
     lse_buffer: Ref
     out_left: Ref
     cursor: Ref
+    is_clean: Ref
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,42 +64,32 @@ class Decode:
 
     def begin(self, refs: Refs, first: Any, end: Any) -> None:
         """Set the stream going."""
-        refs.transfers.silence_all()
-
-        @pl.when(first < end)
-        def _():
-            self._copy_queries(refs, first, "start")
-
         refs.cursor[0] = refs.work.busy[first]
         refs.cursor[1] = 0
+        for slot in range(self.buffers):
+            refs.is_clean[slot] = 0
+        for ahead in range(ROWS_IN_FLIGHT - 1):
+            self._copy_queries(refs, first + ahead, first, end, "start")
         for slot in range(self.buffers - 1):
             self._fetch_next(refs, end, slot)
 
     def run_item(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
         """Attend over one item's pages, whose first block is in ``slot``; the slot of the next item's first block."""
-
-        @pl.when(item + 1 < end)
-        def _():
-            self._copy_queries(refs, item + 1, "start")
-
-        self._copy_queries(refs, item, "wait")
-        q = [self.views.queries(refs.q_buffer.at[item & 1], tile) for tile in range(self.views.tiles)]
+        self._copy_queries(refs, item + ROWS_IN_FLIGHT - 1, first, end, "start")
+        self._copy_queries(refs, item, first, end, "wait")
+        place = jax.lax.rem(item, ROWS_IN_FLIGHT)
+        q = [self.views.queries(refs.q_buffer.at[place], tile) for tile in range(self.views.tiles)]
         start = (slot, self._start())
         slot, running = self._over_blocks(refs, item, end, q, start)
-        self._finish(refs, item, running)
-
-        @pl.when(item > first)
-        def _():
-            self._copy_results(refs, item - 1, "wait")
-
+        self._copy_results(refs, item - ROWS_IN_FLIGHT, first, end, "wait")
+        self._finish(refs, place, running)
+        self._copy_results(refs, item, first, end, "start")
         return slot
 
     def drain(self, refs: Refs, first: Any, end: Any) -> None:
         """Wait for the last results to leave."""
-
-        @pl.when(first < end)
-        def _():
-            self._copy_results(refs, end - 1, "wait")
+        for behind in range(ROWS_IN_FLIGHT):
+            self._copy_results(refs, end - 1 - behind, first, end, "wait")
 
     def _over_blocks(self, refs: Refs, item: Any, end: Any, q: list, start: Any) -> Any:
         """Fold the item's blocks: those visible in full while whole blocks follow, in one straight line; then the rest."""
@@ -143,7 +136,7 @@ class Decode:
         base = refs.work.begin[item] + i * views.pages_per_block
         pages = jnp.minimum(refs.work.count[item] - i * views.pages_per_block, views.pages_per_block)
         if is_masked:
-            self._silence_tail(refs, item, base + pages - 1, slot, pages - 1)
+            self._silence(refs, item, base + pages - 1, slot, pages)
         p = j = None
         if is_masked or self.terms.scores_use_positions:
             p = refs.work.position[item] + views.row()
@@ -188,49 +181,64 @@ class Decode:
 
         return weigh
 
-    def _silence_tail(self, refs: Refs, item: Any, entry: Any, slot: Any, at: Any) -> None:
-        """The last page of a sequence may have slots past its length: their values must not count."""
-        live = refs.work.length[item] - refs.work.index[entry] * self.views.layout.page_size
+    def _silence(self, refs: Refs, item: Any, last_entry: Any, slot: Any, pages: Any) -> None:
+        """Values that no live token has must be finite, since a weight of 0 would not silence them: those past the
+        length in a sequence's last page, and those of places where no page has ever arrived."""
+        size = self.views.layout.page_size
+        live = refs.work.length[item] - refs.work.index[last_entry] * size
 
-        @pl.when(live < self.views.layout.page_size)
+        @pl.when(live < size)
         def _():
-            refs.transfers.silence(slot, at, live)
+            refs.transfers.silence(slot, pages - 1, live)
+
+        @pl.when((pages < self.views.pages_per_block) & (refs.is_clean[slot] == 0))
+        def _():
+            jax.lax.fori_loop(
+                pages, self.views.pages_per_block, lambda at, _: refs.transfers.silence(slot, at, 0), None
+            )
+            refs.is_clean[slot] = 1
 
     def _start(self) -> tuple[Running, ...]:
         views = self.views
         return tuple(Running.start(views.tile_rows, dim=views.result_lanes) for _ in range(views.tiles))
 
-    def _finish(self, refs: Refs, item: Any, running: tuple[Running, ...]) -> None:
-        """Normalise, and begin to send the item's results. The log-sum-exp of tile ``t`` is lane ``t``."""
-        views, half = self.views, item & 1
+    def _finish(self, refs: Refs, place: Any, running: tuple[Running, ...]) -> None:
+        """Normalise. The log-sum-exp of tile ``t`` is lane ``t``."""
+        views = self.views
         lane = jax.lax.broadcasted_iota(jnp.int32, (views.tile_rows, 128), 1)
         lses = jnp.zeros((views.tile_rows, 128), jnp.float32)
         for tile in range(views.tiles):
             out, lse = running[tile].finish()
             if refs.v_scale is not None:
                 out = out * refs.v_scale[tile]
-            views.store(refs.out_buffer.at[half], tile, out)
+            views.store(refs.out_buffer.at[place], tile, out)
             lses = jnp.where(lane == tile, lse, lses)
-        refs.lse_buffer[half] = lses.reshape(refs.lse_buffer.shape[1:])
-        self._copy_results(refs, item, "start")
+        refs.lse_buffer[place] = lses.reshape(refs.lse_buffer.shape[1:])
 
-    def _copy_queries(self, refs: Refs, item: Any, verb: str) -> None:
-        last = refs.q.shape[0] - 1
-        for row in range(self.views.rows):
-            source = refs.q.at[jnp.minimum(refs.work.row[item] + row, last)]
-            copy = pltpu.make_async_copy(source, refs.q_buffer.at[item & 1, row], refs.q_arrived.at[item & 1])
-            getattr(copy, verb)()
+    def _copy_queries(self, refs: Refs, item: Any, first: Any, end: Any, verb: str) -> None:
+        place, last = jax.lax.rem(item, ROWS_IN_FLIGHT), refs.q.shape[0] - 1
 
-    def _copy_results(self, refs: Refs, item: Any, verb: str) -> None:
+        @pl.when((item >= first) & (item < end))
+        def _():
+            for row in range(self.views.rows):
+                source = refs.q.at[jnp.minimum(refs.work.row[item] + row, last)]
+                copy = pltpu.make_async_copy(source, refs.q_buffer.at[place, row], refs.q_arrived.at[place])
+                getattr(copy, verb)()
+
+    def _copy_results(self, refs: Refs, item: Any, first: Any, end: Any, verb: str) -> None:
         """Results go to the item's own rows; a row that the sequence does not have is nobody's."""
-        half, part = item & 1, jax.lax.rem(item, self.splits)
-        for row in range(self.views.rows):
 
-            @pl.when(row < refs.work.rows[item])
-            def _(row=row):
-                for buffer, ref in ((refs.out_buffer, refs.out), (refs.lse_buffer, refs.lse)):
-                    target = ref.at[part, refs.work.row[item] + row]
-                    getattr(pltpu.make_async_copy(buffer.at[half, row], target, refs.out_left.at[half]), verb)()
+        def copy_row(row):
+            part, place = jax.lax.rem(item, self.splits), jax.lax.rem(item, ROWS_IN_FLIGHT)
+            for buffer, ref in ((refs.out_buffer, refs.out), (refs.lse_buffer, refs.lse)):
+                target = ref.at[part, refs.work.row[item] + row]
+                copy = pltpu.make_async_copy(buffer.at[place, row], target, refs.out_left.at[place])
+                getattr(copy, verb)()
+
+        @pl.when((item >= first) & (item < end))
+        def _():
+            for row in range(self.views.rows):
+                pl.when(row < refs.work.rows[item])(lambda row=row: copy_row(row))
 
     def _fetch_next(self, refs: Refs, end: Any, slot: Any) -> None:
         """Begin to fetch the block at the cursor into ``slot``, and move on; nothing at the end of the stream."""

@@ -15,7 +15,7 @@ from paged.spec import AttentionState, Pages
 
 from ..program import Program
 from .chips import Chip
-from .decode import Decode, Refs
+from .decode import ROWS_IN_FLIGHT, Decode, Refs
 from .terms import split_terms
 from .transfer import Transfers, pools_of
 from .update import Staging, Targets, Write
@@ -101,12 +101,12 @@ class Launch:
             targets = Targets(*take(len(Targets._fields))) if is_update else None
             scales, arrays, (q,), new, pools = (take(n) for n in (num_scales, num_arrays, 1, some, num_pools))
             (out, lse), written, buffers = take(2), take(some), take(num_pools)
-            arrived, q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor, place = take(8)
+            arrived, q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor, is_clean, place = take(9)
             pools = written or pools
             k_scale, v_scale = scales or (None, None)
             bound = Refs(
                 work, k_scale, v_scale, arrays, q, Transfers(self.views.layout, pools, buffers, arrived), out, lse,
-                q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor,
+                q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor, is_clean,
             )  # fmt: skip
             core = pl.program_id(0)
             first, end = work.bounds[core], work.bounds[core + 1]
@@ -152,11 +152,12 @@ class Launch:
             *pages,
             dma((self.buffers,)),
             q,
-            dma((2,)),
+            dma((ROWS_IN_FLIGHT,)),
             out,
             lse,
-            dma((2,)),
+            dma((ROWS_IN_FLIGHT,)),
             pltpu.SMEM((2,), jnp.int32),
+            pltpu.SMEM((self.buffers,), jnp.int32),
             pltpu.SMEM((1,), jnp.int32),
             *(Write(self.views.layout, self.views.rows).scratch() if is_update else ()),
         ]
@@ -184,14 +185,14 @@ class Launch:
 
 
 def _vmem_scratch(views: Views, buffers: int) -> tuple[list[Any], list[Any]]:
-    """Buffers of pages; and those of queries, results and log-sum-exps, two of each."""
+    """Buffers of pages; and those of queries, results and log-sum-exps."""
     layout, block, f32 = views.layout, views.pages_per_block, jnp.float32
     pages = [pltpu.VMEM((buffers, block, *pool.page_shape), pool.dtype) for pool in pools_of(layout)]
-    rows = (2, views.rows, layout.num_kv_heads, views.group)
+    rows = (ROWS_IN_FLIGHT, views.rows, layout.num_kv_heads, views.group)
     return pages, [
         pltpu.VMEM((*rows, views.key_lanes), views.compute_dtype),
         pltpu.VMEM((*rows, views.result_lanes), f32),
-        pltpu.VMEM((2, views.rows, views.heads * views.group, _LANES), f32),
+        pltpu.VMEM((ROWS_IN_FLIGHT, views.rows, views.heads * views.group, _LANES), f32),
     ]
 
 

@@ -56,16 +56,18 @@ class Transfers(NamedTuple):
             pltpu.make_async_copy(landed, landed, self.arrived.at[slot]).wait()
 
     def wait_for(self, slot: Any, pages: Any) -> None:
-        """Wait for a number of pages known when it runs, at most a block: in powers of two, so in few waits."""
+        """Wait for a number of pages known when it runs, at most a block: for a part of one in powers of two, so in few
+        waits."""
         block = self.buffers[0].shape[1]
-        power = 1 << (block.bit_length() - 1)
-        while power:
 
-            @pl.when((pages & power) != 0)
-            def _(power=power):
-                self.wait(slot, power)
+        @pl.when(pages == block)
+        def _():
+            self.wait(slot, block)
 
-            power //= 2
+        @pl.when(pages != block)
+        def _():
+            for power in (1 << bit for bit in range(block.bit_length())):
+                pl.when((pages & power) != 0)(lambda power=power: self.wait(slot, power))
 
     def silence(self, slot: Any, at: Any, live: Any) -> None:
         """Make the values of a page's tokens from ``live`` on 0: they may be NaN, and a weight of 0 would not help."""
@@ -75,18 +77,6 @@ class Transfers(NamedTuple):
         values = ref[...].astype(jnp.float32)
         token = jax.lax.broadcasted_iota(jnp.int32, values.shape, token_axis)
         ref[...] = jnp.where(token < live, values, 0.0).astype(ref.dtype)
-
-    def silence_all(self) -> None:
-        """Make all values in the buffers 0, before anything has arrived."""
-        if jnp.issubdtype(self.layout.dtype, jnp.integer):
-            return
-        slots, block = self.buffers[0].shape[:2]
-
-        def clear(i: Any, _: None) -> None:
-            ref, _ = self._values(i // block, i % block)
-            ref[...] = jnp.zeros(ref.shape, jnp.float32).astype(ref.dtype)
-
-        jax.lax.fori_loop(0, slots * block, clear, None)
 
     def _values(self, slot: Any, at: Any) -> tuple[Ref, int]:
         """The part of a page that holds its values (in joined and interleaved order the keys as well), and its token
