@@ -145,9 +145,10 @@ def lower(
 ) -> Attend:
     """Lower a spec over a page layout to a target: ``"xla"``, ``"tpu"``, or ``"auto"``, the best that takes each call.
 
-    ``schedule`` replaces the lowering's own choice. ``interpret`` runs kernels on any machine, slowly: True, or the
-    interpreter's own settings (``jax.experimental.pallas.tpu.InterpretParams``). With ``check`` every call checks the batch's values with
+    ``schedule`` replaces the lowering's own choice. With ``check`` every call checks the batch's values with
     `paged.check`; without, faults of the caller give the results that the semantics name, and never a crash.
+    ``interpret`` runs kernels on any machine, slowly: True, or the interpreter's own settings
+    (``jax.experimental.pallas.tpu.InterpretParams``).
     Raises ``ValueError`` when no lowering of the target takes the spec, with every candidate's reason.
 
     >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=4)

@@ -58,9 +58,10 @@ def compile_for(
     *,
     new: tuple[Any, Any] | None = None,
 ) -> Compiled:
-    """Compile ``attend(q, pages, batch, sinks)`` ahead of time for a TPU generation; ``attend.update`` with ``new=(k, v)``.
+    """Compile ``attend(q, pages, batch, sinks)`` ahead of time for a TPU generation.
 
-    ``generation`` is ``"v4"``, ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"tpu7x"``. Arrays may be ``jax.ShapeDtypeStruct``s:
+    With ``new=(k, v)`` it is ``attend.update`` that is compiled, with donated pages. ``generation`` is ``"v4"``,
+    ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"tpu7x"``. Arrays may be ``jax.ShapeDtypeStruct``s:
     only shapes and dtypes count. Needs the package ``libtpu``, and no TPU. The schedule is what would be chosen on that
     chip, unless the caller's own was given to `lower`.
 

@@ -32,6 +32,7 @@ class Explanation:
     refused: dict[str, str]
     pages_visited: int | None
     pages_held: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_visited(self) -> int | None:
@@ -47,7 +48,7 @@ class Explanation:
             lines += [
                 f"visits {self.pages_visited} pages ({mebibytes:.2f} MiB) and skips {skipped} of {self.pages_held}"
             ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def explain(
@@ -66,7 +67,8 @@ def explain(
     if q is None or pages is None or batch is None:
         return Explanation(program, layout, schedule, refused, None, None)
     visited, held = _count_pages(program, q.shape[0], pages, batch)
-    return Explanation(program, layout, schedule, refused, visited, held)
+    notes = lowering.describe(program, layout, Call.of(q, pages, batch), schedule, visited * layout.bytes_per_page)
+    return Explanation(program, layout, schedule, refused, visited, held, tuple(notes))
 
 
 def _count_pages(program: Program, tokens: int, pages: Pages, batch: RaggedBatch) -> tuple[int, int]:

@@ -53,6 +53,13 @@ class Lowering(abc.ABC):
         del chip
         return self
 
+    def describe(
+        self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int
+    ) -> list[str]:
+        """Lines for `explain`: what the schedule takes of the machine, and the least time that it could need."""
+        del program, layout, call, schedule, bytes_visited
+        return []
+
     @abc.abstractmethod
     def state(self, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: RaggedBatch) -> AttentionState:
         """The batch's state in float32, without sinks; ``(0, -inf)`` in empty rows and rows of no sequence."""

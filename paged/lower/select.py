@@ -23,9 +23,7 @@ def refusals(
     return {low.name: low.refuses(program, layout, call) for low in LOWERINGS if target in ("auto", low.target)}
 
 
-def select(
-    program: Program, layout: PageLayout, target: str, schedule: Schedule | None = None
-) -> tuple[Lowering, ...]:
+def select(program: Program, layout: PageLayout, target: str, schedule: Schedule | None = None) -> tuple[Lowering, ...]:
     """The candidates that take the program, in order of preference, or the one that the schedule names.
 
     ``"auto"`` means those that run on this process's default backend. Raises ``ValueError`` with every candidate's

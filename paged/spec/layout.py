@@ -26,10 +26,10 @@ class PageLayout:
 
     * ``"packed"``, the default: one array ``[N, 2, Hkv, P, D]``, keys before values. A page of all heads is one
       contiguous transfer, and one head's keys one aligned tile.
-    * ``"joined"``: one array ``[N, Hkv, P, lanes]``, a token's key and its value side by side in ``lanes``, the multiple
-      of 128 that holds both: the value begins at ``lanes / 2``, and what neither fills is 0. For TPUs and a head
-      dimension that is no multiple of 128, for which XLA would lay the others out in a way that no kernel can read,
-      and copy the pool at every call.
+    * ``"joined"``: one array ``[N, Hkv, P, lanes]``, a token's key and its value side by side in ``lanes``, the
+      multiple of 128 that holds both: the value begins at ``lanes / 2``, and what neither fills is 0. For TPUs and a
+      head dimension that is no multiple of 128: XLA would lay the others out in a way that no kernel can read, and
+      copy the pool at every call.
     * ``"split"``: two arrays ``[Hkv, N, P, D]`` and ``[Hkv, N, P, Dv]``.
     * ``"interleaved"``: one array ``[N, P, 2 * Hkv, D]``, keys on even heads and values on odd ones.
 

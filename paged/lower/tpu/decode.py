@@ -92,7 +92,7 @@ class Decode:
             self._copy_results(refs, end - 1 - behind, first, end, "wait")
 
     def _over_blocks(self, refs: Refs, item: Any, end: Any, q: list, start: Any) -> Any:
-        """Fold the item's blocks: those visible in full while whole blocks follow, in one straight line; then the rest."""
+        """Fold the item's blocks: first, without a branch, those visible in full while whole blocks follow."""
         block = self.views.pages_per_block
         count, ahead = refs.work.count[item], self.buffers - 1
         whole = jax.lax.div(refs.work.num_full[item], block)
@@ -137,7 +137,8 @@ class Decode:
         pages = jnp.minimum(refs.work.count[item] - i * views.pages_per_block, views.pages_per_block)
         if is_masked:
             self._silence(refs, item, base + pages - 1, slot, pages)
-        p = j = None
+        p: Any = None
+        j: Any = None
         if is_masked or self.terms.scores_use_positions:
             p = refs.work.position[item] + views.row()
             j = views.positions(lambda at: jnp.where(at < pages, refs.work.index[base + at], NOWHERE))

@@ -48,14 +48,14 @@ class Launch:
     def __call__(
         self, work: Work, q: Float[Array, "tokens q_heads dim"], pages: Pages, new: New | None = None
     ) -> tuple[AttentionState, Pages]:
-        """The state of the work's rows, float32; other rows hold anything. With ``new`` rows these are written first, in
-        place where the pages are donated; there must be one item a sequence then."""
+        """The state of the work's rows, float32; other rows hold anything. With ``new`` rows these are written first,
+        in place where the pages are donated; there must be one item a sequence then."""
         views, items = self.views, work.begin.shape[0]
         terms = split_terms(self.program, views.tile_rows, views.columns)
         arrays = self._arrays(terms)
         scales = self._head_scales(pages)
         decode = Decode(views, terms, self.program.scale, self.buffers, self.splits)
-        pools = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
+        pools: Any = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
         in_memory = [pltpu.VMEM] * len(scales) + [pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays]
         targets, rows = ((), ()) if new is None else (new.targets, new.rows)
         scalars, operands = (*work, *targets), (*scales, *arrays, self._pad(q), *rows, *pools)
@@ -135,8 +135,8 @@ class Launch:
         if pages.layout.scales not in ("tensor", "head"):
             return ()
         heads = pages.layout.num_kv_heads
-        rows = self.views.kv_head()
-        return tuple(jnp.broadcast_to(scale, (heads,))[rows][..., None] for scale in (pages.k_scale, pages.v_scale))
+        rows, scales = self.views.kv_head(), (jnp.asarray(pages.k_scale), jnp.asarray(pages.v_scale))
+        return tuple(jnp.broadcast_to(scale, (heads,))[rows][..., None] for scale in scales)
 
     def _pad(self, q: Array) -> Float[Array, "tokens kv_heads group dim"]:
         """Query heads by KV head, padded to the rows of a vector register and to the lanes of a key."""
@@ -221,7 +221,9 @@ def _with_pools(pages: Pages, pools: list[Array]) -> Pages:
     return Pages(tuple(pools[:count]), *scales, layout=pages.layout)  # pyright: ignore
 
 
-def _merge_parts(out: Float[Array, "parts tokens heads dim"], lse: Float[Array, "parts tokens heads"]) -> AttentionState:
+def _merge_parts(
+    out: Float[Array, "parts tokens heads dim"], lse: Float[Array, "parts tokens heads"]
+) -> AttentionState:
     """`merge` of many states at once."""
     top = jnp.max(lse, axis=0)
     origin = jnp.where(top == -jnp.inf, 0.0, top)

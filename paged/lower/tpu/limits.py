@@ -74,7 +74,7 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, c
     return None
 
 
-def chunks(tables: tuple[int, int], schedule: Schedule, chip: Chip) -> Iterator[tuple[slice, slice]]:
+def chunks(tables: tuple[int, ...], schedule: Schedule, chip: Chip) -> Iterator[tuple[slice, slice]]:
     """Sequences and table entries of each kernel, so that its lists fit scalar memory: usually one kernel for all."""
     seqs, width = tables
     budget = int(_SMEM_SHARE * chip.smem_bytes)

@@ -19,7 +19,7 @@ from ..xla import XLA_BLOCKS, token_rows
 from .chips import Chip, this_chip
 from .launch import New
 from .limits import chunks, fits, refuses_call, refuses_program
-from .planning import launch_of, plan_schedule
+from .planning import launch_of, plan_schedule, vmem_bytes
 from .transfer import pools_of
 from .update import Targets, row_shape
 from .work import Visited, Work
@@ -52,6 +52,25 @@ class TpuDecode(Lowering):
     def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
         """A schedule must fit the chip's memory, and have no more cores than it."""
         return fits(program, layout, call, schedule, self._chip)
+
+    def describe(
+        self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int
+    ) -> list[str]:
+        """Memory of the kernel, how many kernels there are, and the time of its transfers alone."""
+        chip, mebibytes = self._chip, vmem_bytes(program, layout, call, schedule) / 2**20
+        kernels = len(list(chunks((call.slots, call.pages_per_seq), schedule, chip)))
+        microseconds = 1e6 * bytes_visited / chip.hbm_bytes_per_second
+        lines = [
+            f"{kernels} kernel(s) on {chip.generation}, each with {schedule.buffers} buffers of "
+            f"{schedule.pages_per_block} pages, {mebibytes:.2f} of {chip.vmem_bytes / 2**20:.0f} MiB of vector memory",
+            f"at least {microseconds:.1f} us for its transfers, modelled at {chip.hbm_bytes_per_second / 1e9:.0f} GB/s",
+        ]
+        if layout.order != "joined" and layout.head_dim % 128:
+            lines.append(
+                f"XLA copies the pool at every call: head_dim {layout.head_dim} is no multiple of 128 lanes, and only "
+                'order="joined" lies in whole ones'
+            )
+        return lines
 
     def interpreted(self, interpret: Any) -> "TpuDecode":
         """With kernels interpreted as told."""
@@ -162,7 +181,7 @@ def _update_backward(lowering: TpuDecode, program: Program, schedule: Schedule, 
     *differentiable, batch = residuals
     del lowering, schedule
     own = XLA_BLOCKS.schedule(program, differentiable[-1].layout)
-    _, pull = jax.vjp(lambda *args: XLA_BLOCKS.update(program, own, *args, batch), *differentiable)
+    _, pull = jax.vjp(lambda q, k, v, pages: XLA_BLOCKS.update(program, own, q, k, v, pages, batch), *differentiable)
     return (*pull(cotangent), None)
 
 

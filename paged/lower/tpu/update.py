@@ -4,6 +4,7 @@ The smallest piece of a page that can be moved is a *granule*, the slots of one 
 read at once, changed and written back, and all have arrived before the first page is read for attention.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -92,19 +93,24 @@ class Write(NamedTuple):
         per_seq = granules_per_seq(self.rows)
         at_once = jnp.where(targets.is_shared[0] != 0, 1, self.staged)
 
-        def over(count, act):
-            jax.lax.fori_loop(0, count, lambda i, _: act(i), None)
-
         def write_some(turn, _):
             base = first + turn * at_once
             count = jnp.minimum(end - base, at_once)
-            over(count, lambda i: self._copy_rows(work, staging, base + i, i, "start"))
-            over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "read"))
-            over(count, lambda i: self._copy_rows(work, staging, base + i, i, "wait"))
-            over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "await read"))
-            over(count * per_seq, lambda i: self._put(work, targets, staging, base, i))
-            over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "write"))
-            over(count * per_seq, lambda i: self._copy_granule(targets, staging, pools, base * per_seq, i, "await write"))
+
+            def rows(verb):
+                jax.lax.fori_loop(0, count, lambda i, _: self._copy_rows(work, staging, base + i, i, verb), None)
+
+            def granules(act, *args):
+                jax.lax.fori_loop(0, count * per_seq, lambda i, _: act(base * per_seq + i, i, *args), None)
+
+            move = functools.partial(self._copy_granule, targets, staging, pools)
+            rows("start")
+            granules(move, "read")
+            rows("wait")
+            granules(move, "await read")
+            granules(lambda granule, i: self._put(work, targets, staging, granule, i))
+            granules(move, "write")
+            granules(move, "await write")
 
         jax.lax.fori_loop(0, jax.lax.div(end - first + at_once - 1, at_once), write_some, None)
 
@@ -115,9 +121,9 @@ class Write(NamedTuple):
                 getattr(pltpu.make_async_copy(source, buffer.at[i, row], staging.arrived), verb)()
 
     def _copy_granule(
-        self, targets: Targets, staging: Staging, pools: tuple[Ref, ...], base: Any, i: Any, what: str
+        self, targets: Targets, staging: Staging, pools: tuple[Ref, ...], granule: Any, i: Any, what: str
     ) -> None:
-        page, slot = targets.page[base + i], targets.slot[base + i]
+        page, slot = targets.page[granule], targets.slot[granule]
 
         @pl.when(page >= 0)
         def _():
@@ -129,11 +135,9 @@ class Write(NamedTuple):
                     copy = pltpu.make_async_copy(here, place, staging.left)
                 copy.wait() if what.startswith("await") else copy.start()
 
-    def _put(self, work: Any, targets: Targets, staging: Staging, base: Any, i: Any) -> None:
+    def _put(self, work: Any, targets: Targets, staging: Staging, granule: Any, i: Any) -> None:
         """Put a sequence's rows into one of its granules."""
-        per_seq = granules_per_seq(self.rows)
-        local = jax.lax.div(i, per_seq)
-        seq, granule = base + local, base * per_seq + i
+        seq, local = (jax.lax.div(x, granules_per_seq(self.rows)) for x in (granule, i))
 
         @pl.when(targets.page[granule] >= 0)
         def _():

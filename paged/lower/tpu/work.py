@@ -72,7 +72,7 @@ class Visited(NamedTuple):
         width = entries.stop - entries.start
         count, num_full = (jnp.clip(of_items(x) - entries.start, 0, width) for x in (self.count, self.num_full))
         items = count.shape[0]
-        part = -(-(-(-count // pages_per_block)) // splits) * pages_per_block
+        part = _ceil_div(_ceil_div(count, pages_per_block), splits) * pages_per_block
         item = jnp.arange(items, dtype=jnp.int32)
         offset = item % splits * part
         item_count = jnp.clip(count - offset, 0, part)
@@ -87,8 +87,12 @@ class Visited(NamedTuple):
             row=of_items(self.seqs.starts),
             rows=of_items(self.seqs.counts),
             busy=_next_busy(item_count),
-            bounds=_bounds(-(-item_count // pages_per_block), cores),
+            bounds=_bounds(_ceil_div(item_count, pages_per_block), cores),
         )
+
+
+def _ceil_div(a: Array, b: int) -> Array:
+    return (a + b - 1) // b
 
 
 def _next_busy(count: Int[Array, " items"]) -> Int[Array, " items_plus_1"]:
