@@ -13,6 +13,7 @@ class Schedule:
     * ``pages_per_block``: pages taken in one step of the online softmax.
     * ``query_rows``: the most query rows of one sequence that are worked on together.
     * ``lanes``: how many such blocks of rows the forward pass works on side by side; the gradient takes one at a time.
+    * ``blocks_per_step``: how many blocks of pages one step of the forward pass takes where query rows are few.
 
     >>> schedule = Schedule(lowering="xla-blocks", pages_per_block=8, query_rows=64, lanes=1)
     >>> Schedule.from_json(schedule.to_json()) == schedule
@@ -23,6 +24,7 @@ class Schedule:
     pages_per_block: int
     query_rows: int
     lanes: int = 1
+    blocks_per_step: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -21,7 +21,12 @@ class Running(NamedTuple):
         return cls(jnp.full(scalar, -jnp.inf), jnp.zeros(scalar), jnp.zeros((kv_heads, rows, dim)))
 
     def step(self, s: Float[Array, "kv_heads rows keys"], v: Float[Array, "kv_heads keys dim"]) -> "Running":
-        """Take in one more block of scores, ``-inf`` where invisible, and its values, finite there.
+        """Take in one more block of scores, ``-inf`` where invisible, and its values, finite there."""
+        running, weights = self.weigh(s)
+        return running.add(weights, v)
+
+    def weigh(self, s: Float[Array, "kv_heads rows keys"]) -> tuple["Running", Float[Array, "kv_heads rows keys"]]:
+        """The first half of `step`: scores to weights. Their values are still to be added, in any number of parts.
 
         Source: the online softmax of Milakov and Gimelshein, arXiv:1805.02867.
         """
@@ -30,9 +35,13 @@ class Running(NamedTuple):
         origin = jnp.where(jnp.isneginf(top), 0.0, top)
         weights = jnp.exp(s - origin)
         decay = jnp.exp(self.top - origin)
-        weighted = jnp.einsum("hrk,hkd->hrd", weights, v, precision="highest")
         total = decay * self.total + jnp.sum(weights, axis=-1, keepdims=True)
-        return Running(top, total, decay * self.values + weighted)
+        return Running(top, total, decay * self.values), weights
+
+    def add(self, weights: Float[Array, "kv_heads rows keys"], v: Float[Array, "kv_heads keys dim"]) -> "Running":
+        """The second half of `step`: take in values with the weights that `weigh` gave their keys."""
+        weighted = jnp.einsum("hrk,hkd->hrd", weights, v, precision="highest")
+        return self._replace(values=self.values + weighted)
 
     def finish(self) -> tuple[Float[Array, "kv_heads rows dim"], Float[Array, "kv_heads rows"]]:
         """The normalised output and the natural log-sum-exp: ``(0, -inf)`` for a row that saw no key."""
