@@ -55,8 +55,9 @@ def run_suite(expected, index):
 
 
 def _lower(spec, layout):
-    """One page a block, so that a few pages are many steps."""
-    own = FIRST.schedule(Program.from_spec(spec), layout).replace(pages_per_block=1, query_rows=4)
+    """One page a block and two blocks a step, so that a few pages are several steps of several blocks."""
+    own = FIRST.schedule(Program.from_spec(spec), layout)
+    own = own.replace(pages_per_block=1, query_rows=4, blocks_per_step=2)
     return paged.lower(spec, layout, FIRST.target, schedule=own)
 
 
@@ -132,26 +133,22 @@ def _function(module, name, mutant):
     return lambda patch: _replace_everywhere(patch, module, name, mutant)
 
 
-def _unguarded_step(original):
-    def step(self, s, v):
+def _unguarded_weights(original):
+    def weigh(self, s):
         top = jnp.maximum(self.top, jnp.max(s, axis=-1, keepdims=True))
         weights, decay = jnp.exp(s - top), jnp.exp(self.top - top)
         total = decay * self.total + weights.sum(-1, keepdims=True)
-        return type(self)(top, total, decay * self.values + weights @ v)
+        return type(self)(top, total, decay * self.values), weights
 
-    return step
-
-
-def _undecayed_step(original):
-    def step(self, s, v):
-        taken = original(self, s, v)
-        return taken._replace(values=self.values + original(type(self).start(*_shape(self)), s, v).values)
-
-    return step
+    return weigh
 
 
-def _shape(running):
-    return (*running.values.shape[:2], running.values.shape[2])
+def _undecayed_values(original):
+    def weigh(self, s):
+        running, weights = original(self, s)
+        return running._replace(values=self.values), weights
+
+    return weigh
 
 
 def _dead_slots_live(original):
@@ -195,8 +192,8 @@ def _base_two(original):
 
 MUTANTS = {
     "values not selected": _function("lower.softmax", "select_values", lambda _: lambda is_visible, v: v),
-    "-inf minus -inf": _method("lower.softmax", "Running", "step", _unguarded_step),
-    "values not decayed": _method("lower.softmax", "Running", "step", _undecayed_step),
+    "-inf minus -inf": _method("lower.softmax", "Running", "weigh", _unguarded_weights),
+    "values not decayed": _method("lower.softmax", "Running", "weigh", _undecayed_values),
     "lse in base two": _method("lower.softmax", "Running", "finish", _base_two),
     "full ignores the length": _method(
         "lower.program",

@@ -42,8 +42,8 @@ FACTORS = {
     "soft_cap": (None, 7.0),
     "scale": (None, 0.11),
     "head_dim": (8, 16),
-    # pages_per_block, query_rows
-    "schedule": (None, (1, 1), (3, 5)),
+    # pages_per_block, query_rows, blocks_per_step
+    "schedule": (None, (1, 1, 2), (3, 5, 1)),
 }
 ROWS = covering_rows(FACTORS)
 
@@ -86,7 +86,7 @@ def _schedule(row):
     return (
         {"own": 1}
         if row["schedule"] is None
-        else dict(zip(("pages_per_block", "query_rows"), row["schedule"], strict=True))
+        else dict(zip(("pages_per_block", "query_rows", "blocks_per_step"), row["schedule"], strict=True))
     )
 
 
@@ -133,10 +133,11 @@ def test_single_features_equal_the_reference(lowering, single):
 
 
 @every_lowering
-@pytest.mark.parametrize(("pages_per_block", "query_rows", "lanes"), [(1, 16, 1), (3, 2, 3), (7, 5, 2)])
-def test_any_schedule_gives_the_same_attention(lowering, pages_per_block, query_rows, lanes):
+@pytest.mark.parametrize("schedule", [(1, 16, 1, 1), (3, 2, 3, 1), (7, 5, 2, 3), (1, 2, 1, 3), (1, 1, 2, 2)], ids=str)
+def test_any_schedule_gives_the_same_attention(lowering, schedule):
     case = case_of("rich", "ragged")
-    attend = lowered(lowering, case, pages_per_block=pages_per_block, query_rows=query_rows, lanes=lanes)
+    names = "pages_per_block", "query_rows", "lanes", "blocks_per_step"
+    attend = lowered(lowering, case, **dict(zip(names, schedule, strict=True)))
     for corner in ("mixed", "first page masked", "exact pages"):
         built = build(case.replace(corner=corner))
         assert_state(state_of(attend, built), built)

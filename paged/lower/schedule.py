@@ -16,6 +16,7 @@ class Schedule:
     * ``pages_per_block``: pages taken in one step of the online softmax.
     * ``query_rows``: the most query rows of one sequence that are worked on together.
     * ``lanes``: how many such blocks of rows the forward pass works on side by side; the gradient takes one at a time.
+    * ``blocks_per_step``: how many blocks of pages one step of the forward pass takes where query rows are few.
     * ``sequence``: where a kernel's loop over sequences is, ``"inline"`` in its body or on its ``"grid"``.
     * ``buffers``: blocks of pages in a kernel's memory at once: one is worked on while the others arrive.
     * ``kv_splits``: parts that each sequence's pages are split into, worked on as if they were sequences, and merged.
@@ -32,6 +33,7 @@ class Schedule:
     pages_per_block: int
     query_rows: int = 1
     lanes: int = 1
+    blocks_per_step: int = 1
     sequence: Literal["inline", "grid"] = "inline"
     buffers: int = 2
     kv_splits: int = 1

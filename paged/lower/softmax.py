@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def weigh_exactly(weights: Float[Array, "*heads rows keys"], v: Float[Array, "*heads keys dim"]) -> Array:
+def exact_product(weights: Float[Array, "*heads rows keys"], v: Float[Array, "*heads keys dim"]) -> Array:
     """Weighted sums of values, in full float32."""
     return jnp.matmul(weights, v, precision="highest")
 
@@ -26,15 +26,14 @@ class Running(NamedTuple):
         scalar = (*heads_rows, 1)
         return cls(jnp.full(scalar, -jnp.inf), jnp.zeros(scalar), jnp.zeros((*heads_rows, dim)))
 
-    def step(
-        self,
-        s: Float[Array, "*heads rows keys"],
-        v: Float[Array, "*heads keys dim"],
-        weigh: Callable[[Array, Array], Array] = weigh_exactly,
-    ) -> "Running":
-        """Take in one more block of scores, ``-inf`` where invisible, and its values, finite there.
+    def step(self, s: Float[Array, "*heads rows keys"], v: Float[Array, "*heads keys dim"]) -> "Running":
+        """Take in one more block of scores, ``-inf`` where invisible, and its values, finite there."""
+        running, weights = self.weigh(s)
+        return running.add(weights, v)
 
-        ``weigh(weights, v)`` is their product, summed over keys in float32.
+    def weigh(self, s: Float[Array, "*heads rows keys"]) -> tuple["Running", Float[Array, "*heads rows keys"]]:
+        """The first half of `step`: scores to weights. Their values are still to be added, in any number of parts.
+
         Source: the online softmax of Milakov and Gimelshein, arXiv:1805.02867.
         """
         top = jnp.maximum(self.top, jnp.max(s, axis=-1, keepdims=True))
@@ -43,7 +42,19 @@ class Running(NamedTuple):
         weights = jnp.exp(s - origin)
         decay = jnp.exp(self.top - origin)
         total = decay * self.total + jnp.sum(weights, axis=-1, keepdims=True)
-        return Running(top, total, decay * self.values + weigh(weights, v))
+        return Running(top, total, decay * self.values), weights
+
+    def add(
+        self,
+        weights: Float[Array, "*heads rows keys"],
+        v: Float[Array, "*heads keys dim"],
+        product: Callable[[Array, Array], Array] = exact_product,
+    ) -> "Running":
+        """The second half of `step`: take in values with the weights that `weigh` gave their keys.
+
+        ``product(weights, v)`` sums over keys, in float32.
+        """
+        return self._replace(values=self.values + product(weights, v))
 
     def finish(self) -> tuple[Float[Array, "*heads rows dim"], Float[Array, "*heads rows 1"]]:
         """The normalised output and the natural log-sum-exp: ``(0, -inf)`` for a row that saw no key."""

@@ -15,7 +15,13 @@ from .cases import Case
 ALL_LOWERINGS: dict[str, Lowering] = {lowering.name: lowering for lowering in LOWERINGS}
 
 # Tests' sequences have a few pages, so a schedule for real ones would take them in one step: these make several.
-SMALL_SCHEDULES = {"xla-blocks": {"pages_per_block": 2, "query_rows": 4}}
+SMALL_SCHEDULES = {"xla-blocks": {"pages_per_block": 2, "query_rows": 4, "blocks_per_step": 1}}
+
+# What differs by phase: prefill takes one block a step, decode several, and a ragged batch several steps of several.
+PHASE_SCHEDULES = {
+    ("xla-blocks", "decode"): {"blocks_per_step": 2},
+    ("xla-blocks", "ragged"): {"pages_per_block": 1, "blocks_per_step": 2},
+}
 
 every_lowering = pytest.mark.parametrize("lowering", ALL_LOWERINGS)
 
@@ -30,7 +36,8 @@ def lowered(lowering: str, case: Case, **schedule: int) -> Attend:
     reason = chosen.refuses(program, case.layout)
     if reason is not None:
         pytest.skip(f"{lowering} refuses: {reason}")
-    changes = schedule or SMALL_SCHEDULES.get(lowering, {})
+    small = SMALL_SCHEDULES.get(lowering, {}) | PHASE_SCHEDULES.get((lowering, case.phase), {})
+    changes = schedule or small
     own = chosen.schedule(program, case.layout)
     own = own if "own" in schedule else own.replace(**changes)
     return paged.lower(case.spec, case.layout, chosen.target, schedule=own)

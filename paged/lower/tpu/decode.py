@@ -158,7 +158,8 @@ class Decode:
                 v_scale = None if scales is None else scales[1][tile : tile + 1]
                 if v_scale is not None and is_masked:
                     v_scale = jnp.where(j[:1] < refs.work.length[item], v_scale, 0.0)
-                new.append(running[tile].step(s, v, self._weigh(v_scale)))
+                taken, weights = running[tile].weigh(s)
+                new.append(taken.add(weights, v, self._product(v_scale)))
         return tuple(new)
 
     def _scores(self, refs: Refs, tile: int, product: Any, scales: Any, p: Any, j: Any) -> Any:
@@ -175,12 +176,12 @@ class Decode:
         own = self.views.is_own_key()
         return visible if own is None else visible & own
 
-    def _weigh(self, v_scale: Any) -> Callable[..., Any]:
-        def weigh(weights, v):
+    def _product(self, v_scale: Any) -> Callable[..., Any]:
+        def product(weights, v):
             weights = weights if v_scale is None else weights * v_scale
             return _dot(self.views.align(weights).astype(v.dtype), v, contract=0)
 
-        return weigh
+        return product
 
     def _silence(self, refs: Refs, item: Any, last_entry: Any, slot: Any, pages: Any) -> None:
         """Values that no live token has must be finite, since a weight of 0 would not silence them: those past the

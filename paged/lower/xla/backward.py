@@ -73,7 +73,7 @@ def _block_gradient(walk: Walk, block: Block, operands: Operands, state, cotange
             pools = tiles.scatter_add(operands.pages.layout, pools, tile.ids, k_gradient, v_gradient)
         return q_gradient + q_step, pools, _accumulate(constants, c_step)
 
-    return walk.over_tiles(visits, step, (jnp.zeros_like(q), pools, constants))
+    return walk.over_tiles(0, walk.num_tiles(visits), visits, step, (jnp.zeros_like(q), pools, constants))
 
 
 def _rows_of(walk: Walk, block: Block, x: Float[Array, "tokens q_heads dim"]) -> Array:

@@ -1,11 +1,13 @@
 """The XLA lowering's forward pass: blocks of query rows, each over the pages that it can see, by online softmax.
 
 Blocks of rows run one after the other (or in lanes, several at once), and inside each a loop runs over its blocks of
-pages, first those that need no mask and then the rest, with as many steps as there are visible pages. So scores of a
-whole row never exist, work follows what is visible, and a sequence's result depends on nothing but itself.
+pages, first those that need no mask and then the rest, with as many steps as there are visible pages. Where rows are
+few, a step takes several blocks of pages. So scores of a whole row never exist, work follows what is visible, and a
+sequence's result depends on nothing but itself.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jaxtyping import Array, Float
 from paged.spec import AttentionState
 
 from ..softmax import Running, select_values
+from ..visits import Visits
 from . import tiles
 from .backward import backward
 from .blocks import Block, Blocks
@@ -53,17 +56,57 @@ def _attend_block(
     q = walk.fold(operands.q[block.row].astype(jnp.float32))
     visits, p = walk.visits(block, operands), walk.positions(block)
 
-    def step(i: Array, running: Running, is_masked: bool) -> Running:
+    def scores(i: Array, is_masked: bool) -> Array:
         tile = walk.tile(i, visits, pages.layout.page_size)
-        k, v = tiles.gather(pages, tile.ids, i)
+        k, _ = tiles.gather(pages, tile.ids, i)
         s = walk.scores_keys_left(q, k, constants, p, tile.j)
-        if is_masked:
-            is_visible = walk.visible(tile, block, constants)
-            s, v = jnp.where(is_visible, s, -jnp.inf), select_values(is_visible, v)
-        return running.step(s, v)
+        return jnp.where(walk.visible(tile, block, constants), s, -jnp.inf) if is_masked else s
+
+    def values(i: Array, is_masked: bool) -> Array:
+        tile = walk.tile(i, visits, pages.layout.page_size)
+        _, v = tiles.gather(pages, tile.ids, i)
+        return select_values(walk.visible(tile, block, constants), v) if is_masked else v
+
+    def step(i: Array, running: Running, is_masked: bool) -> Running:
+        return running.step(scores(i, is_masked), values(i, is_masked))
 
     start = Running.start(walk.program.num_kv_heads, q.shape[1], dim=pages.layout.value_dim)
-    return walk.over_tiles(visits, step, start).finish()
+    if walk.blocks_per_step == 1:
+        return walk.over_tiles(0, walk.num_tiles(visits), visits, step, start).finish()
+    steps = -(-walk.num_tiles(visits) // walk.blocks_per_step)
+    keys = walk.pages_per_block * pages.layout.page_size
+    step_of_several = functools.partial(_step_of_several, walk, visits, keys, scores, values)
+    return jax.lax.fori_loop(0, steps, step_of_several, start).finish()
+
+
+def _step_of_several(
+    walk: Walk,
+    visits: Visits,
+    keys: int,
+    scores: Callable[[Array, bool], Array],
+    values: Callable[[Array, bool], Array],
+    which: Array,
+    running: Running,
+) -> Running:
+    """Step number ``which`` of the softmax, over several tiles of ``keys`` keys.
+
+    The scores of all of them come first, and then their values: a tile of either kind is half of what the cache must
+    hold, and what the softmax costs a step is paid once for all of them. It is their scores that are kept meanwhile,
+    so it is for few query rows.
+    """
+    first = which * walk.blocks_per_step
+    last = jnp.minimum(first + walk.blocks_per_step, walk.num_tiles(visits))
+
+    def put_scores(i: Array, s: Array, is_masked: bool) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(s, scores(i, is_masked), (i - first) * keys, axis=2)
+
+    def add_values(i: Array, running: Running, is_masked: bool) -> Running:
+        part = jax.lax.dynamic_slice_in_dim(weights, (i - first) * keys, keys, axis=2)
+        return running.add(part, values(i, is_masked))
+
+    no_scores = jnp.full((*running.top.shape[:2], walk.blocks_per_step * keys), -jnp.inf)
+    running, weights = running.weigh(walk.over_tiles(first, last, visits, put_scores, no_scores))
+    return walk.over_tiles(first, last, visits, add_values, running)
 
 
 def _forward(walk: Walk, operands: Operands) -> Any:

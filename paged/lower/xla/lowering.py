@@ -14,10 +14,8 @@ from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
 from .forward import attend
-from .walk import Operands, Walk
+from .walk import FEW_ROWS, Operands, Walk
 from .write import write
-
-_QUERY_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +25,7 @@ class XlaBlocks(Lowering):
     name: str = "xla-blocks"
     target: str = "xla"
 
-    choices: frozenset[str] = frozenset({"pages_per_block", "query_rows", "lanes"})
+    choices: frozenset[str] = frozenset({"pages_per_block", "query_rows", "lanes", "blocks_per_step"})
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
         """Nothing is refused: any spec and any layout that are valid in themselves lower to XLA."""
@@ -35,16 +33,18 @@ class XlaBlocks(Lowering):
         return None
 
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
-        """By platform. On CPU, one block of rows at a time, and blocks of pages that with all their heads stay in a
-        core's cache while they are used: 128 tokens, or 256 where narrow dtypes and pages of 32 tokens or more make
-        that as cheap to gather (measured: benchmarks/xla_cpu). Elsewhere, lanes to fill the machine and larger blocks
-        to take fewer steps (not measured)."""
+        """By platform. On CPU, one block of rows at a time, and blocks of 128 tokens, which with all their heads stay
+        in a core's cache while they are used, four a step (measured: benchmarks/xla_cpu). Elsewhere, lanes to fill the
+        machine and larger blocks to take fewer steps (not measured)."""
         del program, call
-        tokens, lanes = 256, 32
-        if jax.default_backend() == "cpu":
-            tokens, lanes = (256 if layout.dtype.itemsize < 4 and layout.page_size >= 32 else 128), 1
-        pages_per_block = max(1, tokens // layout.page_size)
-        return Schedule(lowering=self.name, pages_per_block=pages_per_block, query_rows=_QUERY_ROWS, lanes=lanes)
+        is_cpu = jax.default_backend() == "cpu"
+        return Schedule(
+            lowering=self.name,
+            pages_per_block=max(1, (128 if is_cpu else 256) // layout.page_size),
+            query_rows=64 if is_cpu else 128,
+            lanes=1 if is_cpu else 32,
+            blocks_per_step=4 if is_cpu else 1,
+        )
 
     def state(
         self,
@@ -60,7 +60,8 @@ class XlaBlocks(Lowering):
         for rows, is_member in _phases(schedule, batch, seqs, q.shape[0]):
             keys = schedule.pages_per_block * pages.layout.page_size
             terms, constants = hoist(program, program.num_kv_heads, program.group * rows, keys)
-            walk = Walk(program, terms, rows, schedule.pages_per_block, schedule.lanes)
+            blocks_per_step = schedule.blocks_per_step if program.group * rows <= FEW_ROWS else 1
+            walk = Walk(program, terms, rows, schedule.pages_per_block, blocks_per_step, schedule.lanes)
             states.append(attend(walk, Operands(q, pages, constants, seqs, is_member)))
         # Each row belongs to one phase; in the other it is the empty state, so that the merge is exact.
         return states[0] if len(states) == 1 else merge(*states)

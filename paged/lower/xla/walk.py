@@ -20,8 +20,9 @@ from ..sequences import Sequences
 from ..visits import Visits, visible_pages
 from .blocks import Block
 
-# Up to this many rows, keys are the left operand of the product: XLA:CPU then need not repack the larger side.
-_FEW_ROWS = 16
+# Up to this many rows, keys are the left operand of the product: XLA:CPU then need not repack the larger side. And up
+# to as many, keeping the scores of several blocks is cheap (measured: benchmarks/xla_cpu).
+FEW_ROWS = 32
 
 
 class Operands(NamedTuple):
@@ -44,7 +45,8 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Walk:
-    """The static facts of a walk: the program and its terms, query rows a block, pages a block, blocks at once.
+    """The static facts of a walk: the program and its terms, query rows a block, pages a block, such blocks a step of
+    the softmax, blocks of rows at once.
 
     Query heads that share a KV head and the rows of a block are one axis, ``group_rows``, heads first.
     """
@@ -53,6 +55,7 @@ class Walk:
     terms: TileTerms
     rows: int
     pages_per_block: int
+    blocks_per_step: int
     lanes: int
 
     def fold(self, x: Float[Array, "rows q_heads dim"]) -> Float[Array, "kv_heads group_rows dim"]:
@@ -72,15 +75,18 @@ class Walk:
         size = pages.layout.page_size
         return visible_pages(self.program, p0, p1, block.length, table, size, pages.num_pages)
 
-    def over_tiles(self, visits: Visits, step: Callable[..., Any], start: Any) -> Any:
-        """Fold ``carry = step(i, carry, is_masked)`` over the visits' blocks of pages, from ``start``.
+    def num_tiles(self, visits: Visits) -> Int[Array, ""]:
+        """How many blocks of pages the visits make."""
+        return -(-visits.count // self.pages_per_block)
+
+    def over_tiles(self, first: Any, last: Any, visits: Visits, step: Callable[..., Any], start: Any) -> Any:
+        """Fold ``carry = step(i, carry, is_masked)`` over the visits' blocks of pages in ``[first, last)``.
 
         Blocks of pages that are visible in full come first, and with ``is_masked`` False: they need no mask.
         """
-        whole = visits.num_full // self.pages_per_block
-        count = -(-visits.count // self.pages_per_block)
-        carry = jax.lax.fori_loop(0, whole, functools.partial(step, is_masked=False), start)
-        return jax.lax.fori_loop(whole, count, functools.partial(step, is_masked=True), carry)
+        masked = jnp.clip(visits.num_full // self.pages_per_block, first, last)
+        carry = jax.lax.fori_loop(first, masked, functools.partial(step, is_masked=False), start)
+        return jax.lax.fori_loop(masked, last, functools.partial(step, is_masked=True), carry)
 
     def tile(self, step: Any, visits: Visits, page_size: int) -> Tile:
         """Block number ``step`` of the visited pages."""
@@ -106,7 +112,7 @@ class Walk:
         self, q: Array, k: Array, constants: Any, p: Int[Array, "1 group_rows 1"], j: Int[Array, "1 1 keys"]
     ) -> Float[Array, "kv_heads group_rows keys"]:
         """`scores`, with the product in the form that is fastest on CPU when rows are few; not for differentiation."""
-        if q.shape[1] > _FEW_ROWS:
+        if q.shape[1] > FEW_ROWS:
             return self.scores(q, k, constants, p, j)
         products = jnp.einsum("hkd,hrd->hkr", k, q * self.program.scale, precision="highest")
         # Without the barrier XLA swaps the operands back.
