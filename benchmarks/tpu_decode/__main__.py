@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 from typing import Any
@@ -30,6 +31,7 @@ def main() -> None:
         sys.path.insert(0, path[0])
     if importlib.util.find_spec(TOOL) is None:
         raise SystemExit(f"{TOOL}.py is not importable: name it by --tool PATH, or put its folder into PYTHONPATH.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that the child in hand is ended too
     start = time.perf_counter()
     rows = _rows(options)
     versions = next((row.versions for row in rows if row.versions), {})
