@@ -30,7 +30,7 @@ def names() -> list[str]:
 
 def is_for(candidate: str, shape: Shape) -> bool:
     """Whether a row says something: a kernel made for one head size is left out of the other shapes' tables."""
-    return candidate != peers.HEAD_64 or shape.head_dim == 64
+    return candidate not in peers.HEAD_64 or shape.head_dim == 64
 
 
 def build(candidate: str, shape: str, generation: str) -> Call:

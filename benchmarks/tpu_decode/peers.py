@@ -15,9 +15,8 @@ import numpy as np
 
 from .shapes import Shape
 
-HEAD_64 = "tpu-inference RPA v3 hd64"
 _PAGES_A_BLOCK = 16  # of JAX's paged_attention, which has no default
-_LONG_BLOCK, _SHORT_BLOCK = 1024, 256  # KV tokens a block of RPA v3, the best of 256 to 4096 that were tried
+_LONG_BLOCK, _SHORT_BLOCK = 1024, 256  # KV tokens a block of RPA v3: the best that were tried
 _TPU_INFERENCE = "tpu_inference.kernels.ragged_paged_attention.v3"
 # What tpu-inference calls the chips; its tables of block sizes go by these names.
 _DEVICE_NAMES = {"TPU v5 lite": "TPU v5e", "TPU v6 lite": "TPU v6e", "TPU7x": "TPU v7"}
@@ -70,12 +69,15 @@ def _tpu_inference(shape: Shape, *, is_read_only: bool = False, is_tuned: bool =
     return lambda *arrays: attend(*arrays), _with_new_tokens(shape, cache)
 
 
-def _tpu_inference_hd64(shape: Shape) -> Call:
+def _tpu_inference_hd64(shape: Shape, *, is_tuned: bool = False) -> Call:
+    """By default its blocks are 2048 or 4096 tokens, also under a window; and it writes the new token."""
     module = _tpu_inference_module("kernel_hd64")
     cache = module.get_kv_cache_shape(
         shape.pool_pages, shape.page_size, shape.kv_heads, shape.head_dim, jnp.dtype(jnp.bfloat16)
     )
-    attend = functools.partial(module.ragged_paged_attention_hd64, **_terms(shape))
+    pages = _SHORT_BLOCK // shape.page_size
+    extra = {"num_kv_pages_per_block": pages, "num_queries_per_block": 1} if is_tuned else {}
+    attend = functools.partial(module.ragged_paged_attention_hd64, **_terms(shape), **extra)
     sinks = (jax.ShapeDtypeStruct((shape.q_heads,), jnp.float32),) if shape.has_sinks else ()
     return lambda *arrays: attend(*arrays), (*_with_new_tokens(shape, cache), *sinks)
 
@@ -86,8 +88,10 @@ BUILDERS: dict[str, Callable[[Shape], Call]] = {
     "tpu-inference RPA v3": _tpu_inference,
     "tpu-inference RPA v3, read only": functools.partial(_tpu_inference, is_read_only=True),
     "tpu-inference RPA v3, read only, tuned": functools.partial(_tpu_inference, is_read_only=True, is_tuned=True),
-    HEAD_64: _tpu_inference_hd64,
+    "tpu-inference RPA v3 hd64": _tpu_inference_hd64,
+    "tpu-inference RPA v3 hd64, tuned": functools.partial(_tpu_inference_hd64, is_tuned=True),
 }
+HEAD_64 = [name for name in BUILDERS if "hd64" in name]
 
 
 def _with_new_tokens(shape: Shape, cache: tuple[int, ...]) -> tuple[Any, ...]:
