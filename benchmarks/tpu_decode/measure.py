@@ -21,6 +21,7 @@ class Row:
 
     ``needed_cycles`` are those of the visible pages' bytes at the public peak of the device's HBM, ``bundles`` those
     of the busier core. ``error`` says why there is no figure, ``note`` what to know about those that there are.
+    ``other_operations`` are XLA's beside the kernels, by name and size in bundles: no figure has their time.
     """
 
     shape: str
@@ -40,7 +41,7 @@ class Row:
     vmem_bytes: int = 0
     compile_seconds: float = 0.0
     cores: int = 0
-    other_operations: int = 0
+    other_operations: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     versions: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -80,7 +80,7 @@ def _figures(row: Row, rows: list[Row], num_seqs: int) -> list[str]:
         f"{row.spills / row.tokens:.2f}",
         str(row.cores),
         str(row.transfers),
-        str(row.other_operations),
+        str(len(row.other_operations)),
     ]
 
 

@@ -47,7 +47,7 @@ def _fill(row: Row, report: Any, shape: Shape, chip: Any) -> None:
     row.tokens, row.visible_bytes = shape.visible_tokens, shape.visible_bytes
     row.needed_cycles = shape.visible_bytes / chip.bytes_per_cycle
     row.compile_seconds, row.versions = report.compile_s, report.versions
-    row.other_operations = len(report.other_ops)
+    row.other_operations = report.other_ops
     row.note = "; ".join(dict.fromkeys(unmodelled))[:_ERROR_LENGTH]
 
 
