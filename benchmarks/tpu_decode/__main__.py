@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from .candidates import CEILING, PAGED, is_for, names
+from .candidates import CEILING, is_for, names
 from .measure import TOOL, Row, measure
 from .shapes import SHAPES
 from .tables import tables
@@ -94,7 +94,7 @@ def _rows(options: argparse.Namespace) -> list[Row]:
 
 def _described(versions: dict[str, Any]) -> str:
     known = [f"{name} {versions[name]}" for name in ("jax", "libtpu") if versions.get(name)]
-    return f"compiled by {', '.join(known)}, no TPU" if known else f"no candidate compiled, {PAGED} included"
+    return f"compiled by {', '.join(known)}, no TPU" if known else "nothing compiled"
 
 
 if __name__ == "__main__":
