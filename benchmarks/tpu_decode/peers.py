@@ -16,6 +16,7 @@ import numpy as np
 from .shapes import Shape
 
 _PAGES_A_BLOCK = 16  # of JAX's paged_attention, which has no default
+_RAGGED_VMEM_BYTES = 56 << 20  # of JAX's ragged kernel, whose own blocks don't fit its own limit on v5e and v5p
 _LONG_BLOCK, _SHORT_BLOCK = 1024, 256  # KV tokens a block of RPA v3: the best that were tried
 _TPU_INFERENCE = "tpu_inference.kernels.ragged_paged_attention.v3"
 # What tpu-inference calls the chips; its tables of block sizes go by these names.
@@ -43,7 +44,7 @@ def _jax_paged(shape: Shape) -> Call:
 def _jax_ragged(shape: Shape) -> Call:
     _refuse(shape, "sinks")
     module = importlib.import_module("jax.experimental.pallas.ops.tpu.ragged_paged_attention")
-    attend = functools.partial(module.ragged_paged_attention, **_terms(shape))
+    attend = functools.partial(module.ragged_paged_attention, **_terms(shape), vmem_limit_bytes=_RAGGED_VMEM_BYTES)
     return lambda *arrays: attend(*arrays), (
         _array(shape.num_seqs, shape.q_heads, shape.head_dim),
         _array(shape.pool_pages, shape.page_size, 2 * shape.kv_heads, shape.head_dim),

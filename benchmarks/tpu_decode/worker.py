@@ -12,7 +12,7 @@ from .shapes import SHAPES, Shape
 
 _BUILDER = f"{__package__}.candidates:build"
 _SPILL_UNITS = ("VLOAD:FILL", "VSTORE:SPILL")
-_ERROR_LENGTH = 160
+_ERROR_LENGTH = 300
 
 
 def main(shape: str, generation: str, candidate: str, timeout: str) -> None:
