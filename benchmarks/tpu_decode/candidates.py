@@ -50,7 +50,12 @@ def _paged(shape: Shape) -> Call:
         soft_cap=shape.soft_cap,
         sinks=shape.has_sinks,
     )
-    layout = paged.PageLayout(page_size=shape.page_size, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim)
+    layout = paged.PageLayout(
+        page_size=shape.page_size,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        order="joined" if shape.head_dim % 128 else "packed",
+    )
     attend = paged.lower(spec, layout, target="tpu")
     q = jax.ShapeDtypeStruct((shape.num_seqs, shape.q_heads, shape.head_dim), jnp.bfloat16)
     pool = [jax.ShapeDtypeStruct(dims, layout.dtype) for dims in layout.array_shapes(shape.pool_pages)]
