@@ -45,10 +45,10 @@ TOLERANCES = {
 # Measured: up to 3.6, at head dims from 8 to 256 alike.
 LSE_ROUNDINGS = 5
 
-# Kernels round the weights of a softmax to bfloat16 where queries and stored pages are that narrow, since the matrix unit
-# multiplies nothing wider at full speed. Each weight is then off by at most half a unit of its 8 significant bits, 2**-8 of
-# itself, and so their weighted mean by at most 2**-8 of the largest value that the row sees. The sum of weights, and with
-# it the log-sum-exp, is of the weights before rounding.
+# Kernels round the weights of a softmax to bfloat16 where queries and stored pages are that narrow, since the matrix
+# unit multiplies nothing wider at full speed. Each weight is then off by at most half a unit of its 8 significant bits,
+# 2**-8 of itself, and so their weighted mean by at most 2**-8 of the largest value that the row sees. The sum of
+# weights, and with it the log-sum-exp, is of the weights before rounding.
 ROUNDED_WEIGHTS = 2.0**-8
 
 _reference = jax.jit(reference_state, static_argnums=0)

@@ -32,7 +32,8 @@ def covering_rows(
     rows = []
     while missing:
         row = max(
-            (_candidate(rng, factors, missing, is_allowed) for _ in range(_CANDIDATES)), key=lambda r: len(_pairs(r) & missing)
+            (_candidate(rng, factors, missing, is_allowed) for _ in range(_CANDIDATES)),
+            key=lambda r: len(_pairs(r) & missing),
         )
         missing -= _pairs(row)
         # In the order of the factors, and not of a set's hashes, which differ between processes.

@@ -22,8 +22,8 @@ from paged.lower.tpu.planning import compute_dtype
 from paged.spec import AttentionState
 from tests.support import ROUNDED_WEIGHTS, Built, Case, assert_state
 
-# "eager" transfers at once, so that data overwritten too early shows; "on_wait" as late as can be, so that data read too
-# early is still NaN.
+# "eager" transfers at once, so that data overwritten too early shows; "on_wait" as late as can be, so that data read
+# too early is still NaN.
 MODES = ("on_wait", "eager")
 
 

@@ -93,13 +93,12 @@ def schedule_of_row(row) -> Schedule:
     return Schedule(lowering="tpu-decode", **{name: row[name] for name in names})
 
 
-def _marked(rows):
-    for i, row in enumerate(rows):
-        name = "-".join(str(value) for value in list(row.values())[1:])
-        yield pytest.param(row, id=name, marks=[pytest.mark.slow] if i >= FAST_ROWS else [])
+def _marked(i, row):
+    name = "-".join(str(value) for value in list(row.values())[1:])
+    return pytest.param(row, id=name, marks=[pytest.mark.slow] if i >= FAST_ROWS else [])
 
 
-@pytest.mark.parametrize("row", _marked(ROWS))
+@pytest.mark.parametrize("row", [_marked(i, row) for i, row in enumerate(ROWS)])
 def test_any_two_features_together_equal_the_reference(row):
     case = case_of_row(row)
     attend = interpreted(case, schedule_of_row(row), row["mode"])

@@ -115,8 +115,9 @@ def _attend(
         work = visited.work(rows, entries, **cut)
         state = launch(work, q, pages)
         row = jnp.arange(q.shape[0])
-        first, last = work.row[0], work.row[-1] + work.rows[-1]
-        is_own = (row >= first) & (row < last)
+        # The rows that the kernel writes: no more than the static number, whatever the batch's values say.
+        first, count = seqs.starts[rows], jnp.minimum(seqs.counts[rows], launch.views.rows)
+        is_own = jnp.any((row[:, None] >= first) & (row[:, None] < first + count), axis=1)
         out = jnp.where(is_own[:, None, None], state.out, 0.0)
         states.append(AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf)))
     return functools.reduce(merge, states)
