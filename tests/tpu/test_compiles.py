@@ -200,7 +200,7 @@ def test_a_schedule_too_large_for_the_chip_is_refused_with_the_nearest_that_fits
 
 def test_more_cores_than_the_chip_has_are_refused():
     attend, args = _call(schedule={"pages_per_block": 8, "cores": 2})
-    with pytest.raises(ValueError, match="has cores=2, and a device of v5e has 1.*The nearest that can: tpu-decode"):
+    with pytest.raises(ValueError, match=r"has cores=2, and a device of v5e has 1.*The nearest that can: tpu-decode"):
         compile_for(attend, "v5e", *args)
 
 

@@ -1,4 +1,4 @@
-"""The edges of the semantics on the TPU decode kernel: faults of the caller, what nobody may see, updates, gradients."""
+"""The edges of the semantics on the TPU decode kernel: faults of the caller, unseen things, updates, gradients."""
 
 import dataclasses
 
