@@ -144,14 +144,10 @@ def _unguarded_step(original):
 
 def _undecayed_step(original):
     def step(self, s, v):
-        taken = original(self, s, v)
-        return taken._replace(values=self.values + original(type(self).start(*_shape(self)), s, v).values)
+        taken, nothing = original(self, s, v), type(self).start(*self.values.shape[:-1], dim=self.values.shape[-1])
+        return taken._replace(values=self.values + original(nothing, s, v).values)
 
     return step
-
-
-def _shape(running):
-    return (*running.values.shape[:2], running.values.shape[2])
 
 
 def _dead_slots_live(original):
