@@ -170,7 +170,7 @@ def test_every_lowering_says_what_it_refuses():
         reasons = refusals(program, LAYOUT, target)
         assert set(reasons) == {low.name for low in LOWERINGS if low.target == target}
         assert all(reason is None or isinstance(reason, str) for reason in reasons.values())
-    assert set(refusals(program, LAYOUT)) == set(ALL_LOWERINGS)
+    assert set(refusals(program, LAYOUT)) == {low.name for low in LOWERINGS} >= set(ALL_LOWERINGS)
 
 
 def test_a_target_that_takes_nothing_says_which_does():

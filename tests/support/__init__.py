@@ -5,6 +5,7 @@ from .arrays import build as build
 from .cases import CORNERS as CORNERS
 from .cases import Case as Case
 from .cases import Corner as Corner
+from .compare import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS
 from .compare import TOLERANCES as TOLERANCES
 from .compare import assert_state as assert_state
 from .compare import assert_states_close as assert_states_close

@@ -5,6 +5,7 @@ way, those of the next sequence too: the place in the stream from which to fetch
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,13 +49,21 @@ class Refs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """The kernel's static facts. ``splits`` items make one sequence; ``buffers`` blocks are in flight."""
+    """The kernel's static facts. ``splits`` items make one sequence; ``buffers`` blocks are in flight.
 
-    views: Views
-    terms: Terms
+    ``bodies`` are the views of a block's first pages, smallest first and at last the whole block, with the terms at
+    their shape: a last block of few pages need not cost what a whole one does.
+    """
+
+    bodies: tuple[tuple[Views, Terms], ...]
     scale: float
     buffers: int
     splits: int
+
+    @property
+    def views(self) -> Views:
+        """The views of a whole block."""
+        return self.bodies[-1][0]
 
     def run_items(self, refs: Refs, first: Any, end: Any) -> None:
         """All items of one core, one after the other."""
@@ -108,8 +117,17 @@ class Decode:
         def step(i, carry, is_masked):
             slot, running = carry
             self._fetch_next(refs, end, self._before(slot))
-            refs.transfers.wait_for(slot, jnp.minimum(count - i * block, block))
-            return self._after(slot), self._attend_block(refs, item, i, slot, q, running, is_masked)
+            pages = jnp.minimum(count - i * block, block)
+            refs.transfers.wait_for(slot, pages)
+            if not is_masked:
+                return self._after(slot), self._attend_block(refs, item, i, slot, q, running, False)
+            self._silence(refs, item, i, slot, pages)
+            bodies = [
+                functools.partial(self._attend_block, refs, item, i, slot, q, is_masked=True, body=body)
+                for body in self.bodies
+            ]
+            enough = sum((pages > views.pages_per_block).astype(jnp.int32) for views, _ in self.bodies[:-1])
+            return self._after(slot), jax.lax.switch(enough, bodies, running)
 
         carry = jax.lax.fori_loop(0, straight, step_straight, start)
 
@@ -130,19 +148,21 @@ class Decode:
         running: tuple[Running, ...],
         is_masked: bool,
         between: Callable[[int], None] = lambda tile: None,
+        body: tuple[Views, Terms] | None = None,
     ) -> tuple[Running, ...]:
         """One step of the online softmax for every tile of a block; ``between(tile)`` is called after its product."""
-        views, buffers = self.views, refs.transfers.buffers
-        base = refs.work.begin[item] + i * views.pages_per_block
-        pages = jnp.minimum(refs.work.count[item] - i * views.pages_per_block, views.pages_per_block)
-        if is_masked:
-            self._silence(refs, item, base + pages - 1, slot, pages)
+        views, terms = body or self.bodies[-1]
+        buffers, base = refs.transfers.buffers, refs.work.begin[item] + i * self.views.pages_per_block
+        pages = refs.work.count[item] - i * self.views.pages_per_block
         p: Any = None
         j: Any = None
-        if is_masked or self.terms.scores_use_positions:
+        if is_masked or terms.scores_use_positions:
             p = refs.work.position[item] + views.row()
             j = views.positions(lambda at: jnp.where(at < pages, refs.work.index[base + at], NOWHERE))
-        visible = self._visible(refs, item, p, j) if is_masked else views.is_own_key()
+        visible = views.is_own_key()
+        if is_masked:
+            seen = terms.mask(tuple(ref[0] for ref in refs.arrays), p, j) & (j < refs.work.length[item])
+            visible = seen if visible is None else seen & visible
         scales = [views.scales(buffer, slot) for buffer in buffers[-2:]] if self._scales_tokens else None
         new = []
         for chunk in range(0, views.tiles, _TILES_AT_ONCE):
@@ -152,7 +172,8 @@ class Decode:
                 products.append(_dot(q[tile], views.keys(buffers, slot, tile), contract=1))
                 between(tile)
             for tile, product in zip(tiles, products, strict=True):
-                s = self._scores(refs, tile, product, scales, p, j)
+                s = self._scaled(refs, tile, product, scales)
+                s = terms.scores(tuple(ref[tile] for ref in refs.arrays), s, p, j)
                 s = s if visible is None else jnp.where(visible, s, -jnp.inf)
                 v = views.values(buffers, slot, tile)
                 v_scale = None if scales is None else scales[1][tile : tile + 1]
@@ -162,19 +183,14 @@ class Decode:
                 new.append(taken.add(weights, v, self._product(v_scale)))
         return tuple(new)
 
-    def _scores(self, refs: Refs, tile: int, product: Any, scales: Any, p: Any, j: Any) -> Any:
-        """Scores before the mask, from products of stored keys."""
+    def _scaled(self, refs: Refs, tile: int, product: Any, scales: Any) -> Any:
+        """Scaled products of queries and keys, from products of stored keys."""
         s = product * self.scale
         if refs.k_scale is not None:
             s = s * refs.k_scale[tile]
         if scales is not None:
             s = s * scales[0][tile : tile + 1]
-        return self.terms.scores(tuple(ref[tile] for ref in refs.arrays), s, p, j)
-
-    def _visible(self, refs: Refs, item: Any, p: Any, j: Any) -> Any:
-        visible = self.terms.mask(tuple(ref[0] for ref in refs.arrays), p, j) & (j < refs.work.length[item])
-        own = self.views.is_own_key()
-        return visible if own is None else visible & own
+        return s
 
     def _product(self, v_scale: Any) -> Callable[..., Any]:
         def product(weights, v):
@@ -183,11 +199,12 @@ class Decode:
 
         return product
 
-    def _silence(self, refs: Refs, item: Any, last_entry: Any, slot: Any, pages: Any) -> None:
+    def _silence(self, refs: Refs, item: Any, i: Any, slot: Any, pages: Any) -> None:
         """Values that no live token has must be finite, since a weight of 0 would not silence them: those past the
         length in a sequence's last page, and those of places where no page has ever arrived."""
         size = self.views.layout.page_size
-        live = refs.work.length[item] - refs.work.index[last_entry] * size
+        last = refs.work.begin[item] + i * self.views.pages_per_block + pages - 1
+        live = refs.work.length[item] - refs.work.index[last] * size
 
         @pl.when(live < size)
         def _():
@@ -260,7 +277,7 @@ class Decode:
 
             @pl.when(pages < block)
             def _():
-                jax.lax.fori_loop(0, pages, lambda at, _: fetch(at), None)
+                _for_each(pages, fetch)
 
             self._move_cursor(refs, item, i)
 
@@ -290,6 +307,18 @@ class Decode:
     @property
     def _scales_tokens(self) -> bool:
         return self.views.layout.scales == "token"
+
+
+def _for_each(number: Any, act: Callable[[Any], None]) -> None:
+    """``act`` on every number of ``range(number)``, four at a turn as long as there are."""
+
+    def four(i, _):
+        for at in range(4):
+            act(4 * i + at)
+
+    fours = jax.lax.div(number, 4)
+    jax.lax.fori_loop(0, fours, four, None)
+    jax.lax.fori_loop(4 * fours, number, lambda i, _: act(i), None)
 
 
 def _dot(a: Any, b: Any, contract: int) -> Any:

@@ -51,10 +51,10 @@ class Launch:
         """The state of the work's rows, float32; other rows hold anything. With ``new`` rows these are written first,
         in place where the pages are donated; there must be one item a sequence then."""
         views, items = self.views, work.begin.shape[0]
-        terms = split_terms(self.program, views.tile_rows, views.columns)
-        arrays = self._arrays(terms)
+        bodies = tuple((part, split_terms(self.program, part.tile_rows, part.columns)) for part in views.parts())
+        arrays = self._arrays(bodies[-1][1])
         scales = self._head_scales(pages)
-        decode = Decode(views, terms, self.program.scale, self.buffers, self.splits)
+        decode = Decode(bodies, self.program.scale, self.buffers, self.splits)
         pools: Any = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
         in_memory = [pltpu.VMEM] * len(scales) + [pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays]
         targets, rows = ((), ()) if new is None else (new.targets, new.rows)

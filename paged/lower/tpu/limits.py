@@ -69,6 +69,8 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, c
             f"its buffers take {taken} bytes of vector memory, and there are {budget} for them on {chip.generation}: "
             "lower pages_per_block or buffers."
         )
+    if schedule.kv_splits > call.pages_per_seq:
+        return f"it splits sequences into kv_splits={schedule.kv_splits}, and they have {call.pages_per_seq} pages."
     if schedule.cores > chip.cores:
         return f"it has cores={schedule.cores}, and a device of {chip.generation} has {chip.cores}."
     return None
@@ -79,7 +81,7 @@ def chunks(tables: tuple[int, ...], schedule: Schedule, chip: Chip) -> Iterator[
     seqs, width = tables
     budget = int(_SMEM_SHARE * chip.smem_bytes)
     per_item = _BYTES_AN_ITEM * schedule.kv_splits
-    entries = min(width, (budget - per_item) // _BYTES_AN_ENTRY)
+    entries = max(1, min(width, (budget - per_item) // _BYTES_AN_ENTRY))
     rows = max(1, min(seqs, budget // (entries * _BYTES_AN_ENTRY + per_item)))
     for first_row in range(0, seqs, rows):
         for first_entry in range(0, width, entries):

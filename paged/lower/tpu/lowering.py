@@ -118,7 +118,7 @@ def _differentiable_state(
     states = []
     for part in chunks(seqs.tables.shape, schedule, launch.chip):
         work = visited.work(*part, **_cut(schedule))
-        states.append(_own_rows(launch(work, q, pages)[0], work))
+        states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.rows))
     return functools.reduce(merge, states)
 
 
@@ -144,13 +144,14 @@ def _differentiable_update(
         for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
     )
     state, pages = launch(work, q, pages, New(targets, rows))
-    return _own_rows(state, work), pages
+    return _own_rows(state, work, launch.views.rows), pages
 
 
-def _own_rows(state: AttentionState, work: Work) -> AttentionState:
-    """The state in the rows of the work's sequences, and the empty state in all others."""
-    row = jnp.arange(state.out.shape[0])
-    is_own = (row >= work.row[0]) & (row < work.row[-1] + work.rows[-1])
+def _own_rows(state: AttentionState, work: Work, most: int) -> AttentionState:
+    """The state in the rows that a kernel writes, and the empty state in all others: it writes those of the work's
+    sequences, and of each no more than the static number, whatever the batch's values say."""
+    row, count = jnp.arange(state.out.shape[0]), jnp.minimum(work.rows, most)
+    is_own = jnp.any((row[:, None] >= work.row) & (row[:, None] < work.row + count), axis=1)
     out = jnp.where(is_own[:, None, None], state.out, 0.0)
     return AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf))
 

@@ -45,7 +45,7 @@ def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | 
     per_token = rows.tile_rows * rows.columns_per_token
     tokens = min(_TOKENS, max(128, _SCORES // per_token))
     seen = most_pages_seen(program, layout.page_size, call)
-    pages = max(1, min(tokens // layout.page_size, seen))
+    pages = max(1, min(tokens // layout.page_size, _round_up(seen, layout.page_size)))
     splits = 1 if chip.cores == 1 else max(1, min(seen // (2 * pages), -(-2 * chip.cores // call.slots)))
     buffers = 2 + -(-_IN_FLIGHT // (pages * layout.bytes_per_page))
     schedule = Schedule(
@@ -63,6 +63,13 @@ def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | 
         else:
             return schedule
     return schedule
+
+
+def _round_up(pages: int, page_size: int) -> int:
+    """From 256 tokens on, a power of two times 128, whose halves of halves are blocks as well (`Views.parts`)."""
+    if pages * page_size <= 256 or 128 % page_size:
+        return pages
+    return 2 ** (pages * page_size - 1).bit_length() // page_size
 
 
 def vmem_bytes(program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> int:

@@ -92,6 +92,14 @@ class Views:
         """Whether joined keys and values are in registers of their own."""
         return self.layout.value_lane % _LANES == 0
 
+    def parts(self) -> tuple["Views", ...]:
+        """Views of the first pages of a block, smallest first: halves of halves, down to a row of a register, and the
+        block as a whole."""
+        parts = [self]
+        while parts[0].pages_per_block % 2 == 0 and parts[0].columns >= 2 * _LANES:
+            parts.insert(0, dataclasses.replace(self, pages_per_block=parts[0].pages_per_block // 2))
+        return tuple(parts)
+
     def kv_head(self) -> Int[np.ndarray, "tiles tile_rows"]:
         """The KV head of each query row."""
         head = np.arange(self.tiles * self.heads).reshape(self.tiles, 1, self.heads, 1)
@@ -131,12 +139,13 @@ class Views:
         return self._flat(self._part(buffers, slot, tile, 1))
 
     def _part(self, buffers: tuple[Ref, ...], slot: Any, tile: int, which: int) -> Array:
+        pages = pl.ds(0, self.pages_per_block)
         if self.layout.order == "packed":
-            return buffers[0][slot, :, which, tile]
+            return buffers[0][slot, pages, which, tile]
         if self.layout.order == "joined":
             first = which * self.layout.value_lane if self._is_parted else 0
-            return buffers[0][slot, :, tile, :, pl.ds(first, self.key_lanes)]
-        return buffers[which][slot, :, tile] if self.layout.order == "split" else buffers[0][slot]
+            return buffers[0][slot, pages, tile, :, pl.ds(first, self.key_lanes)]
+        return buffers[which][slot, pages, tile] if self.layout.order == "split" else buffers[0][slot, pages]
 
     def _flat(self, x: Array) -> Array:
         """``[pages, .., dim]`` as ``[columns, dim]``: free where the axis before the last fills whole tiles."""

@@ -18,7 +18,8 @@ class Work(NamedTuple):
     rows: first those visible in full, then the others, each in ascending order. Item ``i`` takes ``count[i]`` entries
     from ``begin[i]`` on, the first ``num_full[i]`` of which need no mask.
 
-    * ``page``, ``index`` i32[seqs * width]: where the page lies in the pool, and which page of its sequence it is.
+    * ``page`` i32[seqs * width]: where the page lies in the pool.
+    * ``index`` i32[seqs * width + pages_per_block - 1]: which page of its sequence it is.
     * ``begin``, ``count``, ``num_full`` i32[items].
     * ``length`` i32[items], and ``position`` of the first of the sequence's query rows.
     * ``row``, ``rows`` i32[items]: its first query row, and how many there are (0 for a dead slot).
@@ -27,7 +28,7 @@ class Work(NamedTuple):
     """
 
     page: Int[Array, " entries"]
-    index: Int[Array, " entries"]
+    index: Int[Array, " padded_entries"]
     begin: Int[Array, " items"]
     count: Int[Array, " items"]
     num_full: Int[Array, " items"]
@@ -78,7 +79,8 @@ class Visited(NamedTuple):
         item_count = jnp.clip(count - offset, 0, part)
         return Work(
             page=self.page[rows, entries].reshape(-1),
-            index=self.index[rows, entries].reshape(-1),
+            # A kernel looks up the positions of a whole block, also of places past the last list's end.
+            index=jnp.pad(self.index[rows, entries].reshape(-1), (0, pages_per_block - 1)),
             begin=item // splits * width + offset,
             count=item_count,
             num_full=jnp.clip(num_full - offset, 0, item_count),
