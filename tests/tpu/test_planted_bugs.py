@@ -6,6 +6,7 @@ A bug that survives says that these tests lost their teeth.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,7 +14,7 @@ from paged.lower import Schedule
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu import launch as launch_module
 from paged.lower.tpu import work as work_module
-from paged.lower.tpu.decode import Decode
+from paged.lower.tpu.decode import ROWS_IN_FLIGHT, Decode
 from paged.lower.tpu.launch import Launch
 from paged.lower.tpu.transfer import Transfers
 from paged.lower.tpu.work import Visited
@@ -54,6 +55,9 @@ class _Shifted:
     def __getitem__(self, index):
         return self.ref[index] + self.by
 
+    def __setitem__(self, index, value):
+        self.ref[index] = value
+
 
 class _OneSlot:
     """Semaphores of which all slots get the first."""
@@ -69,8 +73,8 @@ class _OneSlot:
         return self.ref.at[0]
 
 
-class _OtherHalf:
-    """A buffer of two halves that are mixed up."""
+class _OtherPlace:
+    """A buffer of several items whose places are mixed up."""
 
     def __init__(self, ref):
         self.ref = ref
@@ -80,7 +84,7 @@ class _OtherHalf:
         return self
 
     def __getitem__(self, index):
-        return self.ref.at[(1 - index[0], *index[1:])]
+        return self.ref.at[(jax.lax.rem(index[0] + 1, ROWS_IN_FLIGHT), *index[1:])]
 
 
 def _nothing(original):
@@ -88,9 +92,9 @@ def _nothing(original):
 
 
 def _without_waiting(original):
-    def copy(self, refs, item, verb):
-        if verb == "start":
-            original(self, refs, item, verb)
+    def copy(self, *args):
+        if args[-1] == "start":
+            original(self, *args)
 
     return copy
 
@@ -100,15 +104,19 @@ def _one_semaphore(original):
 
 
 def _one_too_long(original):
-    def visible(self, refs, *args):
+    def attend_block(self, refs, *args, **kwargs):
         work = refs.work._replace(length=_Shifted(refs.work.length, 1))
-        return original(self, refs._replace(work=work), *args)
+        return original(self, refs._replace(work=work), *args, **kwargs)
 
-    return visible
+    return attend_block
 
 
-def _wrong_half(original):
-    return lambda self, refs, *args: original(self, refs._replace(out_buffer=_OtherHalf(refs.out_buffer)), *args)
+def _all_clean(original):
+    return lambda self, refs, *args: original(self, refs._replace(is_clean=_Shifted(refs.is_clean, 1)), *args)
+
+
+def _wrong_place(original):
+    return lambda self, refs, *args: original(self, refs._replace(out_buffer=_OtherPlace(refs.out_buffer)), *args)
 
 
 def _page_too_few(original):
@@ -167,10 +175,10 @@ BUGS = {
     "one semaphore for all slots": (
         _all_of(*(_method(Transfers, name, _one_semaphore) for name in ("start", "wait"))), "late, one a block", "nan",
     ),
-    "results from the wrong half": (_method(Decode, "_copy_results", _wrong_half), "late", "race"),
-    "j <= length": (_method(Decode, "_visible", _one_too_long), "late", "nan"),
+    "results from the wrong place": (_method(Decode, "_copy_results", _wrong_place), "late", "race"),
+    "j <= length": (_method(Decode, "_attend_block", _one_too_long), "late", "nan"),
     "values past the length not silenced": (_method(Transfers, "silence", _nothing), "late", "nan"),
-    "values of empty places not silenced": (_method(Transfers, "silence_all", _nothing), "late", "nan"),
+    "values of empty places not silenced": (_method(Decode, "_silence", _all_clean), "late", "nan"),
     "a page too few": (_method(Visited, "of", _page_too_few), "late", "wrong"),
     "partial pages taken for full": (_method(Visited, "of", _all_full), "late", "nan"),
     "cursor a block behind": (
