@@ -51,13 +51,16 @@ POINTS = {
     "llama 70b": {"group": 8},
     "gemma 2": _GEMMA,
     "gemma 2, window": {**_GEMMA, "spec": {"soft_cap": 50.0, "window": 1024}},
-    "gpt-oss": _GPT_OSS,
-    "gpt-oss, page 64": {**_GPT_OSS, "page_size": 64},
+    "gpt-oss": {**_GPT_OSS, "order": "joined"},
+    "gpt-oss, page 64": {**_GPT_OSS, "order": "joined", "page_size": 64},
+    "gpt-oss, packed": _GPT_OSS,
     "page 8": {"page_size": 8},
     "page 64": {"page_size": 64},
     "page 256": {"page_size": 256},
-    "head_dim 80": {"head_dim": 80},
-    "head_dim 96": {"head_dim": 96},
+    "head_dim 80": {"head_dim": 80, "order": "joined"},
+    "head_dim 96": {"head_dim": 96, "order": "joined"},
+    "head_dim 96, split": {"head_dim": 96, "order": "split"},
+    "head_dim 64, int8": _int8("head", head_dim=64, order="joined"),
     "MQA, 16": {"kv_heads": 1, "group": 16},
     "MHA, 16": {"kv_heads": 16, "group": 1},
     "group 3": {"group": 3},
@@ -96,6 +99,15 @@ POINTS = {
     "grid, gpt-oss": {**_GPT_OSS, "schedule": {"sequence": "grid", "pages_per_block": 8, "buffers": 4}},
     "grid, splits": {"slots": 2, "schedule": {"sequence": "grid", "pages_per_block": 8, "kv_splits": 4}},
     "splits": {"slots": 2, "schedule": {"pages_per_block": 8, "kv_splits": 4}},
+    "update": {"update": True},
+    "update, joined": {**_GPT_OSS, "order": "joined", "update": True},
+    "update, split": {"order": "split", "update": True},
+    "update, interleaved": {"order": "interleaved", "update": True},
+    "update, int8": _int8("head", update=True),
+    "update, int8, token": _int8("token", update=True),
+    "update, float32, page 8": {**_F32, "page_size": 8, "update": True},
+    "update, 4 query rows": {"rows": 4, "update": True},
+    "update, grid": {"update": True, "schedule": {"sequence": "grid", "pages_per_block": 16}},
     "one page a block": {"schedule": {"pages_per_block": 1, "buffers": 8}},
     "seven pages a block": {"schedule": {"pages_per_block": 7}},
 }
@@ -106,6 +118,7 @@ FAST = (
     ("int8, head", "tpu7x"),
     ("interleaved", "v5p"),
     ("grid", "tpu7x"),
+    ("update", "v5e"),
 )
 
 
@@ -122,9 +135,9 @@ TABLE = _table()
 
 def _call(
     slots=16, length=4096, page_size=16, kv_heads=8, group=4, head_dim=128, rows=1, order="packed", dtype="bfloat16",
-    scales=None, q_dtype="bfloat16", schedule=None, spec=None,
+    scales=None, q_dtype="bfloat16", schedule=None, spec=None, update=False,
 ):  # fmt: skip
-    """The lowered attention and the abstract arguments of a point."""
+    """The lowered attention, the abstract arguments of a point, and the new keys and values if it is an update."""
     layout = paged.PageLayout(
         page_size=page_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.dtype(dtype), order=order,
         scales=scales,
@@ -141,7 +154,9 @@ def _call(
     sinks = jax.ShapeDtypeStruct((spec.num_q_heads,), jnp.float32) if spec.sinks else None
     chosen = None if schedule is None else Schedule(lowering="tpu-decode", **schedule)
     attend = paged.lower(spec, layout, "tpu", schedule=chosen)
-    return attend, (q, layout.wrap(*arrays, **(scales or {})), batch, sinks)
+    new = jax.ShapeDtypeStruct((slots * rows, kv_heads, head_dim), jnp.dtype(q_dtype))
+    args = (q, layout.wrap(*arrays, **(scales or {})), batch, sinks)
+    return attend, args, {"new": (new, new)} if update else {}
 
 
 def _marked(name, generation):
@@ -151,14 +166,14 @@ def _marked(name, generation):
 
 def _copies_the_pool(point):
     """Where XLA's layout of the pool is not what a kernel's transfers take, it puts a copy before every call."""
-    return point.get("head_dim", 128) % 128 != 0
+    return point.get("head_dim", 128) % 128 != 0 and point.get("order") != "joined"
 
 
 @needs_libtpu
 @pytest.mark.parametrize(("name", "generation"), [_marked(*point) for point in TABLE])
 def test_compiles_without_a_copy_of_the_pool(name, generation):
-    attend, args = _call(**POINTS[name])
-    compiled = compile_for(attend, generation, *args)
+    attend, args, new = _call(**POINTS[name])
+    compiled = compile_for(attend, generation, *args, **new)
     assert compiled.lowering == "tpu-decode" and compiled.generation == generation
     assert compiled.schedule.lowering == "tpu-decode" and compiled.code_bytes > 0
     assert compiled.argument_bytes >= POOL_BYTES
@@ -181,7 +196,7 @@ def test_the_table_is_large_enough_and_crosses_generations():
 @pytest.mark.parametrize("name", [name for name, point in POINTS.items() if "schedule" not in point])
 def test_the_heuristic_is_a_schedule_that_it_would_take_back(name, generation):
     """What is chosen fits the chip by the lowering's own rule: a default never needs more memory than there is."""
-    attend, (q, pages, batch, _) = _call(**POINTS[name])
+    attend, (q, pages, batch, _), _ = _call(**POINTS[name])
     call = Call.of(q, pages, batch)
     lowering = attend.lowering.on_chip(CHIPS[generation])
     schedule = lowering.schedule(attend.program, attend.layout, call)
@@ -190,7 +205,7 @@ def test_the_heuristic_is_a_schedule_that_it_would_take_back(name, generation):
 
 
 def test_a_schedule_too_large_for_the_chip_is_refused_with_the_nearest_that_fits():
-    attend, args = _call(schedule={"pages_per_block": 256, "buffers": 8})
+    attend, args, _ = _call(schedule={"pages_per_block": 256, "buffers": 8})
     with pytest.raises(ValueError, match=r"cannot run: its buffers take \d+ bytes .*on v4: lower pages_per_block") as e:
         compile_for(attend, "v4", *args)
     own = _call()[0].on_chip(CHIPS["v4"])
@@ -199,13 +214,13 @@ def test_a_schedule_too_large_for_the_chip_is_refused_with_the_nearest_that_fits
 
 
 def test_more_cores_than_the_chip_has_are_refused():
-    attend, args = _call(schedule={"pages_per_block": 8, "cores": 2})
+    attend, args, _ = _call(schedule={"pages_per_block": 8, "cores": 2})
     with pytest.raises(ValueError, match=r"has cores=2, and a device of v5e has 1.*The nearest that can: tpu-decode"):
         compile_for(attend, "v5e", *args)
 
 
 def test_an_unknown_generation_is_named():
-    attend, args = _call()
+    attend, args, _ = _call()
     with pytest.raises(ValueError, match=r"generation must be one of \['tpu7x', 'v4', .*\]; got 'v9'"):
         compile_for(attend, "v9", *args)
 
@@ -213,7 +228,7 @@ def test_an_unknown_generation_is_named():
 @needs_libtpu
 def test_a_compile_error_carries_the_schedule_and_the_compilers_words(monkeypatch):
     """A chip said to have sixty times its memory: the schedule passes our rule, and the compiler finds it out."""
-    attend, args = _call(page_size=256, schedule={"pages_per_block": 2, "buffers": 24})
+    attend, args, _ = _call(page_size=256, schedule={"pages_per_block": 2, "buffers": 24})
     large = dataclasses.replace(CHIPS["v4"], vmem_bytes=2**30)
     monkeypatch.setitem(CHIPS, "v4", large)
     with pytest.raises(CompileError) as error:

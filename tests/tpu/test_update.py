@@ -1,0 +1,104 @@
+"""The fused update: rows enter the pages in the kernel that attends, and not a bit changes anywhere else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged
+from paged.lower import Schedule
+from paged.lower.tpu import CHIPS
+from paged.lower.tpu.update import Targets, Write
+from paged.spec import RaggedBatch
+from tests.support import build, case_of
+from tests.support.specs import PLAIN
+
+from .interpreter import KernelFault, interpreted, params, watched
+
+SCHEDULE = Schedule(lowering="tpu-decode", pages_per_block=2, buffers=3)
+# What differs from one row a sequence into packed float32 pages of 16: facts of the case, of the schedule, and the mode.
+CASES = {
+    "joined": ({"order": "joined"}, {}, "eager"),
+    "split, grid": ({"order": "split", "rows": 3}, {"sequence": "grid"}, "on_wait"),
+    "interleaved": ({"order": "interleaved", "page_size": 8}, {}, "on_wait"),
+    "two cores": ({"rows": 3}, {"cores": 2}, "on_wait"),
+    "scales a token": ({"dtype": "int8", "scales": "token"}, {}, "eager"),
+    "one scale a head": ({"dtype": "float8_e4m3fn", "scales": "head"}, {}, "on_wait"),
+    "bfloat16, many rows": ({"dtype": "bfloat16", "rows": 10}, {}, "on_wait"),
+    "splits, by XLA": ({}, {"kv_splits": 2}, "on_wait"),
+}
+SLOW = ("split, grid", "one scale a head", "splits, by XLA")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
+def test_pages_are_those_of_the_write_and_rows_those_of_attending_to_them(name):
+    facts, choices, mode = CASES[name]
+    case = case_of("plain", "decode", **{"page_size": 16, **facts})
+    attend = interpreted(case, SCHEDULE.replace(**choices), mode)
+    for corner in ("mixed", "one past a page", "more rows than tokens", "few live"):
+        built = build(case.replace(corner=corner), hold_new=False)
+        out, pages = watched(attend.update, built.q, built.k, built.v, built.pages, built.batch)
+        written = paged.write(built.k, built.v, built.pages, built.batch)
+        for got, want in zip(jax.tree.leaves(pages), jax.tree.leaves(written), strict=True):
+            np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+        np.testing.assert_array_equal(out, watched(attend, built.q, written, built.batch))
+
+
+def _neighbours(cores=1, sequence="inline", planted="v5p"):
+    """Two sequences write to different slots of one granule of the page that they share, and a third elsewhere."""
+    layout = paged.PageLayout(page_size=8, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
+    batch = RaggedBatch.decode([3, 4, 9], [[3, 1], [3, 2], [4, 5]])
+    q, k = (jax.random.normal(jax.random.key(i), (3, heads, 8)) for i, heads in enumerate((4, 2)))
+    pages = layout.wrap(jax.random.normal(jax.random.key(2), layout.array_shapes(8)[0]))
+    xla = paged.lower(PLAIN, layout, "xla")
+    tpu = paged.lower(PLAIN, layout, "tpu", schedule=SCHEDULE.replace(cores=cores, sequence=sequence))
+    chip = dataclasses.replace(CHIPS["v5p"], generation=planted)
+    lowerings = tuple(low.on_chip(chip).interpreted(params("on_wait", cores)) for low in tpu.lowerings)
+    tpu = dataclasses.replace(tpu, lowerings=lowerings)
+    return watched(tpu.update, q, k, k + 1, pages, batch, patience=20.0), xla.update(q, k, k + 1, pages, batch)
+
+
+@pytest.mark.parametrize(("cores", "sequence"), [(1, "inline"), (2, "grid")])
+def test_sequences_that_write_next_to_each_other_lose_nothing(cores, sequence):
+    (out, pages), (want, written) = _neighbours(cores, sequence)
+    np.testing.assert_array_equal(pages.arrays[0], written.arrays[0])
+    np.testing.assert_allclose(out, want, rtol=0, atol=1e-6)
+
+
+def _without(word):
+    def plant(original):
+        def copy(self, *args):
+            if args[-1] != word:
+                original(self, *args)
+
+        return copy
+
+    return plant
+
+
+def _at_once(original):
+    def of(cls, *args):
+        return original(*args)._replace(is_shared=jnp.zeros(1, jnp.int32))
+
+    return of
+
+
+BUGS = {
+    "no wait for what is read": (Write, "_copy_granule", _without("await read")),
+    "no wait for what is written": (Write, "_copy_granule", _without("await write")),
+    "no wait for rows": (Write, "_copy_rows", _without("wait")),
+    "neighbours at once": (Targets, "of", _at_once),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_seen(bug, monkeypatch):
+    owner, name, mutant = BUGS[bug]
+    changed = mutant(getattr(owner, name))
+    monkeypatch.setattr(owner, name, classmethod(changed) if owner is Targets else changed)
+    with pytest.raises((KernelFault, AssertionError)):
+        (out, pages), (want, written) = _neighbours(planted=bug)
+        np.testing.assert_array_equal(pages.arrays[0], written.arrays[0])
+        np.testing.assert_allclose(out, want, rtol=0, atol=1e-6)
