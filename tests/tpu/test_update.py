@@ -18,7 +18,7 @@ from tests.support.specs import PLAIN
 from .interpreter import KernelFault, interpreted, params, watched
 
 SCHEDULE = Schedule(lowering="tpu-decode", pages_per_block=2, buffers=3)
-# What differs from one row a sequence into packed float32 pages of 16: facts of the case, of the schedule, and the mode.
+# What differs from one row a sequence into packed float32 pages of 16: in the case, in the schedule; and the mode.
 CASES = {
     "joined": ({"order": "joined"}, {}, "eager"),
     "split, grid": ({"order": "split", "rows": 3}, {"sequence": "grid"}, "on_wait"),
