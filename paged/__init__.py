@@ -5,6 +5,7 @@ from .lower import Explanation as Explanation
 from .lower import Program as Program
 from .lower import Schedule as Schedule
 from .lower import check as check
+from .lower import compile_for as compile_for
 from .lower import dense_attention as dense_attention
 from .lower import lower as lower
 from .lower import write as write
