@@ -78,27 +78,28 @@ class Decode:
         for slot in range(self.buffers):
             refs.is_clean[slot] = 0
         for ahead in range(ROWS_IN_FLIGHT - 1):
-            self._copy_queries(refs, first + ahead, first, end, "start")
+            pl.when(first + ahead < end)(functools.partial(self._copy_queries, refs, first + ahead, "start"))
         for slot in range(self.buffers - 1):
             self._fetch_next(refs, end, slot)
 
     def run_item(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
         """Attend over one item's pages, whose first block is in ``slot``; the slot of the next item's first block."""
-        self._copy_queries(refs, item + ROWS_IN_FLIGHT - 1, first, end, "start")
-        self._copy_queries(refs, item, first, end, "wait")
+        later = item + ROWS_IN_FLIGHT - 1
+        pl.when(later < end)(functools.partial(self._copy_queries, refs, later, "start"))
+        self._copy_queries(refs, item, "wait")
         place = jax.lax.rem(item, ROWS_IN_FLIGHT)
         q = [self.views.queries(refs.q_buffer.at[place], tile) for tile in range(self.views.tiles)]
         start = (slot, self._start())
         slot, running = self._over_blocks(refs, item, end, q, start)
-        self._copy_results(refs, item - ROWS_IN_FLIGHT, first, end, "wait")
+        self._copy_results(refs, item - ROWS_IN_FLIGHT, first, "wait")
         self._finish(refs, place, running)
-        self._copy_results(refs, item, first, end, "start")
+        self._copy_results(refs, item, first, "start")
         return slot
 
     def drain(self, refs: Refs, first: Any, end: Any) -> None:
         """Wait for the last results to leave."""
         for behind in range(ROWS_IN_FLIGHT):
-            self._copy_results(refs, end - 1 - behind, first, end, "wait")
+            self._copy_results(refs, end - 1 - behind, first, "wait")
 
     def _over_blocks(self, refs: Refs, item: Any, end: Any, q: list, start: Any) -> Any:
         """Fold the item's blocks: first, without a branch, those visible in full while whole blocks follow."""
@@ -234,30 +235,27 @@ class Decode:
             lses = jnp.where(lane == tile, lse, lses)
         refs.lse_buffer[place] = lses.reshape(refs.lse_buffer.shape[1:])
 
-    def _copy_queries(self, refs: Refs, item: Any, first: Any, end: Any, verb: str) -> None:
+    def _copy_queries(self, refs: Refs, item: Any, verb: str) -> None:
         place, last = jax.lax.rem(item, ROWS_IN_FLIGHT), refs.q.shape[0] - 1
+        for row in range(self.views.rows):
+            source = refs.q.at[jnp.minimum(refs.work.row[item] + row, last)]
+            copy = pltpu.make_async_copy(source, refs.q_buffer.at[place, row], refs.q_arrived.at[place])
+            getattr(copy, verb)()
 
-        @pl.when((item >= first) & (item < end))
-        def _():
-            for row in range(self.views.rows):
-                source = refs.q.at[jnp.minimum(refs.work.row[item] + row, last)]
-                copy = pltpu.make_async_copy(source, refs.q_buffer.at[place, row], refs.q_arrived.at[place])
-                getattr(copy, verb)()
+    def _copy_results(self, refs: Refs, item: Any, first: Any, verb: str) -> None:
+        """Results go to the item's own rows; a row that the sequence does not have is nobody's, and so are those of
+        items before the core's first."""
+        own = jnp.maximum(item, first)
+        rows = jnp.where(item == own, refs.work.rows[own], 0)
+        part, place = jax.lax.rem(own, self.splits), jax.lax.rem(own, ROWS_IN_FLIGHT)
+        for row in range(self.views.rows):
 
-    def _copy_results(self, refs: Refs, item: Any, first: Any, end: Any, verb: str) -> None:
-        """Results go to the item's own rows; a row that the sequence does not have is nobody's."""
-
-        def copy_row(row):
-            part, place = jax.lax.rem(item, self.splits), jax.lax.rem(item, ROWS_IN_FLIGHT)
-            for buffer, ref in ((refs.out_buffer, refs.out), (refs.lse_buffer, refs.lse)):
-                target = ref.at[part, refs.work.row[item] + row]
-                copy = pltpu.make_async_copy(buffer.at[place, row], target, refs.out_left.at[place])
-                getattr(copy, verb)()
-
-        @pl.when((item >= first) & (item < end))
-        def _():
-            for row in range(self.views.rows):
-                pl.when(row < refs.work.rows[item])(lambda row=row: copy_row(row))
+            @pl.when(row < rows)
+            def _(row=row):
+                for buffer, ref in ((refs.out_buffer, refs.out), (refs.lse_buffer, refs.lse)):
+                    target = ref.at[part, refs.work.row[own] + row]
+                    copy = pltpu.make_async_copy(buffer.at[place, row], target, refs.out_left.at[place])
+                    getattr(copy, verb)()
 
     def _fetch_next(self, refs: Refs, end: Any, slot: Any) -> None:
         """Begin to fetch the block at the cursor into ``slot``, and move on; nothing at the end of the stream."""
