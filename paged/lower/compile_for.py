@@ -67,6 +67,14 @@ def compile_for(
 
     Raises `CompileError` with the compiler's own words, ``ImportError`` without libtpu, and ``ValueError`` for an
     unknown generation or a call that no lowering takes.
+
+    >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
+    >>> layout = PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
+    >>> batch = RaggedBatch.decode(lengths=[40, 7], block_tables=[[3, 11, 5], [4, -1, -1]])
+    >>> q = jax.ShapeDtypeStruct((2, 8, 128), jnp.bfloat16)
+    >>> compiled = compile_for(lower(spec, layout, target="tpu"), "v5e", q, layout.init(num_pages=16), batch)
+    >>> print(compiled.schedule)
+    tpu-decode(pages_per_block=3, buffers=8)
     """
     chip = chip_named(generation)
     attend = attend.on_chip(chip)
