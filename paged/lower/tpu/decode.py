@@ -245,15 +245,15 @@ class Decode:
     def _copy_results(self, refs: Refs, item: Any, first: Any, verb: str) -> None:
         """Results go to the item's own rows; a row that the sequence does not have is nobody's, and so are those of
         items before the core's first."""
-        own = jnp.maximum(item, first)
-        rows = jnp.where(item == own, refs.work.rows[own], 0)
-        part, place = jax.lax.rem(own, self.splits), jax.lax.rem(own, ROWS_IN_FLIGHT)
+        one = jnp.maximum(item, 0)
+        rows = jnp.where(item >= first, refs.work.rows[one], 0)
+        part, place = jax.lax.rem(one, self.splits), jax.lax.rem(one, ROWS_IN_FLIGHT)
         for row in range(self.views.rows):
 
             @pl.when(row < rows)
             def _(row=row):
                 for buffer, ref in ((refs.out_buffer, refs.out), (refs.lse_buffer, refs.lse)):
-                    target = ref.at[part, refs.work.row[own] + row]
+                    target = ref.at[part, refs.work.row[one] + row]
                     copy = pltpu.make_async_copy(buffer.at[place, row], target, refs.out_left.at[place])
                     getattr(copy, verb)()
 
