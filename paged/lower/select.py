@@ -44,7 +44,7 @@ def select(program: Program, layout: PageLayout, target: str, schedule: Schedule
     takers = tuple(low for low in candidates if low.refuses(program, layout) is None)
     if takers:
         return takers
-    why = "; ".join(f"{low.name}: {low.refuses(program, layout)}" for low in candidates) or "it has no lowerings yet"
+    why = "; ".join(f"{low.name}: {low.refuses(program, layout)}" for low in candidates)
     others = sorted({low.target for low in LOWERINGS if low.refuses(program, layout) is None})
     raise ValueError(f'No lowering takes this spec on target "{target}": {why}. Targets that take it: {others}.')
 

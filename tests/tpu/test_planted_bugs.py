@@ -59,32 +59,26 @@ class _Shifted:
         self.ref[index] = value
 
 
-class _OneSlot:
-    """Semaphores of which all slots get the first."""
+class _Elsewhere:
+    """A buffer or semaphores of which another place is given than the one that is asked for."""
 
-    def __init__(self, ref):
-        self.ref = ref
-
-    @property
-    def at(self):
-        return self
-
-    def __getitem__(self, index):
-        return self.ref.at[0]
-
-
-class _OtherPlace:
-    """A buffer of several items whose places are mixed up."""
-
-    def __init__(self, ref):
-        self.ref = ref
+    def __init__(self, ref, place):
+        self.ref, self.place = ref, place
 
     @property
     def at(self):
         return self
 
     def __getitem__(self, index):
-        return self.ref.at[(jax.lax.rem(index[0] + 1, ROWS_IN_FLIGHT), *index[1:])]
+        return self.ref.at[self.place(index)]
+
+
+def _first(index):
+    return 0
+
+
+def _next_item(index):
+    return (jax.lax.rem(index[0] + 1, ROWS_IN_FLIGHT), *index[1:])
 
 
 def _nothing(original):
@@ -100,7 +94,7 @@ def _without_waiting(original):
 
 
 def _one_semaphore(original):
-    return lambda self, *args: original(self._replace(arrived=_OneSlot(self.arrived)), *args)
+    return lambda self, *args: original(self._replace(arrived=_Elsewhere(self.arrived, _first)), *args)
 
 
 def _one_too_long(original):
@@ -116,7 +110,9 @@ def _all_clean(original):
 
 
 def _wrong_place(original):
-    return lambda self, refs, *args: original(self, refs._replace(out_buffer=_OtherPlace(refs.out_buffer)), *args)
+    return lambda self, refs, *args: original(
+        self, refs._replace(out_buffer=_Elsewhere(refs.out_buffer, _next_item)), *args
+    )
 
 
 def _page_too_few(original):

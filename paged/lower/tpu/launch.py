@@ -1,6 +1,7 @@
 """From arrays to a kernel and back: operands, scratch memory, grid, and the state that comes out."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from paged.spec import AttentionState, Pages
+from paged.spec import AttentionState, Pages, merge
 
 from ..program import Program
 from .chips import Chip
@@ -224,13 +225,8 @@ def _with_pools(pages: Pages, pools: list[Array]) -> Pages:
 def _merge_parts(
     out: Float[Array, "parts tokens heads dim"], lse: Float[Array, "parts tokens heads"]
 ) -> AttentionState:
-    """`merge` of many states at once."""
-    top = jnp.max(lse, axis=0)
-    origin = jnp.where(top == -jnp.inf, 0.0, top)
-    share = jnp.exp(lse - origin)
-    total = jnp.sum(share, axis=0)
-    weight = share / jnp.where(total == 0, 1.0, total)
-    return AttentionState(jnp.sum(weight[..., None] * out, axis=0), jnp.log(total) + top)
+    """The parts of every sequence, merged."""
+    return functools.reduce(merge, (AttentionState(*part) for part in zip(out, lse, strict=True)))
 
 
 def _padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
