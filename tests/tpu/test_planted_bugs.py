@@ -16,6 +16,7 @@ from paged.lower.tpu import launch as launch_module
 from paged.lower.tpu import work as work_module
 from paged.lower.tpu.decode import ROWS_IN_FLIGHT, Decode
 from paged.lower.tpu.launch import Launch
+from paged.lower.tpu.stream import Stream
 from paged.lower.tpu.transfer import Transfers
 from paged.lower.tpu.work import Visited
 from paged.spec import AttentionState
@@ -106,7 +107,7 @@ def _one_too_long(original):
 
 
 def _all_clean(original):
-    return lambda self, refs, *args: original(self, refs._replace(is_clean=_Shifted(refs.is_clean, 1)), *args)
+    return lambda self, *args: original(dataclasses.replace(self, is_clean=_Shifted(self.is_clean, 1)), *args)
 
 
 def _wrong_place(original):
@@ -174,16 +175,16 @@ BUGS = {
     "results from the wrong place": (_method(Decode, "_copy_results", _wrong_place), "late", "race"),
     "j <= length": (_method(Decode, "_attend_block", _one_too_long), "late", "nan"),
     "values past the length not silenced": (_method(Transfers, "silence", _nothing), "late", "nan"),
-    "values of empty places not silenced": (_method(Decode, "_silence", _all_clean), "late", "nan"),
+    "values of empty places not silenced": (_method(Stream, "silence", _all_clean), "late", "nan"),
     "a page too few": (_method(Visited, "of", _page_too_few), "late", "wrong"),
     "partial pages taken for full": (_method(Visited, "of", _all_full), "late", "nan"),
     "cursor a block behind": (
-        _method(Decode, "_move_cursor", lambda move: lambda self, refs, item, at: move(self, refs, item, at - 1)),
+        _method(Stream, "move_cursor", lambda move: lambda self, item, at: move(self, item, at - 1)),
         "early",
         "semaphore",
     ),
     "cursor a block ahead": (
-        _method(Decode, "_move_cursor", lambda move: lambda self, refs, item, at: move(self, refs, item, at + 1)),
+        _method(Stream, "move_cursor", lambda move: lambda self, item, at: move(self, item, at + 1)),
         "late",
         "exception",
     ),

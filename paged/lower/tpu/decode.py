@@ -1,7 +1,6 @@
 """The decode kernel: online softmax over the visible pages of each sequence, streamed from HBM without a pause.
 
-Blocks of pages of all items follow one another in one stream. While a block is worked on, the next ones are on their
-way, those of the next sequence too: the place in the stream from which to fetch, the *cursor*, runs ahead of the work.
+The pages of all items come as one `Stream` of blocks, which runs ahead of the work, from one sequence into the next.
 """
 
 import dataclasses
@@ -15,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..softmax import Running
+from .stream import Stream
 from .terms import Terms
-from .transfer import Transfers
 from .views import NOWHERE, Views
 from .work import Work
 
@@ -35,7 +34,7 @@ class Refs(NamedTuple):
     v_scale: Ref | None
     arrays: tuple[Ref, ...]
     q: Ref
-    transfers: Transfers
+    stream: Stream
     out: Ref
     lse: Ref
     q_buffer: Ref
@@ -43,13 +42,11 @@ class Refs(NamedTuple):
     out_buffer: Ref
     lse_buffer: Ref
     out_left: Ref
-    cursor: Ref
-    is_clean: Ref
 
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """The kernel's static facts. ``splits`` items make one sequence; ``buffers`` blocks are in flight.
+    """The kernel's static facts. ``splits`` items make one sequence.
 
     ``bodies`` are the views of a block's first pages, smallest first and at last the whole block, with the terms at
     their shape: a last block of few pages need not cost what a whole one does.
@@ -57,7 +54,6 @@ class Decode:
 
     bodies: tuple[tuple[Views, Terms], ...]
     scale: float
-    buffers: int
     splits: int
 
     @property
@@ -73,14 +69,9 @@ class Decode:
 
     def begin(self, refs: Refs, first: Any, end: Any) -> None:
         """Set the stream going."""
-        refs.cursor[0] = refs.work.busy[first]
-        refs.cursor[1] = 0
-        for slot in range(self.buffers):
-            refs.is_clean[slot] = 0
         for ahead in range(ROWS_IN_FLIGHT - 1):
             pl.when(first + ahead < end)(functools.partial(self._copy_queries, refs, first + ahead, "start"))
-        for slot in range(self.buffers - 1):
-            self._fetch_next(refs, end, slot)
+        refs.stream.begin(first, end)
 
     def run_item(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
         """Attend over one item's pages, whose first block is in ``slot``; the slot of the next item's first block."""
@@ -104,37 +95,38 @@ class Decode:
     def _over_blocks(self, refs: Refs, item: Any, end: Any, q: list, start: Any) -> Any:
         """Fold the item's blocks: first, without a branch, those visible in full while whole blocks follow."""
         block = self.views.pages_per_block
-        count, ahead = refs.work.count[item], self.buffers - 1
+        stream, count = refs.stream, refs.work.count[item]
+        ahead = stream.buffers - 1
         whole = jax.lax.div(refs.work.num_full[item], block)
         total = jax.lax.div(count + block - 1, block)
         straight = jnp.maximum(jnp.minimum(whole, jax.lax.div(count, block) - ahead), 0)
 
         def step_straight(i, carry):
             slot, running = carry
-            refs.transfers.wait(slot, block)
-            fetch = self._fetch_in_parts(refs, item, i + ahead, self._before(slot))
-            return self._after(slot), self._attend_block(refs, item, i, slot, q, running, False, fetch)
+            stream.wait_whole(slot)
+            fetch = stream.fetch_in_parts(item, i + ahead, stream.before(slot), self.views.tiles)
+            return stream.after(slot), self._attend_block(refs, item, i, slot, q, running, False, fetch)
 
         def step(i, carry, is_masked):
             slot, running = carry
-            self._fetch_next(refs, end, self._before(slot))
-            pages = jnp.minimum(count - i * block, block)
-            refs.transfers.wait_for(slot, pages)
+            stream.fetch_next(end, stream.before(slot))
+            stream.wait(item, i, slot)
             if not is_masked:
-                return self._after(slot), self._attend_block(refs, item, i, slot, q, running, False)
-            self._silence(refs, item, i, slot, pages)
+                return stream.after(slot), self._attend_block(refs, item, i, slot, q, running, False)
+            stream.silence(item, i, slot)
+            pages = stream.pages_of(item, i)
             bodies = [
                 functools.partial(self._attend_block, refs, item, i, slot, q, is_masked=True, body=body)
                 for body in self.bodies
             ]
             enough = sum((pages > views.pages_per_block).astype(jnp.int32) for views, _ in self.bodies[:-1])
-            return self._after(slot), jax.lax.switch(enough, bodies, running)
+            return stream.after(slot), jax.lax.switch(enough, bodies, running)
 
         carry = jax.lax.fori_loop(0, straight, step_straight, start)
 
         @pl.when(straight > 0)
         def _():
-            self._move_cursor(refs, item, straight + ahead - 1)
+            stream.move_cursor(item, straight + ahead - 1)
 
         carry = jax.lax.fori_loop(straight, whole, lambda i, carry: step(i, carry, False), carry)
         return jax.lax.fori_loop(whole, total, lambda i, carry: step(i, carry, True), carry)
@@ -153,7 +145,7 @@ class Decode:
     ) -> tuple[Running, ...]:
         """One step of the online softmax for every tile of a block; ``between(tile)`` is called after its product."""
         views, terms = body or self.bodies[-1]
-        buffers, base = refs.transfers.buffers, refs.work.begin[item] + i * self.views.pages_per_block
+        buffers, base = refs.stream.transfers.buffers, refs.work.begin[item] + i * self.views.pages_per_block
         pages = refs.work.count[item] - i * self.views.pages_per_block
         p: Any = None
         j: Any = None
@@ -200,24 +192,6 @@ class Decode:
 
         return product
 
-    def _silence(self, refs: Refs, item: Any, i: Any, slot: Any, pages: Any) -> None:
-        """Values that no live token has must be finite, since a weight of 0 would not silence them: those past the
-        length in a sequence's last page, and those of places where no page has ever arrived."""
-        size = self.views.layout.page_size
-        last = refs.work.begin[item] + i * self.views.pages_per_block + pages - 1
-        live = refs.work.length[item] - refs.work.index[last] * size
-
-        @pl.when(live < size)
-        def _():
-            refs.transfers.silence(slot, pages - 1, live)
-
-        @pl.when((pages < self.views.pages_per_block) & (refs.is_clean[slot] == 0))
-        def _():
-            jax.lax.fori_loop(
-                pages, self.views.pages_per_block, lambda at, _: refs.transfers.silence(slot, at, 0), None
-            )
-            refs.is_clean[slot] = 1
-
     def _start(self) -> tuple[Running, ...]:
         views = self.views
         return tuple(Running.start(views.tile_rows, dim=views.result_lanes) for _ in range(views.tiles))
@@ -257,66 +231,9 @@ class Decode:
                     copy = pltpu.make_async_copy(buffer.at[place, row], target, refs.out_left.at[place])
                     getattr(copy, verb)()
 
-    def _fetch_next(self, refs: Refs, end: Any, slot: Any) -> None:
-        """Begin to fetch the block at the cursor into ``slot``, and move on; nothing at the end of the stream."""
-        item, i, block = refs.cursor[0], refs.cursor[1], self.views.pages_per_block
-
-        @pl.when(item < end)
-        def _():
-            base, pages = refs.work.begin[item] + i * block, refs.work.count[item] - i * block
-
-            def fetch(at):
-                refs.transfers.start(refs.work.page[base + at], slot, at)
-
-            @pl.when(pages >= block)
-            def _():
-                for at in range(block):
-                    fetch(at)
-
-            @pl.when(pages < block)
-            def _():
-                _for_each(pages, fetch)
-
-            self._move_cursor(refs, item, i)
-
-    def _fetch_in_parts(self, refs: Refs, item: Any, i: Any, slot: Any) -> Callable[[int], None]:
-        """Fetch block ``i``, a whole one, a part at every tile, so that addresses are computed beside products."""
-        block, tiles = self.views.pages_per_block, self.views.tiles
-        base = refs.work.begin[item] + i * block
-
-        def fetch(tile):
-            for at in range(tile * block // tiles, (tile + 1) * block // tiles):
-                refs.transfers.start(refs.work.page[base + at], slot, at)
-
-        return fetch
-
-    def _move_cursor(self, refs: Refs, item: Any, fetched: Any) -> None:
-        """To the block after block ``fetched`` of ``item``."""
-        is_last = (fetched + 1) * self.views.pages_per_block >= refs.work.count[item]
-        refs.cursor[0] = jnp.where(is_last, refs.work.busy[item + 1], item)
-        refs.cursor[1] = jnp.where(is_last, 0, fetched + 1)
-
-    def _before(self, slot: Any) -> Any:
-        return jnp.where(slot == 0, self.buffers - 1, slot - 1)
-
-    def _after(self, slot: Any) -> Any:
-        return jnp.where(slot == self.buffers - 1, 0, slot + 1)
-
     @property
     def _scales_tokens(self) -> bool:
         return self.views.layout.scales == "token"
-
-
-def _for_each(number: Any, act: Callable[[Any], None]) -> None:
-    """``act`` on every number of ``range(number)``, four at a turn as long as there are."""
-
-    def four(i, _):
-        for at in range(4):
-            act(4 * i + at)
-
-    fours = jax.lax.div(number, 4)
-    jax.lax.fori_loop(0, fours, four, None)
-    jax.lax.fori_loop(4 * fours, number, lambda i, _: act(i), None)
 
 
 def _dot(a: Any, b: Any, contract: int) -> Any:

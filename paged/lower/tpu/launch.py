@@ -17,6 +17,7 @@ from paged.spec import AttentionState, Pages, merge
 from ..program import Program
 from .chips import Chip
 from .decode import ROWS_IN_FLIGHT, Decode, Refs
+from .stream import Stream
 from .terms import split_terms
 from .transfer import Transfers, pools_of
 from .update import Staging, Targets, Write
@@ -55,7 +56,7 @@ class Launch:
         bodies = tuple((part, split_terms(self.program, part.tile_rows, part.columns)) for part in views.parts())
         arrays = self._arrays(bodies[-1][1])
         scales = self._head_scales(pages)
-        decode = Decode(bodies, self.program.scale, self.buffers, self.splits)
+        decode = Decode(bodies, self.program.scale, self.splits)
         pools: Any = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
         in_memory = [pltpu.VMEM] * len(scales) + [pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays]
         targets, rows = ((), ()) if new is None else (new.targets, new.rows)
@@ -105,9 +106,10 @@ class Launch:
             arrived, q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor, is_clean, place = take(9)
             pools = written or pools
             k_scale, v_scale = scales or (None, None)
+            stream = Stream(work, Transfers(self.views.layout, pools, buffers, arrived), cursor, is_clean)
             bound = Refs(
-                work, k_scale, v_scale, arrays, q, Transfers(self.views.layout, pools, buffers, arrived), out, lse,
-                q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor, is_clean,
+                work, k_scale, v_scale, arrays, q, stream, out, lse, q_buffer, q_arrived, out_buffer, lse_buffer,
+                out_left,
             )  # fmt: skip
             core = pl.program_id(0)
             first, end = work.bounds[core], work.bounds[core + 1]
