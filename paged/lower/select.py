@@ -8,11 +8,11 @@ from .call import Call
 from .lowering import Lowering
 from .program import Program
 from .schedule import Schedule
-from .tpu import TPU_DECODE
+from .tpu import TPU_DECODE, TPU_RAGGED
 from .xla import XLA_BLOCKS
 
 # In order of preference. A new lowering is one more entry.
-LOWERINGS: tuple[Lowering, ...] = (TPU_DECODE, XLA_BLOCKS)
+LOWERINGS: tuple[Lowering, ...] = (TPU_DECODE, TPU_RAGGED, XLA_BLOCKS)
 TARGETS = ("auto", "tpu", "xla")
 
 

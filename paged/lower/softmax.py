@@ -12,6 +12,17 @@ def exact_product(weights: Float[Array, "*heads rows keys"], v: Float[Array, "*h
     return jnp.matmul(weights, v, precision="highest")
 
 
+def raise_top(
+    top: Float[Array, "..."], block: Float[Array, "..."], exp: Callable[[Array], Array] = jnp.exp
+) -> tuple[Array, Array, Array]:
+    """The row maximum after a block whose own is ``block``; what to take from scores before ``exp``; and the factor by
+    which sums relative to the old maximum shrink."""
+    new = jnp.maximum(top, block)
+    # While a row has seen no key its maximum is -inf, and -inf minus -inf would be NaN.
+    origin = jnp.where(new == -jnp.inf, 0.0, new)
+    return new, origin, exp(top - origin)
+
+
 class Running(NamedTuple):
     """The softmax of the blocks seen so far: the row maximum, and the sums of weights and of weighted values, both
     relative to that maximum. All float32. Leading axes, such as KV heads, go side by side."""
@@ -36,11 +47,8 @@ class Running(NamedTuple):
 
         Source: the online softmax of Milakov and Gimelshein, arXiv:1805.02867.
         """
-        top = jnp.maximum(self.top, jnp.max(s, axis=-1, keepdims=True))
-        # While a row has seen no key its maximum is -inf, and -inf minus -inf would be NaN.
-        origin = jnp.where(top == -jnp.inf, 0.0, top)
+        top, origin, decay = raise_top(self.top, jnp.max(s, axis=-1, keepdims=True))
         weights = jnp.exp(s - origin)
-        decay = jnp.exp(self.top - origin)
         total = decay * self.total + jnp.sum(weights, axis=-1, keepdims=True)
         return Running(top, total, decay * self.values), weights
 

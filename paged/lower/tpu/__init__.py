@@ -1,7 +1,9 @@
-"""Decode on TPUs by Pallas kernels: pages streamed from HBM, the next ones on their way while these are worked on."""
+"""Kernels for TPUs, in Pallas: pages streamed from HBM, the next ones on their way while these are worked on."""
 
 from .chips import CHIPS as CHIPS
 from .chips import Chip as Chip
 from .chips import chip_named as chip_named
 from .lowering import TPU_DECODE as TPU_DECODE
 from .lowering import TpuDecode as TpuDecode
+from .ragged import TPU_RAGGED as TPU_RAGGED
+from .ragged import TpuRagged as TpuRagged

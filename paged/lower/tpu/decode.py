@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..softmax import Running
 from .stream import Stream
 from .terms import Terms
-from .views import NOWHERE, Views
+from .views import NOWHERE, Views, dot
 from .work import Work
 
 Ref = Any
@@ -162,7 +162,7 @@ class Decode:
             tiles = range(chunk, min(chunk + _TILES_AT_ONCE, views.tiles))
             products = []
             for tile in tiles:
-                products.append(_dot(q[tile], views.keys(buffers, slot, tile), contract=1))
+                products.append(dot(q[tile], views.keys(buffers, slot, tile), contract=1))
                 between(tile)
             for tile, product in zip(tiles, products, strict=True):
                 s = self._scaled(refs, tile, product, scales)
@@ -188,7 +188,7 @@ class Decode:
     def _product(self, v_scale: Any) -> Callable[..., Any]:
         def product(weights, v):
             weights = weights if v_scale is None else weights * v_scale
-            return _dot(self.views.align(weights).astype(v.dtype), v, contract=0)
+            return dot(self.views.align(weights).astype(v.dtype), v, contract=0)
 
         return product
 
@@ -234,10 +234,3 @@ class Decode:
     @property
     def _scales_tokens(self) -> bool:
         return self.views.layout.scales == "token"
-
-
-def _dot(a: Any, b: Any, contract: int) -> Any:
-    """``a [m, n]`` times ``b``, which is summed over its axis ``contract``, in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((1,), (contract,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

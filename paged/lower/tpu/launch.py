@@ -184,7 +184,7 @@ class Launch:
     def vmem_bytes(views: Views, buffers: int) -> int:
         """Vector memory that a kernel's buffers take, with every tile padded as the chips lay it out."""
         pages, rows = _vmem_scratch(views, buffers)
-        return sum(_padded_bytes(x.shape, x.dtype) for x in (*pages, *rows))
+        return sum(padded_bytes(x.shape, x.dtype) for x in (*pages, *rows))
 
 
 def _vmem_scratch(views: Views, buffers: int) -> tuple[list[Any], list[Any]]:
@@ -231,7 +231,7 @@ def _merge_parts(
     return functools.reduce(merge, (AttentionState(*part) for part in zip(out, lse, strict=True)))
 
 
-def _padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+def padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     """Bytes of an array whose last two axes are padded to tiles of 8 (32-bit) to 32 (8-bit) rows of 128 lanes."""
     itemsize = jnp.dtype(dtype).itemsize
     rows = 8 * (4 // itemsize)

@@ -10,7 +10,7 @@ from ..call import Call
 from ..program import Program
 from ..schedule import Schedule
 from .chips import Chip
-from .planning import plan_schedule, vmem_budget, vmem_bytes
+from .planning import plan_prefill, plan_schedule, prefill_launch_of, vmem_budget, vmem_bytes
 from .terms import refused_operations
 
 _ROWS_OF_A_TILE = 8
@@ -71,6 +71,35 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, c
         )
     if schedule.kv_splits > call.pages_per_seq:
         return f"it splits sequences into kv_splits={schedule.kv_splits}, and they have {call.pages_per_seq} pages."
+    if schedule.cores > chip.cores:
+        return f"it has cores={schedule.cores}, and a device of {chip.generation} has {chip.cores}."
+    return None
+
+
+def refuses_prefill(program: Program, layout: PageLayout, call: Call, chip: Chip) -> str | None:
+    """Why no prefill kernel takes this call, or None."""
+    smallest = plan_prefill("", program, layout, call, chip)
+    if prefill_launch_of(program, layout, call, smallest, chip).vmem_bytes > vmem_budget(chip):
+        return (
+            f"{smallest.query_rows} query rows of {program.num_q_heads} heads, with two blocks of "
+            f"{smallest.pages_per_block} pages, do not fit the {chip.generation} chip's vector memory: use smaller pages"
+        )
+    return None
+
+
+def prefill_fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip) -> str | None:
+    """Why a schedule of the prefill kernel cannot run on the chip, or None."""
+    rows, tokens = schedule.query_rows, schedule.pages_per_block * layout.page_size
+    if rows < 16 or rows & (rows - 1):
+        return f"it has query_rows={rows}, which must be a power of two, and at least 16."
+    if tokens % _LANES:
+        return f"its blocks of {tokens} tokens must be a multiple of {_LANES}: change pages_per_block."
+    taken, budget = prefill_launch_of(program, layout, call, schedule, chip).vmem_bytes, vmem_budget(chip)
+    if taken > budget:
+        return (
+            f"its buffers take {taken} bytes of vector memory, and there are {budget} for them on {chip.generation}: "
+            "lower query_rows, pages_per_block or buffers."
+        )
     if schedule.cores > chip.cores:
         return f"it has cores={schedule.cores}, and a device of {chip.generation} has {chip.cores}."
     return None

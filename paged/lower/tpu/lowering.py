@@ -17,9 +17,11 @@ from ..schedule import Schedule
 from ..sequences import Sequences
 from ..xla import XLA_BLOCKS, token_rows
 from .chips import Chip, this_chip
+from .gradient import state_with_gradient, update_with_gradient
 from .launch import New
 from .limits import chunks, fits, refuses_call, refuses_program
 from .planning import launch_of, plan_schedule, vmem_bytes
+from .tiles import QueryTiles
 from .transfer import pools_of
 from .update import Targets, row_shape
 from .work import Visited, Work
@@ -89,7 +91,7 @@ class TpuDecode(Lowering):
         batch: RaggedBatch,
     ) -> AttentionState:
         """The batch's state in float32, without sinks. Its gradient is the XLA lowering's."""
-        return _differentiable_state(self, program, schedule, q, pages, batch)
+        return state_with_gradient(_state, self, program, schedule, q, pages, batch)
 
     def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
         """One scatter, by XLA."""
@@ -100,21 +102,20 @@ class TpuDecode(Lowering):
     ) -> tuple[AttentionState, Pages]:
         """The write and the attention in one kernel. Where a sequence is split, or one kernel cannot hold the lists of
         pages, XLA writes first."""
-        return _differentiable_update(self, program, schedule, q, k, v, pages, batch)
+        return update_with_gradient(_update, self, program, schedule, q, k, v, pages, batch)
 
     @property
     def _chip(self) -> Chip:
         return self.chip or this_chip()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable_state(
+def _state(
     lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: RaggedBatch
 ) -> AttentionState:
     call, layout = Call.of(q, pages, batch), pages.layout
     seqs = Sequences.of(batch, call.tokens, layout.page_size)
     launch = launch_of(program, layout, call, schedule, lowering._chip, lowering.interpret)
-    visited = Visited.of(program, seqs, layout.page_size, pages.num_pages)
+    visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
     states = []
     for part in chunks(seqs.tables.shape, schedule, launch.chip):
         work = visited.work(*part, **_cut(schedule))
@@ -122,8 +123,7 @@ def _differentiable_state(
     return functools.reduce(merge, states)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable_update(
+def _update(
     lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: Any
 ) -> tuple[AttentionState, Pages]:
     call, layout = Call.of(q, pages, batch), pages.layout
@@ -133,9 +133,10 @@ def _differentiable_update(
 
     if schedule.kv_splits > 1 or len(parts) > 1:
         pages = XLA_BLOCKS.write(k, v, pages, batch)
-        return _differentiable_state(lowering, program, schedule, q, pages, batch), pages
+        return _state(lowering, program, schedule, q, pages, batch), pages
     targets = Targets.of(seqs, batch.query_rows or 1, layout.page_size, pages.num_pages)
-    work = Visited.of(program, seqs, layout.page_size, pages.num_pages).work(*parts[0], **_cut(schedule))
+    visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
+    work = visited.work(*parts[0], **_cut(schedule))
     # Sequences that write next to each other must be on one core, in turn.
     alone = jnp.full_like(work.bounds, work.begin.shape[0]).at[0].set(0)
     work = work._replace(bounds=jnp.where(targets.is_shared != 0, alone, work.bounds))
@@ -159,34 +160,5 @@ def _own_rows(state: AttentionState, work: Work, most: int) -> AttentionState:
 def _cut(schedule: Schedule) -> dict[str, int]:
     return {"splits": schedule.kv_splits, "pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
 
-
-def _state_forward(lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: Any):
-    return _differentiable_state(lowering, program, schedule, q, pages, batch), (q, pages, batch)
-
-
-def _state_backward(lowering: TpuDecode, program: Program, schedule: Schedule, residuals: Any, cotangent: Any):
-    q, pages, batch = residuals
-    del lowering, schedule
-    own = XLA_BLOCKS.schedule(program, pages.layout)
-    _, pull = jax.vjp(lambda q, pages: XLA_BLOCKS.state(program, own, q, pages, batch), q, pages)
-    return (*pull(cotangent), None)
-
-
-def _update_forward(
-    lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: Any
-):
-    return _differentiable_update(lowering, program, schedule, q, k, v, pages, batch), (q, k, v, pages, batch)
-
-
-def _update_backward(lowering: TpuDecode, program: Program, schedule: Schedule, residuals: Any, cotangent: Any):
-    *differentiable, batch = residuals
-    del lowering, schedule
-    own = XLA_BLOCKS.schedule(program, differentiable[-1].layout)
-    _, pull = jax.vjp(lambda q, k, v, pages: XLA_BLOCKS.update(program, own, q, k, v, pages, batch), *differentiable)
-    return (*pull(cotangent), None)
-
-
-_differentiable_state.defvjp(_state_forward, _state_backward)
-_differentiable_update.defvjp(_update_forward, _update_backward)
 
 TPU_DECODE = TpuDecode()

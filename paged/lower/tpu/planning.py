@@ -1,5 +1,6 @@
 """The schedule that a chip would be given: from its memory, the bytes of a page, and how much of a sequence is seen."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from ..program import Program
 from ..schedule import Schedule
 from .chips import Chip
 from .launch import Launch
+from .prefill_launch import PrefillLaunch
 from .views import Views
 
 # A call of which nothing is known: a common decode step.
@@ -21,6 +23,8 @@ COMMON = Call(tokens=64, slots=64, pages_per_seq=256, num_pages=2**14, query_row
 _TOKENS = 512
 # Scores of one tile, rows x columns, that are worked on at once.
 _SCORES = 2**17
+# Query rows of a tile of many, all heads counted: enough parts for a straight line of code, of enough rows each.
+_TILE_ROWS = 4096
 # Bytes on their way that keep HBM busy for its latency: tpu7x needs most, 1675 bytes a cycle for 640 cycles.
 _IN_FLIGHT = 2**20
 _MOST_BUFFERS = 8
@@ -60,6 +64,45 @@ def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | 
             schedule = schedule.replace(buffers=schedule.buffers - 1)
         elif schedule.pages_per_block > 1:
             schedule = schedule.replace(pages_per_block=schedule.pages_per_block // 2)
+        else:
+            return schedule
+    return schedule
+
+
+def prefill_launch_of(
+    program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip, interpret: Any = False
+) -> PrefillLaunch:
+    """The prefill kernel that a schedule describes."""
+    dtype = compute_dtype(layout, call.q_dtype)
+    cut = (schedule.pages_per_block, schedule.query_rows, schedule.buffers, schedule.cores)
+    return PrefillLaunch(program, layout, dtype, *cut, chip, interpret)
+
+
+def plan_prefill(name: str, program: Program, layout: PageLayout, call: Call | None, chip: Chip) -> Schedule:
+    """The heuristic for many query rows: tiles of `_TILE_ROWS` rows of all heads, and less of either where memory ends.
+
+    A tile is never more than a sequence's rows, where that number is known."""
+    call = call or COMMON
+    rows = max(16, min(512, 2 ** round(math.log2(_TILE_ROWS / program.num_q_heads))))
+    if call.query_rows is not None:
+        rows = max(16, min(rows, 2 ** (call.query_rows - 1).bit_length()))
+    step = 128 // math.gcd(layout.page_size, 128)
+    schedule = Schedule(
+        lowering=name,
+        pages_per_block=max(1, _TOKENS // layout.page_size // step) * step,
+        query_rows=rows,
+        buffers=3,
+        cores=chip.cores,
+    )
+    while prefill_launch_of(program, layout, call, schedule, chip).vmem_bytes > vmem_budget(chip):
+        if schedule.query_rows > 64:
+            schedule = schedule.replace(query_rows=schedule.query_rows // 2)
+        elif schedule.pages_per_block > step:
+            schedule = schedule.replace(pages_per_block=max(1, schedule.pages_per_block // 2 // step) * step)
+        elif schedule.query_rows > 16:
+            schedule = schedule.replace(query_rows=schedule.query_rows // 2)
+        elif schedule.buffers > 2:
+            schedule = schedule.replace(buffers=2)
         else:
             return schedule
     return schedule

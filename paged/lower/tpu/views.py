@@ -3,8 +3,9 @@
 In packed and split order every KV head has a tile of keys and one of values, and meets them with its own query rows.
 In joined order with both in one register, that tile is its keys as well as its values: queries are 0 at the lanes of
 values, and of the result only those lanes are read.
-In interleaved order the heads of a token lie next to each other, and to part them costs more than it saves: all query
-rows meet one tile of everything, and a row takes no notice of what is not a key of its own head.
+In interleaved order the heads of a token lie next to each other. With few query rows, to part them costs more than it
+saves: all query rows meet one tile of everything, and a row takes no notice of what is not a key of its own head.
+With many, a block is `set_apart`: laid out anew, so that every head's keys and values can be read by a stride.
 """
 
 import dataclasses
@@ -29,18 +30,20 @@ _LANES = 128
 @dataclasses.dataclass(frozen=True)
 class Views:
     """The tiles of a block of ``pages_per_block`` pages. Query rows of a KV head come in ``rows`` of ``group`` heads,
-    padded from ``program.group``; ``compute_dtype`` is what products take."""
+    padded from ``program.group``; ``compute_dtype`` is what products take. With ``is_apart`` interleaved heads are read
+    from where `set_apart` put them."""
 
     layout: PageLayout
     pages_per_block: int
     rows: int
     group: int
     compute_dtype: Any
+    is_apart: bool = False
 
     @property
     def is_shared(self) -> bool:
         """Whether one tile serves all heads."""
-        return self.layout.order == "interleaved"
+        return self.layout.order == "interleaved" and not self.is_apart
 
     @property
     def tiles(self) -> int:
@@ -153,6 +156,27 @@ class Views:
             x = x.astype(jnp.float32)
         return x.reshape(-1, x.shape[-1]).astype(self.compute_dtype)
 
+    def apart_shape(self) -> tuple[int, int, int]:
+        """The shape of the float32 memory that a block is set apart in: registers of lanes, tokens x heads, lanes."""
+        layout = self.layout
+        tokens = self.pages_per_block * layout.page_size
+        return (-(-layout.head_dim // _LANES), tokens * 2 * layout.num_kv_heads, min(layout.head_dim, _LANES))
+
+    def set_apart(self, buffers: tuple[Ref, ...], slot: Any, apart: Ref) -> None:
+        """Lay an interleaved block out so that `read_apart` can read it."""
+        x = buffers[0][slot, pl.ds(0, self.pages_per_block)].astype(jnp.float32)
+        x = x.reshape(-1, x.shape[-1])
+        for column in range(self.apart_shape()[0]):
+            apart[column, pl.ds(0, x.shape[0])] = x[:, column * _LANES : (column + 1) * _LANES]
+
+    def read_apart(self, apart: Ref, tile: Any, which: int) -> Array:
+        """A head's keys (``which`` 0) or values (1) of a block that was set apart, ``[tokens, head_dim]``."""
+        columns, _, _ = self.apart_shape()
+        heads, tokens = self.layout.num_kv_heads, self.pages_per_block * self.layout.page_size
+        at = pl.ds(2 * tile + which, tokens, stride=2 * heads)
+        x = [apart[column, at] for column in range(columns)]
+        return (x[0] if columns == 1 else jnp.concatenate(x, axis=1)).astype(self.compute_dtype)
+
     def scales(self, buffer: Ref, slot: Any) -> Float[Array, "kv_heads columns"]:
         """Scales a token, from ``[slots, pages, kv_heads, page_size]``, along the columns of each head's tile."""
         return jnp.concatenate([buffer[slot, at] for at in range(self.pages_per_block)], axis=1)
@@ -184,3 +208,10 @@ class Views:
             offset = jax.lax.div(jax.lax.rem(lane, page_columns), self.columns_per_token)
             pieces.append(index * self.layout.page_size + offset)
         return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+
+def dot(a: Any, b: Any, contract: int) -> Any:
+    """``a [m, n]`` times ``b``, which is summed over its axis ``contract``, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((1,), (contract,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""What a decode kernel has to do, as integers for its scalar memory, computed from the batch before it starts."""
+"""What a kernel has to do, as integers for its scalar memory, computed from the batch before it starts."""
 
 from typing import NamedTuple
 
@@ -7,21 +7,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ..program import Program
-from ..sequences import Sequences
 from ..visits import page_coverage
+from .tiles import QueryTiles
 
 
 class Work(NamedTuple):
-    """Items of work, and the pages of each. An item is one sequence, or one of the parts that its pages are split into.
+    """Items of work, and the pages of each. An item is one tile of query rows (in decode, one sequence), or one of the
+    parts that its pages are split into.
 
-    Pages are listed for every sequence as `Visits` lists them, ``width`` entries each, flat because scalar memory pads
+    Pages are listed for every tile as `Visits` lists them, ``width`` entries each, flat because scalar memory pads
     rows: first those visible in full, then the others, each in ascending order. Item ``i`` takes ``count[i]`` entries
     from ``begin[i]`` on, the first ``num_full[i]`` of which need no mask.
 
-    * ``page`` i32[seqs * width]: where the page lies in the pool.
-    * ``index`` i32[seqs * width + pages_per_block - 1]: which page of its sequence it is.
+    * ``page`` i32[tiles * width]: where the page lies in the pool.
+    * ``index`` i32[tiles * width + pages_per_block - 1]: which page of its sequence it is.
     * ``begin``, ``count``, ``num_full`` i32[items].
-    * ``length`` i32[items], and ``position`` of the first of the sequence's query rows.
+    * ``length`` i32[items]: of its sequence; ``position`` of the first of its query rows.
     * ``row``, ``rows`` i32[items]: its first query row, and how many there are (0 for a dead slot).
     * ``busy`` i32[items + 1]: the first item from ``i`` on that has a page; ``items`` where none has.
     * ``bounds`` i32[cores + 1]: core ``c`` does the items from ``bounds[c]`` to ``bounds[c + 1]``.
@@ -41,31 +42,31 @@ class Work(NamedTuple):
 
 
 class Visited(NamedTuple):
-    """The pages that each sequence visits, in the order of `Visits`: those visible in full first."""
+    """The pages that each tile of query rows visits, in the order of `Visits`: those visible in full first."""
 
-    seqs: Sequences
-    page: Int[Array, "seqs width"]
-    index: Int[Array, "seqs width"]
-    num_full: Int[Array, " seqs"]
-    count: Int[Array, " seqs"]
+    tiles: QueryTiles
+    page: Int[Array, "tiles width"]
+    index: Int[Array, "tiles width"]
+    num_full: Int[Array, " tiles"]
+    count: Int[Array, " tiles"]
 
     @classmethod
-    def of(cls, program: Program, seqs: Sequences, page_size: int, num_pages: int) -> "Visited":
-        """`visible_pages` for all sequences at once, by one sort: a TPU has no fast scatter."""
+    def of(cls, program: Program, tiles: QueryTiles, page_size: int, num_pages: int) -> "Visited":
+        """`visible_pages` for all tiles at once, by one sort: a TPU has no fast scatter."""
 
-        def coverage(length, rows, table):
-            return page_coverage(program, length - rows, length, length, table, page_size, num_pages)
+        def coverage(position, rows, length, table):
+            return page_coverage(program, position, position + rows, length, table, page_size, num_pages)
 
-        some, full = jax.vmap(coverage)(seqs.lengths, seqs.counts, seqs.tables)
-        width = seqs.tables.shape[1]
+        some, full = jax.vmap(coverage)(tiles.positions, tiles.counts, tiles.lengths, tiles.tables)
+        width = tiles.tables.shape[1]
         index = jnp.arange(width, dtype=jnp.int32)
         key = index + jnp.where(full, 0, jnp.where(some, width, 2 * width))
-        key, page = jax.lax.sort((key, seqs.tables), dimension=1, num_keys=1)
+        key, page = jax.lax.sort((key, tiles.tables), dimension=1, num_keys=1)
         count = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (full, some))
-        return cls(seqs, page, jax.lax.rem(key, width), *count)
+        return cls(tiles, page, jax.lax.rem(key, width), *count)
 
     def work(self, rows: slice, entries: slice, *, splits: int, pages_per_block: int, cores: int) -> Work:
-        """The work of some sequences on a part of their entries, each split into ``splits`` parts of whole blocks."""
+        """The work of some tiles on a part of their entries, each split into ``splits`` parts of whole blocks."""
 
         def of_items(x: Array) -> Array:
             return jnp.repeat(x[rows], splits, total_repeat_length=x[rows].shape[0] * splits) if splits > 1 else x[rows]
@@ -84,10 +85,10 @@ class Visited(NamedTuple):
             begin=item // splits * width + offset,
             count=item_count,
             num_full=jnp.clip(num_full - offset, 0, item_count),
-            length=of_items(self.seqs.lengths),
-            position=of_items(self.seqs.lengths - self.seqs.counts),
-            row=of_items(self.seqs.starts),
-            rows=of_items(self.seqs.counts),
+            length=of_items(self.tiles.lengths),
+            position=of_items(self.tiles.positions),
+            row=of_items(self.tiles.starts),
+            rows=of_items(self.tiles.counts),
             busy=_next_busy(item_count),
             bounds=_bounds(_ceil_div(item_count, pages_per_block), cores),
         )

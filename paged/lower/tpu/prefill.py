@@ -1,0 +1,446 @@
+"""The prefill kernel: tiles of many query rows over the visible pages of their sequence, near the matrix units' rate.
+
+A tile's rows come in parts of up to 256, each of one KV head. For a block of keys, every part goes through two stages:
+its scores, and then its weights and their product with the values. One part's scores are computed beside the weights of
+the part before it, in one straight line of code, so that the matrix units have work while exponentials are taken; over
+blocks that are visible in full this goes on without an end from block to block.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..softmax import raise_top
+from .stream import Stream
+from .terms import Terms
+from .tiles import TileShape
+from .views import NOWHERE, Views, dot
+
+Ref = Any
+LANES = 128
+# Parts in one straight line of code: with fewer, the matrix units wait where lines meet.
+_MOST_UNROLLED = 8
+_LOG2E = math.log2(math.e)
+
+
+class Refs(NamedTuple):
+    """What the kernel reads, writes and works in. Arrays with a row for every position hold all heads' rows of one
+    position next to each other, so that a head's are read by a stride."""
+
+    stream: Stream
+    k_scale: Ref | None  # f32[kv_heads]
+    v_scale: Ref | None
+    arrays: tuple[Ref, ...]  # what the terms need: [q_heads] each
+    q: Ref  # f32[tokens * q_stride, lanes]
+    out: Ref  # f32[tokens * out_stride, lanes]
+    q_buffer: Ref  # f32[2, positions * q_stride, lanes]
+    q_arrived: Ref
+    out_buffer: Ref  # f32[positions * out_stride, lanes]
+    out_left: Ref
+    queries: Ref  # [parts * rows, key_lanes]
+    top: Ref  # f32[parts * rows, lanes], the same in every lane
+    total: Ref  # f32[parts * rows, lanes], to be summed over lanes
+    values: Ref  # f32[parts * rows, result_lanes]
+    scores: Ref  # f32[2, rows, keys]
+    block_top: Ref  # f32[2, rows, lanes], the largest of each lane's scores
+    seen: Ref  # i32[positions, keys], which pairs are visible
+    key_position: Ref  # i32[2, 8, keys], the same in every row
+    token_scales: Ref | None  # f32[2, 2 * kv_heads, keys]
+    apart: Ref | None  # f32[2, ...], see `Views.set_apart`
+
+
+class Block(NamedTuple):
+    """A block of keys: its slot in the stream's buffers, which of two places what was prepared of it is in, and where
+    its pages begin in the list of them."""
+
+    slot: Any
+    place: Any
+    base: Any
+
+
+class Body(NamedTuple):
+    """A block's first pages: their views, the program's scores at a part's shape, and its mask for ``mask_rows`` of a
+    tile's positions at a time."""
+
+    views: Views
+    scores: Terms
+    mask: Terms
+    mask_rows: int
+    has_score_ops: bool
+
+    @property
+    def keys(self) -> int:
+        """Tokens of a block."""
+        return self.views.columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Strides:
+    """Registers of a position's queries and results: ``columns`` for every head, and the log-sum-exps after these."""
+
+    num_q_heads: int
+    key_lanes: int
+    result_lanes: int
+
+    @property
+    def q_columns(self) -> int:
+        """Registers of a head's query."""
+        return -(-self.key_lanes // LANES)
+
+    @property
+    def out_columns(self) -> int:
+        """Registers of a head's result."""
+        return -(-self.result_lanes // LANES)
+
+    @property
+    def q(self) -> int:
+        """Rows a position of the queries, in whole tiles of 8."""
+        return -(-self.num_q_heads * self.q_columns // 8) * 8
+
+    @property
+    def first_lse(self) -> int:
+        """Where the log-sum-exps begin: head ``h`` is lane ``h % 128`` of row ``h // 128`` from here on."""
+        return self.num_q_heads * self.out_columns
+
+    @property
+    def out(self) -> int:
+        """Rows a position of the results, in whole tiles of 8."""
+        return -(-(self.first_lse - (-self.num_q_heads // LANES)) // 8) * 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The kernel for tiles of one shape. ``bodies`` are smallest first; the last is the whole block."""
+
+    shape: TileShape
+    strides: Strides
+    bodies: tuple[Body, ...]
+    scale: float
+
+    def run(self, refs: Refs, item: Any, end: Any, place: Any, slot: Any, before_results: Callable[[], None]) -> Any:
+        """Attend one item, whose queries are in ``place`` and first block in ``slot``, up to results in the buffer;
+        the slot of the next item's first block."""
+        self._start(refs, place)
+        slot = self._over_blocks(refs, item, end, slot)
+        before_results()
+        self._finish(refs)
+        return slot
+
+    def _start(self, refs: Refs, place: Any) -> None:
+        """Queries of each head together, and the state of no key at all."""
+        shape, lanes = self.shape, refs.queries.shape[1]
+
+        def gather(strip, _):
+            rows = self._strip_rows(strip)
+            for column in range(self.strides.q_columns):
+                x = refs.q_buffer[place, self._positions(strip, self.strides.q, self.strides.q_columns, column)]
+                width = min(LANES, lanes - column * LANES)
+                refs.queries[rows, pl.ds(column * LANES, width)] = x[:, :width].astype(refs.queries.dtype)
+
+        def empty(part, _):
+            rows = self._part_rows(part)
+            refs.top[rows] = jnp.full((shape.rows, LANES), -jnp.inf)
+            refs.total[rows] = jnp.zeros((shape.rows, LANES))
+            refs.values[rows] = jnp.zeros((shape.rows, refs.values.shape[1]))
+
+        jax.lax.fori_loop(0, shape.strips, gather, None)
+        jax.lax.fori_loop(0, shape.parts, empty, None)
+
+    def _over_blocks(self, refs: Refs, item: Any, end: Any, slot: Any) -> Any:
+        """Fold the item's blocks: those visible in full, and then the others."""
+        stream, whole_body = refs.stream, self.bodies[-1]
+        size = stream.pages_per_block
+        count, begin = stream.work.count[item], stream.work.begin[item]
+        whole, total = jax.lax.div(stream.work.num_full[item], size), jax.lax.div(count + size - 1, size)
+
+        def block(i, slot):
+            return Block(slot, jax.lax.rem(i, 2), begin + i * size)
+
+        def whole_block(i, slot):
+            stream.fetch_next(end, stream.before(slot))
+            here, there, is_last = block(i, slot), block(i + 1, stream.after(slot)), i + 1 == whole
+
+            @pl.when(jnp.logical_not(is_last))
+            def _():
+                stream.wait_whole(stream.after(slot))
+                self._prepare(refs, whole_body, item, there, size)
+
+            # After the last block there is nothing to go on to; its own first scores again are as good as any.
+            self._fold(refs, whole_body, item, here, _choose(is_last, here, there), is_masked=False)
+            return stream.after(slot)
+
+        def other_block(i, slot):
+            stream.fetch_next(end, stream.before(slot))
+            stream.wait(item, i, slot)
+            stream.silence(item, i, slot)
+            pages = stream.pages_of(item, i)
+            enough = sum((pages > body.views.pages_per_block).astype(jnp.int32) for body in self.bodies[:-1])
+            branches = [functools.partial(self._masked_block, refs, body, item) for body in self.bodies]
+            jax.lax.switch(enough, branches, block(i, slot), pages)
+            return stream.after(slot)
+
+        @pl.when(whole > 0)
+        def _():
+            stream.wait_whole(slot)
+            self._prepare(refs, whole_body, item, block(0, slot), size)
+            self._score(refs, whole_body, item, block(0, slot), 0, 0, is_masked=False)
+
+        slot = jax.lax.fori_loop(0, whole, whole_block, slot)
+        return jax.lax.fori_loop(whole, total, other_block, slot)
+
+    def _masked_block(self, refs: Refs, body: Body, item: Any, here: Block, pages: Any) -> None:
+        self._prepare(refs, body, item, here, pages)
+        self._mask(refs, body, item, here)
+        self._score(refs, body, item, here, 0, 0, is_masked=True)
+        self._fold(refs, body, item, here, here, is_masked=True)
+
+    def _fold(self, refs: Refs, body: Body, item: Any, here: Block, after: Block, is_masked: bool) -> None:
+        """All parts over one block, the first of which has its scores; ``after`` is the block whose first part's scores
+        are computed at the end."""
+        parts = self.shape.parts
+        unrolled = _unrolled(parts)
+
+        def some(turn, _):
+            for step in range(unrolled):
+                part, goes_on = turn * unrolled + step, step + 1 < unrolled
+                place, next_place = step % 2, (step + 1) % unrolled % 2
+                is_end = part + 1 == parts
+                then = here if goes_on else _choose(is_end, after, here)
+                next_part = part + 1 if goes_on else jnp.where(is_end, 0, part + 1)
+                score = functools.partial(self._score, refs, body, item, then, next_part, next_place, is_masked)
+                weigh = functools.partial(self._weigh, refs, body, here, part, place)
+                # Where both stages are in one place, the new scores take that of the old ones.
+                for stage in (score, weigh) if place != next_place else (weigh, score):
+                    stage()
+
+        jax.lax.fori_loop(0, parts // unrolled, some, None)
+
+    def _score(self, refs: Refs, body: Body, item: Any, block: Block, part: Any, place: int, is_masked: bool) -> None:
+        """The first stage: a part's scores in units of log 2, -inf where invisible, and the largest of each lane."""
+        rows, keys = self.shape.rows, body.keys
+        head = jax.lax.div(part, self.shape.parts_per_head)
+        s = dot(refs.queries[self._part_rows(part)], self._stored(refs, body, block, head, 0), contract=1)
+        scale = self.scale if refs.k_scale is None else self.scale * refs.k_scale[head]
+        if not body.has_score_ops:
+            scale = scale * _LOG2E
+        s = s * scale
+        if refs.token_scales is not None:
+            s = s * refs.token_scales[block.place, pl.ds(head, 1), pl.ds(0, keys)]
+        if body.has_score_ops:
+            p = j = None
+            if body.scores.scores_use_positions:
+                p = self._query_positions(refs, item, part, keys)
+                j = refs.key_position[block.place, pl.ds(0, 1), pl.ds(0, keys)]
+                j = jnp.broadcast_to(j, (rows, keys))
+            heads = [self._strip_head(strip) for strip in self._strips(part)]
+            s = body.scores.scores(_of_heads(refs.arrays, body.scores, heads, rows), s, p, j) * _LOG2E
+        if is_masked:
+            s = jnp.where(self._seen(refs, part, keys), s, -jnp.inf)
+        refs.block_top[place, pl.ds(0, rows)] = functools.reduce(jnp.maximum, _lane_groups(s))
+        refs.scores[place, pl.ds(0, rows), pl.ds(0, keys)] = s
+
+    def _weigh(self, refs: Refs, body: Body, block: Block, part: Any, place: int) -> None:
+        """The second stage, one step of the online softmax: weights, and their sums with and without values."""
+        rows, keys, own = self.shape.rows, body.keys, self._part_rows(part)
+        head = jax.lax.div(part, self.shape.parts_per_head)
+        largest = jnp.max(refs.block_top[place, pl.ds(0, rows)], axis=1, keepdims=True)
+        refs.top[own], origin, decay = raise_top(refs.top[own], jnp.broadcast_to(largest, (rows, LANES)), jnp.exp2)
+        s = refs.scores[place, pl.ds(0, rows), pl.ds(0, keys)]
+        weights = [jnp.exp2(group - origin) for group in _lane_groups(s)]
+        refs.total[own] = decay * refs.total[own] + sum(weights[1:], weights[0])
+        v = self._stored(refs, body, block, head, 1)
+        weights = _side_by_side(weights)
+        if refs.token_scales is not None:
+            heads = self.shape.num_q_heads // self.shape.group
+            v_scale = refs.token_scales[block.place, pl.ds(heads + head, 1), pl.ds(0, keys)]
+            weights = weights * v_scale
+        lanes = pl.ds(0, v.shape[1])
+        decay = _side_by_side([decay] * (refs.values.shape[1] // LANES))[:, : v.shape[1]]
+        refs.values[own, lanes] = decay * refs.values[own, lanes] + dot(weights.astype(v.dtype), v, contract=0)
+
+    def _prepare(self, refs: Refs, body: Body, item: Any, block: Block, pages: Any) -> None:
+        """What all parts need of a block that has arrived, of which ``pages`` are there."""
+        views, work, buffers = body.views, refs.stream.work, refs.stream.transfers.buffers
+        keys = pl.ds(0, body.keys)
+        if refs.apart is not None:
+            views.set_apart(buffers, block.slot, refs.apart.at[block.place])
+        j = views.positions(lambda at: jnp.where(at < pages, work.index[block.base + at], NOWHERE))
+        refs.key_position[block.place, :, keys] = j
+        if refs.token_scales is not None:
+            heads = views.layout.num_kv_heads
+            k_scale, v_scale = (views.scales(buffer, block.slot) for buffer in buffers[-2:])
+            refs.token_scales[block.place, pl.ds(0, heads), keys] = k_scale
+            v_scale = jnp.where(j[:1] < work.length[item], v_scale, 0.0)
+            refs.token_scales[block.place, pl.ds(heads, heads), keys] = v_scale
+
+    def _mask(self, refs: Refs, body: Body, item: Any, block: Block) -> None:
+        """Which pairs of a block are visible, once for all heads."""
+        work, shape = refs.stream.work, (body.mask_rows, body.keys)
+        j = jnp.broadcast_to(refs.key_position[block.place, pl.ds(0, 1), pl.ds(0, body.keys)], shape)
+        arrays = _of_heads(refs.arrays, body.mask, [0], body.mask_rows)
+
+        def some(turn, _):
+            first = turn * body.mask_rows
+            p = work.position[item] + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+            seen = body.mask.mask(arrays, p, j) & (j < work.length[item])
+            refs.seen[pl.ds(first, body.mask_rows), pl.ds(0, body.keys)] = seen.astype(jnp.int32)
+
+        jax.lax.fori_loop(0, self.shape.positions // body.mask_rows, some, None)
+
+    def _seen(self, refs: Refs, part: Any, keys: int) -> Any:
+        """The mask of a part's rows."""
+        seen = [refs.seen[pl.ds(self._offset(strip), self.shape.span), pl.ds(0, keys)] for strip in self._strips(part)]
+        return _one_above_another(seen) != 0
+
+    def _query_positions(self, refs: Refs, item: Any, part: Any, keys: int) -> Any:
+        """The position of each row of a part."""
+        shape = (self.shape.span, keys)
+        row = refs.stream.work.position[item] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return _one_above_another([row + self._offset(strip) for strip in self._strips(part)])
+
+    def _stored(self, refs: Refs, body: Body, block: Block, head: Any, which: int) -> Any:
+        """A head's keys (``which`` 0) or values (1)."""
+        if refs.apart is not None:
+            return body.views.read_apart(refs.apart.at[block.place], head, which)
+        read = body.views.values if which else body.views.keys
+        return read(refs.stream.transfers.buffers, block.slot, head)
+
+    def _finish(self, refs: Refs) -> None:
+        """Normalise, and put results and log-sum-exps of all heads of a position next to each other."""
+        shape, strides = self.shape, self.strides
+        lane = jax.lax.broadcasted_iota(jnp.int32, (shape.span, LANES), 1)
+
+        def store(part, _):
+            own, head = self._part_rows(part), jax.lax.div(part, shape.parts_per_head)
+            total = jnp.sum(refs.total[own], axis=1, keepdims=True)
+            lse = jnp.log(total) + refs.top[own] / _LOG2E
+            out = refs.values[own] / jnp.where(total == 0, 1.0, total)
+            out = out if refs.v_scale is None else out * refs.v_scale[head]
+            for i, strip in enumerate(self._strips(part)):
+                rows, q_head = slice(i * shape.span, (i + 1) * shape.span), self._strip_head(strip)
+                for column in range(strides.out_columns):
+                    at = self._positions(strip, strides.out, strides.out_columns, column)
+                    refs.out_buffer[at] = out[rows, column * LANES : (column + 1) * LANES]
+                row = strides.first_lse + jax.lax.div(q_head, LANES)
+                at = pl.ds(self._offset(strip) * strides.out + row, shape.span, stride=strides.out)
+                is_own = lane == jax.lax.rem(q_head, LANES)
+                refs.out_buffer[at] = jnp.where(is_own, lse[rows], refs.out_buffer[at])
+
+        jax.lax.fori_loop(0, shape.parts, store, None)
+
+    def _strips(self, part: Any) -> list[Any]:
+        return [part * self.shape.strips_per_part + i for i in range(self.shape.strips_per_part)]
+
+    def _strip_head(self, strip: Any) -> Any:
+        return jax.lax.div(strip, self.shape.spans)
+
+    def _offset(self, strip: Any) -> Any:
+        """A strip's first position, from the tile's."""
+        return jax.lax.rem(strip, self.shape.spans) * self.shape.span
+
+    def _strip_rows(self, strip: Any) -> Any:
+        return pl.ds(pl.multiple_of(strip * self.shape.span, self.shape.span), self.shape.span)
+
+    def _part_rows(self, part: Any) -> Any:
+        return pl.ds(pl.multiple_of(part * self.shape.rows, self.shape.span), self.shape.rows)
+
+    def _positions(self, strip: Any, stride: int, columns: int, column: int) -> Any:
+        """A strip's rows where every position has ``stride`` of them, ``columns`` to a head."""
+        first = self._offset(strip) * stride + self._strip_head(strip) * columns + column
+        return pl.ds(first, self.shape.span, stride=stride)
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """The kernel: tiles of many rows and, with ``tiles`` of fewer positions, smallest first, those of few."""
+
+    tiles: tuple[Tile, ...]
+
+    @property
+    def strides(self) -> Strides:
+        """Those of all tiles."""
+        return self.tiles[-1].strides
+
+    def run_items(self, refs: Refs, first: Any, end: Any) -> None:
+        """All items of one core, one after the other."""
+        refs.stream.begin(first, end)
+        pl.when(first < end)(functools.partial(self._copy_queries, refs, first, first, "start"))
+        jax.lax.fori_loop(first, end, lambda item, slot: self._run_item(refs, item, first, end, slot), jnp.int32(0))
+        self._copy_results(refs, end - 1, first, "wait")
+
+    def _run_item(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
+        """Attend over one item's pages, whose first block is in ``slot``; the slot of the next item's first block."""
+        rows, place = refs.stream.work.rows[item], jax.lax.rem(item, 2)
+        pl.when(item + 1 < end)(functools.partial(self._copy_queries, refs, item + 1, first, "start"))
+        self._copy_queries(refs, item, first, "wait")
+        wait = functools.partial(self._copy_results, refs, item - 1, first, "wait")
+        branches = [lambda slot: (wait(), slot)[1]]
+        branches += [functools.partial(tile.run, refs, item, end, place, before_results=wait) for tile in self.tiles]
+        which = (rows > 0).astype(jnp.int32)
+        which += sum((rows > tile.shape.positions).astype(jnp.int32) for tile in self.tiles[:-1])
+        slot = jax.lax.switch(which, branches, slot)
+        self._copy_results(refs, item, first, "start")
+        return slot
+
+    def _copy_queries(self, refs: Refs, item: Any, first: Any, verb: str) -> None:
+        place = jax.lax.rem(item, 2)
+        self._copy(refs.q, refs.q_buffer.at[place], refs.q_arrived.at[place], refs, item, first, self.strides.q, verb)
+
+    def _copy_results(self, refs: Refs, item: Any, first: Any, verb: str) -> None:
+        self._copy(refs.out, refs.out_buffer, refs.out_left, refs, item, first, self.strides.out, verb, is_out=True)
+
+    def _copy(
+        self, far: Ref, near: Ref, done: Ref, refs: Refs, item: Any, first: Any, stride: int, verb: str, is_out=False
+    ) -> None:
+        """An item's rows between ``far``, which has those of all items, and ``near``, in powers of two; nothing for an
+        item before the core's first."""
+        one = jnp.maximum(item, 0)
+        rows, row = jnp.where(item >= first, refs.stream.work.rows[one], 0), refs.stream.work.row[one]
+        for power in (1 << bit for bit in range(self.tiles[-1].shape.positions.bit_length())):
+
+            @pl.when((rows & power) != 0)
+            def _(power=power):
+                at = rows & (power - 1)
+                ends = [ref.at[pl.ds(pl.multiple_of(i * stride, 8), power * stride)] for ref, i in ((far, row + at), (near, at))]
+                copy = pltpu.make_async_copy(*(reversed(ends) if is_out else ends), done)
+                getattr(copy, verb)()
+
+
+def _unrolled(parts: int) -> int:
+    """Parts in one line of code: an even number, so that the two places of scores take turns, or all of them."""
+    return max([n for n in range(2, _MOST_UNROLLED + 1, 2) if parts % n == 0], default=parts)
+
+
+def _choose(condition: Any, yes: Block, no: Block) -> Block:
+    return Block(*(jnp.where(condition, x, y) for x, y in zip(yes, no, strict=True)))
+
+
+def _of_heads(arrays: tuple[Ref, ...], terms: Terms, heads: list[Any], rows: int) -> tuple[Any, ...]:
+    """What the terms need, in the shapes that they were traced with: rows are those of each head in turn."""
+    shapes = jax.eval_shape(terms.early, jax.ShapeDtypeStruct((rows, 1), jnp.int32))
+    found = []
+    for ref, aval in zip(arrays, shapes, strict=True):
+        if aval.size == 1:
+            found.append(jnp.full(aval.shape, ref[heads[0]]))
+        else:
+            column = [jnp.full((rows // len(heads), 1), ref[head]) for head in heads]
+            found.append(_one_above_another(column).reshape(aval.shape))
+    return tuple(found)
+
+
+def _lane_groups(x: Any) -> list[Any]:
+    return [x[:, first : first + LANES] for first in range(0, x.shape[1], LANES)]
+
+
+def _side_by_side(pieces: list[Any]) -> Any:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+
+def _one_above_another(pieces: list[Any]) -> Any:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=0)

@@ -1,0 +1,175 @@
+"""The TPU lowering for prompts and mixed batches: many rows by the prefill kernel, single rows by the decode kernel."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
+
+from ..call import Call
+from ..lowering import Lowering
+from ..program import Program
+from ..schedule import Schedule
+from ..sequences import Sequences
+from ..xla import XLA_BLOCKS
+from .chips import Chip, this_chip
+from .gradient import state_with_gradient, update_with_gradient
+from .limits import chunks, prefill_fits, refuses_prefill, refuses_program
+from .lowering import TpuDecode
+from .planning import plan_prefill, prefill_launch_of
+from .prefill_launch import PrefillLaunch
+from .tiles import QueryTiles, most_tiles
+from .work import Visited
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuRagged(Lowering):
+    """Prompts, chunks of them and batches of any mix on TPUs; every term that is elementwise, every page order.
+
+    ``chip`` None means this process's own; ``interpret`` is passed to Pallas.
+    """
+
+    name: str = "tpu-ragged"
+    target: str = "tpu"
+    choices: frozenset[str] = frozenset({"pages_per_block", "query_rows", "buffers", "cores"})
+    chip: Chip | None = None
+    interpret: Any = False
+
+    def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
+        """Pages that a TPU cannot move, terms that a kernel cannot compute, and more than its memory holds."""
+        reason = refuses_program(program, layout)
+        if reason is None and call is not None:
+            reason = refuses_prefill(program, layout, call, self._chip)
+        return reason
+
+    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
+        """What fits the chip, with tiles large enough for the matrix units."""
+        return plan_prefill(self.name, program, layout, call, self._chip)
+
+    def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
+        """A schedule must fit the chip's memory, and have no more cores than it."""
+        return prefill_fits(program, layout, call, schedule, self._chip)
+
+    def describe(
+        self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int
+    ) -> list[str]:
+        """Memory of the kernel, how many kernels there may be, and what decodes single rows."""
+        chip = self._chip
+        launch = prefill_launch_of(program, layout, call, schedule, chip)
+        tiles = most_tiles(call.tokens, call.slots, schedule.query_rows)
+        kernels = len(list(chunks((tiles, call.pages_per_seq), schedule, chip)))
+        lines = [
+            f"at most {kernels} kernel(s) on {chip.generation} for at most {tiles} tiles of {schedule.query_rows} query "
+            f"rows, each with {schedule.buffers} buffers of {schedule.pages_per_block} pages, "
+            f"{launch.vmem_bytes / 2**20:.2f} of {chip.vmem_bytes / 2**20:.0f} MiB of vector memory",
+        ]
+        if call.query_rows is None:
+            decode = self._decode
+            alone = _decode_call(call)
+            lines.append(f"sequences of one row: {decode.schedule(program, layout, alone)}")
+        return lines
+
+    def interpreted(self, interpret: Any) -> "TpuRagged":
+        """With kernels interpreted as told."""
+        return dataclasses.replace(self, interpret=interpret)
+
+    def on_chip(self, chip: Chip) -> "TpuRagged":
+        """For that chip, compiled."""
+        return dataclasses.replace(self, chip=chip, interpret=False)
+
+    def state(
+        self,
+        program: Program,
+        schedule: Schedule,
+        q: Float[Array, "tokens q_heads head_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+    ) -> AttentionState:
+        """The batch's state in float32, without sinks. Its gradient is the XLA lowering's."""
+        return state_with_gradient(_state, self, program, schedule, q, pages, batch)
+
+    def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
+        """One scatter, by XLA."""
+        return XLA_BLOCKS.write(k, v, pages, batch)
+
+    def update(
+        self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
+    ) -> tuple[AttentionState, Pages]:
+        """The write, and when all of it is done, the attention: no page is read that is still to be written."""
+        return update_with_gradient(_update, self, program, schedule, q, k, v, pages, batch)
+
+    @property
+    def _chip(self) -> Chip:
+        return self.chip or this_chip()
+
+    @property
+    def _decode(self) -> TpuDecode:
+        return TpuDecode(chip=self.chip, interpret=self.interpret)
+
+
+def _state(
+    lowering: TpuRagged, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: RaggedBatch
+) -> AttentionState:
+    call = Call.of(q, pages, batch)
+    seqs = Sequences.of(batch, call.tokens, pages.layout.page_size)
+    launch = prefill_launch_of(program, pages.layout, call, schedule, lowering._chip, lowering.interpret)
+    alone = _decode_call(call)
+    decodes = call.query_rows is None and lowering._decode.refuses(program, pages.layout, alone) is None
+    is_long = seqs.counts > 1 if decodes else seqs.counts > 0
+    long = seqs._replace(counts=jnp.where(is_long, seqs.counts, 0))
+    is_row = long.owner(call.tokens)[1]
+    state = _prefill(launch, program, schedule, long, q, pages)
+    out = jnp.where(is_row[:, None, None], state.out, 0.0)
+    lse = jnp.where(is_row[:, None], state.lse, -jnp.inf)
+    if decodes:
+        single = _single_rows(lowering._decode, program, alone, seqs, q, pages)
+        row = jnp.where(seqs.counts == 1, seqs.starts, call.tokens)
+        out, lse = out.at[row].set(single.out, mode="drop"), lse.at[row].set(single.lse, mode="drop")
+    return AttentionState(out, lse)
+
+
+def _update(
+    lowering: TpuRagged, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: Any
+) -> tuple[AttentionState, Pages]:
+    pages = lowering.write(k, v, pages, batch)
+    return _state(lowering, program, schedule, q, pages, batch), pages
+
+
+def _prefill(
+    launch: PrefillLaunch, program: Program, schedule: Schedule, seqs: Sequences, q: Array, pages: Pages
+) -> AttentionState:
+    """The state of sequences' rows; in other rows anything."""
+    tokens, layout = q.shape[0], pages.layout
+    tiles = QueryTiles.cut(seqs, schedule.query_rows, most_tiles(tokens, seqs.starts.shape[0], schedule.query_rows))
+    visited = Visited.of(program, tiles, layout.page_size, pages.num_pages)
+    rows, results = launch.rows_of(q), {}
+    parts = list(chunks(visited.page.shape, schedule, launch.chip))
+    for some, entries in parts:
+        work = visited.work(some, entries, splits=1, pages_per_block=schedule.pages_per_block, cores=schedule.cores)
+        before = results.get(entries.start)
+        results[entries.start] = launch(work, rows, pages, before)
+    states = [launch.state_of(x) for x in results.values()]
+    return functools.reduce(merge, states)
+
+
+def _single_rows(
+    decode: TpuDecode, program: Program, call: Call, seqs: Sequences, q: Array, pages: Pages
+) -> AttentionState:
+    """The state of the sequences of one row, one row a slot; of others the empty state."""
+    row = jnp.minimum(seqs.starts, q.shape[0] - 1)
+    lengths = jnp.where(seqs.counts == 1, seqs.lengths, 0)
+    batch = RaggedBatch.decode(lengths, seqs.tables)
+    schedule = decode.schedule(program, pages.layout, call)
+    return decode.state(program, schedule, q[row], pages, batch)
+
+
+def _decode_call(call: Call) -> Call:
+    """The call in which every slot decodes one row."""
+    return dataclasses.replace(call, tokens=call.slots, query_rows=1)
+
+
+TPU_RAGGED = TpuRagged()

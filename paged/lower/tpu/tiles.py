@@ -1,0 +1,95 @@
+"""Query rows as kernels take them: a batch cut into tiles, and a tile's rows laid out for products with one KV head."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ..sequences import Sequences
+
+# Query rows that meet a block of keys in one product: fewer, and keys enter the matrix unit too often.
+MOST_ROWS = 256
+
+
+class QueryTiles(NamedTuple):
+    """Consecutive query rows of one sequence each: ``counts`` rows from row ``starts`` on, the first of which is at
+    ``positions``. ``lengths`` and ``tables`` are the sequence's; a tile without rows is nobody's."""
+
+    starts: Int[Array, " tiles"]
+    counts: Int[Array, " tiles"]
+    positions: Int[Array, " tiles"]
+    lengths: Int[Array, " tiles"]
+    tables: Int[Array, "tiles pages_per_seq"]
+
+    @classmethod
+    def whole(cls, seqs: Sequences) -> "QueryTiles":
+        """A tile for every sequence."""
+        return cls(seqs.starts, seqs.counts, seqs.lengths - seqs.counts, seqs.lengths, seqs.tables)
+
+    @classmethod
+    def cut(cls, seqs: Sequences, rows: int, most: int) -> "QueryTiles":
+        """Sequences cut into tiles of ``rows`` rows, and what is left: ``most`` tiles, those with rows first."""
+        per_seq = (seqs.counts + rows - 1) // rows
+        ends = jnp.cumsum(per_seq)
+        tile = jnp.arange(most, dtype=jnp.int32)
+        seq = jnp.sum(ends <= tile[:, None], axis=1, dtype=jnp.int32)
+        is_live, seq = seq < ends.shape[0], jnp.minimum(seq, ends.shape[0] - 1)
+        first = (tile - (ends - per_seq)[seq]) * rows
+        counts = jnp.where(is_live, jnp.clip(seqs.counts[seq] - first, 0, rows), 0)
+        positions = seqs.lengths[seq] - seqs.counts[seq] + first
+        return cls(seqs.starts[seq] + first, counts, positions, seqs.lengths[seq], seqs.tables[seq])
+
+
+def most_tiles(tokens: int, slots: int, rows: int) -> int:
+    """The most tiles of ``rows`` rows that ``tokens`` query rows of ``slots`` sequences can make."""
+    return tokens // rows + min(slots, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileShape:
+    """How the rows of a tile are laid out: ``positions`` consecutive rows of one sequence, of all query heads.
+
+    A *strip* is up to `MOST_ROWS` positions of one query head. A *part* is one or more strips that share a KV head,
+    and its rows meet a block of keys together. Strips are in the order of heads and positions, parts of their strips.
+    """
+
+    positions: int
+    num_q_heads: int
+    group: int
+
+    @property
+    def span(self) -> int:
+        """Positions of a strip."""
+        return min(self.positions, MOST_ROWS)
+
+    @property
+    def spans(self) -> int:
+        """Strips a query head."""
+        return self.positions // self.span
+
+    @property
+    def strips(self) -> int:
+        """Strips of a tile."""
+        return self.num_q_heads * self.spans
+
+    @property
+    def strips_per_part(self) -> int:
+        """Strips of a part: as many as divide a KV head's and are not too many rows."""
+        of_head = self.group * self.spans
+        return max(n for n in range(1, of_head + 1) if of_head % n == 0 and (n == 1 or n * self.span <= MOST_ROWS))
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a part."""
+        return self.strips_per_part * self.span
+
+    @property
+    def parts(self) -> int:
+        """Parts of a tile."""
+        return self.strips // self.strips_per_part
+
+    @property
+    def parts_per_head(self) -> int:
+        """Parts a KV head."""
+        return self.group * self.spans // self.strips_per_part
