@@ -13,13 +13,17 @@ def exact_product(weights: Float[Array, "*heads rows keys"], v: Float[Array, "*h
 
 
 def raise_top(
-    top: Float[Array, "..."], block: Float[Array, "..."], exp: Callable[[Array], Array] = jnp.exp
+    top: Float[Array, "..."],
+    block: Float[Array, "..."],
+    exp: Callable[[Array], Array] = jnp.exp,
+    *,
+    is_finite: bool = False,
 ) -> tuple[Array, Array, Array]:
     """The row maximum after a block whose own is ``block``; what to take from scores before ``exp``; and the factor by
-    which sums relative to the old maximum shrink."""
+    which sums relative to the old maximum shrink. ``is_finite`` where every row sees a key of the block."""
     new = jnp.maximum(top, block)
     # While a row has seen no key its maximum is -inf, and -inf minus -inf would be NaN.
-    origin = jnp.where(new == -jnp.inf, 0.0, new)
+    origin = new if is_finite else jnp.where(new == -jnp.inf, 0.0, new)
     return new, origin, exp(top - origin)
 
 

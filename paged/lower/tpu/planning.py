@@ -91,11 +91,13 @@ def plan_prefill(name: str, program: Program, layout: PageLayout, call: Call | N
         lowering=name,
         pages_per_block=max(1, _TOKENS // layout.page_size // step) * step,
         query_rows=rows,
-        buffers=3,
+        buffers=4,
         cores=chip.cores,
     )
     while prefill_launch_of(program, layout, call, schedule, chip).vmem_bytes > vmem_budget(chip):
-        if schedule.query_rows > 64:
+        if schedule.buffers > 3:
+            schedule = schedule.replace(buffers=3)
+        elif schedule.query_rows > 64:
             schedule = schedule.replace(query_rows=schedule.query_rows // 2)
         elif schedule.pages_per_block > step:
             schedule = schedule.replace(pages_per_block=max(1, schedule.pages_per_block // 2 // step) * step)

@@ -26,8 +26,8 @@ from .views import NOWHERE, Views, dot
 Ref = Any
 LANES = 128
 # Parts in one straight line of code: with fewer, the matrix units wait where lines meet.
-_MOST_UNROLLED = 8
-_LOG2E = math.log2(math.e)
+MOST_UNROLLED = 16
+LOG2E = math.log2(math.e)
 
 
 class Refs(NamedTuple):
@@ -36,7 +36,6 @@ class Refs(NamedTuple):
 
     stream: Stream
     k_scale: Ref | None  # f32[kv_heads]
-    v_scale: Ref | None
     arrays: tuple[Ref, ...]  # what the terms need: [q_heads] each
     q: Ref  # f32[tokens * q_stride, lanes]
     out: Ref  # f32[tokens * out_stride, lanes]
@@ -51,6 +50,7 @@ class Refs(NamedTuple):
     scores: Ref  # f32[2, rows, keys]
     block_top: Ref  # f32[2, rows, lanes], the largest of each lane's scores
     seen: Ref  # i32[positions, keys], which pairs are visible
+    sums: Ref  # f32[2 * registers, positions, lanes]: sums of weights, then maxima; head `h` is lane `h`
     key_position: Ref  # i32[2, 8, keys], the same in every row
     token_scales: Ref | None  # f32[2, 2 * kv_heads, keys]
     apart: Ref | None  # f32[2, ...], see `Views.set_apart`
@@ -83,7 +83,7 @@ class Body(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Strides:
-    """Registers of a position's queries and results: ``columns`` for every head, and the log-sum-exps after these."""
+    """Registers of a position's queries and results: some for every head, and after a result's its sums and maxima."""
 
     num_q_heads: int
     key_lanes: int
@@ -101,18 +101,18 @@ class Strides:
 
     @property
     def q(self) -> int:
-        """Rows a position of the queries, in whole tiles of 8."""
-        return -(-self.num_q_heads * self.q_columns // 8) * 8
+        """Rows a position of the queries."""
+        return _stride(self.num_q_heads * self.q_columns)
 
-    @property
-    def first_lse(self) -> int:
-        """Where the log-sum-exps begin: head ``h`` is lane ``h % 128`` of row ``h // 128`` from here on."""
-        return self.num_q_heads * self.out_columns
+    def first_of(self, which: int) -> int:
+        """Where the sums of weights (``which`` 0), or the maxima (1), begin: head ``h`` is lane ``h % 128`` of row
+        ``h // 128`` from here on."""
+        return self.num_q_heads * self.out_columns + which * -(-self.num_q_heads // LANES)
 
     @property
     def out(self) -> int:
-        """Rows a position of the results, in whole tiles of 8."""
-        return -(-(self.first_lse - (-self.num_q_heads // LANES)) // 8) * 8
+        """Rows a position of the results."""
+        return _stride(self.first_of(2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +123,7 @@ class Tile:
     strides: Strides
     bodies: tuple[Body, ...]
     scale: float
+    most_unrolled: int
 
     def run(self, refs: Refs, item: Any, end: Any, place: Any, slot: Any, before_results: Callable[[], None]) -> Any:
         """Attend one item, whose queries are in ``place`` and first block in ``slot``, up to results in the buffer;
@@ -137,21 +138,21 @@ class Tile:
         """Queries of each head together, and the state of no key at all."""
         shape, lanes = self.shape, refs.queries.shape[1]
 
-        def gather(strip, _):
+        def gather(strip):
             rows = self._strip_rows(strip)
             for column in range(self.strides.q_columns):
                 x = refs.q_buffer[place, self._positions(strip, self.strides.q, self.strides.q_columns, column)]
                 width = min(LANES, lanes - column * LANES)
                 refs.queries[rows, pl.ds(column * LANES, width)] = x[:, :width].astype(refs.queries.dtype)
 
-        def empty(part, _):
+        def empty(part):
             rows = self._part_rows(part)
             refs.top[rows] = jnp.full((shape.rows, LANES), -jnp.inf)
             refs.total[rows] = jnp.zeros((shape.rows, LANES))
             refs.values[rows] = jnp.zeros((shape.rows, refs.values.shape[1]))
 
-        jax.lax.fori_loop(0, shape.strips, gather, None)
-        jax.lax.fori_loop(0, shape.parts, empty, None)
+        _unrolled_loop(shape.strips, 4, gather)
+        _unrolled_loop(shape.parts, 2, empty)
 
     def _over_blocks(self, refs: Refs, item: Any, end: Any, slot: Any) -> Any:
         """Fold the item's blocks: those visible in full, and then the others."""
@@ -170,7 +171,7 @@ class Tile:
             @pl.when(jnp.logical_not(is_last))
             def _():
                 stream.wait_whole(stream.after(slot))
-                self._prepare(refs, whole_body, item, there, size)
+                self._prepare(refs, whole_body, item, there, size, is_masked=False)
 
             # After the last block there is nothing to go on to; its own first scores again are as good as any.
             self._fold(refs, whole_body, item, here, _choose(is_last, here, there), is_masked=False)
@@ -189,14 +190,14 @@ class Tile:
         @pl.when(whole > 0)
         def _():
             stream.wait_whole(slot)
-            self._prepare(refs, whole_body, item, block(0, slot), size)
+            self._prepare(refs, whole_body, item, block(0, slot), size, is_masked=False)
             self._score(refs, whole_body, item, block(0, slot), 0, 0, is_masked=False)
 
         slot = jax.lax.fori_loop(0, whole, whole_block, slot)
         return jax.lax.fori_loop(whole, total, other_block, slot)
 
     def _masked_block(self, refs: Refs, body: Body, item: Any, here: Block, pages: Any) -> None:
-        self._prepare(refs, body, item, here, pages)
+        self._prepare(refs, body, item, here, pages, is_masked=True)
         self._mask(refs, body, item, here)
         self._score(refs, body, item, here, 0, 0, is_masked=True)
         self._fold(refs, body, item, here, here, is_masked=True)
@@ -205,31 +206,34 @@ class Tile:
         """All parts over one block, the first of which has its scores; ``after`` is the block whose first part's scores
         are computed at the end."""
         parts = self.shape.parts
-        unrolled = _unrolled(parts)
+        unrolled = _unrolled(parts, self.most_unrolled // (2 if is_masked else 1))
 
-        def some(turn, _):
+        def some(turn):
             for step in range(unrolled):
                 part, goes_on = turn * unrolled + step, step + 1 < unrolled
                 place, next_place = step % 2, (step + 1) % unrolled % 2
-                is_end = part + 1 == parts
-                then = here if goes_on else _choose(is_end, after, here)
-                next_part = part + 1 if goes_on else jnp.where(is_end, 0, part + 1)
+                then, next_part = here, part + 1
+                if not goes_on and parts == unrolled:
+                    then, next_part = after, 0
+                elif not goes_on:
+                    is_end = part + 1 == parts
+                    then, next_part = _choose(is_end, after, here), jnp.where(is_end, 0, part + 1)
                 score = functools.partial(self._score, refs, body, item, then, next_part, next_place, is_masked)
-                weigh = functools.partial(self._weigh, refs, body, here, part, place)
+                weigh = functools.partial(self._weigh, refs, body, here, part, place, is_masked)
                 # Where both stages are in one place, the new scores take that of the old ones.
                 for stage in (score, weigh) if place != next_place else (weigh, score):
                     stage()
 
-        jax.lax.fori_loop(0, parts // unrolled, some, None)
+        _loop(parts // unrolled, some)
 
     def _score(self, refs: Refs, body: Body, item: Any, block: Block, part: Any, place: int, is_masked: bool) -> None:
         """The first stage: a part's scores in units of log 2, -inf where invisible, and the largest of each lane."""
         rows, keys = self.shape.rows, body.keys
-        head = jax.lax.div(part, self.shape.parts_per_head)
+        head = _div(part, self.shape.parts_per_head)
         s = dot(refs.queries[self._part_rows(part)], self._stored(refs, body, block, head, 0), contract=1)
         scale = self.scale if refs.k_scale is None else self.scale * refs.k_scale[head]
         if not body.has_score_ops:
-            scale = scale * _LOG2E
+            scale = scale * LOG2E
         s = s * scale
         if refs.token_scales is not None:
             s = s * refs.token_scales[block.place, pl.ds(head, 1), pl.ds(0, keys)]
@@ -240,18 +244,21 @@ class Tile:
                 j = refs.key_position[block.place, pl.ds(0, 1), pl.ds(0, keys)]
                 j = jnp.broadcast_to(j, (rows, keys))
             heads = [self._strip_head(strip) for strip in self._strips(part)]
-            s = body.scores.scores(_of_heads(refs.arrays, body.scores, heads, rows), s, p, j) * _LOG2E
+            s = body.scores.scores(_of_heads(refs.arrays, body.scores, heads, rows), s, p, j) * LOG2E
         if is_masked:
             s = jnp.where(self._seen(refs, part, keys), s, -jnp.inf)
         refs.block_top[place, pl.ds(0, rows)] = functools.reduce(jnp.maximum, _lane_groups(s))
         refs.scores[place, pl.ds(0, rows), pl.ds(0, keys)] = s
 
-    def _weigh(self, refs: Refs, body: Body, block: Block, part: Any, place: int) -> None:
+    def _weigh(self, refs: Refs, body: Body, block: Block, part: Any, place: int, is_masked: bool) -> None:
         """The second stage, one step of the online softmax: weights, and their sums with and without values."""
         rows, keys, own = self.shape.rows, body.keys, self._part_rows(part)
-        head = jax.lax.div(part, self.shape.parts_per_head)
+        head = _div(part, self.shape.parts_per_head)
         largest = jnp.max(refs.block_top[place, pl.ds(0, rows)], axis=1, keepdims=True)
-        refs.top[own], origin, decay = raise_top(refs.top[own], jnp.broadcast_to(largest, (rows, LANES)), jnp.exp2)
+        # A score is -inf where it is masked or where a bias says so.
+        is_finite = not is_masked and not body.has_score_ops
+        largest = jnp.broadcast_to(largest, (rows, LANES))
+        refs.top[own], origin, decay = raise_top(refs.top[own], largest, jnp.exp2, is_finite=is_finite)
         s = refs.scores[place, pl.ds(0, rows), pl.ds(0, keys)]
         weights = [jnp.exp2(group - origin) for group in _lane_groups(s)]
         refs.total[own] = decay * refs.total[own] + sum(weights[1:], weights[0])
@@ -265,14 +272,16 @@ class Tile:
         decay = _side_by_side([decay] * (refs.values.shape[1] // LANES))[:, : v.shape[1]]
         refs.values[own, lanes] = decay * refs.values[own, lanes] + dot(weights.astype(v.dtype), v, contract=0)
 
-    def _prepare(self, refs: Refs, body: Body, item: Any, block: Block, pages: Any) -> None:
+    def _prepare(self, refs: Refs, body: Body, item: Any, block: Block, pages: Any, is_masked: bool) -> None:
         """What all parts need of a block that has arrived, of which ``pages`` are there."""
         views, work, buffers = body.views, refs.stream.work, refs.stream.transfers.buffers
         keys = pl.ds(0, body.keys)
         if refs.apart is not None:
             views.set_apart(buffers, block.slot, refs.apart.at[block.place])
-        j = views.positions(lambda at: jnp.where(at < pages, work.index[block.base + at], NOWHERE))
-        refs.key_position[block.place, :, keys] = j
+        j = None
+        if is_masked or body.scores.scores_use_positions or refs.token_scales is not None:
+            j = views.positions(lambda at: jnp.where(at < pages, work.index[block.base + at], NOWHERE))
+            refs.key_position[block.place, :, keys] = j
         if refs.token_scales is not None:
             heads = views.layout.num_kv_heads
             k_scale, v_scale = (views.scales(buffer, block.slot) for buffer in buffers[-2:])
@@ -286,13 +295,13 @@ class Tile:
         j = jnp.broadcast_to(refs.key_position[block.place, pl.ds(0, 1), pl.ds(0, body.keys)], shape)
         arrays = _of_heads(refs.arrays, body.mask, [0], body.mask_rows)
 
-        def some(turn, _):
+        def some(turn):
             first = turn * body.mask_rows
             p = work.position[item] + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
             seen = body.mask.mask(arrays, p, j) & (j < work.length[item])
             refs.seen[pl.ds(first, body.mask_rows), pl.ds(0, body.keys)] = seen.astype(jnp.int32)
 
-        jax.lax.fori_loop(0, self.shape.positions // body.mask_rows, some, None)
+        _loop(self.shape.positions // body.mask_rows, some)
 
     def _seen(self, refs: Refs, part: Any, keys: int) -> Any:
         """The mask of a part's rows."""
@@ -313,43 +322,46 @@ class Tile:
         return read(refs.stream.transfers.buffers, block.slot, head)
 
     def _finish(self, refs: Refs) -> None:
-        """Normalise, and put results and log-sum-exps of all heads of a position next to each other."""
+        """Put sums and maxima of all heads of a position next to each other; XLA normalises them in passing."""
         shape, strides = self.shape, self.strides
         lane = jax.lax.broadcasted_iota(jnp.int32, (shape.span, LANES), 1)
+        registers = refs.sums.shape[0] // 2
 
-        def store(part, _):
-            own, head = self._part_rows(part), jax.lax.div(part, shape.parts_per_head)
-            total = jnp.sum(refs.total[own], axis=1, keepdims=True)
-            lse = jnp.log(total) + refs.top[own] / _LOG2E
-            out = refs.values[own] / jnp.where(total == 0, 1.0, total)
-            out = out if refs.v_scale is None else out * refs.v_scale[head]
+        def store(part):
+            own = self._part_rows(part)
+            values, top = refs.values[own], refs.top[own]
+            total = jnp.broadcast_to(jnp.sum(refs.total[own], axis=1, keepdims=True), top.shape)
             for i, strip in enumerate(self._strips(part)):
-                rows, q_head = slice(i * shape.span, (i + 1) * shape.span), self._strip_head(strip)
+                rows, head = slice(i * shape.span, (i + 1) * shape.span), self._strip_head(strip)
                 for column in range(strides.out_columns):
                     at = self._positions(strip, strides.out, strides.out_columns, column)
-                    refs.out_buffer[at] = out[rows, column * LANES : (column + 1) * LANES]
-                row = strides.first_lse + jax.lax.div(q_head, LANES)
-                at = pl.ds(self._offset(strip) * strides.out + row, shape.span, stride=strides.out)
-                is_own = lane == jax.lax.rem(q_head, LANES)
-                refs.out_buffer[at] = jnp.where(is_own, lse[rows], refs.out_buffer[at])
+                    refs.out_buffer[at] = values[rows, column * LANES : (column + 1) * LANES]
+                for which, x in enumerate((total, top)):
+                    register, at = which * registers + _div(head, LANES), pl.ds(self._offset(strip), shape.span)
+                    is_own = lane == _rem(head, LANES)
+                    refs.sums[register, at] = jnp.where(is_own, x[rows], refs.sums[register, at])
 
-        jax.lax.fori_loop(0, shape.parts, store, None)
+        _unrolled_loop(shape.parts, 4, store)
+        for register in range(2 * registers):
+            for first in range(0, shape.positions, shape.span):
+                at = pl.ds(first * strides.out + strides.first_of(0) + register, shape.span, stride=strides.out)
+                refs.out_buffer[at] = refs.sums[register, pl.ds(first, shape.span)]
 
     def _strips(self, part: Any) -> list[Any]:
         return [part * self.shape.strips_per_part + i for i in range(self.shape.strips_per_part)]
 
     def _strip_head(self, strip: Any) -> Any:
-        return jax.lax.div(strip, self.shape.spans)
+        return _div(strip, self.shape.spans)
 
     def _offset(self, strip: Any) -> Any:
         """A strip's first position, from the tile's."""
-        return jax.lax.rem(strip, self.shape.spans) * self.shape.span
+        return _rem(strip, self.shape.spans) * self.shape.span
 
     def _strip_rows(self, strip: Any) -> Any:
-        return pl.ds(pl.multiple_of(strip * self.shape.span, self.shape.span), self.shape.span)
+        return pl.ds(_multiple(strip, self.shape.span), self.shape.span)
 
     def _part_rows(self, part: Any) -> Any:
-        return pl.ds(pl.multiple_of(part * self.shape.rows, self.shape.span), self.shape.rows)
+        return pl.ds(_multiple(part, self.shape.rows), self.shape.rows)
 
     def _positions(self, strip: Any, stride: int, columns: int, column: int) -> Any:
         """A strip's rows where every position has ``stride`` of them, ``columns`` to a head."""
@@ -369,8 +381,8 @@ class Prefill:
 
     def run_items(self, refs: Refs, first: Any, end: Any) -> None:
         """All items of one core, one after the other."""
-        refs.stream.begin(first, end)
         pl.when(first < end)(functools.partial(self._copy_queries, refs, first, first, "start"))
+        refs.stream.begin(first, end)
         jax.lax.fori_loop(first, end, lambda item, slot: self._run_item(refs, item, first, end, slot), jnp.int32(0))
         self._copy_results(refs, end - 1, first, "wait")
 
@@ -412,9 +424,46 @@ class Prefill:
                 getattr(copy, verb)()
 
 
-def _unrolled(parts: int) -> int:
+def _stride(rows: int) -> int:
+    """At least so many rows, in whole tiles of 8 and an odd number of these: a stride of an even number makes all
+    rows of a register come from a few banks of memory, one after the other."""
+    return (-(-rows // 8) | 1) * 8
+
+
+def _unrolled(parts: int, most: int) -> int:
     """Parts in one line of code: an even number, so that the two places of scores take turns, or all of them."""
-    return max([n for n in range(2, _MOST_UNROLLED + 1, 2) if parts % n == 0], default=parts)
+    return max([n for n in range(2, most + 1, 2) if parts % n == 0], default=parts)
+
+
+def _unrolled_loop(count: int, most: int, act: Callable[[Any], None]) -> None:
+    """``act`` on every number below ``count``, up to ``most`` in one line of code."""
+    step = max(n for n in range(1, most + 1) if count % n == 0)
+
+    def some(turn):
+        for i in range(step):
+            act(turn * step + i)
+
+    _loop(count // step, some)
+
+
+def _loop(count: int, act: Callable[[Any], None]) -> None:
+    """``act`` on every number below ``count``; where that is only 0, on a number that is known beforehand."""
+    if count == 1:
+        act(0)
+    else:
+        jax.lax.fori_loop(0, count, lambda i, _: act(i), None)
+
+
+def _div(a: Any, b: int) -> Any:
+    return a // b if isinstance(a, int) else jax.lax.div(a, b)
+
+
+def _rem(a: Any, b: int) -> Any:
+    return a % b if isinstance(a, int) else jax.lax.rem(a, b)
+
+
+def _multiple(number: Any, of: int) -> Any:
+    return number * of if isinstance(number, int) else pl.multiple_of(number * of, of)
 
 
 def _choose(condition: Any, yes: Block, no: Block) -> Block:

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 from paged.spec import AttentionState, PageLayout, Pages
 
 from ..program import Program
+from ..softmax import Running
 from .chips import Chip
 from .launch import padded_bytes
-from .prefill import LANES, Body, Prefill, Refs, Strides, Tile
+from .prefill import LANES, LOG2E, MOST_UNROLLED, Body, Prefill, Refs, Strides, Tile
 from .stream import Stream
 from .terms import split_terms
 from .tiles import TileShape
@@ -70,7 +71,7 @@ class PrefillLaunch:
         """Results of the work's rows as the kernel writes them, f32[tokens * out_stride, lanes]; in other rows those of
         ``results``, if given, which are overwritten in place, or anything."""
         kernel = Prefill(tuple(self._tile(shape) for shape in self.shapes()))
-        arrays, scales = self._arrays(kernel.tiles[-1].bodies[-1]), self._head_scales(pages)
+        arrays, scales = self._arrays(kernel.tiles[-1].bodies[-1]), self._head_scales(pages)[:1]
         pools: Any = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
         scalars, operands = tuple(work), (*scales, *arrays, rows, *pools)
         in_memory = [pltpu.SMEM] * (len(scales) + len(arrays)) + [pltpu.HBM] * (1 + len(pools))
@@ -100,13 +101,19 @@ class PrefillLaunch:
         )(*scalars, *operands)
         return out
 
-    def state_of(self, results: Float[Array, "rows lanes"]) -> AttentionState:
+    def state_of(self, results: Float[Array, "rows lanes"], pages: Pages) -> AttentionState:
         """The state in results as the kernel writes them."""
         strides, views, heads = self.strides, self.views, self.program.num_q_heads
         x = results.reshape(-1, strides.out, LANES)
-        out = x[:, : strides.first_lse].reshape(-1, heads, strides.out_columns * LANES)[..., views.value_lanes]
-        lse = x[:, strides.first_lse : strides.first_lse - (-heads // LANES)].reshape(x.shape[0], -1)
-        return AttentionState(out, lse[:, :heads])
+        values = x[:, : strides.first_of(0)].reshape(-1, heads, strides.out_columns * LANES)[..., views.value_lanes]
+        total, top = (
+            x[:, strides.first_of(which) : strides.first_of(which + 1)].reshape(x.shape[0], -1)[:, :heads, None]
+            for which in (0, 1)
+        )
+        out, lse = Running(top / LOG2E, total, values).finish()
+        for v_scale in self._head_scales(pages)[1:]:
+            out = out * jnp.repeat(v_scale, self.program.group)[:, None]
+        return AttentionState(out, lse[..., 0])
 
     def _kernel(self, prefill: Prefill, num_scales: int, num_arrays: int, num_pools: int, has_results: bool) -> Any:
         def kernel(*refs: Any) -> None:
@@ -120,11 +127,11 @@ class PrefillLaunch:
             scales, arrays, (q,), pools = (take(n) for n in (num_scales, num_arrays, 1, num_pools))
             take(has_results)
             (out,), buffers, (arrived, cursor, is_clean) = take(1), take(num_pools), take(3)
-            own = take(12)
+            own = take(13)
             token_scales, apart = (take(flag)[0] if flag else None for flag in (self._scales_tokens, self._is_apart))
-            k_scale, v_scale = scales or (None, None)
+            (k_scale,) = scales or (None,)
             stream = Stream(work, Transfers(self.layout, pools, buffers, arrived), cursor, is_clean)
-            bound = Refs(stream, k_scale, v_scale, arrays, q, out, *own, token_scales, apart)
+            bound = Refs(stream, k_scale, arrays, q, out, *own, token_scales, apart)
             core = pl.program_id(0)
             prefill.run_items(bound, work.bounds[core], work.bounds[core + 1])
 
@@ -137,7 +144,8 @@ class PrefillLaunch:
             scores = split_terms(self.program, shape.rows, views.columns)
             mask = split_terms(self.program, mask_rows, views.columns)
             bodies.append(Body(views, scores, mask, mask_rows, bool(self.program.score_ops)))
-        return Tile(shape, self.strides, tuple(bodies), self.program.scale)
+        unrolled = MOST_UNROLLED if shape.positions == self.positions else MOST_UNROLLED // 4
+        return Tile(shape, self.strides, tuple(bodies), self.program.scale, unrolled)
 
     def _arrays(self, body: Body) -> tuple[Array, ...]:
         """What the terms need, for every query head."""
@@ -177,6 +185,7 @@ class PrefillLaunch:
             pltpu.VMEM((2, rows, keys), f32),
             pltpu.VMEM((2, rows, LANES), f32),
             pltpu.VMEM((self.positions, keys), jnp.int32),
+            pltpu.VMEM((strides.first_of(2) - strides.first_of(0), self.positions, LANES), f32),
             pltpu.VMEM((2, 8, keys), jnp.int32),
         ]
         if self._scales_tokens:

@@ -152,7 +152,7 @@ def _prefill(
         work = visited.work(some, entries, splits=1, pages_per_block=schedule.pages_per_block, cores=schedule.cores)
         before = results.get(entries.start)
         results[entries.start] = launch(work, rows, pages, before)
-    states = [launch.state_of(x) for x in results.values()]
+    states = [launch.state_of(x, pages) for x in results.values()]
     return functools.reduce(merge, states)
 
 
