@@ -140,7 +140,7 @@ class PrefillLaunch:
     def _tile(self, shape: TileShape) -> Tile:
         mask_rows = min(_MASK_ROWS, shape.positions)
         bodies = []
-        for views in self.views.parts():
+        for views in (part for part in self.views.parts() if part.columns % LANES == 0):
             scores = split_terms(self.program, shape.rows, views.columns)
             mask = split_terms(self.program, mask_rows, views.columns)
             bodies.append(Body(views, scores, mask, mask_rows, bool(self.program.score_ops)))
