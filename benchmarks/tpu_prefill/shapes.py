@@ -1,6 +1,7 @@
 """The batches to attend over: heads, rows and lengths of each sequence, and what a perfect kernel would have to do."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class Shape:
         return sum(end - first // self.page_size for first, end in zip(firsts, self._page_counts(), strict=True))
 
 
-_HEADS = {  # name: (query heads, KV heads, head_dim), terms
+_HEADS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {  # (query heads, KV heads, head_dim), terms
     "llama": ((32, 8, 128), {}),  # Llama 3 8B, and Qwen 3 8B
     "llama70b": ((64, 8, 128), {}),
     "qwen14b": ((40, 8, 128), {}),  # Qwen 3 14B: a group of 5
@@ -121,8 +122,9 @@ def _scattered() -> tuple[tuple[int, int], ...]:
 
 
 def _chunk(model: str, rows: int, page_size: int) -> Shape:
-    heads, terms = _HEADS[model]
-    return Shape(f"{model}-{rows}-p{page_size}", *heads, page_size, ((rows, _CONTEXT),), **terms)
+    (q_heads, kv_heads, head_dim), terms = _HEADS[model]
+    name = f"{model}-{rows}-p{page_size}"
+    return Shape(name, q_heads, kv_heads, head_dim, page_size, ((rows, _CONTEXT),), **terms)
 
 
 _MIXED_PARTS = ("mixed-decode-p16", "mixed-chunks-p16")
