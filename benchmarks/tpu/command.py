@@ -78,9 +78,9 @@ def rows_of(row: type[RowT], paths: Iterable[pathlib.Path]) -> list[RowT]:
 
 def described(rows: Iterable[Row]) -> str:
     """What compiled the rows."""
-    versions = _versions(rows)
-    known = [f"{name} {versions[name]}" for name in ("jax", "libtpu") if versions.get(name)]
-    return f"compiled by {', '.join(known)}, no TPU" if known else "nothing compiled"
+    compiled = [row.versions for row in rows if row.versions and not row.error]
+    each = [", ".join(f"{name} {known[name]}" for name in ("jax", "libtpu") if known.get(name)) for known in compiled]
+    return f"compiled by {' and by '.join(dict.fromkeys(each))}, no TPU" if each else "nothing compiled"
 
 
 def _versions(rows: Iterable[Row]) -> dict[str, Any]:
