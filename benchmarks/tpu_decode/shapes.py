@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 
-ITEM_BYTES = 2  # bfloat16 everywhere
+from benchmarks.tpu import pages
+
+ITEM_BYTES = pages.ITEM_BYTES
 _TABLE_MULTIPLE = 16  # JAX's paged_attention wants tables a multiple of its pages a block
-_POOL_BYTES = 512 << 20  # a smaller pool may be placed in VMEM by XLA, where reading it costs nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Shape:
     @property
     def pool_pages(self) -> int:
         """Pages of the pool: those of the batch, or more, so that the pool stays in HBM."""
-        return max(sum(-(-n // self.page_size) for n in self.lengths), _POOL_BYTES // self.page_bytes)
+        return pages.pool_pages(self._page_counts(), self.page_bytes)
 
     @property
     def visible_tokens(self) -> int:
@@ -52,22 +53,19 @@ class Shape:
     @property
     def visible_bytes(self) -> int:
         """Bytes of the pages that hold a visible token: what a perfect kernel reads."""
-        return sum(len(pages) for pages in self.visible_pages()) * self.page_bytes
+        return sum(len(part) for part in self.visible_pages()) * self.page_bytes
 
     def tables(self) -> np.ndarray:
         """i32[seqs, pages_per_seq], the pages shuffled over the pool; entries that nobody needs are 0."""
-        counts = [-(-n // self.page_size) for n in self.lengths]
-        ids = np.random.default_rng(0).permutation(self.pool_pages)[: sum(counts)]
-        tables = np.zeros((self.num_seqs, self.pages_per_seq), np.int32)
-        for row, part in enumerate(np.split(ids, np.cumsum(counts)[:-1])):
-            tables[row, : len(part)] = part
-        return tables
+        return pages.tables(self._page_counts(), self.pages_per_seq, self.pool_pages)
 
     def visible_pages(self) -> list[np.ndarray]:
         """Each sequence's pages that hold a visible token, in order."""
         firsts = [0 if self.window is None else max(0, n - self.window) // self.page_size for n in self.lengths]
-        ends = [-(-n // self.page_size) for n in self.lengths]
-        return [row[first:end] for row, first, end in zip(self.tables(), firsts, ends, strict=True)]
+        return [row[first:end] for row, first, end in zip(self.tables(), firsts, self._page_counts(), strict=True)]
+
+    def _page_counts(self) -> list[int]:
+        return [-(-n // self.page_size) for n in self.lengths]
 
 
 def _short_lengths() -> tuple[int, ...]:

@@ -2,11 +2,11 @@
 
 import itertools
 
-from .candidates import CEILING, PAGED
-from .measure import Row
-from .shapes import SHAPES, describe
+from benchmarks.tpu.markdown import MISSING, escaped, head, line, percent, span
 
-_MISSING = "-"
+from .candidates import CEILING, PAGED
+from .row import Row
+from .shapes import SHAPES, describe
 
 
 def tables(rows: list[Row]) -> str:
@@ -22,24 +22,23 @@ def _summary(rows: list[Row], shapes: list[str]) -> str:
         "",
         "Share of HBM bandwidth, and in brackets of the ceiling; bundles issued a KV token over all heads.",
         "",
-        _line(["shape", "candidate", *generations, "bundles a token"]),
-        "|---" * (len(generations) + 3) + "|",
+        *head(["shape", "candidate", *generations, "bundles a token"]),
     ]
     for shape in shapes:
         mine = [row for row in rows if row.shape == shape]
         for candidate in dict.fromkeys(row.candidate for row in mine):
             by_generation = {row.generation: row for row in mine if row.candidate == candidate}
             shares = [_both_shares(by_generation.get(generation), mine) for generation in generations]
-            lines.append(_line([shape, candidate, *shares, _range([_bundles(r) for r in by_generation.values()])]))
+            lines.append(line([shape, candidate, *shares, span([_bundles(r) for r in by_generation.values()])]))
         against = [_against_peers(mine, generation) for generation in generations]
-        if any(text != _MISSING for text in against):
-            lines.append(_line([shape, "best peer's cycles over paged's", *against, ""]))
+        if any(text != MISSING for text in against):
+            lines.append(line([shape, "best peer's cycles over paged's", *against, ""]))
     return "\n".join(lines)
 
 
 def _details(rows: list[Row]) -> str:
     shape = SHAPES[rows[0].shape]
-    head = [
+    columns = [
         "candidate",
         "generation",
         "share of HBM",
@@ -54,24 +53,24 @@ def _details(rows: list[Row]) -> str:
         "transfers",
         "XLA operations beside",
     ]
-    lines = [f"## {shape.name}: {describe(shape)} (*modelled*)", "", _line(head), "|---" * len(head) + "|"]
+    lines = [f"## {shape.name}: {describe(shape)} (*modelled*)", "", *head(columns)]
     for (candidate, error), group in itertools.groupby(rows, lambda row: (row.candidate, row.error)):
         if error:
             generations = ", ".join(row.generation for row in group)
-            lines.append(_line([candidate, generations, _escaped(error), *[""] * (len(head) - 3)]))
+            lines.append(line([candidate, generations, escaped(error), *[""] * (len(columns) - 3)]))
         else:
-            lines += [_line(_figures(row, rows, shape.num_seqs)) for row in group]
+            lines += [line(_figures(row, rows, shape.num_seqs)) for row in group]
     return "\n".join(lines)
 
 
 def _figures(row: Row, rows: list[Row], num_seqs: int) -> list[str]:
     cycles, needed = row.cycles / num_seqs, row.needed_cycles / num_seqs
-    name = f"{row.candidate} ({_escaped(row.note)})" if row.note else row.candidate
+    name = f"{row.candidate} ({escaped(row.note)})" if row.note else row.candidate
     return [
         name,
         row.generation,
-        _percent(_share(row)),
-        _percent(_share_of_ceiling(row, rows)),
+        percent(_share(row)),
+        percent(_share_of_ceiling(row, rows)),
         f"{_bundles(row):.2f}",
         f"{row.read_bytes / row.visible_bytes:.2f}",
         f"{cycles:.0f} / {needed:.0f} = {row.cycles / row.needed_cycles:.2f}x",
@@ -97,38 +96,19 @@ def _share_of_ceiling(row: Row | None, rows: list[Row]) -> float | None:
 
 def _both_shares(row: Row | None, rows: list[Row]) -> str:
     if row is None:
-        return _MISSING
+        return MISSING
     if row.error:
         return "error"
     share, of_ceiling = _share(row), _share_of_ceiling(row, rows)
-    return (
-        _percent(share) if row.candidate == CEILING or of_ceiling is None else f"{_percent(share)} ({of_ceiling:.2f})"
-    )
+    return percent(share) if row.candidate == CEILING or of_ceiling is None else f"{percent(share)} ({of_ceiling:.2f})"
 
 
 def _against_peers(rows: list[Row], generation: str) -> str:
     mine = [row for row in rows if row.generation == generation and not row.error]
     ours = [row.cycles for row in mine if row.candidate == PAGED]
     peers = [row.cycles for row in mine if row.candidate not in (PAGED, CEILING)]
-    return f"{min(peers) / ours[0]:.2f}" if ours and peers else _MISSING
+    return f"{min(peers) / ours[0]:.2f}" if ours and peers else MISSING
 
 
 def _bundles(row: Row) -> float | None:
     return None if row.error else row.bundles / row.tokens
-
-
-def _range(values: list[float | None]) -> str:
-    known = [f"{value:.1f}" for value in sorted(v for v in values if v is not None)]
-    return _MISSING if not known else known[0] if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
-
-
-def _percent(share: float | None) -> str:
-    return _MISSING if share is None else f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _line(cells: list[str]) -> str:
-    return " | ".join(cells).join(("| ", " |"))

@@ -1,0 +1,15 @@
+"""What the benchmarks of TPU kernels share: compile with the real TPU compiler, model without a TPU, print."""
+
+from .command import GENERATIONS as GENERATIONS
+from .command import described as described
+from .command import measured as measured
+from .command import parser as parser
+from .command import prepare as prepare
+from .command import rows_of as rows_of
+from .command import write as write
+from .measure import measure as measure
+from .model import BUILD as BUILD
+from .model import model as model
+from .model import print_row as print_row
+from .model import tool as tool
+from .row import Row as Row

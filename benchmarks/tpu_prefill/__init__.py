@@ -1,0 +1,1 @@
+"""Prefill and ragged batches on TPUs, modelled without one: `python -m benchmarks.tpu_prefill`."""
