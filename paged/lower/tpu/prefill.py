@@ -138,21 +138,17 @@ class Tile:
         """Queries of each head together, and the state of no key at all."""
         shape, lanes = self.shape, refs.queries.shape[1]
 
-        def gather(strip):
+        def begin(strip):
             rows = self._strip_rows(strip)
             for column in range(self.strides.q_columns):
                 x = refs.q_buffer[place, self._positions(strip, self.strides.q, self.strides.q_columns, column)]
                 width = min(LANES, lanes - column * LANES)
                 refs.queries[rows, pl.ds(column * LANES, width)] = x[:, :width].astype(refs.queries.dtype)
+            refs.top[rows] = jnp.full((shape.span, LANES), -jnp.inf)
+            refs.total[rows] = jnp.zeros((shape.span, LANES))
+            refs.values[rows] = jnp.zeros((shape.span, refs.values.shape[1]))
 
-        def empty(part):
-            rows = self._part_rows(part)
-            refs.top[rows] = jnp.full((shape.rows, LANES), -jnp.inf)
-            refs.total[rows] = jnp.zeros((shape.rows, LANES))
-            refs.values[rows] = jnp.zeros((shape.rows, refs.values.shape[1]))
-
-        _unrolled_loop(shape.strips, 4, gather)
-        _unrolled_loop(shape.parts, 2, empty)
+        _unrolled_loop(shape.strips, 4, begin)
 
     def _over_blocks(self, refs: Refs, item: Any, end: Any, slot: Any) -> Any:
         """Fold the item's blocks: those visible in full, and then the others."""
@@ -165,7 +161,7 @@ class Tile:
             return Block(slot, jax.lax.rem(i, 2), begin + i * size)
 
         def whole_block(i, slot):
-            stream.fetch_next(end, stream.before(slot))
+            fetch = self._fetch(stream, end, stream.before(slot))
             here, there, is_last = block(i, slot), block(i + 1, stream.after(slot)), i + 1 == whole
 
             @pl.when(jnp.logical_not(is_last))
@@ -174,7 +170,7 @@ class Tile:
                 self._prepare(refs, whole_body, item, there, size, is_masked=False)
 
             # After the last block there is nothing to go on to; its own first scores again are as good as any.
-            self._fold(refs, whole_body, item, here, _choose(is_last, here, there), is_masked=False)
+            self._fold(refs, whole_body, item, here, _choose(is_last, here, there), is_masked=False, beside=fetch)
             return stream.after(slot)
 
         def other_block(i, slot):
@@ -196,13 +192,20 @@ class Tile:
         slot = jax.lax.fori_loop(0, whole, whole_block, slot)
         return jax.lax.fori_loop(whole, total, other_block, slot)
 
+    def _fetch(self, stream: Stream, end: Any, slot: Any) -> Callable[[int], None] | None:
+        """Fetch the next block into ``slot``: by calls of the result beside every part, if all are in one line of code,
+        and else at once."""
+        if _unrolled(self.shape.parts, self.most_unrolled) == self.shape.parts:
+            return stream.fetch_beside(end, slot, self.shape.parts)
+        return stream.fetch_next(end, slot)
+
     def _masked_block(self, refs: Refs, body: Body, item: Any, here: Block, pages: Any) -> None:
         self._prepare(refs, body, item, here, pages, is_masked=True)
         self._mask(refs, body, item, here)
         self._score(refs, body, item, here, 0, 0, is_masked=True)
         self._fold(refs, body, item, here, here, is_masked=True)
 
-    def _fold(self, refs: Refs, body: Body, item: Any, here: Block, after: Block, is_masked: bool) -> None:
+    def _fold(self, refs: Refs, body: Body, item: Any, here: Block, after: Block, is_masked: bool, beside: Callable[[int], None] | None = None) -> None:
         """All parts over one block, the first of which has its scores; ``after`` is the block whose first part's scores
         are computed at the end."""
         parts = self.shape.parts
@@ -223,6 +226,8 @@ class Tile:
                 # Where both stages are in one place, the new scores take that of the old ones.
                 for stage in (score, weigh) if place != next_place else (weigh, score):
                     stage()
+                if beside is not None:
+                    beside(step)
 
         _loop(parts // unrolled, some)
 
@@ -341,7 +346,7 @@ class Tile:
                     is_own = lane == _rem(head, LANES)
                     refs.sums[register, at] = jnp.where(is_own, x[rows], refs.sums[register, at])
 
-        _unrolled_loop(shape.parts, 4, store)
+        _unrolled_loop(shape.parts, 8, store)
         for register in range(2 * registers):
             for first in range(0, shape.positions, shape.span):
                 at = pl.ds(first * strides.out + strides.first_of(0) + register, shape.span, stride=strides.out)

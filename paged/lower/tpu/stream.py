@@ -92,6 +92,28 @@ class Stream:
 
         return fetch
 
+    def fetch_beside(self, end: Any, slot: Any, parts: int) -> Callable[[int], None]:
+        """`fetch_next` in parts, by calls of the result with 0 to ``parts - 1``, in order: for straight lines of code,
+        where whether there is a page to fetch must not be a branch."""
+        block = self.pages_per_block
+        item, i = self.cursor[0], self.cursor[1]
+        is_more = item < end
+        one = jnp.minimum(item, end - 1)
+        base = self.work.begin[one] + i * block
+        pages = jnp.where(is_more, self.work.count[one] - i * block, 0)
+
+        def fetch(part):
+            for at in range(part * block // parts, (part + 1) * block // parts):
+
+                @pl.when(at < pages)
+                def _(at=at):
+                    self.transfers.start(self.work.page[base + at], slot, at)
+
+            if part == parts - 1:
+                pl.when(is_more)(lambda: self.move_cursor(item, i))
+
+        return fetch
+
     def move_cursor(self, item: Any, fetched: Any) -> None:
         """To the block after block ``fetched`` of ``item``."""
         is_last = (fetched + 1) * self.pages_per_block >= self.work.count[item]
