@@ -99,11 +99,11 @@ def _one_semaphore(original):
 
 
 def _one_too_long(original):
-    def attend_block(self, refs, *args, **kwargs):
+    def attend(self, refs, *args, **kwargs):
         work = refs.work._replace(length=_Shifted(refs.work.length, 1))
         return original(self, refs._replace(work=work), *args, **kwargs)
 
-    return attend_block
+    return attend
 
 
 def _all_clean(original):
@@ -173,7 +173,7 @@ BUGS = {
         _all_of(*(_method(Transfers, name, _one_semaphore) for name in ("start", "wait"))), "late, one a block", "nan",
     ),
     "results from the wrong place": (_method(Decode, "_copy_results", _wrong_place), "late", "race"),
-    "j <= length": (_method(Decode, "_attend_block", _one_too_long), "late", "nan"),
+    "j <= length": (_method(Decode, "_attend", _one_too_long), "late", "nan"),
     "values past the length not silenced": (_method(Transfers, "silence", _nothing), "late", "nan"),
     "values of empty places not silenced": (_method(Stream, "silence", _all_clean), "late", "nan"),
     "a page too few": (_method(Visited, "of", _page_too_few), "late", "wrong"),
