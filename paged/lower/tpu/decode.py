@@ -101,7 +101,8 @@ class Decode:
             )
             return item + jnp.where(are_short, ITEMS_AT_ONCE, 1), slot
 
-        if self._body_together is None or refs.stream.buffers < ITEMS_AT_ONCE:
+        # While some are worked on, as many more must be on their way.
+        if self._body_together is None or refs.stream.buffers < 2 * ITEMS_AT_ONCE:
             run = functools.partial(self.run_item, refs, first=first, end=end)
             jax.lax.fori_loop(first, end, lambda item, slot: run(item, slot=slot), jnp.int32(0))
         else:

@@ -12,6 +12,7 @@ from ..call import Call
 from ..program import Program
 from ..schedule import Schedule
 from .chips import Chip
+from .decode import ITEMS_AT_ONCE
 from .launch import Launch
 from .views import Views
 
@@ -51,6 +52,8 @@ def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | 
     pages = max(1, min(tokens // layout.page_size, _round_up(seen, layout.page_size)))
     splits = 1 if chip.cores == 1 else max(1, min(seen // (2 * pages), -(-2 * chip.cores // call.slots)))
     buffers = 2 + -(-_IN_FLIGHT // (pages * layout.bytes_per_page))
+    # Short sequences are worked on some at once, while as many more are on their way.
+    buffers = max(buffers, 2 * ITEMS_AT_ONCE) if seen <= pages else buffers
     schedule = Schedule(
         lowering=name,
         pages_per_block=pages,
