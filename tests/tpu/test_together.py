@@ -97,3 +97,14 @@ def test_short_sequences_get_buffers_for_items_together(pages_per_seq):
     program = interpreted(case.replace(phase="decode")).program
     schedule = plan_schedule("tpu-decode", program, case.layout, call, CHIPS["tpu7x"])
     assert schedule.pages_per_block == 32 and schedule.buffers == (4 if pages_per_seq == 19 else 3)
+
+
+def test_items_together_may_take_a_shorter_body_than_a_block(monkeypatch):
+    """Blocks of four pages, of which the first two are as much as two items' scores may be: three pages go alone."""
+    monkeypatch.setattr(decode, "_SCORES_TOGETHER", 2 * 16 * 128)
+    together = _counted(monkeypatch, "_run_together")
+    case = CASE.replace(spec=AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64), sink_shape=None, page_size=64)
+    attend = interpreted(case, SCHEDULE.replace(pages_per_block=4))
+    for corner in ("exact pages", "mixed"):
+        assert_equals_reference(attend, build(case.replace(corner=corner)))
+    assert together
