@@ -56,6 +56,14 @@ class Running(NamedTuple):
         total = decay * self.total + jnp.sum(weights, axis=-1, keepdims=True)
         return Running(top, total, decay * self.values), weights
 
+    @classmethod
+    def first(cls, s: Float[Array, "*heads rows keys"], dim: int) -> tuple["Running", Float[Array, "*heads rows keys"]]:
+        """`weigh` for the first block, with less to compute: nothing decays."""
+        top = jnp.max(s, axis=-1, keepdims=True)
+        weights = jnp.exp(s - jnp.where(top == -jnp.inf, 0.0, top))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return cls(top, total, jnp.zeros((*s.shape[:-1], dim))), weights
+
     def add(
         self,
         weights: Float[Array, "*heads rows keys"],

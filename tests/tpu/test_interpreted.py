@@ -53,7 +53,7 @@ FACTORS = {
     "rows": (1, 2, 3),
     "kv_splits": (1, 2, 3),
     "pages_per_block": (1, 2, 3),
-    "buffers": (2, 3),
+    "buffers": (2, 4),
     "sequence": ("inline", "grid"),
     "cores": (1, 2),
     "mode": MODES,

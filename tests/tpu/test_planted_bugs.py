@@ -44,6 +44,8 @@ SUITE = {
         _schedule(1, kv_splits=2, sequence="grid"),
         "eager",
     ),
+    "together": (Case(spec=_FULL, page_size=8, phase="decode", corner="one token"), _schedule(4, 4), "on_wait"),
+    "together, one empty": (Case(spec=_FULL, page_size=8, phase="decode"), _schedule(4, 4), "on_wait"),
 }  # fmt: skip
 
 
@@ -52,6 +54,10 @@ class _Shifted:
 
     def __init__(self, ref, by):
         self.ref, self.by = ref, by
+
+    @property
+    def shape(self):
+        return self.ref.shape
 
     def __getitem__(self, index):
         return self.ref[index] + self.by
@@ -99,11 +105,26 @@ def _one_semaphore(original):
 
 
 def _one_too_long(original):
-    def attend_block(self, refs, *args, **kwargs):
+    def attend(self, refs, *args, **kwargs):
         work = refs.work._replace(length=_Shifted(refs.work.length, 1))
         return original(self, refs._replace(work=work), *args, **kwargs)
 
-    return attend_block
+    return attend
+
+
+def _one_slot(original):
+    def attend(self, refs, blocks, *args, **kwargs):
+        return original(self, refs, [block._replace(slot=blocks[0].slot) for block in blocks], *args, **kwargs)
+
+    return attend
+
+
+def _none_empty(original):
+    def are_short(self, refs, *args):
+        work = refs.work._replace(count=_Shifted(refs.work.count, 1))
+        return original(self, refs._replace(work=work), *args)
+
+    return are_short
 
 
 def _all_clean(original):
@@ -173,7 +194,7 @@ BUGS = {
         _all_of(*(_method(Transfers, name, _one_semaphore) for name in ("start", "wait"))), "late, one a block", "nan",
     ),
     "results from the wrong place": (_method(Decode, "_copy_results", _wrong_place), "late", "race"),
-    "j <= length": (_method(Decode, "_attend_block", _one_too_long), "late", "nan"),
+    "j <= length": (_method(Decode, "_attend", _one_too_long), "late", "nan"),
     "values past the length not silenced": (_method(Transfers, "silence", _nothing), "late", "nan"),
     "values of empty places not silenced": (_method(Stream, "silence", _all_clean), "late", "nan"),
     "a page too few": (_method(Visited, "of", _page_too_few), "late", "wrong"),
@@ -187,6 +208,15 @@ BUGS = {
         _method(Stream, "move_cursor", lambda move: lambda self, item, at: move(self, item, at + 1)),
         "late",
         "exception",
+    ),
+    "one slot for items together": (_method(Decode, "_attend", _one_slot), "together", "wrong"),
+    "an item past the end together with the last": (
+        _method(Decode, "_are_short", lambda short: lambda self, refs, item, end: short(self, refs, item, end + 1)),
+        "together",
+        "exception",
+    ),
+    "an empty item together with another": (
+        _method(Decode, "_are_short", _none_empty), "together, one empty", "exception",
     ),
     "tail of a split lost": (_method(Visited, "work", _tail_lost), "split", "wrong"),
     "scale of keys for values": (

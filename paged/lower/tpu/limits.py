@@ -82,7 +82,8 @@ def refuses_prefill(program: Program, layout: PageLayout, call: Call, chip: Chip
     if prefill_launch_of(program, layout, call, smallest, chip).vmem_bytes > vmem_budget(chip):
         return (
             f"{smallest.query_rows} query rows of {program.num_q_heads} heads, with two blocks of "
-            f"{smallest.pages_per_block} pages, do not fit the {chip.generation} chip's vector memory: use smaller pages"
+            f"{smallest.pages_per_block} pages, do not fit the {chip.generation} chip's vector memory: use smaller "
+            "pages"
         )
     return None
 

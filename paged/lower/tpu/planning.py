@@ -1,5 +1,6 @@
 """The schedule that a chip would be given: from its memory, the bytes of a page, and how much of a sequence is seen."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..call import Call
 from ..program import Program
 from ..schedule import Schedule
 from .chips import Chip
+from .decode import ITEMS_AT_ONCE
 from .launch import Launch
 from .prefill_launch import PrefillLaunch
 from .views import Views
@@ -27,6 +29,8 @@ _SCORES = 2**17
 _TILE_ROWS = 4096
 # Bytes on their way that keep HBM busy for its latency: tpu7x needs most, 1675 bytes a cycle for 640 cycles.
 _IN_FLIGHT = 2**20
+# Columns of a block up to which heads go in pairs; with more, a head's own keys fill a product's width (modelled).
+_PAIRED_COLUMNS = 256
 _MOST_BUFFERS = 8
 # The share of vector memory that buffers may take; the compiler needs the rest for what it spills.
 _BUFFER_SHARE = 0.6
@@ -45,13 +49,15 @@ def launch_of(
 def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | None, chip: Chip) -> Schedule:
     """The heuristic. Blocks are as long as most sequences are seen, up to `_TOKENS`, and shorter where memory ends."""
     call = call or COMMON
-    rows = _views(program, layout, call, 1)
+    rows = dataclasses.replace(_views(program, layout, call, 1), is_paired=False)
     per_token = rows.tile_rows * rows.columns_per_token
     tokens = min(_TOKENS, max(128, _SCORES // per_token))
     seen = most_pages_seen(program, layout.page_size, call)
     pages = max(1, min(tokens // layout.page_size, _round_up(seen, layout.page_size)))
     splits = 1 if chip.cores == 1 else max(1, min(seen // (2 * pages), -(-2 * chip.cores // call.slots)))
     buffers = 2 + -(-_IN_FLIGHT // (pages * layout.bytes_per_page))
+    # Short sequences are worked on some at once, while as many more are on their way.
+    buffers = max(buffers, 2 * ITEMS_AT_ONCE) if seen <= pages else buffers
     schedule = Schedule(
         lowering=name,
         pages_per_block=pages,
@@ -147,7 +153,8 @@ def compute_dtype(layout: PageLayout, q_dtype: Any) -> Any:
 def _views(program: Program, layout: PageLayout, call: Call, pages_per_block: int) -> Views:
     group = -(-program.group // 8) * 8
     dtype = compute_dtype(layout, call.q_dtype)
-    return Views(layout, pages_per_block, call.query_rows or 1, group, dtype)
+    views = Views(layout, pages_per_block, call.query_rows or 1, group, dtype)
+    return dataclasses.replace(views, is_paired=views.can_pair and views.columns <= _PAIRED_COLUMNS)
 
 
 def _fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip) -> bool:

@@ -15,7 +15,9 @@ from ..program import Program
 from ..softmax import Running
 from .chips import Chip
 from .launch import padded_bytes
-from .prefill import LANES, LOG2E, MOST_UNROLLED, Body, Prefill, Refs, Strides, Tile
+from .prefill import Prefill
+from .prefill_refs import LANES, Body, Refs, Strides
+from .prefill_tile import LOG2E, MOST_UNROLLED, Tile
 from .stream import Stream
 from .terms import split_terms
 from .tiles import TileShape
@@ -131,7 +133,7 @@ class PrefillLaunch:
             token_scales, apart = (take(flag)[0] if flag else None for flag in (self._scales_tokens, self._is_apart))
             (k_scale,) = scales or (None,)
             stream = Stream(work, Transfers(self.layout, pools, buffers, arrived), cursor, is_clean)
-            bound = Refs(stream, k_scale, arrays, q, out, *own, token_scales, apart)
+            bound = Refs(stream, k_scale, arrays, q, out, *own, token_scales, apart)  # pyright: ignore
             core = pl.program_id(0)
             prefill.run_items(bound, work.bounds[core], work.bounds[core + 1])
 

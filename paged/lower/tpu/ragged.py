@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -63,8 +62,8 @@ class TpuRagged(Lowering):
         tiles = most_tiles(call.tokens, call.slots, schedule.query_rows)
         kernels = len(list(chunks((tiles, call.pages_per_seq), schedule, chip)))
         lines = [
-            f"at most {kernels} kernel(s) on {chip.generation} for at most {tiles} tiles of {schedule.query_rows} query "
-            f"rows, each with {schedule.buffers} buffers of {schedule.pages_per_block} pages, "
+            f"at most {kernels} kernel(s) on {chip.generation} for at most {tiles} tiles of {schedule.query_rows} "
+            f"query rows, each with {schedule.buffers} buffers of {schedule.pages_per_block} pages, "
             f"{launch.vmem_bytes / 2**20:.2f} of {chip.vmem_bytes / 2**20:.0f} MiB of vector memory",
         ]
         if call.query_rows is None:

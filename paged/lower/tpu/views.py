@@ -3,6 +3,8 @@
 In packed and split order every KV head has a tile of keys and one of values, and meets them with its own query rows.
 In joined order with both in one register, that tile is its keys as well as its values: queries are 0 at the lanes of
 values, and of the result only those lanes are read.
+Two such tiles may be *paired*, side by side: products then take twice the lanes at a time, which are 256 on some chips.
+Queries are 0 at the lanes of the other head, and of the result a row reads its own head's lanes.
 In interleaved order the heads of a token lie next to each other. With few query rows, to part them costs more than it
 saves: all query rows meet one tile of everything, and a row takes no notice of what is not a key of its own head.
 With many, a block is `set_apart`: laid out anew, so that every head's keys and values can be read by a stride.
@@ -30,14 +32,15 @@ _LANES = 128
 @dataclasses.dataclass(frozen=True)
 class Views:
     """The tiles of a block of ``pages_per_block`` pages. Query rows of a KV head come in ``rows`` of ``group`` heads,
-    padded from ``program.group``; ``compute_dtype`` is what products take. With ``is_apart`` interleaved heads are read
-    from where `set_apart` put them."""
+    padded from ``program.group``; ``compute_dtype`` is what products take. ``is_paired``: a tile serves two heads. With
+    ``is_apart`` interleaved heads are read from where `set_apart` put them."""
 
     layout: PageLayout
     pages_per_block: int
     rows: int
     group: int
     compute_dtype: Any
+    is_paired: bool = False
     is_apart: bool = False
 
     @property
@@ -48,7 +51,13 @@ class Views:
     @property
     def tiles(self) -> int:
         """Tiles a block."""
-        return 1 if self.is_shared else self.layout.num_kv_heads
+        return 1 if self.is_shared else self.layout.num_kv_heads // (2 if self.is_paired else 1)
+
+    @property
+    def can_pair(self) -> bool:
+        """Whether the heads come in pairs of tiles that fill whole registers, and nothing else is laid out by head."""
+        is_even, is_flat = self.layout.num_kv_heads % 2 == 0, self.layout.scales != "token"
+        return is_even and is_flat and not self.is_shared and self.key_lanes == self.result_lanes == _LANES
 
     @property
     def heads(self) -> int:
@@ -121,25 +130,45 @@ class Views:
 
     def queries(self, ref: Ref, tile: int) -> Float[Array, "tile_rows dim"]:
         """The rows that meet a tile, from ``[rows, kv_heads, group, dim]``."""
-        if self.rows == 1 and not self.is_shared:
+        if self.rows == 1 and self.heads == 1:
             return ref[0, tile].astype(self.compute_dtype)
-        q = ref[...] if self.is_shared else ref[:, tile]
-        return q.astype(jnp.float32).reshape(self.tile_rows, -1).astype(self.compute_dtype)
+        q = ref[:, self._heads_of(tile)].astype(jnp.float32).reshape(self.tile_rows, -1)
+        if self.is_paired:
+            head = self._head_of_row(q.shape)
+            q = jnp.concatenate([jnp.where(head == i, q, 0.0) for i in range(2)], axis=1)
+        return q.astype(self.compute_dtype)
 
     def store(self, ref: Ref, tile: int, x: Float[Array, "tile_rows dim"]) -> None:
         """Put a tile's rows where `queries` would find them."""
-        if self.is_shared:
-            ref[...] = x.reshape(ref.shape)
-        else:
-            ref[:, tile] = x.reshape(self.rows, self.group, -1)
+        ref[:, self._heads_of(tile)] = x.reshape(self.rows, self.heads, self.group, -1)
+
+    def own(self, x: Float[Array, "tile_rows dims"]) -> Float[Array, "tile_rows dim"]:
+        """Weighted values of a tile's heads, those of each row's own head."""
+        if not self.is_paired:
+            return x
+        first, second = x[:, :_LANES], x[:, _LANES:]
+        return jnp.where(self._head_of_row(first.shape) == 0, first, second)
+
+    def _heads_of(self, tile: int) -> slice:
+        return slice(tile * self.heads, (tile + 1) * self.heads)
+
+    def _head_of_row(self, shape: tuple[int, ...]) -> Int[Array, "tile_rows lanes"]:
+        """Which of its tile's heads each row is of."""
+        return jax.lax.rem(jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, shape, 0), self.group), self.heads)
 
     def keys(self, buffers: tuple[Ref, ...], slot: Any, tile: int) -> Array:
-        """A tile's keys ``[columns, head_dim]``."""
-        return self._flat(self._part(buffers, slot, tile, 0))
+        """A tile's keys ``[columns, head_dim]``, a pair's side by side."""
+        return self._side_by_side(buffers, slot, tile, 0)
 
     def values(self, buffers: tuple[Ref, ...], slot: Any, tile: int) -> Array:
         """A tile's values ``[columns, value_dim]``; in a shared tile the same array as its keys."""
-        return self._flat(self._part(buffers, slot, tile, 1))
+        return self._side_by_side(buffers, slot, tile, 1)
+
+    def _side_by_side(self, buffers: tuple[Ref, ...], slot: Any, tile: int, which: int) -> Array:
+        if not self.is_paired:
+            return self._flat(self._part(buffers, slot, tile, which))
+        heads = (2 * tile, 2 * tile + 1)
+        return jnp.concatenate([self._flat(self._part(buffers, slot, head, which)) for head in heads], axis=1)
 
     def _part(self, buffers: tuple[Ref, ...], slot: Any, tile: int, which: int) -> Array:
         pages = pl.ds(0, self.pages_per_block)
@@ -187,8 +216,7 @@ class Views:
             return None
         shape = (self.tile_rows, self.columns)
         column = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, shape, 1), self.columns_per_token)
-        row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        return column == 2 * jax.lax.rem(jax.lax.div(row, self.group), self.heads)
+        return column == 2 * self._head_of_row(shape)
 
     def align(self, weights: Float[Array, "tile_rows columns"]) -> Float[Array, "tile_rows columns"]:
         """Weights of keys, at the columns of their values."""
