@@ -108,14 +108,19 @@ def prefill_fits(program: Program, layout: PageLayout, call: Call, schedule: Sch
 
 def chunks(tables: tuple[int, ...], schedule: Schedule, chip: Chip) -> Iterator[tuple[slice, slice]]:
     """Sequences and table entries of each kernel, so that its lists fit scalar memory: usually one kernel for all."""
+    rows, entries = rows_and_entries((tables[0], tables[1]), schedule, chip)
+    for first_row in range(0, tables[0], rows):
+        for first_entry in range(0, tables[1], entries):
+            yield (
+                slice(first_row, min(first_row + rows, tables[0])),
+                slice(first_entry, min(first_entry + entries, tables[1])),
+            )
+
+
+def rows_and_entries(tables: tuple[int, int], schedule: Schedule, chip: Chip) -> tuple[int, int]:
+    """How many tables, and how many entries of each, one kernel can list in scalar memory."""
     seqs, width = tables
     budget = int(_SMEM_SHARE * chip.smem_bytes)
     per_item = _BYTES_AN_ITEM * schedule.kv_splits
     entries = max(1, min(width, (budget - per_item) // _BYTES_AN_ENTRY))
-    rows = max(1, min(seqs, budget // (entries * _BYTES_AN_ENTRY + per_item)))
-    for first_row in range(0, seqs, rows):
-        for first_entry in range(0, width, entries):
-            yield (
-                slice(first_row, min(first_row + rows, seqs)),
-                slice(first_entry, min(first_entry + entries, width)),
-            )
+    return max(1, min(seqs, budget // (entries * _BYTES_AN_ENTRY + per_item))), entries

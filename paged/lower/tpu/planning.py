@@ -16,6 +16,7 @@ from .chips import Chip
 from .decode import ITEMS_AT_ONCE
 from .launch import Launch
 from .prefill_launch import PrefillLaunch
+from .tiles import TileShape
 from .views import Views
 
 # A call of which nothing is known: a common decode step.
@@ -27,6 +28,8 @@ _TOKENS = 512
 _SCORES = 2**17
 # Query rows of a tile of many, all heads counted: enough parts for a straight line of code, of enough rows each.
 _TILE_ROWS = 4096
+# Rows of a part, at least: with half as many the kernel takes half as long again (modelled).
+_PART_ROWS = 192
 # Bytes on their way that keep HBM busy for its latency: tpu7x needs most, 1675 bytes a cycle for 640 cycles.
 _IN_FLIGHT = 2**20
 # Columns of a block up to which heads go in pairs; with more, a head's own keys fill a product's width (modelled).
@@ -89,7 +92,7 @@ def plan_prefill(name: str, program: Program, layout: PageLayout, call: Call | N
 
     A tile is never more than a sequence's rows, where that number is known."""
     call = call or COMMON
-    rows = max(16, min(512, 2 ** round(math.log2(_TILE_ROWS / program.num_q_heads))))
+    rows = _tile_positions(program)
     if call.query_rows is not None:
         rows = max(16, min(rows, 2 ** (call.query_rows - 1).bit_length()))
     step = 128 // math.gcd(layout.page_size, 128)
@@ -114,6 +117,16 @@ def plan_prefill(name: str, program: Program, layout: PageLayout, call: Call | N
         else:
             return schedule
     return schedule
+
+
+def _tile_positions(program: Program) -> int:
+    """Of the positions whose parts have rows enough, those that come nearest to `_TILE_ROWS`."""
+
+    def cost(positions):
+        shape = TileShape(positions, program.num_q_heads, program.group)
+        return shape.rows < _PART_ROWS, abs(math.log2(positions * program.num_q_heads / _TILE_ROWS))
+
+    return min((2**power for power in range(4, 10)), key=cost)
 
 
 def _round_up(pages: int, page_size: int) -> int:

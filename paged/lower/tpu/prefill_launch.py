@@ -81,7 +81,6 @@ class PrefillLaunch:
         if results is not None:
             aliases = {len(scalars) + len(operands): 0}
             operands, in_memory = (*operands, results), [*in_memory, pltpu.HBM]
-        tokens = rows.shape[0] // self.strides.q
         (out,) = pl.pallas_call(
             self._kernel(kernel, len(scales), len(arrays), len(pools), results is not None),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -91,7 +90,7 @@ class PrefillLaunch:
                 out_specs=[pl.BlockSpec(memory_space=pltpu.HBM)],
                 scratch_shapes=self._scratch(),
             ),
-            out_shape=[jax.ShapeDtypeStruct((tokens * self.strides.out, LANES), jnp.float32)],
+            out_shape=[jax.eval_shape(self.empty, rows)],
             input_output_aliases=aliases,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel",),
@@ -102,6 +101,10 @@ class PrefillLaunch:
             name="paged_prefill",
         )(*scalars, *operands)
         return out
+
+    def empty(self, rows: Array) -> Float[Array, "rows lanes"]:
+        """Results that nothing was written to."""
+        return jnp.zeros((rows.shape[0] // self.strides.q * self.strides.out, LANES), jnp.float32)
 
     def state_of(self, results: Float[Array, "rows lanes"], pages: Pages) -> AttentionState:
         """The state in results as the kernel writes them."""

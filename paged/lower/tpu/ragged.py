@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -17,12 +19,12 @@ from ..sequences import Sequences
 from ..xla import XLA_BLOCKS
 from .chips import Chip, this_chip
 from .gradient import state_with_gradient, update_with_gradient
-from .limits import chunks, prefill_fits, refuses_prefill, refuses_program
+from .limits import prefill_fits, refuses_prefill, refuses_program, rows_and_entries
 from .lowering import TpuDecode
 from .planning import plan_prefill, prefill_launch_of
 from .prefill_launch import PrefillLaunch
 from .tiles import QueryTiles, most_tiles
-from .work import Visited
+from .work import Visited, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,8 @@ class TpuRagged(Lowering):
         chip = self._chip
         launch = prefill_launch_of(program, layout, call, schedule, chip)
         tiles = most_tiles(call.tokens, call.slots, schedule.query_rows)
-        kernels = len(list(chunks((tiles, call.pages_per_seq), schedule, chip)))
+        some, entries = rows_and_entries((tiles, call.pages_per_seq), schedule, chip)
+        kernels = -(-tiles // some) * -(-call.pages_per_seq // entries)
         lines = [
             f"at most {kernels} kernel(s) on {chip.generation} for at most {tiles} tiles of {schedule.query_rows} "
             f"query rows, each with {schedule.buffers} buffers of {schedule.pages_per_block} pages, "
@@ -142,17 +145,35 @@ def _prefill(
     launch: PrefillLaunch, program: Program, schedule: Schedule, seqs: Sequences, q: Array, pages: Pages
 ) -> AttentionState:
     """The state of sequences' rows; in other rows anything."""
-    tokens, layout = q.shape[0], pages.layout
-    tiles = QueryTiles.cut(seqs, schedule.query_rows, most_tiles(tokens, seqs.starts.shape[0], schedule.query_rows))
+    layout, width = pages.layout, seqs.tables.shape[1]
+    most = most_tiles(q.shape[0], seqs.starts.shape[0], schedule.query_rows)
+    some, entries = rows_and_entries((most, width), schedule, launch.chip)
+    tiles = QueryTiles.cut(seqs, schedule.query_rows, -(-most // some) * some)
     visited = Visited.of(program, tiles, layout.page_size, pages.num_pages)
-    rows, results = launch.rows_of(q), {}
-    parts = list(chunks(visited.page.shape, schedule, launch.chip))
-    for some, entries in parts:
-        work = visited.work(some, entries, splits=1, pages_per_block=schedule.pages_per_block, cores=schedule.cores)
-        before = results.get(entries.start)
-        results[entries.start] = launch(work, rows, pages, before)
-    states = [launch.state_of(x, pages) for x in results.values()]
+    rows, states = launch.rows_of(q), []
+    for first in range(0, width, entries):
+        cut = functools.partial(_work, schedule, slice(first, min(first + entries, width)))
+        states.append(launch.state_of(_results(launch, cut, visited, some, rows, pages), pages))
     return functools.reduce(merge, states)
+
+
+def _work(schedule: Schedule, entries: slice, visited: Visited) -> Work:
+    cut = {"pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
+    return visited.work(slice(None), entries, splits=1, **cut)
+
+
+def _results(
+    launch: PrefillLaunch, cut: Callable[[Visited], Work], visited: Visited, some: int, rows: Array, pages: Pages
+) -> Array:
+    """Results of all tiles, by a kernel for every ``some`` of them that has any to do."""
+    if visited.page.shape[0] == some:
+        return launch(cut(visited), rows, pages)
+
+    def one(i: Any, results: Array) -> Array:
+        return launch(cut(visited.part(i * some, some)), rows, pages, results)
+
+    live = jnp.sum(visited.tiles.counts > 0, dtype=jnp.int32)
+    return jax.lax.fori_loop(0, (live + some - 1) // some, one, launch.empty(rows))
 
 
 def _single_rows(

@@ -8,8 +8,9 @@ from jaxtyping import Array, Int
 
 from ..sequences import Sequences
 
-# Query rows that meet a block of keys in one product: fewer, and keys enter the matrix unit too often.
-MOST_ROWS = 256
+# Positions of a strip, and query rows that meet a block of keys in one product: fewer, and keys enter the matrix unit
+# too often; more, and their scores go to memory and back.
+_MOST_SPAN, _MOST_ROWS = 256, 384
 
 
 class QueryTiles(NamedTuple):
@@ -50,7 +51,7 @@ def most_tiles(tokens: int, slots: int, rows: int) -> int:
 class TileShape:
     """How the rows of a tile are laid out: ``positions`` consecutive rows of one sequence, of all query heads.
 
-    A *strip* is up to `MOST_ROWS` positions of one query head. A *part* is one or more strips that share a KV head,
+    A *strip* is up to 256 positions of one query head. A *part* is one or more strips that share a KV head,
     and its rows meet a block of keys together. Strips are in the order of heads and positions, parts of their strips.
     """
 
@@ -61,7 +62,7 @@ class TileShape:
     @property
     def span(self) -> int:
         """Positions of a strip."""
-        return min(self.positions, MOST_ROWS)
+        return min(self.positions, _MOST_SPAN)
 
     @property
     def spans(self) -> int:
@@ -77,7 +78,7 @@ class TileShape:
     def strips_per_part(self) -> int:
         """Strips of a part: as many as divide a KV head's and are not too many rows."""
         of_head = self.group * self.spans
-        return max(n for n in range(1, of_head + 1) if of_head % n == 0 and (n == 1 or n * self.span <= MOST_ROWS))
+        return max(n for n in range(1, of_head + 1) if of_head % n == 0 and (n == 1 or n * self.span <= _MOST_ROWS))
 
     @property
     def rows(self) -> int:

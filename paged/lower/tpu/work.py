@@ -1,6 +1,6 @@
 """What a kernel has to do, as integers for its scalar memory, computed from the batch before it starts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,10 @@ class Visited(NamedTuple):
         key, page = jax.lax.sort((key, tiles.tables), dimension=1, num_keys=1)
         count = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (full, some))
         return cls(tiles, page, jax.lax.rem(key, width), *count)
+
+    def part(self, first: Any, tiles: int) -> "Visited":
+        """That many tiles from ``first`` on, which may be traced."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, tiles), self)
 
     def work(self, rows: slice, entries: slice, *, splits: int, pages_per_block: int, cores: int) -> Work:
         """The work of some tiles on a part of their entries, each split into ``splits`` parts of whole blocks."""
