@@ -1,7 +1,7 @@
 """Writing new rows into the pages, for any batch: two kernels, in place, with many transfers on their way.
 
-Rows go by granules. One of which every slot is written needs no read: its rows are copied from memory of the pool's
-order to the pool. Of the others, at most two a sequence, the slots that are not written must stay: each is read, changed
+Rows go by granules. One of which every slot is written needs no read: XLA has put its rows in the pool's order, and
+they are copied. Of the others, at most two a sequence, the slots that are not written must stay: each is read, changed
 and written back. Sequences that write to one granule take turns.
 """
 
@@ -26,20 +26,21 @@ from .transfer import Pool, pools_of
 
 Ref = Any
 _LANES = 128
-# Whole granules are read in blocks: how many of these there is memory for, and how far ahead they are read.
-_BLOCKS, _BLOCKS_AHEAD, _MOST_IN_BLOCK, _BLOCK_BYTES = 4, 2, 8, 2**18
-# Partial granules on their way, half of them to be changed and half written back.
-_MOST_STAGED, _STAGE_BYTES = 32, 2**21
-# Scalar memory that one kernel's list of granules may take, and the share of vector memory for buffers.
-_SMEM_SHARE, _VMEM_SHARE, _BYTES_A_GRANULE = 0.6, 0.6, 20
+# Rings of buffers: so many blocks of whole granules are read ahead, and so many written back; so many partial granules.
+_BLOCKS, _MOST_IN_BLOCK, _MOST_STAGED = 4, 8, 16
+# Vector memory for either, and the share of a core's that is at hand.
+_RING_BYTES, _VMEM_SHARE = 2**22, 0.6
+# The share of scalar memory that one kernel's list may take.
+_SMEM_SHARE, _BYTES_A_GRANULE = 0.6, 20
 
 
 class Granules(NamedTuple):
     """Granules to write, flat.
 
     ``page`` is -1 where there is nothing to write, ``slot`` the granule's first; its slots from ``begin`` up to ``end``
-    are written. ``turn`` counts the granules before this one in the list that are the same piece of memory. ``row`` is
-    the row for the first slot. ``count`` says how many granules there are; the list goes on with -1.
+    are written. ``turn`` counts the granules before this one in the list that are the same piece of memory, and is -1
+    where there is nothing to write. ``row`` is the row for the first slot. ``count`` is the list's length without what
+    only pads it.
     """
 
     page: Int[Array, " granules"]
@@ -142,7 +143,7 @@ def _turns(page: Int[Array, " granules"], slot: Int[Array, " granules"]) -> Int[
     """For each granule, how many before it are the same. By comparison of all pairs: a TPU sorts slowly."""
     index = jnp.arange(page.shape[0])
     same = (page[:, None] == page) & (slot[:, None] == slot) & (index[:, None] > index)
-    return jnp.where(page < 0, 0, jnp.sum(same, axis=1, dtype=jnp.int32))
+    return jnp.where(page < 0, -1, jnp.sum(same, axis=1, dtype=jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -223,6 +224,20 @@ def _launch(
     return tuple(pools)
 
 
+def _stream(first: Any, end: Any, ahead: int, read: Any, send: Any, await_sent: Any) -> None:
+    """A ring of ``2 * ahead`` buffers: each of ``first`` to ``end`` is read so many before it is sent, and has left
+    when its buffer is needed, or at the end."""
+
+    def step(i, _):
+        pl.when(i - ahead >= first)(lambda: await_sent(i - ahead))
+        pl.when(i + ahead < end)(lambda: read(i + ahead))
+        send(i)
+
+    jax.lax.fori_loop(first, jnp.minimum(first + ahead, end), lambda i, _: read(i), None)
+    jax.lax.fori_loop(first, end, step, None)
+    jax.lax.fori_loop(jnp.maximum(first, end - ahead), end, lambda i, _: await_sent(i), None)
+
+
 class Writer(NamedTuple):
     """The static facts of the kernels: a layout's arrays, and the buffers that fit."""
 
@@ -241,17 +256,17 @@ class Writer(NamedTuple):
     @property
     def in_block(self) -> int:
         """Granules a block of whole ones."""
-        return max(1, min(_MOST_IN_BLOCK, _BLOCK_BYTES // self._granule_bytes))
+        return max(1, min(_MOST_IN_BLOCK, _RING_BYTES // (2 * _BLOCKS * self._granule_bytes)))
 
     @property
     def staged(self) -> int:
-        """Partial granules on their way, an even number."""
-        return 2 * max(1, min(_MOST_STAGED, _STAGE_BYTES // self._granule_bytes) // 2)
+        """Partial granules that are read ahead, and as many that are written back."""
+        return max(1, min(_MOST_STAGED, _RING_BYTES // (4 * self._granule_bytes)))
 
     @property
     def vmem_bytes(self) -> int:
         """Vector memory of the larger kernel."""
-        return self._granule_bytes * max(_BLOCKS * self.in_block, 2 * self.staged)
+        return self._granule_bytes * max(2 * _BLOCKS * self.in_block, 4 * self.staged)
 
     def vmem(self, *places: int) -> list[Any]:
         """A buffer of granules for each array."""
@@ -284,34 +299,25 @@ class Whole:
     def scratch(writer: Writer) -> list[Any]:
         """Buffers, and semaphores for each."""
         dma = pltpu.SemaphoreType.DMA
-        return [*writer.vmem(_BLOCKS, writer.in_block), dma((_BLOCKS,)), dma((_BLOCKS,))]
+        return [*writer.vmem(2 * _BLOCKS, writer.in_block), dma((2 * _BLOCKS,)), dma((2 * _BLOCKS,))]
 
     def run(self) -> None:
         """Write this core's blocks; a block is read while those before it leave."""
         core = pl.program_id(0)
-        first, end = self.bounds[core], self.bounds[core + 1]
-        behind = _BLOCKS - _BLOCKS_AHEAD
-        for block in range(_BLOCKS_AHEAD):
-            pl.when(first + block < end)(functools.partial(self._read, first + block, "start"))
+        _stream(self.bounds[core], self.bounds[core + 1], _BLOCKS, self._read, self._send, self._await_writes)
 
-        def step(block, _):
-            pl.when(block - behind >= first)(lambda: self._await_writes(block - behind))
-            pl.when(block + _BLOCKS_AHEAD < end)(lambda: self._read(block + _BLOCKS_AHEAD, "start"))
-            self._read(block, "wait")
-            self._start_writes(block)
+    def _send(self, block: Any) -> None:
+        self._read(block, "wait")
+        self._start_writes(block)
 
-        jax.lax.fori_loop(first, end, step, None)
-        for block in range(behind):
-            pl.when(end - behind + block >= first)(functools.partial(self._await_writes, end - behind + block))
-
-    def _read(self, block: Any, verb: str) -> None:
-        place, size = jax.lax.rem(block, _BLOCKS), self.writer.in_block
+    def _read(self, block: Any, verb: str = "start") -> None:
+        place, size = jax.lax.rem(block, 2 * _BLOCKS), self.writer.in_block
         for new, buffer in zip(self.new, self.buffers, strict=True):
             source = new.at[pl.ds(block * size, size)]
             getattr(pltpu.make_async_copy(source, buffer.at[place], self.arrived.at[place]), verb)()
 
     def _start_writes(self, block: Any) -> None:
-        place, size = jax.lax.rem(block, _BLOCKS), self.writer.in_block
+        place, size = jax.lax.rem(block, 2 * _BLOCKS), self.writer.in_block
         for i in range(size):
             page, slot = self.granules.page[block * size + i], self.granules.slot[block * size + i]
 
@@ -323,7 +329,7 @@ class Whole:
 
     def _await_writes(self, block: Any) -> None:
         """Semaphores count bytes, whichever they are."""
-        place, size = jax.lax.rem(block, _BLOCKS), self.writer.in_block
+        place, size = jax.lax.rem(block, 2 * _BLOCKS), self.writer.in_block
         count = sum((self.granules.page[block * size + i] >= 0).astype(jnp.int32) for i in range(size))
 
         def wait(granules: int) -> None:
@@ -355,44 +361,42 @@ class Partial:
     def bounds_of(writer: Writer, granules: Granules, cores: int) -> Int[Array, " cores_plus_2"]:
         """Where to cut the granules, and at last the number of turns. If there are several, one core takes them all."""
         del writer
-        turns = jnp.max(granules.turn) + 1
+        turns = jnp.max(granules.turn, keepdims=True) + 1
         alone = jnp.full((cores + 1,), granules.count).at[0].set(0)
-        return jnp.append(jnp.where(turns > 1, alone, _cut(granules.count, cores)), turns)
+        return jnp.concatenate([jnp.where(turns > 1, alone, _cut(granules.count, cores)), turns])
 
     @staticmethod
     def scratch(writer: Writer) -> list[Any]:
         """Buffers of new rows, those of granules, and semaphores for each place of the ring."""
-        dma, staged = pltpu.SemaphoreType.DMA, writer.staged
+        dma, staged = pltpu.SemaphoreType.DMA, 2 * writer.staged
         return [*writer.vmem(staged), *writer.vmem(staged), dma((staged,)), dma((staged,))]
 
     def run(self) -> None:
         """Change this core's granules: those of the first turn, and when all these are in place those of the next."""
-        core, staged = pl.program_id(0), self.writer.staged
+        core, ahead = pl.program_id(0), self.writer.staged
         first, end, turns = self.bounds[core], self.bounds[core + 1], self.bounds[self.bounds.shape[0] - 1]
 
         def take_turn(turn, _):
-            def step(i, _):
-                self._if_mine(i - staged, first, end, turn, lambda at: self._write(*at, "wait"))
-                self._if_mine(i, first, end, turn, lambda at: self._read(*at, "start"))
-                self._if_mine(i - staged // 2, first, end, turn, self._change)
-
-            jax.lax.fori_loop(first, end + staged, step, None)
+            acts = (
+                functools.partial(self._in_turn, turn, act) for act in (self._read, self._change, self._await_write)
+            )
+            _stream(first, end, ahead, *acts)
 
         jax.lax.fori_loop(0, turns, take_turn, None)
 
-    def _if_mine(self, i: Any, first: Any, end: Any, turn: Any, act: Any) -> None:
-        """``act`` on a granule and its place in the ring, if it is in this core's range, is real and has this turn."""
-        granule = jnp.clip(i, 0, self.granules.page.shape[0] - 1)
-        is_mine = (i >= first) & (i < end) & (self.granules.turn[granule] == turn)
-        is_mine &= self.granules.page[granule] >= 0
-        pl.when(is_mine)(lambda: act((granule, jax.lax.rem(granule, self.writer.staged))))
+    def _in_turn(self, turn: Any, act: Any, granule: Any) -> None:
+        """``act`` on a granule and its place in the ring, if it is this one's turn."""
+        pl.when(self.granules.turn[granule] == turn)(lambda: act(granule, jax.lax.rem(granule, 2 * self.writer.staged)))
 
-    def _change(self, at: tuple[Any, Any]) -> None:
-        self._read(*at, "wait")
-        self._put(*at)
-        self._write(*at, "start")
+    def _await_write(self, granule: Any, place: Any) -> None:
+        self._write(granule, place, "wait")
 
-    def _read(self, granule: Any, place: Any, verb: str) -> None:
+    def _change(self, granule: Any, place: Any) -> None:
+        self._read(granule, place, "wait")
+        self._put(granule, place)
+        self._write(granule, place, "start")
+
+    def _read(self, granule: Any, place: Any, verb: str = "start") -> None:
         sources = (*(new.at[granule] for new in self.new), *self._places(granule))
         for source, buffer in zip(sources, self.buffers, strict=True):
             getattr(pltpu.make_async_copy(source, buffer.at[place], self.arrived.at[place]), verb)()
