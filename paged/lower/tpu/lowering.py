@@ -17,12 +17,14 @@ from ..schedule import Schedule
 from ..sequences import Sequences
 from ..xla import XLA_BLOCKS, token_rows
 from .chips import Chip, this_chip
+from .granules import row_shape
 from .launch import New
 from .limits import chunks, fits, refuses_call, refuses_program
 from .planning import launch_of, plan_schedule, vmem_bytes
 from .transfer import pools_of
-from .update import Targets, row_shape
+from .update import Targets
 from .work import Visited, Work
+from .write import refuses_write, write_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +93,21 @@ class TpuDecode(Lowering):
         """The batch's state in float32, without sinks. Its gradient is the XLA lowering's."""
         return _differentiable_state(self, program, schedule, q, pages, batch)
 
+    def refuses_write(self, layout: PageLayout) -> str | None:
+        """Pages that a TPU cannot move by granules."""
+        return refuses_write(layout, self._chip)
+
     def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
-        """One scatter, by XLA."""
-        return XLA_BLOCKS.write(k, v, pages, batch)
+        """By kernels of their own, in place; by XLA what these refuse."""
+        if self.refuses_write(pages.layout) is not None:
+            return XLA_BLOCKS.write(k, v, pages, batch)
+        return write_rows(self._chip, self.interpret, k, v, pages, batch)
 
     def update(
         self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
     ) -> tuple[AttentionState, Pages]:
-        """The write and the attention in one kernel. Where a sequence is split, or one kernel cannot hold the lists of
-        pages, XLA writes first."""
+        """The write and the attention in one kernel. `write` goes first where a sequence is split, where one kernel
+        cannot hold the lists of pages, and on chips with two cores: one might read a page while the other writes it."""
         return _differentiable_update(self, program, schedule, q, k, v, pages, batch)
 
     @property
@@ -131,14 +139,11 @@ def _differentiable_update(
     launch = launch_of(program, layout, call, schedule, lowering._chip, lowering.interpret)
     parts = list(chunks(seqs.tables.shape, schedule, launch.chip))
 
-    if schedule.kv_splits > 1 or len(parts) > 1:
-        pages = XLA_BLOCKS.write(k, v, pages, batch)
+    if schedule.cores > 1 or schedule.kv_splits > 1 or len(parts) > 1:
+        pages = lowering.write(k, v, pages, batch)
         return _differentiable_state(lowering, program, schedule, q, pages, batch), pages
     targets = Targets.of(seqs, batch.query_rows or 1, layout.page_size, pages.num_pages)
     work = Visited.of(program, seqs, layout.page_size, pages.num_pages).work(*parts[0], **_cut(schedule))
-    # Sequences that write next to each other must be on one core, in turn.
-    alone = jnp.full_like(work.bounds, work.begin.shape[0]).at[0].set(0)
-    work = work._replace(bounds=jnp.where(targets.is_shared != 0, alone, work.bounds))
     rows = tuple(
         x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
         for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)

@@ -5,6 +5,7 @@ they are copied. Of the others, at most two a sequence, the slots that are not w
 and written back. Sequences that write to one granule take turns.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -14,136 +15,35 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from paged.spec import PageLayout, Pages, RaggedBatch
 
 from ..sequences import Sequences
 from ..xla import XLA_BLOCKS, token_rows, write_scales
 from .chips import Chip
-from .granules import GRANULE, granule_at, granule_shape, token_axis
+from .granules import GRANULE, Granules, Lists, granule_at, granule_shape, token_axis
 from .transfer import Pool, pools_of
 
 Ref = Any
-_LANES = 128
 # Rings of buffers: so many blocks of whole granules are read ahead, and so many written back; so many partial granules.
 _BLOCKS, _MOST_IN_BLOCK, _MOST_STAGED = 4, 8, 16
 # Vector memory for either, and the share of a core's that is at hand.
 _RING_BYTES, _VMEM_SHARE = 2**22, 0.6
-# The share of scalar memory that one kernel's list may take.
-_SMEM_SHARE, _BYTES_A_GRANULE = 0.6, 20
+# The share of scalar memory that one kernel's lists may take.
+_SMEM_SHARE = 0.6
 
 
-class Granules(NamedTuple):
-    """Granules to write, flat.
-
-    ``page`` is -1 where there is nothing to write, ``slot`` the granule's first; its slots from ``begin`` up to ``end``
-    are written. ``turn`` counts the granules before this one in the list that are the same piece of memory, and is -1
-    where there is nothing to write. ``row`` is the row for the first slot. ``count`` is the list's length without what
-    only pads it.
-    """
-
-    page: Int[Array, " granules"]
-    slot: Int[Array, " granules"]
-    begin: Int[Array, " granules"]
-    end: Int[Array, " granules"]
-    turn: Int[Array, " granules"]
-    row: Int[Array, " granules"]
-    count: Int[Array, ""]
-
-    @classmethod
-    def whole(cls, seqs: Sequences, most: int, page_size: int, num_pages: int) -> "Granules":
-        """Those of which every slot is written, of which there are at most ``most``."""
-        first = _round_up(_first_position(seqs))
-        counts = jnp.where(seqs.counts > 0, jnp.maximum(seqs.lengths - first, 0) // GRANULE, 0)
-        ends = jnp.cumsum(counts)
-        index = jnp.arange(most, dtype=jnp.int32)
-        seq = _searchsorted(ends, index)
-        position = first[seq] + GRANULE * (index - ends[seq] + counts[seq])
-        slots = jnp.zeros_like(seq), jnp.full_like(seq, GRANULE)
-        return cls._of(seqs, seq, position, slots, index < ends[-1], page_size, num_pages)
-
-    @classmethod
-    def partial(cls, seqs: Sequences, tokens: int, page_size: int, num_pages: int) -> "Granules":
-        """The others, which are the first and the last of a sequence."""
-        first, length = _first_position(seqs), seqs.lengths
-        last = length // GRANULE * GRANULE
-        has_head = (first % GRANULE > 0) & (first < length)
-        has_tail = (length > last) & (seqs.counts > 0) & (last >= first)
-        head_end = jnp.minimum(length - first // GRANULE * GRANULE, GRANULE)
-        exists, position, begin, end = (
-            jnp.stack(x, axis=1).reshape(-1)
-            for x in (
-                (has_head, has_tail),
-                (first // GRANULE * GRANULE, last),
-                (first % GRANULE, jnp.zeros_like(first)),
-                (head_end, length - last),
-            )
-        )
-        ends = jnp.cumsum(exists, dtype=jnp.int32)
-        index = jnp.arange(min(tokens, exists.shape[0]), dtype=jnp.int32)
-        which = _searchsorted(ends, index)
-        slots = begin[which], end[which]
-        own = cls._of(seqs, which // 2, position[which], slots, index < ends[-1], page_size, num_pages)
-        return own._replace(turn=_turns(own.page, own.slot))
-
-    @classmethod
-    def _of(
-        cls,
-        seqs: Sequences,
-        seq: Int[Array, " granules"],
-        position: Int[Array, " granules"],
-        slots: tuple[Array, Array],
-        is_real: Bool[Array, " granules"],
-        page_size: int,
-        num_pages: int,
-    ) -> "Granules":
-        entry = jnp.clip(position // page_size, 0, seqs.tables.shape[1] - 1)
-        page = seqs.tables[seq, entry]
-        page = jnp.where(is_real & (page >= 0) & (page < num_pages), page, -1)
-        row = seqs.starts[seq] + position - (seqs.lengths - seqs.counts)[seq]
-        count = jnp.sum(is_real, dtype=jnp.int32)
-        return cls(page, position % page_size, *slots, jnp.zeros_like(page), row, count)
-
-    def part(self, some: slice) -> "Granules":
-        """A part of the list."""
-        count = jnp.clip(self.count - some.start, 0, some.stop - some.start)
-        return Granules(*(x[some] for x in self[:-1]), count)
-
-    @property
-    def lists(self) -> tuple[Array, ...]:
-        """What a kernel has to know."""
-        return self.page, self.slot, self.begin, self.end, self.turn
-
-    def gather(self, rows: Array, axis: int) -> Array:
-        """Every granule's ``rows [tokens, ...]``, its slots at ``axis`` of a granule; anything in slots not written."""
-        row = jnp.clip(self.row[:, None] + jnp.arange(GRANULE), 0, rows.shape[0] - 1)
-        return jnp.moveaxis(rows[row], 1, 1 + axis)
-
-
-def _first_position(seqs: Sequences) -> Int[Array, " seqs"]:
-    return jnp.maximum(seqs.lengths - seqs.counts, 0)
-
-
-def _round_up(position: Array) -> Array:
-    return (position + GRANULE - 1) // GRANULE * GRANULE
-
-
-def _searchsorted(ends: Array, index: Array) -> Array:
-    """Whose interval an index is in; anybody's if it is past the last. By comparison with all: one pass, no gathers."""
-    found = jnp.searchsorted(ends, index, side="right", method="compare_all")
-    return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
-
-
-def _cut(count: Int[Array, ""], cores: int) -> Int[Array, " cores_plus_1"]:
-    return (count * jnp.arange(cores + 1) // cores).astype(jnp.int32)
-
-
-def _turns(page: Int[Array, " granules"], slot: Int[Array, " granules"]) -> Int[Array, " granules"]:
-    """For each granule, how many before it are the same. By comparison of all pairs: a TPU sorts slowly."""
-    index = jnp.arange(page.shape[0])
-    same = (page[:, None] == page) & (slot[:, None] == slot) & (index[:, None] > index)
-    return jnp.where(page < 0, -1, jnp.sum(same, axis=1, dtype=jnp.int32))
+def refuses_write(layout: PageLayout, chip: Chip) -> str | None:
+    """Why no kernel writes pages of this layout, or None."""
+    if layout.page_size % GRANULE:
+        return f"pages of {layout.page_size} tokens are no whole tiles: page_size must be a multiple of {GRANULE}"
+    if layout.dtype == jnp.float16:
+        return "a TPU has no float16: pages must be bfloat16, float32, int8 or float8"
+    taken, budget = Writer(layout).vmem_bytes, int(_VMEM_SHARE * chip.vmem_bytes)
+    if taken > budget:
+        return f"{GRANULE} slots are so large that buffers take {taken} bytes of vector memory, and there are {budget}"
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -179,8 +79,12 @@ def _write_backward(chip: Chip, interpret: Any, residuals: Any, cotangent: Any) 
 write_rows.defvjp(_write_forward, _write_backward)
 
 
+def _cut(count: Int[Array, ""], cores: int) -> Int[Array, " cores_plus_1"]:
+    return (count * jnp.arange(cores + 1) // cores).astype(jnp.int32)
+
+
 def _launch(
-    kind: Any,
+    kind: "type[Kernel]",
     writer: "Writer",
     granules: Granules,
     rows: tuple[Array, ...],
@@ -189,23 +93,14 @@ def _launch(
     interpret: Any,
 ) -> tuple[Array, ...]:
     """The pools with these granules written, by one kernel, or several where the list does not fit scalar memory."""
-    length = granules.page.shape[0]
-    most = int(_SMEM_SHARE * chip.smem_bytes) // _BYTES_A_GRANULE // _MOST_IN_BLOCK * _MOST_IN_BLOCK
+    length, most = granules.row.shape[0], int(_SMEM_SHARE * chip.smem_bytes) // (4 * len(Lists._fields))
+    most -= most % _MOST_IN_BLOCK
     for first in range(0, length, most):
         part = granules.part(slice(first, min(first + most, length)))
         new = [part.gather(x, token_axis(writer.layout, pool)) for x, pool in zip(rows, writer.pools, strict=False)]
-        bounds = kind.bounds_of(writer, part, chip.cores)
-        scalars, operands = (*part.lists, bounds), (*new, *pools)
-
-        def kernel(*refs: Any, count: int = len(pools), lists: int = len(part.lists)) -> None:
-            *own, bound = refs[: lists + 1]
-            news, written, scratch = (
-                refs[lists + 1 :][i:j] for i, j in ((0, count), (2 * count, 3 * count), (3 * count, None))
-            )
-            kind(writer, Granules(*own, row=None, count=None), bound, news, written, scratch[:-2], *scratch[-2:]).run()
-
+        scalars, operands = (*part.lists, kind.bounds_of(writer, part, chip.cores)), (*new, *pools)
         pools = pl.pallas_call(
-            kernel,
+            functools.partial(_run, kind, writer),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
                 grid=(chip.cores,),
@@ -222,6 +117,14 @@ def _launch(
             name=f"paged_write_{kind.__name__.lower()}",
         )(*scalars, *operands)
     return tuple(pools)
+
+
+def _run(kind: "type[Kernel]", writer: "Writer", *refs: Ref) -> None:
+    """Give the kernel its memory by name: the pools that it reads are those it writes."""
+    count, *lists = len(writer.pools), *refs[: len(Lists._fields)]
+    bounds, *rest = refs[len(lists) :]
+    new, pools, (*buffers, arrived, left) = rest[:count], rest[2 * count : 3 * count], rest[3 * count :]
+    kind(writer, Lists(*lists), bounds, tuple(new), tuple(pools), tuple(buffers), arrived, left).run()
 
 
 def _stream(first: Any, end: Any, ahead: int, read: Any, send: Any, await_sent: Any) -> None:
@@ -255,8 +158,9 @@ class Writer(NamedTuple):
 
     @property
     def in_block(self) -> int:
-        """Granules a block of whole ones."""
-        return max(1, min(_MOST_IN_BLOCK, _RING_BYTES // (2 * _BLOCKS * self._granule_bytes)))
+        """Granules a block of whole ones, a power of two."""
+        fit = max(1, min(_MOST_IN_BLOCK, _RING_BYTES // (2 * _BLOCKS * self._granule_bytes)))
+        return 2 ** (fit.bit_length() - 1)
 
     @property
     def staged(self) -> int:
@@ -278,17 +182,40 @@ class Writer(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
-    """The kernel of whole granules: blocks of them from the new rows' memory, each granule on to its place."""
+class Kernel(abc.ABC):
+    """What both kernels have: granules to write, and for each array of the pages the new rows, the pool itself, and
+    buffers, with semaphores for each place in these.
+
+    Core ``c`` does the granules, or blocks of them, from ``bounds[c]`` to ``bounds[c + 1]``.
+    """
 
     writer: Writer
-    granules: Granules
+    lists: Lists
     bounds: Ref
     new: tuple[Ref, ...]
     pools: tuple[Ref, ...]
     buffers: tuple[Ref, ...]
     arrived: Ref
     left: Ref
+
+    @staticmethod
+    @abc.abstractmethod
+    def bounds_of(writer: Writer, granules: Granules, cores: int) -> Array:
+        """Where to cut the work between cores."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def scratch(writer: Writer) -> list[Any]:
+        """Buffers and semaphores."""
+
+    @abc.abstractmethod
+    def run(self) -> None:
+        """Write this core's part."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Kernel):
+    """The kernel of whole granules: blocks of them from the new rows' memory, each granule on to its place."""
 
     @staticmethod
     def bounds_of(writer: Writer, granules: Granules, cores: int) -> Int[Array, " cores_plus_1"]:
@@ -319,7 +246,7 @@ class Whole:
     def _start_writes(self, block: Any) -> None:
         place, size = jax.lax.rem(block, 2 * _BLOCKS), self.writer.in_block
         for i in range(size):
-            page, slot = self.granules.page[block * size + i], self.granules.slot[block * size + i]
+            page, slot = self.lists.page[block * size + i], self.lists.slot[block * size + i]
 
             @pl.when(page >= 0)
             def _(i=i, page=page, slot=slot):
@@ -330,7 +257,7 @@ class Whole:
     def _await_writes(self, block: Any) -> None:
         """Semaphores count bytes, whichever they are."""
         place, size = jax.lax.rem(block, 2 * _BLOCKS), self.writer.in_block
-        count = sum((self.granules.page[block * size + i] >= 0).astype(jnp.int32) for i in range(size))
+        count = sum((self.lists.page[block * size + i] >= 0).astype(jnp.int32) for i in range(size))
 
         def wait(granules: int) -> None:
             for buffer in self.buffers:
@@ -345,23 +272,14 @@ class Whole:
 
 
 @dataclasses.dataclass(frozen=True)
-class Partial:
+class Partial(Kernel):
     """The kernel of partial granules: a ring of them, each read, changed, and written back."""
-
-    writer: Writer
-    granules: Granules
-    bounds: Ref
-    new: tuple[Ref, ...]
-    pools: tuple[Ref, ...]
-    buffers: tuple[Ref, ...]
-    arrived: Ref
-    left: Ref
 
     @staticmethod
     def bounds_of(writer: Writer, granules: Granules, cores: int) -> Int[Array, " cores_plus_2"]:
         """Where to cut the granules, and at last the number of turns. If there are several, one core takes them all."""
         del writer
-        turns = jnp.max(granules.turn, keepdims=True) + 1
+        turns = jnp.max(granules.lists.turn, keepdims=True) + 1
         alone = jnp.full((cores + 1,), granules.count).at[0].set(0)
         return jnp.concatenate([jnp.where(turns > 1, alone, _cut(granules.count, cores)), turns])
 
@@ -386,7 +304,7 @@ class Partial:
 
     def _in_turn(self, turn: Any, act: Any, granule: Any) -> None:
         """``act`` on a granule and its place in the ring, if it is this one's turn."""
-        pl.when(self.granules.turn[granule] == turn)(lambda: act(granule, jax.lax.rem(granule, 2 * self.writer.staged)))
+        pl.when(self.lists.turn[granule] == turn)(lambda: act(granule, jax.lax.rem(granule, 2 * self.writer.staged)))
 
     def _await_write(self, granule: Any, place: Any) -> None:
         self._write(granule, place, "wait")
@@ -408,11 +326,11 @@ class Partial:
 
     def _put(self, granule: Any, place: Any) -> None:
         """Put the new rows into a granule that has been read."""
-        begin, end, count = self.granules.begin[granule], self.granules.end[granule], len(self.new)
+        begin, end, count = self.lists.begin[granule], self.lists.end[granule], len(self.new)
         for pool, new, old in zip(self.writer.pools, self.buffers[:count], self.buffers[count:], strict=True):
             rows, x = (ref[place].astype(jnp.float32) for ref in (new, old))
             slot = jax.lax.broadcasted_iota(jnp.int32, x.shape, token_axis(self.writer.layout, pool))
             old[place] = jnp.where((slot >= begin) & (slot < end), rows, x).astype(old.dtype)
 
     def _places(self, granule: Any) -> list[Ref]:
-        return self.writer.granules(self.pools, self.granules.page[granule], self.granules.slot[granule])
+        return self.writer.granules(self.pools, self.lists.page[granule], self.lists.slot[granule])

@@ -35,7 +35,7 @@ def write(
     """The pages with each row's key and value at its position; rows of no sequence, and holes, are dropped."""
     rows, count = token_rows(k, v, pages), len(pages.arrays)
     slots = _slots(batch, k.shape[0], pages)
-    arrays = _put(_TOKEN_AXES[pages.layout.order], rows[:count], pages.arrays, slots)
+    arrays: Any = _put(_TOKEN_AXES[pages.layout.order], rows[:count], pages.arrays, slots)
     return Pages(tuple(arrays), *write_scales(rows[count:], pages, batch), layout=pages.layout)
 
 
