@@ -125,7 +125,7 @@ class Granules(NamedTuple):
         page = jnp.where(is_real & (page >= 0) & (page < num_pages), page, -1)
         row = seqs.starts[seq] + position - (seqs.lengths - seqs.counts)[seq]
         count = jnp.sum(is_real, dtype=jnp.int32)
-        return cls(Lists(page, position % page_size, *slots, turn=jnp.zeros_like(page)), row, count)
+        return cls(Lists(page, position % page_size, *slots, turn=jnp.where(page < 0, -1, 0)), row, count)
 
     def part(self, some: slice) -> "Granules":
         """A part of the list."""
