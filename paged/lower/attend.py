@@ -23,10 +23,9 @@ from .explain import Explanation, explain
 from .lowering import Lowering
 from .program import Program
 from .schedule import Schedule
-from .select import select
+from .select import select, select_write
 from .sequences import Sequences
 from .tpu import Chip
-from .xla import XLA_BLOCKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +172,19 @@ def write(
     v: Float[Array, "tokens kv_heads value_dim"],
     pages: Pages,
     batch: RaggedBatch,
+    target: str = "auto",
+    *,
+    interpret: Any = False,
 ) -> Pages:
     """Write this step's keys and values into their slots; in place where ``pages`` are donated under ``jax.jit``.
 
     Row ``i`` of a sequence with ``n`` rows goes to token ``lengths - n + i``. Rows of no sequence, tokens before the
     first and table entries outside the pool are dropped. Float pages take ``k`` and ``v`` rounded to their dtype;
-    quantised ones take ``k / scale``, rounded and saturated, where scales a token are computed here.
+    quantised ones take ``k / scale``, rounded and saturated, where scales a token are computed here. Gradients flow to
+    ``k``, ``v`` and float ``pages``.
+
+    ``target`` and ``interpret`` are those of `lower`; ``"auto"`` is a kernel on TPUs and XLA elsewhere. Raises
+    ``ValueError`` when nothing on the target writes pages of this layout.
 
     >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=1, dtype=jnp.float32)
     >>> batch = RaggedBatch.prefill(length=3, block_table=[2, 0], query_rows=2)
@@ -188,7 +194,8 @@ def write(
     """
     require_pages(None, pages)
     require_new_tokens(pages.layout, k, v)
-    return _write(XLA_BLOCKS, k, v, pages, batch)
+    lowering = select_write(pages.layout, target)
+    return _write(lowering.interpreted(interpret) if interpret else lowering, k, v, pages, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)

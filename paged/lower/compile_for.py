@@ -13,7 +13,7 @@ from paged.spec import Pages, RaggedBatch
 from .attend import Attend
 from .call import Call
 from .schedule import Schedule
-from .tpu import chip_named
+from .tpu import Chip, chip_named
 
 # What lets libtpu load where there is no TPU, and in several processes at once.
 _WITHOUT_A_TPU = {
@@ -79,17 +79,12 @@ def compile_for(
     chip = chip_named(generation)
     attend = attend.on_chip(chip)
     lowering, schedule = attend.choose(Call.of(q, pages, batch))
-    device = _topology(chip.topology).devices[0]
-    sharding = SingleDeviceSharding(device)
     args = (q, pages, batch, sinks) if new is None else (q, *new, pages, batch, sinks)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     function = jax.jit(attend.__call__) if new is None else jax.jit(attend.update, donate_argnums=3)
-    # Pallas asks the mesh, and where there is none the process, which chip it lowers for.
-    kind = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=chip.cores, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
     try:
-        with jax.sharding.use_abstract_mesh(mesh):
-            compiled = function.lower(*abstract).compile()
+        compiled = compile_on(chip, function, *args)
+    except ImportError:
+        raise
     except Exception as error:  # Mosaic and XLA raise many kinds, none of them public
         raise CompileError(generation, schedule, str(error)) from error
     memory: Any = compiled.memory_analysis()
@@ -102,6 +97,17 @@ def compile_for(
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
     )
+
+
+def compile_on(chip: Chip, function: Any, *args: Any) -> Any:
+    """A jitted function of these arguments, of which only shapes and dtypes count, compiled ahead of time."""
+    device = _topology(chip.topology).devices[0]
+    sharding = SingleDeviceSharding(device)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    # Pallas asks the mesh, and where there is none the process, which chip it lowers for.
+    kind = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=chip.cores, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+        return function.lower(*abstract).compile()
 
 
 def _topology(name: str) -> Any:

@@ -64,6 +64,11 @@ class Lowering(abc.ABC):
     def state(self, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: RaggedBatch) -> AttentionState:
         """The batch's state in float32, without sinks; ``(0, -inf)`` in empty rows and rows of no sequence."""
 
+    def refuses_write(self, layout: PageLayout) -> str | None:
+        """Why its `write` is not for pages of this layout, or None when it is."""
+        del layout
+        return None
+
     @abc.abstractmethod
     def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
         """The pages with this step's keys and values in their slots; rows without a slot are dropped."""

@@ -29,9 +29,7 @@ def select(program: Program, layout: PageLayout, target: str, schedule: Schedule
     ``"auto"`` means those that run on this process's default backend. Raises ``ValueError`` with every candidate's
     reason when there is none.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {TARGETS}; got {target!r}.")
-    candidates = [low for low in LOWERINGS if target == low.target or (target == "auto" and _runs_here(low))]
+    candidates = _candidates(target)
     if schedule is not None:
         candidates = [low for low in candidates if low.name == schedule.lowering]
         if not candidates:
@@ -47,6 +45,23 @@ def select(program: Program, layout: PageLayout, target: str, schedule: Schedule
     why = "; ".join(f"{low.name}: {low.refuses(program, layout)}" for low in candidates)
     others = sorted({low.target for low in LOWERINGS if low.refuses(program, layout) is None})
     raise ValueError(f'No lowering takes this spec on target "{target}": {why}. Targets that take it: {others}.')
+
+
+def select_write(layout: PageLayout, target: str) -> Lowering:
+    """The first candidate whose write takes pages of this layout; ``ValueError`` as of `select` when there is none."""
+    candidates = _candidates(target)
+    for lowering in candidates:
+        if lowering.refuses_write(layout) is None:
+            return lowering
+    why = "; ".join(f"{low.name}: {low.refuses_write(layout)}" for low in candidates)
+    others = sorted({low.target for low in LOWERINGS if low.refuses_write(layout) is None})
+    raise ValueError(f'No lowering writes these pages on target "{target}": {why}. Targets that do: {others}.')
+
+
+def _candidates(target: str) -> list[Lowering]:
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {TARGETS}; got {target!r}.")
+    return [low for low in LOWERINGS if target == low.target or (target == "auto" and _runs_here(low))]
 
 
 def _runs_here(lowering: Lowering) -> bool:

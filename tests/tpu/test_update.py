@@ -27,9 +27,9 @@ CASES = {
     "scales a token": ({"dtype": "int8", "scales": "token"}, {}, "eager"),
     "one scale a head": ({"dtype": "float8_e4m3fn", "scales": "head"}, {}, "on_wait"),
     "bfloat16, many rows": ({"dtype": "bfloat16", "rows": 10}, {}, "on_wait"),
-    "splits, by XLA": ({}, {"kv_splits": 2}, "on_wait"),
+    "splits, written first": ({}, {"kv_splits": 2}, "on_wait"),
 }
-SLOW = ("split, grid", "one scale a head", "splits, by XLA")
+SLOW = ("split, grid", "one scale a head", "splits, written first")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])

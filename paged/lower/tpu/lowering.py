@@ -10,55 +10,50 @@ from jaxtyping import Array, Float
 from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
 
 from ..call import Call
-from ..lowering import Lowering
 from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
-from ..xla import XLA_BLOCKS, token_rows
-from .chips import Chip, this_chip
+from ..xla import token_rows
+from .base import TpuLowering
 from .gradient import state_with_gradient, update_with_gradient
+from .granules import row_shape
 from .launch import New
 from .limits import chunks, fits, refuses_call, refuses_program
 from .planning import launch_of, plan_schedule, vmem_bytes
 from .tiles import QueryTiles
 from .transfer import pools_of
-from .update import Targets, row_shape
+from .update import Targets
 from .work import Visited, Work
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuDecode(Lowering):
-    """Decode on TPUs, one or a few query rows a sequence; every term that is elementwise, every page order.
-
-    ``chip`` None means this process's own; ``interpret`` is passed to Pallas.
-    """
+class TpuDecode(TpuLowering):
+    """Decode on TPUs, one or a few query rows a sequence; every term that is elementwise, every page order."""
 
     name: str = "tpu-decode"
     target: str = "tpu"
     choices: frozenset[str] = frozenset({"pages_per_block", "sequence", "buffers", "kv_splits", "cores"})
-    chip: Chip | None = None
-    interpret: Any = False
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
         """Pages that a TPU cannot move, terms that a kernel cannot compute, calls that are not decoding."""
         reason = refuses_program(program, layout)
         if reason is None and call is not None:
-            reason = refuses_call(program, layout, call, self._chip)
+            reason = refuses_call(program, layout, call, self.the_chip)
         return reason
 
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
         """What fits the chip, with blocks large enough to hide the work behind the transfer of the next."""
-        return plan_schedule(self.name, program, layout, call, self._chip)
+        return plan_schedule(self.name, program, layout, call, self.the_chip)
 
     def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
         """A schedule must fit the chip's memory, and have no more cores than it."""
-        return fits(program, layout, call, schedule, self._chip)
+        return fits(program, layout, call, schedule, self.the_chip)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int
     ) -> list[str]:
         """Memory of the kernel, how many kernels there are, and the time of its transfers alone."""
-        chip, mebibytes = self._chip, vmem_bytes(program, layout, call, schedule) / 2**20
+        chip, mebibytes = self.the_chip, vmem_bytes(program, layout, call, schedule) / 2**20
         kernels = len(list(chunks((call.slots, call.pages_per_seq), schedule, chip)))
         microseconds = 1e6 * bytes_visited / chip.hbm_bytes_per_second
         lines = [
@@ -73,14 +68,6 @@ class TpuDecode(Lowering):
             )
         return lines
 
-    def interpreted(self, interpret: Any) -> "TpuDecode":
-        """With kernels interpreted as told."""
-        return dataclasses.replace(self, interpret=interpret)
-
-    def on_chip(self, chip: Chip) -> "TpuDecode":
-        """For that chip, compiled."""
-        return dataclasses.replace(self, chip=chip, interpret=False)
-
     def state(
         self,
         program: Program,
@@ -92,20 +79,12 @@ class TpuDecode(Lowering):
         """The batch's state in float32, without sinks. Its gradient is the XLA lowering's."""
         return state_with_gradient(_state, self, program, schedule, q, pages, batch)
 
-    def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
-        """One scatter, by XLA."""
-        return XLA_BLOCKS.write(k, v, pages, batch)
-
     def update(
         self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
     ) -> tuple[AttentionState, Pages]:
-        """The write and the attention in one kernel. Where a sequence is split, or one kernel cannot hold the lists of
-        pages, XLA writes first."""
+        """The write and the attention in one kernel. `write` goes first where a sequence is split, where one kernel
+        cannot hold the lists of pages, and on chips with two cores: one might read a page while the other writes it."""
         return update_with_gradient(_update, self, program, schedule, q, k, v, pages, batch)
-
-    @property
-    def _chip(self) -> Chip:
-        return self.chip or this_chip()
 
 
 def _state(
@@ -113,7 +92,7 @@ def _state(
 ) -> AttentionState:
     call, layout = Call.of(q, pages, batch), pages.layout
     seqs = Sequences.of(batch, call.tokens, layout.page_size)
-    launch = launch_of(program, layout, call, schedule, lowering._chip, lowering.interpret)
+    launch = launch_of(program, layout, call, schedule, lowering.the_chip, lowering.interpret)
     visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
     states = []
     for part in chunks(seqs.tables.shape, schedule, launch.chip):
@@ -127,18 +106,15 @@ def _update(
 ) -> tuple[AttentionState, Pages]:
     call, layout = Call.of(q, pages, batch), pages.layout
     seqs = Sequences.of(batch, call.tokens, layout.page_size)
-    launch = launch_of(program, layout, call, schedule, lowering._chip, lowering.interpret)
+    launch = launch_of(program, layout, call, schedule, lowering.the_chip, lowering.interpret)
     parts = list(chunks(seqs.tables.shape, schedule, launch.chip))
 
-    if schedule.kv_splits > 1 or len(parts) > 1:
-        pages = XLA_BLOCKS.write(k, v, pages, batch)
+    if schedule.cores > 1 or schedule.kv_splits > 1 or len(parts) > 1:
+        pages = lowering.write(k, v, pages, batch)
         return _state(lowering, program, schedule, q, pages, batch), pages
     targets = Targets.of(seqs, batch.query_rows or 1, layout.page_size, pages.num_pages)
     visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
     work = visited.work(*parts[0], **_cut(schedule))
-    # Sequences that write next to each other must be on one core, in turn.
-    alone = jnp.full_like(work.bounds, work.begin.shape[0]).at[0].set(0)
-    work = work._replace(bounds=jnp.where(targets.is_shared != 0, alone, work.bounds))
     rows = tuple(
         x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
         for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)

@@ -12,12 +12,10 @@ from jaxtyping import Array, Float
 from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
 
 from ..call import Call
-from ..lowering import Lowering
 from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
-from ..xla import XLA_BLOCKS
-from .chips import Chip, this_chip
+from .base import TpuLowering
 from .gradient import state_with_gradient, update_with_gradient
 from .limits import prefill_fits, refuses_prefill, refuses_program, rows_and_entries
 from .lowering import TpuDecode
@@ -28,38 +26,33 @@ from .work import Visited, Work
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuRagged(Lowering):
-    """Prompts, chunks of them and batches of any mix on TPUs; every term that is elementwise, every page order.
-
-    ``chip`` None means this process's own; ``interpret`` is passed to Pallas.
-    """
+class TpuRagged(TpuLowering):
+    """Prompts, chunks of them and batches of any mix on TPUs; every term that is elementwise, every page order."""
 
     name: str = "tpu-ragged"
     target: str = "tpu"
     choices: frozenset[str] = frozenset({"pages_per_block", "query_rows", "buffers", "cores"})
-    chip: Chip | None = None
-    interpret: Any = False
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
         """Pages that a TPU cannot move, terms that a kernel cannot compute, and more than its memory holds."""
         reason = refuses_program(program, layout)
         if reason is None and call is not None:
-            reason = refuses_prefill(program, layout, call, self._chip)
+            reason = refuses_prefill(program, layout, call, self.the_chip)
         return reason
 
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
         """What fits the chip, with tiles large enough for the matrix units."""
-        return plan_prefill(self.name, program, layout, call, self._chip)
+        return plan_prefill(self.name, program, layout, call, self.the_chip)
 
     def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
         """A schedule must fit the chip's memory, and have no more cores than it."""
-        return prefill_fits(program, layout, call, schedule, self._chip)
+        return prefill_fits(program, layout, call, schedule, self.the_chip)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int
     ) -> list[str]:
         """Memory of the kernel, how many kernels there may be, and what decodes single rows."""
-        chip = self._chip
+        chip = self.the_chip
         launch = prefill_launch_of(program, layout, call, schedule, chip)
         tiles = most_tiles(call.tokens, call.slots, schedule.query_rows)
         some, entries = rows_and_entries((tiles, call.pages_per_seq), schedule, chip)
@@ -75,14 +68,6 @@ class TpuRagged(Lowering):
             lines.append(f"sequences of one row: {decode.schedule(program, layout, alone)}")
         return lines
 
-    def interpreted(self, interpret: Any) -> "TpuRagged":
-        """With kernels interpreted as told."""
-        return dataclasses.replace(self, interpret=interpret)
-
-    def on_chip(self, chip: Chip) -> "TpuRagged":
-        """For that chip, compiled."""
-        return dataclasses.replace(self, chip=chip, interpret=False)
-
     def state(
         self,
         program: Program,
@@ -94,19 +79,11 @@ class TpuRagged(Lowering):
         """The batch's state in float32, without sinks. Its gradient is the XLA lowering's."""
         return state_with_gradient(_state, self, program, schedule, q, pages, batch)
 
-    def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
-        """One scatter, by XLA."""
-        return XLA_BLOCKS.write(k, v, pages, batch)
-
     def update(
         self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
     ) -> tuple[AttentionState, Pages]:
         """The write, and when all of it is done, the attention: no page is read that is still to be written."""
         return update_with_gradient(_update, self, program, schedule, q, k, v, pages, batch)
-
-    @property
-    def _chip(self) -> Chip:
-        return self.chip or this_chip()
 
     @property
     def _decode(self) -> TpuDecode:
@@ -118,7 +95,7 @@ def _state(
 ) -> AttentionState:
     call = Call.of(q, pages, batch)
     seqs = Sequences.of(batch, call.tokens, pages.layout.page_size)
-    launch = prefill_launch_of(program, pages.layout, call, schedule, lowering._chip, lowering.interpret)
+    launch = prefill_launch_of(program, pages.layout, call, schedule, lowering.the_chip, lowering.interpret)
     alone = _decode_call(call)
     decodes = call.query_rows is None and lowering._decode.refuses(program, pages.layout, alone) is None
     is_long = seqs.counts > 1 if decodes else seqs.counts > 0

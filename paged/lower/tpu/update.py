@@ -1,7 +1,7 @@
 """Writing a step's keys and values in the kernel that then attends: read a few slots, put the new rows in, write back.
 
-The smallest piece of a page that can be moved is a *granule*, the slots of one tile. Granules of many sequences are
-read at once, changed and written back, and all have arrived before the first page is read for attention.
+Granules of many sequences are read at once, changed and written back, and all have arrived before the first page is
+read for attention.
 """
 
 import functools
@@ -17,10 +17,10 @@ from jaxtyping import Array, Int
 from paged.spec import PageLayout
 
 from ..sequences import Sequences
-from .transfer import Pool, pools_of
+from .granules import GRANULE, granule_at, granule_shape, granules_per_seq, row_shape, token_axis
+from .transfer import pools_of
 
 Ref = Any
-GRANULE = 8
 # Vector memory that granules on their way may take, and the most of them at once.
 _STAGE_BYTES, _MOST_STAGED = 2**21, 64
 
@@ -54,11 +54,6 @@ class Targets(NamedTuple):
         return cls(page, slot, position.reshape(-1), is_shared.astype(jnp.int32)[None])
 
 
-def granules_per_seq(rows: int) -> int:
-    """The most granules that ``rows`` consecutive tokens touch."""
-    return (rows + GRANULE - 2) // GRANULE + 1
-
-
 class Staging(NamedTuple):
     """Granules of several sequences, and the rows that go into them; each pool's array has its own of both."""
 
@@ -78,13 +73,13 @@ class Write(NamedTuple):
     @property
     def staged(self) -> int:
         """Sequences whose granules are on their way together."""
-        granule = sum(math.prod(_granule_shape(self.layout, pool)) * 4 for pool in pools_of(self.layout))
+        granule = sum(math.prod(granule_shape(self.layout, pool)) * 4 for pool in pools_of(self.layout))
         return max(1, min(_MOST_STAGED, _STAGE_BYTES // (granule * granules_per_seq(self.rows))))
 
     def scratch(self) -> list[Any]:
         """Memory for `Staging`, without ``new``."""
         pools, count = pools_of(self.layout), self.staged * granules_per_seq(self.rows)
-        granules = [pltpu.VMEM((count, *_granule_shape(self.layout, pool)), pool.dtype) for pool in pools]
+        granules = [pltpu.VMEM((count, *granule_shape(self.layout, pool)), pool.dtype) for pool in pools]
         rows = [pltpu.VMEM((self.staged, self.rows, *row_shape(self.layout, pool)), jnp.float32) for pool in pools]
         return [*granules, *rows, pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA]
 
@@ -128,7 +123,7 @@ class Write(NamedTuple):
         @pl.when(page >= 0)
         def _():
             for pool, ref, buffer in zip(pools_of(self.layout), pools, staging.granules, strict=True):
-                place, here = _granule(self.layout, pool, ref, page, slot), buffer.at[i]
+                place, here = granule_at(self.layout, pool, ref, page, slot), buffer.at[i]
                 if what.endswith("read"):
                     copy = pltpu.make_async_copy(place, here, staging.arrived)
                 else:
@@ -142,7 +137,7 @@ class Write(NamedTuple):
         @pl.when(targets.page[granule] >= 0)
         def _():
             for which, pool in enumerate(pools_of(self.layout)):
-                ref, axis = staging.granules[which].at[i], _token_axis(self.layout, pool)
+                ref, axis = staging.granules[which].at[i], token_axis(self.layout, pool)
                 x = ref[...].astype(jnp.float32)
                 slot = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
                 if pool.is_scale:
@@ -151,31 +146,3 @@ class Write(NamedTuple):
                     place = jnp.where(row < work.rows[seq], work.position[seq] + row - targets.position[granule], -1)
                     x = jnp.where(slot == place, staging.rows[which][local, row], x)
                 ref[...] = x.astype(ref.dtype)
-
-
-def row_shape(layout: PageLayout, pool: Pool) -> tuple[int, ...]:
-    """One token's part of a page, with its axis kept."""
-    axis = _token_axis(layout, pool)
-    return tuple(1 if i == axis else n for i, n in enumerate(pool.page_shape))
-
-
-def _token_axis(layout: PageLayout, pool: Pool) -> int:
-    if pool.is_scale:
-        return 1
-    return {"packed": 2, "joined": 1, "split": 1, "interleaved": 0}[layout.order]
-
-
-def _granule_shape(layout: PageLayout, pool: Pool) -> tuple[int, ...]:
-    """A granule of a page; scales lie along lanes, and are moved as a whole page."""
-    if pool.is_scale:
-        return pool.page_shape
-    axis = _token_axis(layout, pool)
-    return tuple(GRANULE if i == axis else n for i, n in enumerate(pool.page_shape))
-
-
-def _granule(layout: PageLayout, pool: Pool, ref: Ref, page: Any, slot: Any) -> Ref:
-    if pool.is_scale:
-        return pool.page(ref, page)
-    axis = _token_axis(layout, pool)
-    slots: Any = pl.ds(pl.multiple_of(slot, GRANULE), GRANULE)
-    return pool.page(ref, page).at[tuple(slots if i == axis else slice(None) for i in range(axis + 1))]

@@ -3,3 +3,4 @@
 from .dense import dense_attention as dense_attention
 from .lowering import XLA_BLOCKS as XLA_BLOCKS
 from .write import token_rows as token_rows
+from .write import write_scales as write_scales

@@ -33,14 +33,19 @@ def write(
     batch: RaggedBatch,
 ) -> Pages:
     """The pages with each row's key and value at its position; rows of no sequence, and holes, are dropped."""
-    layout, slots = pages.layout, _slots(batch, k.shape[0], pages)
-    rows = token_rows(k, v, pages)
-    count = len(pages.arrays)
-    arrays = _put(_TOKEN_AXES[layout.order], rows[:count], pages.arrays, slots)
+    rows, count = token_rows(k, v, pages), len(pages.arrays)
+    slots = _slots(batch, k.shape[0], pages)
+    arrays: Any = _put(_TOKEN_AXES[pages.layout.order], rows[:count], pages.arrays, slots)
+    return Pages(tuple(arrays), *write_scales(rows[count:], pages, batch), layout=pages.layout)
+
+
+def write_scales(rows: tuple[Array, ...], pages: Pages, batch: RaggedBatch) -> tuple[Array | None, Array | None]:
+    """The pages' scales, with those of each row [tokens, kv_heads] at its position where tokens have their own."""
     scales = pages.k_scale, pages.v_scale
-    if layout.scales == "token":
-        scales = _put(_SCALE_AXES, rows[count:], scales, slots)
-    return Pages(tuple(arrays), *scales, layout=layout)  # pyright: ignore
+    if pages.layout.scales != "token":
+        return scales
+    k_scale, v_scale = _put(_SCALE_AXES, rows, scales, _slots(batch, rows[0].shape[0], pages))  # pyright: ignore
+    return k_scale, v_scale
 
 
 def token_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
