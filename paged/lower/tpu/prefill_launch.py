@@ -110,11 +110,9 @@ class PrefillLaunch:
         """The state in results as the kernel writes them."""
         strides, views, heads = self.strides, self.views, self.program.num_q_heads
         x = results.reshape(-1, strides.out, LANES)
-        values = x[:, : strides.first_of(0)].reshape(-1, heads, strides.out_columns * LANES)[..., views.value_lanes]
-        total, top = (
-            x[:, strides.first_of(which) : strides.first_of(which + 1)].reshape(x.shape[0], -1)[:, :heads, None]
-            for which in (0, 1)
-        )
+        values = x[:, : strides.first_sum].reshape(-1, heads, strides.out_columns * LANES)[..., views.value_lanes]
+        sums = x[:, strides.first_sum : strides.first_sum + strides.sums].reshape(x.shape[0], -1, 1)
+        total, top = sums[:, :heads], sums[:, heads : 2 * heads]
         out, lse = Running(top / LOG2E, total, values).finish()
         for v_scale in self._head_scales(pages)[1:]:
             out = out * jnp.repeat(v_scale, self.program.group)[:, None]
@@ -190,7 +188,7 @@ class PrefillLaunch:
             pltpu.VMEM((2, rows, keys), f32),
             pltpu.VMEM((2, rows, LANES), f32),
             pltpu.VMEM((self.positions, keys), jnp.int32),
-            pltpu.VMEM((strides.first_of(2) - strides.first_of(0), self.positions, LANES), f32),
+            pltpu.VMEM((strides.sums, self.positions, LANES), f32),
             pltpu.VMEM((2, 8, keys), jnp.int32),
         ]
         if self._scales_tokens:

@@ -31,7 +31,7 @@ class Refs(NamedTuple):
     scores: Ref  # f32[2, rows, keys]
     block_top: Ref  # f32[2, rows, lanes], the largest of each lane's scores
     seen: Ref  # i32[positions, keys], which pairs are visible
-    sums: Ref  # f32[2 * registers, positions, lanes]: sums of weights, then maxima; head `h` is lane `h`
+    sums: Ref  # f32[registers, positions, lanes]: see `Strides.first_sum`
     key_position: Ref  # i32[2, 8, keys], the same in every row
     token_scales: Ref | None  # f32[2, 2 * kv_heads, keys]
     apart: Ref | None  # f32[2, ...], see `Views.set_apart`
@@ -85,15 +85,21 @@ class Strides:
         """Rows a position of the queries."""
         return _stride(self.num_q_heads * self.q_columns)
 
-    def first_of(self, which: int) -> int:
-        """Where the sums of weights (``which`` 0), or the maxima (1), begin: head ``h`` is lane ``h % 128`` of row
-        ``h // 128`` from here on."""
-        return self.num_q_heads * self.out_columns + which * -(-self.num_q_heads // LANES)
+    @property
+    def first_sum(self) -> int:
+        """Where the sums of weights begin, and after those of all heads their maxima: number ``i`` is lane ``i % 128``
+        of row ``i // 128`` from here on."""
+        return self.num_q_heads * self.out_columns
+
+    @property
+    def sums(self) -> int:
+        """Registers of sums and maxima."""
+        return -(-2 * self.num_q_heads // LANES)
 
     @property
     def out(self) -> int:
         """Rows a position of the results."""
-        return _stride(self.first_of(2))
+        return _stride(self.first_sum + self.sums)
 
 
 def _stride(rows: int) -> int:

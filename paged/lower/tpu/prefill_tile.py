@@ -253,7 +253,7 @@ class Tile:
         """Put sums and maxima of all heads of a position next to each other; XLA normalises them in passing."""
         shape, strides = self.shape, self.strides
         lane = jax.lax.broadcasted_iota(jnp.int32, (shape.span, LANES), 1)
-        registers = refs.sums.shape[0] // 2
+        registers = refs.sums.shape[0]
 
         def store(part):
             own = self._part_rows(part)
@@ -264,15 +264,19 @@ class Tile:
                 for column in range(strides.out_columns):
                     at = self._positions(strip, strides.out, strides.out_columns, column)
                     refs.out_buffer[at] = values[rows, column * LANES : (column + 1) * LANES]
-                for which, x in enumerate((total, top)):
-                    register, at = which * registers + _div(head, LANES), pl.ds(self._offset(strip), shape.span)
-                    is_own = lane == _rem(head, LANES)
-                    refs.sums[register, at] = jnp.where(is_own, x[rows], refs.sums[register, at])
+                numbered = [(head, total), (shape.num_q_heads + head, top)]
+                for together in [numbered] if registers == 1 else [[one] for one in numbered]:
+                    register = 0 if registers == 1 else _div(together[0][0], LANES)
+                    at = pl.ds(self._offset(strip), shape.span)
+                    sums = refs.sums[register, at]
+                    for number, x in together:
+                        sums = jnp.where(lane == _rem(number, LANES), x[rows], sums)
+                    refs.sums[register, at] = sums
 
         _unrolled_loop(shape.parts, 8, store)
-        for register in range(2 * registers):
+        for register in range(registers):
             for first in range(0, shape.positions, shape.span):
-                at = pl.ds(first * strides.out + strides.first_of(0) + register, shape.span, stride=strides.out)
+                at = pl.ds(first * strides.out + strides.first_sum + register, shape.span, stride=strides.out)
                 refs.out_buffer[at] = refs.sums[register, pl.ds(first, shape.span)]
 
     def _strips(self, part: Any) -> list[Any]:
