@@ -1,6 +1,6 @@
 """One tile of many query rows over the visible pages of its sequence, near the matrix units' rate.
 
-A tile's rows come in parts of up to 256, each of one KV head. For a block of keys, every part goes through two stages:
+A tile's rows come in parts of up to 384, each of one KV head. For a block of keys, every part goes through two stages:
 its scores, and then its weights and their product with the values. One part's scores are computed beside the weights of
 the part before it, in one straight line of code, so that the matrix units have work while exponentials are taken; over
 blocks that are visible in full this goes on without an end from block to block.
