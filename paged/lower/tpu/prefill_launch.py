@@ -143,12 +143,18 @@ class PrefillLaunch:
     def _tile(self, shape: TileShape) -> Tile:
         mask_rows = min(_MASK_ROWS, shape.positions)
         bodies = []
-        for views in (part for part in self.views.parts() if part.columns % LANES == 0):
+        for views in self._bodies():
             scores = split_terms(self.program, shape.rows, views.columns)
             mask = split_terms(self.program, mask_rows, views.columns)
             bodies.append(Body(views, scores, mask, mask_rows, bool(self.program.score_ops)))
         unrolled = MOST_UNROLLED if shape.positions == self.positions else MOST_UNROLLED // 4
         return Tile(shape, self.strides, tuple(bodies), self.program.scale, unrolled)
+
+    def _bodies(self) -> list[Views]:
+        """Views of a block's first pages, quarter by quarter where these are whole lanes."""
+        sizes = {self.pages_per_block * quarters // 4 for quarters in (1, 2, 3, 4)}
+        parts = [dataclasses.replace(self.views, pages_per_block=pages) for pages in sorted(sizes - {0})]
+        return [part for part in parts if part.columns % LANES == 0]
 
     def _arrays(self, body: Body) -> tuple[Array, ...]:
         """What the terms need, for every query head."""

@@ -62,7 +62,7 @@ class Tile:
             refs.total[rows] = jnp.zeros((shape.span, LANES))
             refs.values[rows] = jnp.zeros((shape.span, refs.values.shape[1]))
 
-        _unrolled_loop(shape.strips, 4, begin)
+        _unrolled_loop(shape.strips, self.most_unrolled // 2, begin)
 
     def _over_blocks(self, refs: Refs, item: Any, end: Any, slot: Any) -> Any:
         """Fold the item's blocks: those visible in full, and then the others."""
@@ -273,7 +273,7 @@ class Tile:
                         sums = jnp.where(lane == _rem(number, LANES), x[rows], sums)
                     refs.sums[register, at] = sums
 
-        _unrolled_loop(shape.parts, 8, store)
+        _unrolled_loop(shape.parts, self.most_unrolled, store)
         for register in range(registers):
             for first in range(0, shape.positions, shape.span):
                 at = pl.ds(first * strides.out + strides.first_sum + register, shape.span, stride=strides.out)
