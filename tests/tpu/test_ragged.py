@@ -14,7 +14,8 @@ from tests.support import Case, build
 from tests.support.pairs import covering_rows
 
 from .interpreter import MODES, assert_equals_reference, interpreted
-from .test_interpreted import CORNER_SETS, FACTORS as DECODE_FACTORS, TERMS, is_taken
+from .test_interpreted import CORNER_SETS, TERMS, is_taken
+from .test_interpreted import FACTORS as DECODE_FACTORS
 
 FAST_ROWS = 6
 FACTORS = {
