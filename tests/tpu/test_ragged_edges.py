@@ -1,4 +1,4 @@
-"""The edges of the semantics on the TPU lowering for mixed batches: faults of the caller, unseen things, full blocks."""
+"""The edges of the semantics on the TPU lowering for mixed batches: faults of the caller, unseen things, long ones."""
 
 import dataclasses
 
@@ -61,10 +61,11 @@ def test_every_corner_equals_the_reference(corner):
 
 
 def _assert_equals(got, want):
+    """Both in float32, each within `TOLERANCES` for inputs of this spread: 1.5 x 20 roundings of values up to 10."""
     np.testing.assert_array_equal(np.isneginf(got.lse), np.isneginf(want.lse))
     seen = ~np.isneginf(np.asarray(want.lse))
-    np.testing.assert_allclose(got.out, want.out, rtol=0, atol=2e-5)
-    np.testing.assert_allclose(np.asarray(got.lse)[seen], np.asarray(want.lse)[seen], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(got.out, want.out, rtol=0, atol=4e-5)
+    np.testing.assert_allclose(np.asarray(got.lse)[seen], np.asarray(want.lse)[seen], rtol=0, atol=4e-5)
     assert not np.asarray(got.out)[~seen].any()
 
 
@@ -123,7 +124,7 @@ def test_other_sequences_are_invisible_bitwise():
     "starts",
     [
         [0, 17, 5, 51, 52, 56],  # decreasing: a sequence without rows
-        [0, 40, 20, 30, 50, 64],  # overlapping: rows belong to the first that claims them
+        [0, 20, 17, 51, 52, 56],  # overlapping: rows belong to the first that claims them
         [-9, 17, 18, 51, 10**6, -(2**31)],
         [3, 3, 3, 4, 60, 64],  # rows before the first start are nobody's
         [64, 0, 0, 0, 0, 64],
@@ -136,8 +137,8 @@ def test_starts_that_are_faults_show_no_row_of_anothers(starts):
     _assert_equals(state_of(_attend(), faulty), xla.state(faulty.q, faulty.pages, faulty.batch))
 
 
-# Two tiles a sequence, of 16 rows and of one, which sees its last page in full where both end together: no page, one, two
-# or all six are visible in full, each a whole block, and then one in part or none.
+# Two tiles a sequence, of 16 rows and of one, which sees its last page in full where both end together: no page, one,
+# two or all six are visible in full, each a whole block, and then one in part or none.
 WHOLE = Case(spec=PLAIN, page_size=128, phase="decode", rows=17, pages_per_seq=6)
 WHOLE_CORNERS = {
     "then none": Corner(((1, 0), (2, 0), (3, 0), (6, 0), (1, 0)), (17,) * 5),

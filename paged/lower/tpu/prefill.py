@@ -25,6 +25,7 @@ from .views import NOWHERE, Views, dot
 
 Ref = Any
 LANES = 128
+_SUBLANES = 8
 # Parts in one straight line of code: with fewer, the matrix units wait where lines meet.
 MOST_UNROLLED = 16
 LOG2E = math.log2(math.e)
@@ -52,7 +53,7 @@ class Refs(NamedTuple):
     seen: Ref  # i32[positions, keys], which pairs are visible
     sums: Ref  # f32[2 * registers, positions, lanes]: sums of weights, then maxima; head `h` is lane `h`
     key_position: Ref  # i32[2, 8, keys], the same in every row
-    token_scales: Ref | None  # f32[2, 2 * kv_heads, keys]
+    token_scales: Ref | None  # f32[2, 2 * kv_heads * 8, keys], the same in 8 rows each
     apart: Ref | None  # f32[2, ...], see `Views.set_apart`
 
 
@@ -236,7 +237,7 @@ class Tile:
             scale = scale * LOG2E
         s = s * scale
         if refs.token_scales is not None:
-            s = s * refs.token_scales[block.place, pl.ds(head, 1), pl.ds(0, keys)]
+            s = s * self._token_scale(refs, block, head, keys)
         if body.has_score_ops:
             p = j = None
             if body.scores.scores_use_positions:
@@ -266,8 +267,7 @@ class Tile:
         weights = _side_by_side(weights)
         if refs.token_scales is not None:
             heads = self.shape.num_q_heads // self.shape.group
-            v_scale = refs.token_scales[block.place, pl.ds(heads + head, 1), pl.ds(0, keys)]
-            weights = weights * v_scale
+            weights = weights * self._token_scale(refs, block, heads + head, keys)
         lanes = pl.ds(0, v.shape[1])
         decay = _side_by_side([decay] * (refs.values.shape[1] // LANES))[:, : v.shape[1]]
         refs.values[own, lanes] = decay * refs.values[own, lanes] + dot(weights.astype(v.dtype), v, contract=0)
@@ -285,9 +285,13 @@ class Tile:
         if refs.token_scales is not None:
             heads = views.layout.num_kv_heads
             k_scale, v_scale = (views.scales(buffer, block.slot) for buffer in buffers[-2:])
-            refs.token_scales[block.place, pl.ds(0, heads), keys] = k_scale
             v_scale = jnp.where(j[:1] < work.length[item], v_scale, 0.0)
-            refs.token_scales[block.place, pl.ds(heads, heads), keys] = v_scale
+            for first, scale in ((0, k_scale), (heads, v_scale)):
+                for head in range(heads):
+                    rows = pl.ds((first + head) * _SUBLANES, _SUBLANES)
+                    refs.token_scales[block.place, rows, keys] = jnp.broadcast_to(
+                        scale[head : head + 1], (_SUBLANES, scale.shape[1])
+                    )
 
     def _mask(self, refs: Refs, body: Body, item: Any, block: Block) -> None:
         """Which pairs of a block are visible, once for all heads."""
@@ -313,6 +317,12 @@ class Tile:
         shape = (self.shape.span, keys)
         row = refs.stream.work.position[item] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         return _one_above_another([row + self._offset(strip) for strip in self._strips(part)])
+
+    def _token_scale(self, refs: Refs, block: Block, row: Any, keys: int) -> Any:
+        """Scales of a block's keys (rows from 0 on) or values, of one head: a whole tile is read, since a TPU loads no
+        single row of a number that is known only when it runs."""
+        rows = pl.ds(_multiple(row, _SUBLANES), _SUBLANES)
+        return refs.token_scales[block.place, rows, pl.ds(0, keys)][:1]
 
     def _stored(self, refs: Refs, body: Body, block: Block, head: Any, which: int) -> Any:
         """A head's keys (``which`` 0) or values (1)."""

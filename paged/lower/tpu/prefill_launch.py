@@ -189,7 +189,7 @@ class PrefillLaunch:
             pltpu.VMEM((2, 8, keys), jnp.int32),
         ]
         if self._scales_tokens:
-            others.append(pltpu.VMEM((2, 2 * layout.num_kv_heads, keys), f32))
+            others.append(pltpu.VMEM((2, 2 * layout.num_kv_heads * 8, keys), f32))
         if self._is_apart:
             others.append(pltpu.VMEM((2, *views.apart_shape()), f32))
         return pages, others
