@@ -78,6 +78,16 @@ def _pairs(spec, tiles, t):
     return seen & (j < int(tiles.lengths[t]))
 
 
+def _said(spec, tiles, t):
+    """What the program says of a tile's rows and each page."""
+    p0, first = int(tiles.positions[t]), np.arange(9) * 8
+    return Program.from_spec(spec).coverage(p0, p0 + int(tiles.counts[t]), first, first + 8, int(tiles.lengths[t]))
+
+
+# Masks whose terms each see something of a page of which together they see nothing: the program says "in part".
+ROUGH = ("window, not the prefix",)
+
+
 @pytest.mark.parametrize("hole", [False, True])
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("name", SPECS)
@@ -86,15 +96,17 @@ def test_a_tile_lists_the_pages_of_which_it_sees_anything(name, rows, hole):
     for corner in (LONG, *CORNERS):
         case, tiles, visited = _visited(SPECS[name], corner, rows, hole)
         for t in range(tiles.counts.shape[0]):
-            pages = _pairs(case.spec, tiles, t).reshape(-1, 9, 8)
-            table = np.asarray(tiles.tables[t])
+            pages, table = _pairs(case.spec, tiles, t).reshape(-1, 9, 8), np.asarray(tiles.tables[t])
             is_there = (table >= 0) & (table < case.num_pages) & (len(pages) > 0)
             some, full = pages.any(axis=(0, 2)) & is_there, pages.all(axis=(0, 2)) & is_there
-            want = [*np.flatnonzero(full), *np.flatnonzero(some & ~full)]
-            count = int(visited.count[t])
-            assert visited.index[t, :count].tolist() == want, (corner, t)
-            assert int(visited.num_full[t]) == full.sum(), (corner, t)
-            assert visited.page[t, :count].tolist() == table[want].tolist(), (corner, t)
+            count, num_full = int(visited.count[t]), int(visited.num_full[t])
+            listed = visited.index[t, :count].tolist()
+            if name in ROUGH:
+                said = _said(case.spec, tiles, t)
+                assert set(np.flatnonzero(some)) <= set(listed) and set(listed[:num_full]) <= set(np.flatnonzero(full))
+                some, full = said.some & is_there, said.full & is_there
+            assert listed == [*np.flatnonzero(full), *np.flatnonzero(some & ~full)], (corner, t)
+            assert num_full == full.sum() and visited.page[t, :count].tolist() == table[listed].tolist(), (corner, t)
 
 
 @pytest.mark.parametrize("window", [1, 8, 20, 72])
