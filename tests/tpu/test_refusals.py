@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import paged
-from paged.lower import Schedule
+from paged.lower import Call, Schedule
 from paged.lower.tpu import CHIPS
 from paged.spec import AttentionSpec, Bias, PageLayout, RaggedBatch, Where
 
@@ -87,9 +87,20 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_that_are_not_decoding_are_refused_by_name(name):
+    """By a schedule of the decode kernel, which leaves no other lowering to go to."""
     batch, reason = CALLS[name]
+    attend = paged.lower(SPEC, LAYOUT, "tpu", schedule=Schedule(lowering="tpu-decode", pages_per_block=2))
     with pytest.raises(ValueError, match=f"No lowering takes this call: tpu-decode: {reason}.*auto.*take any call"):
-        _call(paged.lower(SPEC, LAYOUT, "tpu"), batch)
+        _call(attend, batch)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_are_not_decoding_are_taken_by_the_lowering_for_them(name):
+    batch, _ = CALLS[name]
+    attend = paged.lower(SPEC, LAYOUT, "tpu", interpret=True)
+    q = jax.ShapeDtypeStruct((int(batch.query_starts[-1]), 8, 128), jnp.bfloat16)
+    assert attend.choose(Call.of(q, _pages(LAYOUT), batch))[0].name == "tpu-ragged"
+    assert _call(attend, batch).shape == q.shape
 
 
 def test_the_most_query_rows_are_taken():
