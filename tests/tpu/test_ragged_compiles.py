@@ -195,14 +195,22 @@ def _call(
     return attend, args, {"new": (new, new)} if update else {}
 
 
+# XLA's scatter of as many rows as these works on a copy of the pool that is laid out otherwise.
+COPIED_BY_THE_WRITE = ("update, mixed", "update, int8, token")
+
+
 def _marked(name, generation):
     marks = [] if (name, generation) in FAST else [pytest.mark.slow]
+    if name in COPIED_BY_THE_WRITE:
+        marks.append(pytest.mark.xfail(reason="XLA's scatter of many rows copies the pool", strict=True))
     return pytest.param(name, generation, id=f"{name}-{generation}", marks=marks)
 
 
 def _copies_the_pool(point):
-    """Where XLA's layout of the pool is not what a kernel's transfers take, it puts a copy before every call."""
-    return point.get("head_dim", 128) % 128 != 0 and point.get("order") != "joined"
+    """Where XLA's layout of the pool is not what a kernel's transfers take, it puts a copy before every call: of heads of
+    no whole lanes, and of scales a token, of pages of no whole lanes."""
+    is_narrow = point.get("head_dim", 128) % 128 != 0 and point.get("order") != "joined"
+    return is_narrow or (point.get("scales") == "token" and point.get("page_size", 16) % 128 != 0)
 
 
 @needs_libtpu
