@@ -207,8 +207,8 @@ def _marked(name, generation):
 
 
 def _copies_the_pool(point):
-    """Where XLA's layout of the pool is not what a kernel's transfers take, it puts a copy before every call: of heads of
-    no whole lanes, and of scales a token, of pages of no whole lanes."""
+    """Where XLA's layout of the pool is not what a kernel's transfers take, it puts a copy before every call: of heads
+    of no whole lanes, and of scales a token, of pages of no whole lanes."""
     is_narrow = point.get("head_dim", 128) % 128 != 0 and point.get("order") != "joined"
     return is_narrow or (point.get("scales") == "token" and point.get("page_size", 16) % 128 != 0)
 
