@@ -191,6 +191,18 @@ def test_whole_blocks_of_every_kind(name):
         assert_equals_reference(attend, build(case.replace(corner=corner)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["tpu-decode", "tpu-ragged"])
+def test_places_without_a_page_are_past_every_length_in_large_pages_too(lowering):
+    """Three pages in a block of four: the fourth has a position that must be more than the length, in 32 bits."""
+    spec, facts = PLAIN.replace(num_q_heads=1, num_kv_heads=1), {"phase": "prefill", "rows": 16}
+    facts = {"phase": "decode"} if lowering == "tpu-decode" else facts
+    case = Case(spec=spec, page_size=2048, corner=Corner(((2, 40),) * 5, (1,) * 5), **facts)
+    choices = {} if lowering == "tpu-decode" else {"query_rows": 16}
+    schedule = Schedule(lowering=lowering, pages_per_block=4, buffers=2, **choices)
+    assert_equals_reference(interpreted(case, schedule, generation="v5e"), build(case))
+
+
 # How many positions the last tile of a sequence has, and the class that it is of.
 TILE_ROWS = {64: (1, 16, 17, 63, 64), 256: (16, 17, 64, 65, 256)}
 

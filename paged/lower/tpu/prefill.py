@@ -21,7 +21,7 @@ from ..softmax import raise_top
 from .stream import Stream
 from .terms import Terms
 from .tiles import TileShape
-from .views import NOWHERE, Views, dot
+from .views import Views, dot
 
 Ref = Any
 LANES = 128
@@ -280,7 +280,7 @@ class Tile:
             views.set_apart(buffers, block.slot, refs.apart.at[block.place])
         j = None
         if is_masked or body.scores.scores_use_positions or refs.token_scales is not None:
-            j = views.positions(lambda at: jnp.where(at < pages, work.index[block.base + at], NOWHERE))
+            j = views.positions(lambda at: jnp.where(at < pages, work.index[block.base + at], views.nowhere))
             refs.key_position[block.place, :, keys] = j
         if refs.token_scales is not None:
             heads = views.layout.num_kv_heads
