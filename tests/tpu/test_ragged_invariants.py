@@ -3,6 +3,8 @@
 The kernels are those of `test_ragged_edges`: with a window, tiles of 16 rows and blocks of two pages.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ def _attend():
     return interpreted(CASE, SCHEDULE)
 
 
-def _rows(built, counts, skip):
+def _rows(counts, skip):
     """Rows of a step: ``counts[s]`` of sequence ``s``, of its own after the first ``skip[s]``."""
     starts = np.concatenate([[0], np.cumsum(LONG.rows)])
     return np.concatenate([starts[s] + skip[s] + np.arange(counts[s]) for s in range(SLOTS)]).astype(int)
@@ -38,7 +40,7 @@ def _in_steps(built, steps):
     pages, out, done = built.pages, np.full(built.q.shape, np.nan, np.float32), np.zeros(SLOTS, int)
     before = np.asarray(built.batch.lengths) - np.array(LONG.rows)
     for counts in steps:
-        rows = _rows(built, counts, done)
+        rows = _rows(counts, done)
         done = done + counts
         starts = np.concatenate([[0], np.cumsum(counts)])
         batch = RaggedBatch(before + done, built.batch.block_tables, starts, SLOTS)
@@ -59,18 +61,26 @@ STEPS = {
 }
 
 
-def test_chunks_of_prompts_give_what_one_chunk_gives():
-    """However they are cut; single rows, which the decode kernel takes, at the beginning or the end among them."""
+SLOW_STEPS = ("one sequence at a time", "a row, and the rest")
+
+
+@functools.cache
+def _in_one_step():
+    """As `_in_steps`, in one; and it is the reference's."""
     built, held = (build(CASE.replace(corner=LONG), hold_new=hold) for hold in (False, True))
-    whole, written = _in_steps(built, [LONG.rows])
-    live = sum(LONG.rows)
-    got = jnp.asarray(np.nan_to_num(whole))
-    assert_state(AttentionState(got, jnp.asarray(exact_state(held).lse)), held)
-    for steps in STEPS.values():
-        out, pages = _in_steps(built, steps)
-        np.testing.assert_allclose(out[:live], whole[:live], **CLOSE)
-        for a, b in zip(pages.arrays, written.arrays, strict=True):
-            np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+    out, pages = _in_steps(built, [LONG.rows])
+    assert_state(AttentionState(jnp.asarray(np.nan_to_num(out)), jnp.asarray(exact_state(held).lse)), held)
+    return built, out, pages
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW_STEPS)) for n in STEPS])
+def test_chunks_of_prompts_give_what_one_chunk_gives(name):
+    """However they are cut; single rows, which the decode kernel takes, at the beginning or the end among them."""
+    built, whole, written = _in_one_step()
+    out, pages = _in_steps(built, STEPS[name])
+    np.testing.assert_allclose(out[: sum(LONG.rows)], whole[: sum(LONG.rows)], **CLOSE)
+    for a, b in zip(pages.arrays, written.arrays, strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
 
 
 @pytest.mark.parametrize("s", range(SLOTS))
