@@ -41,8 +41,9 @@ CORNERS = {
 class Case:
     """Everything static about a test. Two cases that differ in ``corner`` or ``seed`` alone share one trace.
 
-    ``rows`` is what every slot has in a decode batch, and the chunk in a prefill; a ragged batch takes them from its
-    corner and has ``tokens`` rows in all. ``sink_shape`` is the shape that sinks are given in.
+    ``corner`` is a name in `CORNERS`, or a corner of the test's own. ``rows`` is what every slot has in a decode batch,
+    and the chunk in a prefill; a ragged batch takes them from its corner and has ``tokens`` rows in all. ``sink_shape``
+    is the shape that sinks are given in.
     """
 
     spec: AttentionSpec
@@ -53,7 +54,7 @@ class Case:
     value_dim: int = 0
     q_dtype: str = "float32"
     phase: Phase = "ragged"
-    corner: str = "mixed"
+    corner: str | Corner = "mixed"
     rows: int = 1
     tokens: int = 16
     pages_per_seq: int = 4
@@ -89,7 +90,7 @@ class Case:
 
     def values(self) -> tuple[list[int], list[int], int]:
         """Lengths, row counts and live sequences of the case's corner in its phase."""
-        corner = CORNERS[self.corner]
+        corner = CORNERS[self.corner] if isinstance(self.corner, str) else self.corner
         lengths = [min(a * self.page_size + b, self.pages_per_seq * self.page_size) for a, b in corner.lengths]
         if self.phase == "prefill":
             return lengths[:1], [self.rows], min(corner.num_seqs, 1)

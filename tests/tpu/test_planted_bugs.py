@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import pytest
 
 from paged.lower import Schedule
-from paged.lower.tpu import CHIPS
 from paged.lower.tpu import launch as launch_module
 from paged.lower.tpu import work as work_module
 from paged.lower.tpu.decode import ROWS_IN_FLIGHT, Decode
@@ -23,7 +22,18 @@ from paged.spec import AttentionState
 from tests.support import Case, build, case_of, exact_state
 from tests.support.specs import PLAIN
 
-from .interpreter import KernelFault, assert_equals_reference, interpreted, params
+from .planting import (
+    Elsewhere,
+    Shifted,
+    all_full,
+    all_of,
+    attend_with,
+    method,
+    nothing,
+    page_too_few,
+    what_is_seen,
+    without_waiting,
+)
 
 _FULL = PLAIN.replace(causal=False)
 
@@ -49,37 +59,6 @@ SUITE = {
 }  # fmt: skip
 
 
-class _Shifted:
-    """A reference to integers that reads something else than what it holds."""
-
-    def __init__(self, ref, by):
-        self.ref, self.by = ref, by
-
-    @property
-    def shape(self):
-        return self.ref.shape
-
-    def __getitem__(self, index):
-        return self.ref[index] + self.by
-
-    def __setitem__(self, index, value):
-        self.ref[index] = value
-
-
-class _Elsewhere:
-    """A buffer or semaphores of which another place is given than the one that is asked for."""
-
-    def __init__(self, ref, place):
-        self.ref, self.place = ref, place
-
-    @property
-    def at(self):
-        return self
-
-    def __getitem__(self, index):
-        return self.ref.at[self.place(index)]
-
-
 def _first(index):
     return 0
 
@@ -88,25 +67,13 @@ def _next_item(index):
     return (jax.lax.rem(index[0] + 1, ROWS_IN_FLIGHT), *index[1:])
 
 
-def _nothing(original):
-    return lambda *args, **kwargs: None
-
-
-def _without_waiting(original):
-    def copy(self, *args):
-        if args[-1] == "start":
-            original(self, *args)
-
-    return copy
-
-
 def _one_semaphore(original):
-    return lambda self, *args: original(self._replace(arrived=_Elsewhere(self.arrived, _first)), *args)
+    return lambda self, *args: original(self._replace(arrived=Elsewhere(self.arrived, _first)), *args)
 
 
 def _one_too_long(original):
     def attend(self, refs, *args, **kwargs):
-        work = refs.work._replace(length=_Shifted(refs.work.length, 1))
+        work = refs.work._replace(length=Shifted(refs.work.length, 1))
         return original(self, refs._replace(work=work), *args, **kwargs)
 
     return attend
@@ -121,37 +88,20 @@ def _one_slot(original):
 
 def _none_empty(original):
     def are_short(self, refs, *args):
-        work = refs.work._replace(count=_Shifted(refs.work.count, 1))
+        work = refs.work._replace(count=Shifted(refs.work.count, 1))
         return original(self, refs._replace(work=work), *args)
 
     return are_short
 
 
 def _all_clean(original):
-    return lambda self, *args: original(dataclasses.replace(self, is_clean=_Shifted(self.is_clean, 1)), *args)
+    return lambda self, *args: original(dataclasses.replace(self, is_clean=Shifted(self.is_clean, 1)), *args)
 
 
 def _wrong_place(original):
     return lambda self, refs, *args: original(
-        self, refs._replace(out_buffer=_Elsewhere(refs.out_buffer, _next_item)), *args
+        self, refs._replace(out_buffer=Elsewhere(refs.out_buffer, _next_item)), *args
     )
-
-
-def _page_too_few(original):
-    def of(cls, *args):
-        visited = original(cls, *args)
-        count = jnp.maximum(visited.count - 1, 0)
-        return visited._replace(count=count, num_full=jnp.minimum(visited.num_full, count))
-
-    return of
-
-
-def _all_full(original):
-    def of(cls, *args):
-        visited = original(cls, *args)
-        return visited._replace(num_full=visited.count)
-
-    return of
 
 
 def _tail_lost(original):
@@ -165,62 +115,47 @@ def _tail_lost(original):
     return work
 
 
-def _method(cls, name, mutant):
-    def plant(patch):
-        raw = cls.__dict__[name]
-        if isinstance(raw, classmethod):
-            patch.setattr(cls, name, classmethod(mutant(raw.__func__)))
-        else:
-            patch.setattr(cls, name, mutant(raw))
-
-    return plant
-
-
-def _all_of(*plants):
-    return lambda patch: [plant(patch) for plant in plants]
-
-
 def _parts_added_up(out, lse):
     return AttentionState(jnp.sum(out, axis=0), jnp.max(lse, axis=0))
 
 
 # name: how to plant it, the case that kills it, and what is seen.
 BUGS = {
-    "no wait for pages": (_method(Transfers, "wait", _nothing), "late", "nan"),
-    "no wait for the last pages": (_method(Transfers, "wait_for", _nothing), "late", "nan"),
-    "no wait for queries": (_method(Decode, "_copy_queries", _without_waiting), "late", "nan"),
-    "no wait for results": (_method(Decode, "_copy_results", _without_waiting), "early", "race"),
+    "no wait for pages": (method(Transfers, "wait", nothing), "late", "nan"),
+    "no wait for the last pages": (method(Transfers, "wait_for", nothing), "late", "nan"),
+    "no wait for queries": (method(Decode, "_copy_queries", without_waiting), "late", "nan"),
+    "no wait for results": (method(Decode, "_copy_results", without_waiting), "early", "race"),
     "one semaphore for all slots": (
-        _all_of(*(_method(Transfers, name, _one_semaphore) for name in ("start", "wait"))), "late, one a block", "nan",
+        all_of(*(method(Transfers, name, _one_semaphore) for name in ("start", "wait"))), "late, one a block", "nan",
     ),
-    "results from the wrong place": (_method(Decode, "_copy_results", _wrong_place), "late", "race"),
-    "j <= length": (_method(Decode, "_attend", _one_too_long), "late", "nan"),
-    "values past the length not silenced": (_method(Transfers, "silence", _nothing), "late", "nan"),
-    "values of empty places not silenced": (_method(Stream, "silence", _all_clean), "late", "nan"),
-    "a page too few": (_method(Visited, "of", _page_too_few), "late", "wrong"),
-    "partial pages taken for full": (_method(Visited, "of", _all_full), "late", "nan"),
+    "results from the wrong place": (method(Decode, "_copy_results", _wrong_place), "late", "race"),
+    "j <= length": (method(Decode, "_attend", _one_too_long), "late", "nan"),
+    "values past the length not silenced": (method(Transfers, "silence", nothing), "late", "nan"),
+    "values of empty places not silenced": (method(Stream, "silence", _all_clean), "late", "nan"),
+    "a page too few": (method(Visited, "of", page_too_few), "late", "wrong"),
+    "partial pages taken for full": (method(Visited, "of", all_full), "late", "nan"),
     "cursor a block behind": (
-        _method(Stream, "move_cursor", lambda move: lambda self, item, at: move(self, item, at - 1)),
+        method(Stream, "move_cursor", lambda move: lambda self, item, at: move(self, item, at - 1)),
         "early",
         "semaphore",
     ),
     "cursor a block ahead": (
-        _method(Stream, "move_cursor", lambda move: lambda self, item, at: move(self, item, at + 1)),
+        method(Stream, "move_cursor", lambda move: lambda self, item, at: move(self, item, at + 1)),
         "late",
         "exception",
     ),
-    "one slot for items together": (_method(Decode, "_attend", _one_slot), "together", "wrong"),
+    "one slot for items together": (method(Decode, "_attend", _one_slot), "together", "wrong"),
     "an item past the end together with the last": (
-        _method(Decode, "_are_short", lambda short: lambda self, refs, item, end: short(self, refs, item, end + 1)),
+        method(Decode, "_are_short", lambda short: lambda self, refs, item, end: short(self, refs, item, end + 1)),
         "together",
         "exception",
     ),
     "an empty item together with another": (
-        _method(Decode, "_are_short", _none_empty), "together, one empty", "exception",
+        method(Decode, "_are_short", _none_empty), "together, one empty", "exception",
     ),
-    "tail of a split lost": (_method(Visited, "work", _tail_lost), "split", "wrong"),
+    "tail of a split lost": (method(Visited, "work", _tail_lost), "split", "wrong"),
     "scale of keys for values": (
-        _method(Launch, "_head_scales", lambda scales: lambda self, pages: scales(self, pages)[:1] * 2),
+        method(Launch, "_head_scales", lambda scales: lambda self, pages: scales(self, pages)[:1] * 2),
         "split",
         "wrong",
     ),
@@ -232,28 +167,6 @@ BUGS = {
 _SLOW = ("no wait for the last pages", "partial pages taken for full", "cursor a block ahead", "parts added up")
 
 
-def _attend(name, planted):
-    """The case's attention on a chip of its own name, so that no trace of another is taken for it."""
-    case, schedule, mode = SUITE[name]
-    attend = interpreted(case.replace(corner="mixed"), schedule, mode)
-    chip = dataclasses.replace(CHIPS["v4"], generation=planted)
-    lowerings = tuple(low.on_chip(chip).interpreted(params(mode, schedule.cores)) for low in attend.lowerings)
-    return dataclasses.replace(attend, lowerings=lowerings)
-
-
-def _what_is_seen(attend, built):
-    """What gives a bug away, or None."""
-    try:
-        assert_equals_reference(attend, built, patience=20.0)
-    except KernelFault as fault:
-        return str(fault).partition(":")[0]
-    except AssertionError as error:
-        return "nan" if "not finite" in str(error) or "has NaN" in str(error) else "wrong"
-    except Exception as error:
-        return f"exception: {error}"
-    return None
-
-
 @pytest.fixture(scope="module")
 def builts():
     """Every case's arrays; their exact states are computed before any bug is planted."""
@@ -263,11 +176,11 @@ def builts():
 
 @pytest.mark.parametrize("name", SUITE)
 def test_the_suite_passes_without_a_bug(name, builts):
-    assert _what_is_seen(_attend(name, "sound"), builts[name]) is None
+    assert what_is_seen(attend_with("sound", *SUITE[name]), builts[name]) is None
 
 
 @pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug in _SLOW)) for bug in BUGS])
 def test_the_suite_kills(bug, builts, monkeypatch):
     plant, name, expected = BUGS[bug]
     plant(monkeypatch)
-    assert (_what_is_seen(_attend(name, bug), builts[name]) or "nothing").startswith(expected)
+    assert (what_is_seen(attend_with(bug, *SUITE[name]), builts[name]) or "nothing").startswith(expected)

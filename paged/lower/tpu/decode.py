@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..softmax import Running
 from .stream import Stream
 from .terms import Terms
-from .views import NOWHERE, Views, dot
+from .views import Views, dot
 from .work import Work
 
 Ref = Any
@@ -256,7 +256,7 @@ class Decode:
         j: Any = None
         if is_masked or terms.scores_use_positions:
             p = refs.work.position[item] + views.row()
-            j = views.positions(lambda at: jnp.where(at < pages, refs.work.index[base + at], NOWHERE))
+            j = views.positions(lambda at: jnp.where(at < pages, refs.work.index[base + at], views.nowhere))
         visible = views.is_own_key()
         if is_masked:
             seen = terms.mask(tuple(ref[0] for ref in refs.arrays), p, j) & (j < refs.work.length[item])

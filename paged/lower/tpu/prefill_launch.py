@@ -16,7 +16,7 @@ from ..softmax import Running
 from .chips import Chip
 from .launch import padded_bytes
 from .prefill import Prefill
-from .prefill_refs import LANES, Body, Refs, Strides
+from .prefill_refs import LANES, SUBLANES, Body, Refs, Strides
 from .prefill_tile import LOG2E, MOST_UNROLLED, Tile
 from .stream import Stream
 from .terms import split_terms
@@ -198,7 +198,7 @@ class PrefillLaunch:
             pltpu.VMEM((2, 8, keys), jnp.int32),
         ]
         if self._scales_tokens:
-            others.append(pltpu.VMEM((2, 2 * layout.num_kv_heads, keys), f32))
+            others.append(pltpu.VMEM((2, 2 * layout.num_kv_heads * SUBLANES, keys), f32))
         if self._is_apart:
             others.append(pltpu.VMEM((2, *views.apart_shape()), f32))
         return pages, others

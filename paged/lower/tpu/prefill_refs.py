@@ -8,7 +8,7 @@ from .terms import Terms
 from .views import Views
 
 Ref = Any
-LANES = 128
+LANES, SUBLANES = 128, 8
 
 
 class Refs(NamedTuple):
@@ -33,7 +33,7 @@ class Refs(NamedTuple):
     seen: Ref  # i32[positions, keys], which pairs are visible
     sums: Ref  # f32[registers, positions, lanes]: see `Strides.first_sum`
     key_position: Ref  # i32[2, 8, keys], the same in every row
-    token_scales: Ref | None  # f32[2, 2 * kv_heads, keys]
+    token_scales: Ref | None  # f32[2, 2 * kv_heads * 8, keys], the same in 8 rows each
     apart: Ref | None  # f32[2, ...], see `Views.set_apart`
 
 

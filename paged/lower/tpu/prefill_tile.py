@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ..softmax import raise_top
-from .prefill_refs import LANES, Block, Body, Refs, Strides
+from .prefill_refs import LANES, SUBLANES, Block, Body, Refs, Strides
 from .stream import Stream
 from .terms import Terms
 from .tiles import TileShape
-from .views import NOWHERE, dot
+from .views import dot
 
 Ref = Any
 # Parts in one straight line of code: with fewer, the matrix units wait where lines meet.
@@ -164,7 +164,7 @@ class Tile:
             scale = scale * LOG2E
         s = s * scale
         if refs.token_scales is not None:
-            s = s * refs.token_scales[block.place, pl.ds(head, 1), pl.ds(0, keys)]
+            s = s * self._token_scale(refs, block, head, keys)
         if body.has_score_ops:
             p = j = None
             if body.scores.scores_use_positions:
@@ -194,8 +194,7 @@ class Tile:
         weights = _side_by_side(weights)
         if refs.token_scales is not None:
             heads = self.shape.num_q_heads // self.shape.group
-            v_scale = refs.token_scales[block.place, pl.ds(heads + head, 1), pl.ds(0, keys)]
-            weights = weights * v_scale
+            weights = weights * self._token_scale(refs, block, heads + head, keys)
         lanes = pl.ds(0, v.shape[1])
         decay = _side_by_side([decay] * (refs.values.shape[1] // LANES))[:, : v.shape[1]]
         refs.values[own, lanes] = decay * refs.values[own, lanes] + dot(weights.astype(v.dtype), v, contract=0)
@@ -208,14 +207,18 @@ class Tile:
             views.set_apart(buffers, block.slot, refs.apart.at[block.place])
         if not (is_masked or body.scores.scores_use_positions or refs.token_scales is not None):
             return
-        j = views.positions(lambda at: jnp.where(at < pages, work.index[block.base + at], NOWHERE))
+        j = views.positions(lambda at: jnp.where(at < pages, work.index[block.base + at], views.nowhere))
         refs.key_position[block.place, :, keys] = j
         if refs.token_scales is not None:
             heads = views.layout.num_kv_heads
             k_scale, v_scale = (views.scales(buffer, block.slot) for buffer in buffers[-2:])
-            refs.token_scales[block.place, pl.ds(0, heads), keys] = k_scale
             v_scale = jnp.where(j[:1] < work.length[item], v_scale, 0.0)
-            refs.token_scales[block.place, pl.ds(heads, heads), keys] = v_scale
+            scales = jnp.concatenate([k_scale, v_scale], axis=0)
+            for row in range(2 * heads):
+                at = pl.ds(row * SUBLANES, SUBLANES)
+                refs.token_scales[block.place, at, keys] = jnp.broadcast_to(
+                    scales[row : row + 1], (SUBLANES, body.keys)
+                )
 
     def _mask(self, refs: Refs, body: Body, item: Any, block: Block) -> None:
         """Which pairs of a block are visible, once for all heads."""
@@ -241,6 +244,11 @@ class Tile:
         shape = (self.shape.span, keys)
         row = refs.stream.work.position[item] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         return _one_above_another([row + self._offset(strip) for strip in self._strips(part)])
+
+    def _token_scale(self, refs: Refs, block: Block, row: Any, keys: int) -> Any:
+        """A head's scales of a block's keys (rows from 0 on) or values: a whole tile is read, since a TPU loads no single
+        row of a number that is known only when it runs."""
+        return refs.token_scales[block.place, pl.ds(_multiple(row, SUBLANES), SUBLANES), pl.ds(0, keys)][:1]
 
     def _stored(self, refs: Refs, body: Body, block: Block, head: Any, which: int) -> Any:
         """A head's keys (``which`` 0) or values (1)."""

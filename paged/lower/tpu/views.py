@@ -24,8 +24,6 @@ from paged.spec import PageLayout
 
 Ref = Any
 
-# The page index of places in a block where no page has been put: past every table, and its tokens past every length.
-NOWHERE = 2**20
 _LANES = 128
 
 
@@ -68,6 +66,12 @@ class Views:
     def tile_rows(self) -> int:
         """Query rows that meet a tile: ``rows x heads x group``, in that order."""
         return self.rows * self.heads * self.group
+
+    @property
+    def nowhere(self) -> int:
+        """The page index of places in a block where no page has been put: past every table, and its tokens past every
+        length, but within 32 bits."""
+        return min(2**20, 2**30 // self.layout.page_size)
 
     @property
     def columns_per_token(self) -> int:

@@ -1,0 +1,117 @@
+"""Ways to plant a bug into a kernel, and to tell what gives it away."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from paged.lower.tpu import CHIPS
+
+from .interpreter import KernelFault, assert_equals_reference, interpreted, params
+
+
+class Shifted:
+    """A reference to integers that reads something else than what it holds."""
+
+    def __init__(self, ref, by):
+        self.ref, self.by = ref, by
+
+    @property
+    def shape(self):
+        """The shape of what it stands for."""
+        return self.ref.shape
+
+    def __getitem__(self, index):
+        return self.ref[index] + self.by
+
+    def __setitem__(self, index, value):
+        self.ref[index] = value
+
+
+class Elsewhere:
+    """A buffer or semaphores of which another place is given than the one that is asked for."""
+
+    def __init__(self, ref, place):
+        self.ref, self.place = ref, place
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        return self.ref.at[self.place(index)]
+
+
+def nothing(original):
+    """A function that does nothing at all."""
+    return lambda *args, **kwargs: None
+
+
+def without_waiting(original):
+    """A copy, whose last argument says what to do, that is only ever started."""
+
+    def copy(self, *args):
+        if args[-1] == "start":
+            original(self, *args)
+
+    return copy
+
+
+def page_too_few(original):
+    """`Visited.of` without the last page of every list."""
+
+    def of(cls, *args):
+        visited = original(cls, *args)
+        count = jnp.maximum(visited.count - 1, 0)
+        return visited._replace(count=count, num_full=jnp.minimum(visited.num_full, count))
+
+    return of
+
+
+def all_full(original):
+    """`Visited.of` with every page taken for one that needs no mask."""
+
+    def of(cls, *args):
+        visited = original(cls, *args)
+        return visited._replace(num_full=visited.count)
+
+    return of
+
+
+def method(cls, name, mutant):
+    """Plants ``mutant(original)`` in place of a method."""
+
+    def plant(patch):
+        raw = cls.__dict__[name]
+        if isinstance(raw, classmethod):
+            patch.setattr(cls, name, classmethod(mutant(raw.__func__)))
+        else:
+            patch.setattr(cls, name, mutant(raw))
+
+    return plant
+
+
+def all_of(*plants):
+    """Plants all of them."""
+    return lambda patch: [plant(patch) for plant in plants]
+
+
+def attend_with(planted, case, schedule, mode):
+    """The case's attention on a chip of its own name, so that no trace of another is taken for it."""
+    attend = interpreted(case.replace(corner="mixed"), schedule, mode)
+    chip = dataclasses.replace(CHIPS["v4"], generation=planted)
+    lowerings = tuple(low.on_chip(chip).interpreted(params(mode, schedule.cores)) for low in attend.lowerings)
+    return dataclasses.replace(attend, lowerings=lowerings)
+
+
+def what_is_seen(attend, built):
+    """What gives a bug away, or None."""
+    try:
+        assert_equals_reference(attend, built, patience=20.0)
+    except KernelFault as fault:
+        return str(fault).partition(":")[0]
+    except AssertionError as error:
+        return "nan" if "not finite" in str(error) or "has NaN" in str(error) else "wrong"
+    except Exception as error:
+        # The race detector compares only accesses that nothing orders, and fails where one of them has a stride.
+        return "race" if "_slices_overlap" in str(error) else f"exception: {error}"
+    return None

@@ -1,0 +1,268 @@
+"""The real TPU compiler takes the prefill kernel, and with it that of decode in mixed batches, without a TPU.
+
+As in `test_compiles`, a point is compiled for one or two generations, so that each generation meets every family of
+points. The few that run always have few heads, which compile fast; with ``-m "slow or not slow"`` all do.
+"""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged
+from paged.lower import Call, CompileError, Schedule, compile_for
+from paged.lower.tpu import CHIPS, TPU_RAGGED
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu, which is not here"
+)
+# Many times what the queries and results of the largest point take, so that a copy of it shows.
+POOL_BYTES = 4 * 2**30
+GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+assert set(GENERATIONS) == set(CHIPS)
+
+
+def _wave(p, j, h):
+    return 0.1 * jnp.sin(p - j) + 0.01 * h
+
+
+def _not_fifth(p, j):
+    return (p + j) % 5 != 0
+
+
+_SMALL = {"kv_heads": 2, "group": 2}
+_LLAMA_70B = {"group": 8}
+_GEMMA_2 = {"head_dim": 256, "group": 2, "spec": {"soft_cap": 50.0}}
+_GEMMA_3 = {"kv_heads": 16, "group": 2, "spec": {"window": 1024}}
+_GPT_OSS = {"head_dim": 64, "group": 8, "order": "joined", "spec": {"sinks": True, "window": 128}}
+_F32 = {"dtype": "float32", "q_dtype": "float32", **_SMALL}
+_MIXED = {"slots": 64, "rows": None, "tokens": 1024}
+
+
+def _int8(scales, **facts):
+    return {"dtype": "int8", "scales": scales, **facts}
+
+
+def _scores(*scores):
+    return {**_SMALL, "spec": {"scores": scores}}
+
+
+def _masked(mask, **spec):
+    return {**_SMALL, "spec": {"mask": mask, **spec}}
+
+
+# What differs from one chunk of 512 tokens at the end of 4096, 8 KV heads of 128 with a group of 4, bfloat16, pages of
+# 16, packed. Of mixed batches, whose rows vary, only the number of tokens is known.
+POINTS = {
+    "llama 8b": {},
+    "llama 8b, 1 row": {"rows": 1},
+    "llama 8b, 16 rows": {"rows": 16},
+    "llama 8b, 100 rows": {"rows": 100},
+    "llama 8b, 2048 rows": {"rows": 2048},
+    "llama 8b, 4096 rows": {"rows": 4096},
+    "llama 8b, 32k": {"rows": 2048, "length": 32768},
+    "llama 8b, 128k": {"rows": 512, "length": 131072},
+    "llama 8b, 128k, pages of 8": {"rows": 512, "length": 131072, "page_size": 8},
+    "llama 8b, mixed": _MIXED,
+    "llama 8b, mixed, 32k": {**_MIXED, "length": 32768, "page_size": 64},
+    "llama 8b, 8 chunks of 100": {"slots": 8, "rows": 100},
+    "llama 70b": _LLAMA_70B,
+    "llama 70b, 16 rows": {**_LLAMA_70B, "rows": 16},
+    "llama 70b, 2048 rows, 128k": {**_LLAMA_70B, "rows": 2048, "length": 131072, "page_size": 64},
+    "llama 70b, mixed": {**_LLAMA_70B, **_MIXED},
+    "gemma 2": _GEMMA_2,
+    "gemma 2, window": {**_GEMMA_2, "spec": {"soft_cap": 50.0, "window": 4096}, "length": 8192},
+    "gemma 2, 2048 rows": {**_GEMMA_2, "rows": 2048, "length": 8192},
+    "gemma 2, mixed": {**_GEMMA_2, **_MIXED},
+    "gemma 3": _GEMMA_3,
+    "gemma 3, 4096 rows": {**_GEMMA_3, "rows": 4096, "length": 32768},
+    "gemma 3, mixed": {**_GEMMA_3, **_MIXED},
+    "qwen 3, 40 heads": {"group": 5},
+    "qwen 3, 40 heads, mixed": {"group": 5, **_MIXED},
+    "qwen 3, 32 heads": {"kv_heads": 4, "group": 8},
+    "qwen 3, 32 heads, 100 rows": {"kv_heads": 4, "group": 8, "rows": 100, "length": 32768},
+    "gpt-oss": _GPT_OSS,
+    "gpt-oss, 2048 rows": {**_GPT_OSS, "rows": 2048, "length": 32768},
+    "gpt-oss, page 64": {**_GPT_OSS, "page_size": 64},
+    "gpt-oss, mixed": {**_GPT_OSS, **_MIXED},
+    "MQA, 16": {"kv_heads": 1, "group": 16},
+    "MQA, 16, mixed": {"kv_heads": 1, "group": 16, **_MIXED},
+    "MHA, 16": {"kv_heads": 16, "group": 1},
+    "MHA, 16, 2048 rows": {"kv_heads": 16, "group": 1, "rows": 2048},
+    "small": _SMALL,
+    "small, mixed": {**_SMALL, **_MIXED},
+    "small, group 3": {"kv_heads": 2, "group": 3},
+    "page 8": {"page_size": 8, **_SMALL},
+    "page 32": {"page_size": 32, **_SMALL},
+    "page 64": {"page_size": 64, **_SMALL},
+    "page 128": {"page_size": 128, **_SMALL},
+    "page 256": {"page_size": 256, **_SMALL},
+    "page 256, 8 heads": {"page_size": 256},
+    "page 24": {"page_size": 24, "kv_heads": 1, "group": 2},
+    "joined": {"order": "joined", **_SMALL},
+    "joined, head_dim 80": {"order": "joined", "head_dim": 80, **_SMALL},
+    "joined, head_dim 96": {"order": "joined", "head_dim": 96, **_SMALL},
+    "joined, head_dim 64, int8": _int8("head", order="joined", head_dim=64, **_SMALL),
+    "split": {"order": "split"},
+    "split, page 64": {"order": "split", "page_size": 64, **_SMALL},
+    "split, head_dim 64": {"order": "split", "head_dim": 64, **_SMALL},
+    "packed, head_dim 64": {"head_dim": 64, **_SMALL},
+    "interleaved": {"order": "interleaved"},
+    "interleaved, page 64": {"order": "interleaved", "page_size": 64, **_SMALL},
+    "interleaved MQA": {"order": "interleaved", "kv_heads": 1, "group": 8},
+    "interleaved, mixed": {"order": "interleaved", **_MIXED},
+    "int8, tensor": _int8("tensor", **_SMALL),
+    "int8, head": _int8("head"),
+    "int8, head, mixed": _int8("head", **_MIXED),
+    "int8, token": _int8("token", page_size=64, **_SMALL),
+    "int8, token, page 128": _int8("token", page_size=128),
+    "int8, token, page 16": _int8("token", **_SMALL),
+    "int8, interleaved": _int8("head", order="interleaved", **_SMALL),
+    "int8, split": _int8("head", order="split", page_size=32, **_SMALL),
+    "float8_e4m3fn": {"dtype": "float8_e4m3fn", "scales": "head", **_SMALL},
+    "float8_e5m2, token": {"dtype": "float8_e5m2", "scales": "token", "page_size": 128, **_SMALL},
+    "float32": _F32,
+    "float32, interleaved": {**_F32, "order": "interleaved"},
+    "float32, joined": {**_F32, "order": "joined", "head_dim": 64},
+    "float32 queries": {"q_dtype": "float32", **_SMALL},
+    "float16 queries": {"q_dtype": "float16", **_SMALL},
+    "ALiBi": _scores(paged.ALiBi()),
+    "ALiBi, 8 heads": {"spec": {"scores": (paged.ALiBi(),)}},
+    "bias": _scores(paged.Bias(_wave)),
+    "where": _masked(paged.Where(_not_fifth)),
+    "chunk": _masked(paged.Chunk(1024)),
+    "prefix or causal": _masked(paged.Causal() | paged.Prefix(64), causal=False),
+    "not causal": {**_SMALL, "spec": {"causal": False}},
+    "update": {"update": True, **_SMALL},
+    "update, mixed": {"update": True, **_SMALL, **_MIXED},
+    "update, joined": {**_GPT_OSS, "update": True},
+    "update, split": {"order": "split", "update": True, **_SMALL},
+    "update, interleaved": {"order": "interleaved", "update": True, **_SMALL},
+    "update, int8": _int8("head", update=True, **_SMALL),
+    "update, int8, token": _int8("token", update=True, page_size=128, **_SMALL),
+    "one block of 128": {"schedule": {"pages_per_block": 8, "query_rows": 64, "buffers": 2}, **_SMALL},
+    "tiles of 16 rows": {"schedule": {"pages_per_block": 16, "query_rows": 16, "buffers": 3}},
+    "large tiles": {"schedule": {"pages_per_block": 16, "query_rows": 1024, "buffers": 2}, **_SMALL},
+}
+FAST = (
+    ("small", "v4"),
+    ("MQA, 16", "v5e"),
+    ("joined", "tpu7x"),
+    ("interleaved, page 64", "v6e"),
+)
+
+
+def _table():
+    """Every point for one generation, in turn; the first of each five for a second one; and the fast ones."""
+    names = list(POINTS)
+    table = [(name, GENERATIONS[i % 5]) for i, name in enumerate(names)]
+    table += [(name, GENERATIONS[(i + 2 + i // 5) % 5]) for i, name in enumerate(names) if i % 5 == 0]
+    return list(dict.fromkeys((*FAST, *table)))
+
+
+TABLE = _table()
+
+
+def _call(
+    slots=1, rows=512, tokens=None, length=4096, page_size=16, kv_heads=8, group=4, head_dim=128, order="packed",
+    dtype="bfloat16", scales=None, q_dtype="bfloat16", schedule=None, spec=None, update=False,
+):  # fmt: skip
+    """The lowered attention, the abstract arguments of a point, and the new keys and values if it is an update."""
+    layout = paged.PageLayout(
+        page_size=page_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.dtype(dtype), order=order,
+        scales=scales,
+    )  # fmt: skip
+    spec = paged.AttentionSpec(num_q_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=head_dim, **(spec or {}))
+    num_pages = POOL_BYTES // layout.bytes_per_page
+    arrays = [jax.ShapeDtypeStruct(shape, layout.dtype) for shape in layout.array_shapes(num_pages)]
+    if scales is not None:
+        scale = jax.ShapeDtypeStruct(layout.scale_shape(num_pages), jnp.float32)
+        scales = {"k_scale": scale, "v_scale": scale}
+    tables = np.zeros((slots, -(-length // page_size)), int)
+    if rows is None:
+        batch = paged.RaggedBatch(np.full(slots, length), tables, np.linspace(0, tokens, slots + 1).astype(int))
+    else:
+        batch, tokens = paged.RaggedBatch.decode(np.full(slots, length), tables, query_rows=rows), slots * rows
+    q = jax.ShapeDtypeStruct((tokens, spec.num_q_heads, head_dim), jnp.dtype(q_dtype))
+    sinks = jax.ShapeDtypeStruct((spec.num_q_heads,), jnp.float32) if spec.sinks else None
+    chosen = None if schedule is None else Schedule(lowering="tpu-ragged", **schedule)
+    attend = dataclasses.replace(paged.lower(spec, layout, "tpu", schedule=chosen), lowerings=(TPU_RAGGED,))
+    new = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), jnp.dtype(q_dtype))
+    args = (q, layout.wrap(*arrays, **(scales or {})), batch, sinks)
+    return attend, args, {"new": (new, new)} if update else {}
+
+
+# XLA's scatter of as many rows as these works on a copy of the pool that is laid out otherwise.
+COPIED_BY_THE_WRITE = ("update, mixed", "update, int8, token")
+
+
+def _marked(name, generation):
+    marks = [] if (name, generation) in FAST else [pytest.mark.slow]
+    if name in COPIED_BY_THE_WRITE:
+        marks.append(pytest.mark.xfail(reason="XLA's scatter of many rows copies the pool", strict=True))
+    return pytest.param(name, generation, id=f"{name}-{generation}", marks=marks)
+
+
+def _copies_the_pool(point):
+    """Where XLA's layout of the pool is not what a kernel's transfers take, it puts a copy before every call: of heads
+    of no whole lanes, and of scales a token, of pages of no whole lanes."""
+    is_narrow = point.get("head_dim", 128) % 128 != 0 and point.get("order") != "joined"
+    return is_narrow or (point.get("scales") == "token" and point.get("page_size", 16) % 128 != 0)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("name", "generation"), [_marked(*point) for point in TABLE])
+def test_compiles_without_a_copy_of_the_pool(name, generation):
+    attend, args, new = _call(**POINTS[name])
+    compiled = compile_for(attend, generation, *args, **new)
+    assert compiled.lowering == "tpu-ragged" and compiled.generation == generation
+    assert compiled.schedule.lowering == "tpu-ragged" and compiled.code_bytes > 0
+    assert compiled.argument_bytes >= 0.99 * POOL_BYTES
+    if not _copies_the_pool(POINTS[name]):
+        assert compiled.temporary_bytes < POOL_BYTES // 4
+    for field, value in (POINTS[name].get("schedule") or {}).items():
+        assert getattr(compiled.schedule, field) == value
+
+
+def test_the_table_is_large_enough_and_crosses_generations():
+    assert len(TABLE) >= 60 and set(FAST) <= set(TABLE)
+    for generation in GENERATIONS:
+        facts = [POINTS[name] for name, to in TABLE if to == generation]
+        assert len(facts) >= 10
+        assert any(point.get("rows", 0) is None for point in facts), "a mixed batch"
+        assert any("scales" in point for point in facts) and any("spec" in point for point in facts)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("name", [name for name, point in POINTS.items() if "schedule" not in point])
+def test_the_heuristic_is_a_schedule_that_it_would_take_back(name, generation):
+    """What is chosen fits the chip by the lowering's own rule: a default never needs more memory than there is."""
+    attend, (q, pages, batch, _), _ = _call(**POINTS[name])
+    call = Call.of(q, pages, batch)
+    lowering = attend.lowering.on_chip(CHIPS[generation])
+    schedule = lowering.schedule(attend.program, attend.layout, call)
+    assert lowering.cannot_honour(attend.program, attend.layout, call, schedule) is None
+    assert lowering.refuses(attend.program, attend.layout, call) is None
+
+
+def test_a_schedule_too_large_for_the_chip_is_refused_with_the_nearest_that_fits():
+    attend, args, _ = _call(schedule={"pages_per_block": 64, "query_rows": 1024, "buffers": 4})
+    with pytest.raises(ValueError, match=r"its buffers take \d+ bytes .*on v4: lower query_rows, pages_per_block") as e:
+        compile_for(attend, "v4", *args)
+    own = _call()[0].on_chip(CHIPS["v4"])
+    nearest = own.choose(Call.of(*args[:3]))[1]
+    assert f"The nearest that can: {nearest}." in str(e.value)
+
+
+@needs_libtpu
+def test_a_compile_error_carries_the_schedule_and_the_compilers_words(monkeypatch):
+    """A chip said to have sixty times its memory: the schedule passes our rule, and the compiler finds it out."""
+    attend, args, _ = _call(page_size=128, schedule={"pages_per_block": 4, "query_rows": 16, "buffers": 64}, **_SMALL)
+    monkeypatch.setitem(CHIPS, "v4", dataclasses.replace(CHIPS["v4"], vmem_bytes=2**30))
+    with pytest.raises(CompileError) as error:
+        compile_for(attend, "v4", *args)
+    assert error.value.schedule == attend.schedule and error.value.generation == "v4"
+    assert str(attend.schedule) in str(error.value) and "vmem" in error.value.reason.lower()

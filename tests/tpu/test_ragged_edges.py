@@ -1,0 +1,315 @@
+"""The edges of the semantics on the TPU lowering for mixed batches: faults of the caller, unseen things, long ones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged
+from paged.lower import Schedule
+from paged.lower.tpu import CHIPS
+from paged.lower.tpu.prefill_launch import PrefillLaunch
+from paged.spec import AttentionSpec, AttentionState, RaggedBatch
+from tests.support import CORNERS, Case, Corner, assert_state, build, exact_state
+from tests.support.specs import PLAIN
+
+from .interpreter import assert_equals_reference, interpreted, params, state_of, watched
+
+
+def _schedule(**choices):
+    return Schedule(lowering="tpu-ragged", **{"pages_per_block": 2, "query_rows": 16, "buffers": 2, **choices})
+
+
+# One pair of kernels, of prefill and decode, for most of this file: a window that hides first pages wholly, blocks of
+# two pages of at most four, and tiles of 16 rows, of which a batch of 64 rows has up to four a sequence.
+CASE = Case(spec=PLAIN.replace(window=100), page_size=64, tokens=64)
+SCHEDULE = _schedule()
+LONG = Corner(((4, 0), (0, 1), (4, -1), (2, 0), (3, 1)), (17, 1, 33, 1, 4))
+
+
+def _attend():
+    return interpreted(CASE, SCHEDULE)
+
+
+def _built(corner=LONG, **how):
+    return build(CASE.replace(corner=corner), **how)
+
+
+def _with_batch(built, **changes):
+    """Built arrays with some of the batch's values changed; the exact state is the reference's of the same values."""
+    batch = built.batch
+    values = {name: changes.get(name, getattr(batch, name)) for name in ("lengths", "block_tables", "query_starts")}
+    new = RaggedBatch(**values, num_seqs=changes.get("num_seqs", batch.num_seqs), query_rows=batch.query_rows)
+    return dataclasses.replace(built, batch=new)
+
+
+def _assert_bitwise(a, b, rows=slice(None)):
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[rows].view(np.uint32), np.asarray(y)[rows].view(np.uint32))
+
+
+def _rows_of(built, *seqs):
+    return np.array([i for i, owner in enumerate(built.row_of) if owner is not None and owner[0] in seqs])
+
+
+@pytest.mark.parametrize("corner", [LONG, *CORNERS])
+def test_every_corner_equals_the_reference(corner):
+    """Several tiles a sequence, first pages wholly masked, empty rows, padding rows: `assert_state` looks at all."""
+    assert_equals_reference(_attend(), _built(corner))
+
+
+def _assert_equals(got, want):
+    """Both in float32, each within `TOLERANCES` for inputs of this spread: 1.5 x 20 roundings of values up to 10."""
+    np.testing.assert_array_equal(np.isneginf(got.lse), np.isneginf(want.lse))
+    seen = ~np.isneginf(np.asarray(want.lse))
+    np.testing.assert_allclose(got.out, want.out, rtol=0, atol=4e-5)
+    np.testing.assert_allclose(np.asarray(got.lse)[seen], np.asarray(want.lse)[seen], rtol=0, atol=4e-5)
+    assert not np.asarray(got.out)[~seen].any()
+
+
+def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
+    """Entries out of the pool: in a sequence's only page, of one row; and in the last and in middle pages, of many."""
+    built = _built()
+    table = built.batch.block_tables
+    for s, page, hole in ((0, 3, -1), (1, 0, built.pages.num_pages), (2, 2, 2**31 - 1), (3, 1, -(2**31))):
+        table = table.at[s, page].set(hole)
+    holed = _with_batch(built, block_tables=table)
+    got = state_of(_attend(), holed)
+    _assert_equals(got, exact_state(holed))
+    assert np.isneginf(np.asarray(got.lse)[_rows_of(built, 1)]).all()
+    assert not np.array_equal(exact_state(holed).out, exact_state(built).out)
+    _assert_bitwise(got, state_of(_attend(), built), rows=_rows_of(built, 4))
+
+
+def test_lengths_out_of_range_are_clamped():
+    corner = Corner(((4, 0), (1, 0), (4, 0), (1, 0), (4, -1)), (18, 20, 1, 1, 5))
+    built = _built(corner)
+    wild = _with_batch(built, lengths=jnp.array([257, -1, 2**31 - 1, -(2**31), 255], jnp.int32))
+    clamped = _with_batch(built, lengths=jnp.array([256, 0, 256, 0, 255], jnp.int32))
+    got = state_of(_attend(), wild)
+    _assert_bitwise(got, state_of(_attend(), clamped))
+    _assert_bitwise(got, state_of(_attend(), built), rows=_rows_of(built, 0, 2, 4))
+    empty = _rows_of(built, 1, 3)
+    assert not np.asarray(got.out)[empty].any() and np.isneginf(np.asarray(got.lse)[empty]).all()
+
+
+@pytest.mark.parametrize("num_seqs", [0, -3, 10**6])
+def test_the_number_of_sequences_is_clamped(num_seqs):
+    built = _built()
+    got = state_of(_attend(), _with_batch(built, num_seqs=jnp.int32(num_seqs)))
+    if num_seqs > 0:
+        _assert_bitwise(got, state_of(_attend(), built))
+    else:
+        assert not np.asarray(got.out).any() and np.isneginf(np.asarray(got.lse)).all()
+
+
+@pytest.mark.parametrize("corner", [LONG, "few live"])
+def test_page_order_and_stale_entries_are_invisible_bitwise(corner):
+    """Pages lie elsewhere, and all that nobody may read is drawn anew: entries, dead slots, padding rows."""
+    states = [state_of(_attend(), _built(corner, physical_seed=seed, padding_seed=seed)) for seed in range(2)]
+    _assert_bitwise(*states)
+
+
+def test_other_sequences_are_invisible_bitwise():
+    built = _built()
+    before, after = (state_of(_attend(), _built(changed=changed)) for changed in ((), (0, 3, 4)))
+    _assert_bitwise(before, after, rows=_rows_of(built, 1, 2))
+    others = _rows_of(built, 0, 3, 4)
+    assert (np.asarray(before.lse)[others] != np.asarray(after.lse)[others]).all()
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [0, 17, 5, 51, 52, 56],  # decreasing: a sequence without rows
+        [0, 20, 17, 51, 52, 56],  # overlapping: rows belong to the first that claims them
+        [-9, 17, 18, 51, 10**6, -(2**31)],
+        [3, 3, 3, 4, 60, 64],  # rows before the first start are nobody's
+        [64, 0, 0, 0, 0, 64],
+    ],
+)
+def test_starts_that_are_faults_show_no_row_of_anothers(starts):
+    """Where the reference says nothing, the XLA lowering does: both clamp what they read."""
+    faulty = _with_batch(_built(), query_starts=jnp.array(starts, jnp.int32))
+    xla = paged.lower(CASE.spec, CASE.layout, "xla")
+    _assert_equals(state_of(_attend(), faulty), xla.state(faulty.q, faulty.pages, faulty.batch))
+
+
+# Two tiles a sequence, of 16 rows and of one, which sees its last page in full where both end together: no page, one,
+# two or all six are visible in full, each a whole block, and then one in part or none.
+WHOLE = Case(spec=PLAIN, page_size=128, phase="decode", rows=17, pages_per_seq=6)
+WHOLE_CORNERS = {
+    "then none": Corner(((1, 0), (2, 0), (3, 0), (6, 0), (1, 0)), (17,) * 5),
+    "then a part": Corner(((1, 1), (2, 5), (3, 100), (6, -1), (0, 1)), (17,) * 5),
+    "in the second tile alone": Corner(((1, 8), (3, 15), (2, 16), (4, 17), (5, 18)), (17,) * 5),
+}
+
+
+@pytest.mark.parametrize("corner", WHOLE_CORNERS)
+def test_whole_blocks_visible_in_full(corner):
+    assert_equals_reference(
+        interpreted(WHOLE, _schedule(pages_per_block=1, buffers=3)), build(WHOLE.replace(corner=WHOLE_CORNERS[corner]))
+    )
+
+
+def _not_causal(**facts):
+    return WHOLE.replace(spec=AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=8, causal=False, **facts))
+
+
+# What else there is to a whole block: several pages, a part of one left over, more parts than a line of code has, an
+# odd number of them, score operations, scales a token, heads that are set apart, two cores, transfers at once.
+SLOW_WHOLE = {
+    "two buffers": (WHOLE, {"buffers": 2}, "on_wait"),
+    "eager": (WHOLE, {"buffers": 3}, "eager"),
+    "two cores": (WHOLE, {"buffers": 4, "cores": 2}, "on_wait"),
+    "blocks of two pages": (WHOLE, {"pages_per_block": 2, "buffers": 3}, "on_wait"),
+    "pages of 64": (WHOLE.replace(page_size=64), {"pages_per_block": 2, "buffers": 3}, "eager"),
+    "not causal": (_not_causal(), {"buffers": 3}, "on_wait"),
+    "soft cap and ALiBi": (_not_causal(soft_cap=20.0, scores=(paged.ALiBi(),)), {"buffers": 3}, "eager"),
+    "three parts": (
+        WHOLE.replace(spec=PLAIN.replace(num_q_heads=3, num_kv_heads=3)), {"buffers": 3}, "on_wait",
+    ),
+    "eight parts in turns": (
+        WHOLE.replace(spec=PLAIN.replace(num_q_heads=8, num_kv_heads=8)), {"query_rows": 64}, "on_wait",
+    ),
+    "scales a token": (WHOLE.replace(dtype="int8", scales="token"), {"buffers": 3}, "on_wait"),
+    "interleaved": (WHOLE.replace(order="interleaved"), {"buffers": 3}, "eager"),
+    "joined, sinks": (
+        WHOLE.replace(order="joined", spec=PLAIN.replace(sinks=True), sink_shape=(4,)), {"buffers": 3}, "on_wait",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_WHOLE)
+def test_whole_blocks_of_every_kind(name):
+    case, choices, mode = SLOW_WHOLE[name]
+    attend = interpreted(case, _schedule(**{"pages_per_block": 1, **choices}), mode)
+    for corner in WHOLE_CORNERS.values():
+        assert_equals_reference(attend, build(case.replace(corner=corner)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["tpu-decode", "tpu-ragged"])
+def test_places_without_a_page_are_past_every_length_in_large_pages_too(lowering):
+    """Three pages in a block of four: the fourth has a position that must be more than the length, in 32 bits."""
+    spec, facts = PLAIN.replace(num_q_heads=1, num_kv_heads=1), {"phase": "prefill", "rows": 16}
+    facts = {"phase": "decode"} if lowering == "tpu-decode" else facts
+    case = Case(spec=spec, page_size=2048, corner=Corner(((2, 40),) * 5, (1,) * 5), **facts)
+    choices = {} if lowering == "tpu-decode" else {"query_rows": 16}
+    schedule = Schedule(lowering=lowering, pages_per_block=4, buffers=2, **choices)
+    assert_equals_reference(interpreted(case, schedule, generation="v5e"), build(case))
+
+
+# How many positions the last tile of a sequence has, and the class that it is of.
+TILE_ROWS = {64: (1, 16, 17, 63, 64), 256: (16, 17, 64, 65, 256)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("query_rows", TILE_ROWS)
+def test_tiles_of_every_size(query_rows):
+    """A sequence each with a last tile as large as a class of tiles, and one row more; and one with a tile before."""
+    rows = (*TILE_ROWS[query_rows][:4], query_rows + TILE_ROWS[query_rows][2])
+    tokens = -(-sum(rows) // 64) * 64
+    case = CASE.replace(spec=PLAIN.replace(num_q_heads=2, num_kv_heads=1), tokens=tokens, page_size=128)
+    attend = interpreted(case, _schedule(query_rows=query_rows, pages_per_block=1, buffers=3))
+    for corner in (
+        Corner(((1, 1), (4, 0), (2, 0), (3, -1), (4, 0)), rows),
+        Corner(((0, 5), (3, 0), (1, 7), (4, -1), (2, 9)), rows[::-1]),
+    ):
+        assert_equals_reference(attend, build(case.replace(corner=corner)))
+
+
+@pytest.mark.parametrize(
+    ("query_rows", "positions"), [(16, [16]), (32, [32]), (64, [16, 64]), (256, [16, 64, 256]), (512, [32, 128, 512])]
+)
+def test_the_classes_of_tiles(query_rows, positions):
+    launch = _launch(CASE.spec, CASE.layout, query_rows)
+    assert [shape.positions for shape in launch.shapes()] == positions
+
+
+def _launch(spec, layout, query_rows):
+    program = paged.lower(spec, layout, "xla").program
+    return PrefillLaunch(program, layout, jnp.float32, 2, query_rows, 2, 1, CHIPS["v4"], False)
+
+
+def _with_scalar_memory(case, smem_bytes, schedule=SCHEDULE):
+    attend = interpreted(case, schedule)
+    chip = dataclasses.replace(CHIPS["v4"], smem_bytes=int(smem_bytes))
+    lowerings = tuple(low.on_chip(chip).interpreted(params("on_wait")) for low in attend.lowerings)
+    return dataclasses.replace(attend, lowerings=lowerings)
+
+
+def _launches(monkeypatch):
+    items = []
+    launch = PrefillLaunch.__call__
+
+    def counted(self, work, *args):
+        items.append(work.begin.shape[0])
+        return launch(self, work, *args)
+
+    monkeypatch.setattr(PrefillLaunch, "__call__", counted)
+    return items
+
+
+@pytest.mark.slow
+def test_page_lists_too_long_for_scalar_memory_are_cut_by_tile(monkeypatch):
+    """Six tiles, four in one kernel and two in the next, which writes its rows beside those of the first."""
+    items = _launches(monkeypatch)
+    case = CASE.replace(tokens=32)
+    attend = _with_scalar_memory(case, 4 * 72 / 0.6 + 1)
+    for corner in (Corner(LONG.lengths, (17, 2, 5, 3, 4)), "mixed", "few live", "more rows than tokens"):
+        assert_equals_reference(attend, build(case.replace(corner=corner)))
+    assert items == [4, 3]
+
+
+@pytest.mark.slow
+def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
+    """Two tiles of up to four pages, two pages a kernel: the states of all four kernels are merged."""
+    items = _launches(monkeypatch)
+    spec = PLAIN.replace(sinks=True, num_q_heads=2, num_kv_heads=1)
+    case = CASE.replace(phase="prefill", rows=17, spec=spec, sink_shape=(2,))
+    attend = _with_scalar_memory(case, (2 * 8 + 40) / 0.6 + 1)
+    for corner in ("first page masked", "exact pages", "empty", "more rows than tokens"):
+        assert_equals_reference(attend, build(case.replace(corner=corner)))
+    assert items == [1] * 4
+
+
+@pytest.mark.slow
+def test_update_equals_write_then_attend_in_one_trace(monkeypatch):
+    """For every corner; the slots that this step's tokens go to hold NaN before the write."""
+    items = _launches(monkeypatch)
+    attend = interpreted(CASE, SCHEDULE, generation="v5p")
+    for corner in (LONG, *CORNERS):
+        built, held = (_built(corner, hold_new=held) for held in (False, True))
+        out, pages = watched(attend.update, built.q, built.k, built.v, built.pages, built.batch)
+        written = paged.write(built.k, built.v, built.pages, built.batch)
+        for a, b in zip(pages.arrays, written.arrays, strict=True):
+            np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+        assert_state(AttentionState(out, jnp.asarray(exact_state(held).lse)), held)
+    assert len(items) == 1
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_the_xla_lowering():
+    """Of the queries and the pages, through the output and the log-sum-exp."""
+    built = _built()
+    rng = np.random.default_rng(5)
+    seen = np.array([row is not None and len(row) > 0 for row in built.visible])[:, None]
+    weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (built.q.shape, built.q.shape[:2])]
+
+    def gradients(attend):
+        def loss(q, arrays):
+            state = attend.state(q, built.pages.layout.wrap(*arrays), built.batch)
+            lse = jnp.where(seen, state.lse, 0.0)
+            return jnp.sum(state.out * weights[0]) + jnp.sum(lse * weights[1])
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+    got = watched(gradients(_attend()), built.q, built.pages.arrays)
+    want = gradients(paged.lower(CASE.spec, CASE.layout, "xla"))(built.q, built.pages.arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        assert np.abs(np.asarray(a)).max() > 0.1

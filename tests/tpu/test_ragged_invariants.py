@@ -1,0 +1,111 @@
+"""What may not matter on the TPU lowering for mixed batches: how prompts are cut, who else is there, in which order.
+
+The kernels are those of `test_ragged_edges`: with a window, tiles of 16 rows and blocks of two pages.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged.spec import AttentionState, RaggedBatch
+from tests.support import assert_state, build, exact_state
+
+from .interpreter import interpreted, state_of, watched
+from .test_ragged_edges import CASE, LONG, SCHEDULE, _assert_bitwise, _rows_of, _with_batch
+
+TOKENS, SLOTS = CASE.tokens, len(LONG.rows)
+# Of inputs of this spread, two results in float32: see `TOLERANCES`.
+CLOSE = {"rtol": 0, "atol": 4e-5}
+
+
+def _attend():
+    return interpreted(CASE, SCHEDULE)
+
+
+def _rows(counts, skip):
+    """Rows of a step: ``counts[s]`` of sequence ``s``, of its own after the first ``skip[s]``."""
+    starts = np.concatenate([[0], np.cumsum(LONG.rows)])
+    return np.concatenate([starts[s] + skip[s] + np.arange(counts[s]) for s in range(SLOTS)]).astype(int)
+
+
+def _padded(x, rows):
+    """Those rows of ``x``, and then NaN."""
+    return jnp.full(x.shape, jnp.nan, x.dtype).at[: len(rows)].set(x[rows])
+
+
+def _in_steps(built, steps):
+    """The output of all rows, and the pages, after updates with so many rows of each sequence."""
+    pages, out, done = built.pages, np.full(built.q.shape, np.nan, np.float32), np.zeros(SLOTS, int)
+    before = np.asarray(built.batch.lengths) - np.array(LONG.rows)
+    for counts in steps:
+        rows = _rows(counts, done)
+        done = done + counts
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        batch = RaggedBatch(before + done, built.batch.block_tables, starts, SLOTS)
+        q, k, v = (_padded(x, rows) for x in (built.q, built.k, built.v))
+        got, pages = watched(_attend().update, q, k, v, pages, batch)
+        out[rows] = np.asarray(got)[: len(rows)]
+        assert not np.asarray(got)[len(rows) :].any()
+    assert done.tolist() == list(LONG.rows)
+    return out, pages
+
+
+# Each sequence's rows, 17, 1, 33, 1 and 4, in steps.
+STEPS = {
+    "tile by tile": [(16, 1, 16, 0, 0), (1, 0, 16, 1, 4), (0, 0, 1, 0, 0)],
+    "row by row at last": [(14, 0, 30, 0, 1)] + [(1, 0, 1, 0, 1)] * 3 + [(0, 1, 0, 1, 0)],
+    "one sequence at a time": [tuple(n * (s == t) for t in range(5)) for s, n in enumerate(LONG.rows)],
+    "a row, and the rest": [(1, 1, 1, 1, 1), (16, 0, 32, 0, 3)],
+}
+
+
+SLOW_STEPS = ("one sequence at a time", "a row, and the rest")
+
+
+@functools.cache
+def _in_one_step():
+    """As `_in_steps`, in one; and it is the reference's."""
+    built, held = (build(CASE.replace(corner=LONG), hold_new=hold) for hold in (False, True))
+    out, pages = _in_steps(built, [LONG.rows])
+    assert_state(AttentionState(jnp.asarray(np.nan_to_num(out)), jnp.asarray(exact_state(held).lse)), held)
+    return built, out, pages
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW_STEPS)) for n in STEPS])
+def test_chunks_of_prompts_give_what_one_chunk_gives(name):
+    """However they are cut; single rows, which the decode kernel takes, at the beginning or the end among them."""
+    built, whole, written = _in_one_step()
+    out, pages = _in_steps(built, STEPS[name])
+    np.testing.assert_allclose(out[: sum(LONG.rows)], whole[: sum(LONG.rows)], **CLOSE)
+    for a, b in zip(pages.arrays, written.arrays, strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+
+
+@pytest.mark.parametrize("s", range(SLOTS))
+def test_a_sequence_alone_is_the_same_bitwise(s):
+    """In the same slot, its rows the first of the batch; the others are there, without rows."""
+    built = build(CASE.replace(corner=LONG))
+    rows, together = _rows_of(built, s), state_of(_attend(), built)
+    starts = np.where(np.arange(SLOTS + 1) > s, len(rows), 0)
+    alone = _with_batch(built, query_starts=jnp.asarray(starts, jnp.int32))
+    q = _padded(built.q, rows)
+    got = watched(_attend().state, q, built.pages, alone.batch)
+    _assert_bitwise((x[: len(rows)] for x in got), (x[rows] for x in together))
+    assert not np.asarray(got.out)[len(rows) :].any()
+
+
+@pytest.mark.parametrize("order", [(4, 3, 2, 1, 0), (2, 0, 3, 1, 4)])
+def test_the_order_of_sequences_is_invisible_bitwise(order):
+    built = build(CASE.replace(corner=LONG))
+    want, rows = state_of(_attend(), built), np.concatenate([_rows_of(built, s) for s in order])
+    counts, batch = np.array(LONG.rows)[list(order)], built.batch
+    moved = RaggedBatch(
+        batch.lengths[jnp.array(order)],
+        batch.block_tables[jnp.array(order)],
+        np.concatenate([[0], np.cumsum(counts)]),
+        batch.num_seqs,
+    )
+    got = watched(_attend().state, _padded(built.q, rows), built.pages, moved)
+    _assert_bitwise((x[: len(rows)] for x in got), (x[rows] for x in want))

@@ -1,0 +1,197 @@
+"""Planted bugs of the prefill kernel, and of the lowering around it, which must be seen: see `test_planted_bugs`."""
+
+import dataclasses
+import inspect
+
+import jax.numpy as jnp
+import pytest
+
+from paged.lower import Schedule
+from paged.lower.tpu import prefill_tile as prefill_module
+from paged.lower.tpu import ragged as ragged_module
+from paged.lower.tpu.prefill import Prefill
+from paged.lower.tpu.prefill_launch import PrefillLaunch
+from paged.lower.tpu.prefill_refs import Block
+from paged.lower.tpu.prefill_tile import Tile
+from paged.lower.tpu.stream import Stream
+from paged.lower.tpu.tiles import QueryTiles
+from paged.lower.tpu.transfer import Transfers
+from paged.lower.tpu.work import Visited
+from paged.spec import AttentionState
+from tests.support import Case, Corner, build, exact_state
+from tests.support.specs import PLAIN
+
+from .planting import (
+    Shifted,
+    all_full,
+    all_of,
+    attend_with,
+    method,
+    nothing,
+    page_too_few,
+    what_is_seen,
+    without_waiting,
+)
+
+_MHA = PLAIN.replace(num_q_heads=2)
+_LONG = Corner(((2, 1), (0, 9), (3, 0), (1, 0), (4, -1)), (17,) * 5)
+
+
+def _case(**facts):
+    return Case(**{"spec": _MHA, "page_size": 128, "phase": "decode", "rows": 17, "corner": _LONG, **facts})
+
+
+def _schedule(pages_per_block=1, buffers=3):
+    return Schedule(lowering="tpu-ragged", pages_per_block=pages_per_block, query_rows=16, buffers=buffers)
+
+
+# name: case, schedule, how transfers run. Two parts a tile; two tiles a sequence, of 16 rows and of one. Without a
+# causal mask the length is all that hides what lies past it.
+SUITE = {
+    "late": (_case(spec=_MHA.replace(causal=False)), _schedule(), "on_wait"),
+    "early": (_case(), _schedule(), "eager"),
+    "half blocks": (_case(spec=_MHA.replace(causal=False), page_size=64), _schedule(2), "on_wait"),
+    "interleaved": (_case(order="interleaved"), _schedule(), "on_wait"),
+    "mixed": (_case(page_size=64, phase="ragged", corner="mixed"), _schedule(2, 2), "on_wait"),
+}
+
+
+def _not_waiting_before_results(original):
+    def run(self, *args, before_results):
+        return original(self, *args, before_results=lambda: None)
+
+    return run
+
+
+def _impatient(patch):
+    """Waits for a whole block are for the first one alone: not for the slot *after* one that is worked on."""
+    later, after, wait = [], Stream.after, Stream.wait_whole
+
+    def noted(self, slot):
+        later.append(after(self, slot))
+        return later[-1]
+
+    def wait_whole(self, slot):
+        if not any(slot is other for other in later):
+            wait(self, slot)
+
+    patch.setattr(Stream, "after", noted)
+    patch.setattr(Stream, "wait_whole", wait_whole)
+
+
+def _one_too_long(original):
+    def mask(self, refs, *args):
+        work = refs.stream.work._replace(length=Shifted(refs.stream.work.length, 1))
+        original(self, refs._replace(stream=dataclasses.replace(refs.stream, work=work)), *args)
+
+    return mask
+
+
+def _all_clean(original):
+    return lambda self, *args: original(dataclasses.replace(self, is_clean=Shifted(self.is_clean, 1)), *args)
+
+
+def _in_the_first_place(stage):
+    """A stage of a part, which takes and leaves scores in place 0 whichever is asked for."""
+    at = list(inspect.signature(stage).parameters).index("place")
+    return lambda *args, **kwargs: stage(*args[:at], 0, *args[at + 1 :], **kwargs)
+
+
+def _of_the_other_head(original):
+    return lambda self, refs, body, block, head, which: original(self, refs, body, block, 1 - head, which)
+
+
+def _results_of_the_other_head(original):
+    return lambda self, strip: 1 - original(self, strip)
+
+
+def _one_place(slot, place, base):
+    return Block(slot, 0, base)
+
+
+def _a_row_too_far(original):
+    def cut(cls, *args):
+        tiles = original(cls, *args)
+        return tiles._replace(starts=tiles.starts + 1)
+
+    return cut
+
+
+def _a_position_too_far(original):
+    def cut(cls, *args):
+        tiles = original(cls, *args)
+        return tiles._replace(positions=tiles.positions + 1)
+
+    return cut
+
+
+def _of_the_next_slot(original):
+    def single_rows(*args):
+        return AttentionState(*(jnp.roll(x, 1, axis=0) for x in original(*args)))
+
+    return single_rows
+
+
+def _a_row_before(original):
+    return lambda self, results, pages: original(self, jnp.roll(results, self.strides.out, axis=0), pages)
+
+
+def _attribute(owner, name, mutant):
+    return lambda patch: patch.setattr(owner, name, mutant(getattr(owner, name)))
+
+
+# name: how to plant it, the case that kills it, and what is seen.
+BUGS = {
+    "the next whole block is not waited for": (_impatient, "late", "nan"),
+    "no wait for results": (method(Tile, "run", _not_waiting_before_results), "early", "race"),
+    "scores of all parts in one place": (
+        all_of(*(method(Tile, stage, _in_the_first_place) for stage in ("_score", "_weigh"))), "late", "wrong",
+    ),
+    "first scores of the next block from this one": (
+        _attribute(prefill_module, "_choose", lambda _: lambda condition, yes, no: yes), "late", "wrong",
+    ),
+    "decoded rows of the next slot": (_attribute(ragged_module, "_single_rows", _of_the_next_slot), "mixed", "wrong"),
+    "no wait for whole blocks": (method(Transfers, "wait", nothing), "late", "nan"),
+    "no wait for parts of blocks": (method(Transfers, "wait_for", nothing), "late", "nan"),
+    "no wait for queries": (method(Prefill, "_copy_queries", without_waiting), "late", "nan"),
+    "no wait for any results": (method(Prefill, "_copy_results", without_waiting), "early", "race"),
+    "j <= length": (method(Tile, "_mask", _one_too_long), "late", "nan"),
+    "no mask": (method(Tile, "_seen", lambda seen: lambda *args: jnp.bool_(True)), "early", "nan"),
+    "values past the length not silenced": (method(Transfers, "silence", nothing), "late", "nan"),
+    "values of empty places not silenced": (method(Stream, "silence", _all_clean), "half blocks", "nan"),
+    "a page too few": (method(Visited, "of", page_too_few), "early", "wrong"),
+    "partial pages taken for full": (method(Visited, "of", all_full), "early", "nan"),
+    "keys of another head": (method(Tile, "_stored", _of_the_other_head), "early", "wrong"),
+    "results of another head": (method(Tile, "_strip_head", _results_of_the_other_head), "early", "wrong"),
+    "tiles a row too far": (method(QueryTiles, "cut", _a_row_too_far), "early", "exception"),
+    "tiles a position too far": (method(QueryTiles, "cut", _a_position_too_far), "early", "wrong"),
+    "the next block is set apart over this one": (
+        _attribute(prefill_module, "Block", lambda _: _one_place), "interleaved", "wrong",
+    ),
+    "results of the row before": (method(PrefillLaunch, "state_of", _a_row_before), "mixed", "nan"),
+}  # fmt: skip
+_FAST = tuple(BUGS)[:3]
+_FAST_SUITE = ("late",)
+
+
+@pytest.fixture(scope="module")
+def builts():
+    """Every case's arrays; their exact states are computed before any bug is planted."""
+    built = {name: build(case) for name, (case, _, _) in SUITE.items()}
+    return {name: (one, exact_state(one))[0] for name, one in built.items()}
+
+
+def _marked(names, fast):
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("name", _marked(SUITE, _FAST_SUITE))
+def test_the_suite_passes_without_a_bug(name, builts):
+    assert what_is_seen(attend_with("sound", *SUITE[name]), builts[name]) is None
+
+
+@pytest.mark.parametrize("bug", _marked(BUGS, _FAST))
+def test_the_suite_kills(bug, builts, monkeypatch):
+    plant, name, expected = BUGS[bug]
+    plant(monkeypatch)
+    assert (what_is_seen(attend_with(bug, *SUITE[name]), builts[name]) or "nothing").startswith(expected)

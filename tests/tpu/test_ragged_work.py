@@ -1,0 +1,142 @@
+"""How query rows become tiles, and which pages each of them fetches: counted against the rules, pair by pair."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged.lower import Program, Sequences
+from paged.lower.tpu.tiles import MOST_ROWS, QueryTiles, TileShape, most_tiles
+from paged.lower.tpu.work import Visited
+from paged.spec import AttentionSpec, Causal, Chunk, Prefix
+from tests.support import CORNERS, Case, Corner, build
+from tests.support.specs import PLAIN
+
+ROWS = ((0, 0, 0, 0, 0), (1, 1, 1, 1, 1), (17, 0, 1, 16, 30), (64, 0, 0, 0, 0), (0, 0, 0, 0, 64), (15, 16, 17, 1, 15))
+
+
+def _sequences(counts, lengths=(300, 40, 64, 16, 64)):
+    counts, tables = np.array(counts), np.arange(20).reshape(5, 4)
+    starts = np.cumsum(counts) - counts
+    return Sequences(*(jnp.asarray(x, jnp.int32) for x in (starts, counts, lengths, tables)))
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize("counts", ROWS)
+def test_tiles_are_the_rows_of_each_sequence_in_turn(counts, rows):
+    seqs = _sequences(counts)
+    tiles = QueryTiles.cut(seqs, rows, most_tiles(64, 5, rows))
+    want = [
+        (int(seqs.starts[s]) + first, min(rows, n - first), int(seqs.lengths[s]) - n + first, int(seqs.lengths[s]), s)
+        for s, n in enumerate(counts)
+        for first in range(0, n, rows)
+    ]
+    columns = (tiles.starts, tiles.counts, tiles.positions, tiles.lengths, tiles.tables[:, 0] // 4)
+    got = list(zip(*(x.tolist() for x in columns), strict=True))
+    assert got[: len(want)] == want
+    assert all(count == 0 for _, count, *_ in got[len(want) :]), "tiles that are nobody's have no rows"
+    np.testing.assert_array_equal(tiles.tables, np.asarray(seqs.tables)[np.asarray(tiles.tables[:, 0]) // 4])
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_there_are_never_more_tiles_than_the_most(rows):
+    """Random counts of every total: a tile too many would be a sequence's last rows lost."""
+    rng = np.random.default_rng(rows)
+    for tokens in (0, 1, rows - 1, rows, 5 * rows, 200):
+        for _ in range(20):
+            cuts = np.sort(rng.integers(0, tokens + 1, 4))
+            counts = np.diff(np.concatenate([[0], cuts, [tokens]]))
+            assert np.sum(-(-counts // rows)) <= most_tiles(tokens, 5, rows)
+    assert most_tiles(5 * rows + 5, 5, rows) == 5 * rows // rows + 5, "five sequences of a row more than a tile"
+
+
+SPECS = {
+    "causal": PLAIN,
+    "window": PLAIN.replace(window=20),
+    "window, not the prefix": PLAIN.replace(window=20, mask=~Prefix(10)),
+    "chunk": PLAIN.replace(mask=Chunk(24)),
+    "not causal": PLAIN.replace(causal=False),
+    "prefix or causal": PLAIN.replace(causal=False, mask=Causal() | Prefix(21)),
+}
+LONG = Corner(((9, 0), (8, 1), (0, 3), (4, -1), (1, 0)), (17, 1, 5, 33, 8))
+
+
+def _visited(spec, corner, rows, hole=False):
+    case = Case(spec=spec, page_size=8, tokens=64, corner=corner, pages_per_seq=9)
+    built = build(case)
+    seqs = Sequences.of(built.batch, 64, 8)
+    if hole:
+        seqs = seqs._replace(tables=seqs.tables.at[0, 7].set(-1).at[3, 3].set(built.pages.num_pages))
+    tiles = QueryTiles.cut(seqs, rows, most_tiles(64, 5, rows))
+    return case, tiles, Visited.of(Program.from_spec(spec), tiles, 8, built.pages.num_pages)
+
+
+def _pairs(spec, tiles, t):
+    """Which key of which row of a tile is visible, ``[rows, keys]``, rows without keys and all."""
+    p = int(tiles.positions[t]) + np.arange(int(tiles.counts[t]))
+    j = np.arange(9 * 8)
+    seen = np.broadcast_to(np.asarray(spec.visibility(p[:, None], j[None])), (len(p), len(j)))
+    return seen & (j < int(tiles.lengths[t]))
+
+
+def _said(spec, tiles, t):
+    """What the program says of a tile's rows and each page."""
+    p0, first = int(tiles.positions[t]), np.arange(9) * 8
+    return Program.from_spec(spec).coverage(p0, p0 + int(tiles.counts[t]), first, first + 8, int(tiles.lengths[t]))
+
+
+# Masks whose terms each see something of a page of which together they see nothing: the program says "in part".
+ROUGH = ("window, not the prefix",)
+
+
+@pytest.mark.parametrize("hole", [False, True])
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_tile_lists_the_pages_of_which_it_sees_anything(name, rows, hole):
+    """No page more, none less, and those it sees all of first: by the mask's value at every pair of a row and a key."""
+    for corner in (LONG, *CORNERS):
+        case, tiles, visited = _visited(SPECS[name], corner, rows, hole)
+        for t in range(tiles.counts.shape[0]):
+            pages, table = _pairs(case.spec, tiles, t).reshape(-1, 9, 8), np.asarray(tiles.tables[t])
+            is_there = (table >= 0) & (table < case.num_pages) & (len(pages) > 0)
+            some, full = pages.any(axis=(0, 2)) & is_there, pages.all(axis=(0, 2)) & is_there
+            count, num_full = int(visited.count[t]), int(visited.num_full[t])
+            listed = visited.index[t, :count].tolist()
+            if name in ROUGH:
+                said = _said(case.spec, tiles, t)
+                assert set(np.flatnonzero(some)) <= set(listed) and set(listed[:num_full]) <= set(np.flatnonzero(full))
+                some, full = said.some & is_there, said.full & is_there
+            assert listed == [*np.flatnonzero(full), *np.flatnonzero(some & ~full)], (corner, t)
+            assert num_full == full.sum() and visited.page[t, :count].tolist() == table[listed].tolist(), (corner, t)
+
+
+@pytest.mark.parametrize("window", [1, 8, 20, 72])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_pages_fetched_under_a_window_are_the_windows_alone(window, rows):
+    """By arithmetic: a tile fetches from the page of its first row's first key to that of its last row, whatever the
+    length; and the kernel's work has them all, once."""
+    case, tiles, visited = _visited(PLAIN.replace(window=window), Corner(((9, 0),) * 5, (17, 1, 5, 33, 8)), rows)
+    first, last = np.asarray(tiles.positions), np.asarray(tiles.positions + tiles.counts - 1)
+    want = np.where(tiles.counts > 0, last // 8 - np.maximum(first - window + 1, 0) // 8 + 1, 0)
+    np.testing.assert_array_equal(visited.count, want)
+    n = want.shape[0]
+    work = visited.work(slice(0, n), slice(0, 9), splits=1, pages_per_block=2, cores=1)
+    np.testing.assert_array_equal(work.count, want)
+    fetched = sum(int(c) for c in work.count) * case.layout.bytes_per_page
+    assert fetched == want.sum() * 2 * 8 * case.spec.num_kv_heads * case.spec.head_dim * 4
+    if window < 72:
+        assert want.max() <= -(-(window + rows - 1) // 8) + 1
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (3, 1), (10, 2), (8, 8), (64, 8), (40, 8), (16, 1)])
+@pytest.mark.parametrize("positions", [16, 32, 128, 256, 512, 1024])
+def test_parts_hold_every_row_of_a_tile_once(heads, positions):
+    """Strips are in the order of heads and positions, and no part has rows of two KV heads, or too many of one."""
+    q_heads, kv_heads = heads
+    spec = AttentionSpec(num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=8)
+    shape = TileShape(positions, q_heads, spec.group)
+    assert shape.parts * shape.rows == positions * q_heads
+    assert shape.parts == kv_heads * shape.parts_per_head
+    assert shape.span <= shape.rows <= max(shape.span, MOST_ROWS)
+    for part in range(shape.parts):
+        strips = [part * shape.strips_per_part + i for i in range(shape.strips_per_part)]
+        assert {strip // shape.spans // spec.group for strip in strips} == {part // shape.parts_per_head}
