@@ -164,7 +164,7 @@ class Tile:
             scale = scale * LOG2E
         s = s * scale
         if refs.token_scales is not None:
-            s = s * self._token_scale(refs, block, head, keys)
+            s = s * _token_scale(refs.token_scales, block, head, keys)
         if body.has_score_ops:
             p = j = None
             if body.scores.scores_use_positions:
@@ -194,7 +194,7 @@ class Tile:
         weights = _side_by_side(weights)
         if refs.token_scales is not None:
             heads = self.shape.num_q_heads // self.shape.group
-            weights = weights * self._token_scale(refs, block, heads + head, keys)
+            weights = weights * _token_scale(refs.token_scales, block, heads + head, keys)
         lanes = pl.ds(0, v.shape[1])
         decay = _side_by_side([decay] * (refs.values.shape[1] // LANES))[:, : v.shape[1]]
         refs.values[own, lanes] = decay * refs.values[own, lanes] + dot(weights.astype(v.dtype), v, contract=0)
@@ -244,11 +244,6 @@ class Tile:
         shape = (self.shape.span, keys)
         row = refs.stream.work.position[item] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         return _one_above_another([row + self._offset(strip) for strip in self._strips(part)])
-
-    def _token_scale(self, refs: Refs, block: Block, row: Any, keys: int) -> Any:
-        """A head's scales of a block's keys (rows from 0 on) or values: a whole tile is read, since a TPU loads no single
-        row of a number that is known only when it runs."""
-        return refs.token_scales[block.place, pl.ds(_multiple(row, SUBLANES), SUBLANES), pl.ds(0, keys)][:1]
 
     def _stored(self, refs: Refs, body: Body, block: Block, head: Any, which: int) -> Any:
         """A head's keys (``which`` 0) or values (1)."""
@@ -360,6 +355,12 @@ def _of_heads(arrays: tuple[Ref, ...], terms: Terms, heads: list[Any], rows: int
             column = [jnp.full((rows // len(heads), 1), ref[head]) for head in heads]
             found.append(_one_above_another(column).reshape(aval.shape))
     return tuple(found)
+
+
+def _token_scale(scales: Ref, block: Block, row: Any, keys: int) -> Any:
+    """A head's scales of a block's keys (rows from 0 on) or values: a whole tile is read, since a TPU loads no single
+    row of a number that is known only when it runs."""
+    return scales[block.place, pl.ds(_multiple(row, SUBLANES), SUBLANES), pl.ds(0, keys)][:1]
 
 
 def _lane_groups(x: Any) -> list[Any]:
