@@ -195,14 +195,8 @@ def _call(
     return attend, args, {"new": (new, new)} if update else {}
 
 
-# XLA's scatter of as many rows as these works on a copy of the pool that is laid out otherwise.
-COPIED_BY_THE_WRITE = ("update, mixed", "update, int8, token")
-
-
 def _marked(name, generation):
     marks = [] if (name, generation) in FAST else [pytest.mark.slow]
-    if name in COPIED_BY_THE_WRITE:
-        marks.append(pytest.mark.xfail(reason="XLA's scatter of many rows copies the pool", strict=True))
     return pytest.param(name, generation, id=f"{name}-{generation}", marks=marks)
 
 

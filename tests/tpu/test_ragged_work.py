@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from paged.lower import Program, Sequences
-from paged.lower.tpu.tiles import MOST_ROWS, QueryTiles, TileShape, most_tiles
+from paged.lower.tpu.tiles import _MOST_ROWS, QueryTiles, TileShape, most_tiles
 from paged.lower.tpu.work import Visited
 from paged.spec import AttentionSpec, Causal, Chunk, Prefix
 from tests.support import CORNERS, Case, Corner, build
@@ -136,7 +136,7 @@ def test_parts_hold_every_row_of_a_tile_once(heads, positions):
     shape = TileShape(positions, q_heads, spec.group)
     assert shape.parts * shape.rows == positions * q_heads
     assert shape.parts == kv_heads * shape.parts_per_head
-    assert shape.span <= shape.rows <= max(shape.span, MOST_ROWS)
+    assert shape.span <= shape.rows <= max(shape.span, _MOST_ROWS)
     for part in range(shape.parts):
         strips = [part * shape.strips_per_part + i for i in range(shape.strips_per_part)]
         assert {strip // shape.spans // spec.group for strip in strips} == {part // shape.parts_per_head}
