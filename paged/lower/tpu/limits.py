@@ -10,7 +10,7 @@ from ..call import Call
 from ..program import Program
 from ..schedule import Schedule
 from .chips import Chip
-from .planning import plan_prefill, plan_schedule, prefill_launch_of, vmem_budget, vmem_bytes
+from .planning import plan_prefill, plan_schedule, prefill_launch_of, prefill_vmem_budget, vmem_budget, vmem_bytes
 from .terms import refused_operations
 
 _ROWS_OF_A_TILE = 8
@@ -79,7 +79,7 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, c
 def refuses_prefill(program: Program, layout: PageLayout, call: Call, chip: Chip) -> str | None:
     """Why no prefill kernel takes this call, or None."""
     smallest = plan_prefill("", program, layout, call, chip)
-    if prefill_launch_of(program, layout, call, smallest, chip).vmem_bytes > vmem_budget(chip):
+    if prefill_launch_of(program, layout, call, smallest, chip).vmem_bytes > prefill_vmem_budget(chip):
         return (
             f"{smallest.query_rows} query rows of {program.num_q_heads} heads, with two blocks of "
             f"{smallest.pages_per_block} pages, do not fit the {chip.generation} chip's vector memory: use smaller "
@@ -95,7 +95,8 @@ def prefill_fits(program: Program, layout: PageLayout, call: Call, schedule: Sch
         return f"it has query_rows={rows}, which must be a power of two, and at least 16."
     if tokens % _LANES:
         return f"its blocks of {tokens} tokens must be a multiple of {_LANES}: change pages_per_block."
-    taken, budget = prefill_launch_of(program, layout, call, schedule, chip).vmem_bytes, vmem_budget(chip)
+    taken = prefill_launch_of(program, layout, call, schedule, chip).vmem_bytes
+    budget = prefill_vmem_budget(chip)
     if taken > budget:
         return (
             f"its buffers take {taken} bytes of vector memory, and there are {budget} for them on {chip.generation}: "

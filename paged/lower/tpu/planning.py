@@ -36,7 +36,7 @@ _IN_FLIGHT = 2**20
 _PAIRED_COLUMNS = 256
 _MOST_BUFFERS = 8
 # The share of vector memory that buffers may take; the compiler needs the rest for what it spills.
-_BUFFER_SHARE = 0.6
+_BUFFER_SHARE, _PREFILL_BUFFER_SHARE = 0.6, 0.7
 
 
 def launch_of(
@@ -103,7 +103,7 @@ def plan_prefill(name: str, program: Program, layout: PageLayout, call: Call | N
         buffers=4,
         cores=chip.cores,
     )
-    while prefill_launch_of(program, layout, call, schedule, chip).vmem_bytes > vmem_budget(chip):
+    while prefill_launch_of(program, layout, call, schedule, chip).vmem_bytes > prefill_vmem_budget(chip):
         if schedule.buffers > 3:
             schedule = schedule.replace(buffers=3)
         elif schedule.query_rows > 64:
@@ -143,8 +143,13 @@ def vmem_bytes(program: Program, layout: PageLayout, call: Call, schedule: Sched
 
 
 def vmem_budget(chip: Chip) -> int:
-    """Vector memory that buffers may take."""
+    """Vector memory that decode's buffers may take."""
     return int(_BUFFER_SHARE * chip.vmem_bytes)
+
+
+def prefill_vmem_budget(chip: Chip) -> int:
+    """Vector memory that prefill's buffers may take, which hold what decode keeps in registers."""
+    return int(_PREFILL_BUFFER_SHARE * chip.vmem_bytes)
 
 
 def most_pages_seen(program: Program, page_size: int, call: Call) -> int:
