@@ -1,10 +1,12 @@
 """`Hints`: what a caller says of a kernel, made into the schedule of the kernel that runs."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from paged.lower import Attend, Call, Lowering, Schedule, lower
 from paged.spec import AttentionSpec, PageLayout
+
+from .number import flag, integer
 
 MEGACORE_MODES = (None, "batch", "kv_head")
 _KERNELS = "tpu"  # the target that has kernels
@@ -26,9 +28,34 @@ class Hints:
     vmem_limit_bytes: int | None = None
 
     @classmethod
-    def of(cls, *hints: Hint, vmem_limit_bytes: int | None = None) -> "Hints":
-        """Those that say something: whose value is not None."""
-        return cls(tuple(hint for hint in hints if hint.value is not None), vmem_limit_bytes)
+    def of_decode(cls, num_splits: Any, pages_per_compute_block: Any, megacore_mode: Any, inline_seq_dim: Any) -> Self:
+        """Those of `page_attention`. ``"batch"`` and None are what kernels do anyway, and say nothing."""
+        if megacore_mode not in MEGACORE_MODES:
+            raise ValueError(f"megacore_mode must be one of {MEGACORE_MODES}; got {megacore_mode!r}.")
+        if megacore_mode == "kv_head":
+            raise ValueError(
+                'megacore_mode="kv_head" cannot be honoured: kernels here share sequences between the cores of a chip, '
+                'not KV heads. "batch" says so, and None leaves it to the chip: both cores wherever there are two.'
+            )
+        splits = integer("num_splits", num_splits, 0)
+        return cls(
+            _said(
+                Hint("num_splits", "kv_splits", splits or None),
+                _positive("pages_per_compute_block", "pages_per_block", pages_per_compute_block),
+                Hint("inline_seq_dim", "sequence", None if flag("inline_seq_dim", inline_seq_dim) else "grid"),
+            )
+        )
+
+    @classmethod
+    def of_ragged(
+        cls, vmem_limit_bytes: Any, num_kv_pages_per_block: Any = None, num_queries_per_block: Any = None
+    ) -> Self:
+        """Those of the ragged entry points."""
+        hints = (
+            _positive("num_kv_pages_per_block", "pages_per_block", num_kv_pages_per_block),
+            _positive("num_queries_per_block", "query_rows", num_queries_per_block),
+        )
+        return cls(_said(*hints), _positive("vmem_limit_bytes", "", vmem_limit_bytes).value)
 
     def narrowed(self, lowering: Lowering) -> Lowering:
         """The lowering with no more vector memory than the limit."""
@@ -63,17 +90,6 @@ class Hints:
         return lowering, schedule
 
 
-def megacore_mode_of(value: Any) -> None:
-    """Check a mode. ``"batch"`` and None are what kernels do anyway: sequences are shared by what cores there are."""
-    if value not in MEGACORE_MODES:
-        raise ValueError(f"megacore_mode must be one of {MEGACORE_MODES}; got {value!r}.")
-    if value == "kv_head":
-        raise ValueError(
-            'megacore_mode="kv_head" cannot be honoured: kernels here share sequences between the cores of a chip, not '
-            'KV heads. "batch" says so, and None leaves it to the chip: both cores wherever there are two.'
-        )
-
-
 def lowered(target: str, interpret: Any, hints: Hints, spec: AttentionSpec, layout: PageLayout, call: Call) -> Attend:
     """The attention that runs in this call, hints heeded."""
     attend = lower(spec, layout, target, interpret=interpret)
@@ -81,3 +97,12 @@ def lowered(target: str, interpret: Any, hints: Hints, spec: AttentionSpec, layo
         return attend
     lowering, schedule = hints.schedule(attend, call)
     return attend if schedule is None else dataclasses.replace(attend, lowerings=(lowering,), pinned=schedule)
+
+
+def _positive(argument: str, field: str, value: Any) -> Hint:
+    return Hint(argument, field, None if value is None else integer(argument, value, 1))
+
+
+def _said(*hints: Hint) -> tuple[Hint, ...]:
+    """Those that say something."""
+    return tuple(hint for hint in hints if hint.value is not None)

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from paged.lower import Attend, Call
 from paged.spec import PageLayout, Pages, RaggedBatch
 
-from . import arrays, static
-from .hints import Hint, Hints, lowered
+from . import arrays
+from .hints import Hints, lowered
+from .number import flag
 from .static import Options
 
 _CACHE = "[pages, page_size, 2 * kv_heads, head_dim]"
@@ -60,31 +61,19 @@ def ragged_page_attention_v2(
     >>> ragged_page_attention_v2(query, kv_pages, [6, 2], [[3, 1], [0, -1]], [0, 3, 4], 2).shape
     (5, 4, 16)
     """
-    static.require_exact_mask(mask_value)
-    static.flag("optimized", optimized)
-    hints = {"num_kv_pages_per_block": num_kv_pages_per_block, "num_queries_per_block": num_queries_per_block}
-    pages, rows = (None if n is None else static.integer(name, n, 1) for name, n in hints.items())
-    options = Options(
+    flag("optimized", optimized)
+    options = Options.of(
         target,
         interpret,
-        static.scale_of("softmax_scale", softmax_scale),
-        static.soft_cap_of("logits_soft_cap", logits_soft_cap),
-        static.window_of(sliding_window),
-        Hints.of(
-            Hint("num_kv_pages_per_block", "pages_per_block", pages),
-            Hint("num_queries_per_block", "query_rows", rows),
-            vmem_limit_bytes=_vmem_limit(vmem_limit_bytes),
-        ),
-        is_float32=static.wants_float32(compute_dtype),
+        ("softmax_scale", softmax_scale),
+        ("logits_soft_cap", logits_soft_cap),
+        sliding_window,
+        mask_value,
+        Hints.of_ragged(vmem_limit_bytes, num_kv_pages_per_block, num_queries_per_block),
+        compute_dtype=compute_dtype,
     )
-    named = arrays.as_arrays(
-        query=query,
-        kv_pages=kv_pages,
-        context_lens=context_lens,
-        block_tables=block_tables,
-        query_start_loc=query_start_loc,
-        num_seqs=num_seqs,
-    )
+    batch = {"context_lens": context_lens, "block_tables": block_tables, "query_start_loc": query_start_loc}
+    named = arrays.as_arrays(query=query, kv_pages=kv_pages, **batch, num_seqs=num_seqs)
     return _attend(options, *named, _sinks(softmax_aux))
 
 
@@ -127,23 +116,12 @@ def ragged_page_attention_v3(
     >>> out.shape, float(kv_pages[3, :3].min())
     ((4, 4, 16), 1.0)
     """
-    options = Options(
-        target,
-        interpret,
-        static.scale_of("softmax_scale", softmax_scale),
-        static.soft_cap_of("logits_soft_cap", logits_soft_cap),
-        static.window_of(sliding_window),
-        Hints(vmem_limit_bytes=_vmem_limit(vmem_limit_bytes)),
-    )
+    scale, soft_cap = ("softmax_scale", softmax_scale), ("logits_soft_cap", logits_soft_cap)
+    hints = Hints.of_ragged(vmem_limit_bytes)
+    options = Options.of(target, interpret, scale, soft_cap, sliding_window, hints=hints)
+    batch = {"context_lens": context_lens, "block_tables": block_tables, "query_start_loc": query_start_loc}
     named = arrays.as_arrays(
-        queries=queries,
-        keys=keys,
-        values=values,
-        kv_pages=kv_pages,
-        context_lens=context_lens,
-        block_tables=block_tables,
-        query_start_loc=query_start_loc,
-        distribution=distribution,
+        queries=queries, keys=keys, values=values, kv_pages=kv_pages, **batch, distribution=distribution
     )
     _require_distribution(named[-1], named[4])
     return _update(options, *named, _sinks(softmax_aux))
@@ -252,7 +230,3 @@ def _sinks(softmax_aux: Any) -> Any:
     if softmax_aux is None or hasattr(softmax_aux, "shape"):
         return softmax_aux
     return np.asarray(softmax_aux, np.float32)
-
-
-def _vmem_limit(value: Any) -> int | None:
-    return None if value is None else static.integer("vmem_limit_bytes", value, 1)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from paged.lower import Call
 from paged.spec import PageLayout, RaggedBatch
 
-from . import arrays, static
-from .hints import Hint, Hints, lowered, megacore_mode_of
+from . import arrays
+from .hints import Hints, lowered
 from .static import MASK_VALUE, Options
 
 _CACHE = "[kv_heads, pages, page_size, head_dim]"
@@ -58,34 +58,18 @@ def page_attention(
     >>> out.shape, out[:, 0, 0].tolist()
     ((2, 4, 16), [1.0, 0.0])
     """
-    static.require_exact_mask(mask_value)
-    megacore_mode_of(megacore_mode)
-    blocks, splits = pages_per_compute_block, static.integer("num_splits", num_splits, 0)
-    if blocks is not None:
-        blocks = static.integer("pages_per_compute_block", blocks, 1)
-    is_inline = static.flag("inline_seq_dim", inline_seq_dim)
-    hints = Hints.of(
-        Hint("num_splits", "kv_splits", splits or None),
-        Hint("pages_per_compute_block", "pages_per_block", blocks),
-        Hint("inline_seq_dim", "sequence", None if is_inline else "grid"),
-    )
-    options = Options(
+    options = Options.of(
         target,
         interpret,
-        static.scale_of("attn_scale", attn_scale),
-        static.soft_cap_of("attn_logits_soft_cap", attn_logits_soft_cap),
-        static.window_of(sliding_window),
-        hints,
-        None if max_context_len is None else static.integer("max_context_len", max_context_len, 1),
+        ("attn_scale", attn_scale),
+        ("attn_logits_soft_cap", attn_logits_soft_cap),
+        sliding_window,
+        mask_value,
+        Hints.of_decode(num_splits, pages_per_compute_block, megacore_mode, inline_seq_dim),
+        max_context_len,
     )
-    named = arrays.as_arrays(
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        context_lens=context_lens,
-        block_tables=block_tables,
-    )
-    return _decode(options, *named)
+    named = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
+    return _decode(options, *arrays.as_arrays(**named, context_lens=context_lens, block_tables=block_tables))
 
 
 def prefill_page_attention(
@@ -113,23 +97,10 @@ def prefill_page_attention(
     >>> prefill_page_attention(jnp.ones((3, 4, 16)), cache, cache, jnp.array([6]), jnp.array([3, 1])).shape
     (3, 4, 16)
     """
-    static.require_exact_mask(mask_value)
-    options = Options(
-        target,
-        interpret,
-        static.scale_of("softmax_scale", softmax_scale),
-        static.soft_cap_of("attn_logits_soft_cap", attn_logits_soft_cap),
-        static.window_of(sliding_window),
-        Hints(),
-    )
-    named = arrays.as_arrays(
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        context_len=context_len,
-        page_indices=page_indices,
-    )
-    return _prefill(options, *named)
+    scale, soft_cap = ("softmax_scale", softmax_scale), ("attn_logits_soft_cap", attn_logits_soft_cap)
+    options = Options.of(target, interpret, scale, soft_cap, sliding_window, mask_value)
+    named = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
+    return _prefill(options, *arrays.as_arrays(**named, context_len=context_len, page_indices=page_indices))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -2,21 +2,20 @@
 
 import dataclasses
 import math
-import operator
 from typing import Any
 
-import jax
-import jax.core
 import jax.numpy as jnp
 
 from paged.spec import AttentionSpec, PageLayout
 
 from .hints import Hints
+from .number import integer, number
 
 # The default of the originals: 0.7 of the least float32.
 MASK_VALUE = -2.381976426469702e38
 # Above this, a masked key might have some weight beside scores that are low as well.
 _LEAST_HARMLESS = -1e9
+_NO_HINTS = Hints()
 _COMPUTE_DTYPES = tuple(jnp.dtype(d) for d in ("float16", "bfloat16", "float32"))
 
 
@@ -32,6 +31,32 @@ class Options:
     hints: Hints
     max_context_len: int | None = None
     is_float32: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        target: str,
+        interpret: Any,
+        scale: tuple[str, Any],
+        soft_cap: tuple[str, Any],
+        window: Any,
+        mask_value: Any = None,
+        hints: Hints = _NO_HINTS,
+        max_context_len: Any = None,
+        compute_dtype: Any = jnp.bfloat16,
+    ) -> "Options":
+        """Checked; ``scale`` and ``soft_cap`` come with the name that the entry point gives them."""
+        require_exact_mask(mask_value)
+        return cls(
+            target,
+            interpret,
+            scale_of(*scale),
+            soft_cap_of(*soft_cap),
+            window_of(window),
+            hints,
+            None if max_context_len is None else integer("max_context_len", max_context_len, 1),
+            wants_float32(compute_dtype),
+        )
 
     def spec(self, num_q_heads: int, head_dim: int, layout: PageLayout, sinks: bool = False) -> AttentionSpec:
         """The attention over pages whose head dimension may be padded beyond ``head_dim``."""
@@ -53,7 +78,7 @@ def scale_of(name: str, value: Any) -> float | None:
     """A scale of scores, None for the default of ``1 / sqrt(head_dim)``."""
     if value is None:
         return None
-    scale = _number(name, value)
+    scale = number(name, value)
     if not math.isfinite(scale):
         raise ValueError(f"{name} must be finite; got {scale}. For 1 / sqrt(head_dim), leave it out.")
     return scale
@@ -63,7 +88,7 @@ def soft_cap_of(name: str, value: Any) -> float | None:
     """A bound of scores, None for none."""
     if value is None:
         return None
-    cap = _number(name, value)
+    cap = number(name, value)
     if not 0 < cap < math.inf:
         raise ValueError(f"{name} must be positive and finite, a bound of scores; got {cap}. For no cap, leave it out.")
     return cap
@@ -83,10 +108,10 @@ def require_exact_mask(value: Any) -> None:
     """Refuse a mask value that could change a result: masks are exact, so that any other is as good as none."""
     if value is None:
         return
-    number = _number("mask_value", value)
-    if not number <= _LEAST_HARMLESS:
+    got = number("mask_value", value)
+    if not got <= _LEAST_HARMLESS:
         raise ValueError(
-            f"mask_value={number} could give hidden keys a weight. Masks are exact here, hidden keys weigh 0 and no "
+            f"mask_value={got} could give hidden keys a weight. Masks are exact here, hidden keys weigh 0 and no "
             f"value is needed: leave it out. Values up to {_LEAST_HARMLESS:g} are taken, and change nothing."
         )
 
@@ -100,41 +125,3 @@ def wants_float32(compute_dtype: Any) -> bool:
     if dtype not in _COMPUTE_DTYPES:
         raise TypeError(f"compute_dtype must be float16, bfloat16 or float32; got {compute_dtype!r}.")
     return dtype == jnp.float32
-
-
-def flag(name: str, value: Any) -> bool:
-    """A Python bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False; got {value!r}.")
-    return value
-
-
-def integer(name: str, value: Any, least: int) -> int:
-    """A Python or NumPy integer, at least ``least``."""
-    if isinstance(value, jax.core.Tracer):
-        raise _traced(name)
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be a Python int; got {value!r}.")
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}; got {number}.")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, jax.core.Tracer):
-        raise _traced(name)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number; got {value!r}.") from None
-
-
-def _traced(name: str) -> TypeError:
-    return TypeError(
-        f"{name} must be known when JAX traces, and is traced itself: write 1 / math.sqrt(128) for "
-        "1 / jnp.sqrt(128), or name it in static_argnames."
-    )
