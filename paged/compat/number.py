@@ -33,10 +33,9 @@ def number(name: str, value: Any) -> float:
     """A Python or NumPy number."""
     if isinstance(value, jax.core.Tracer):
         raise _traced(name)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number; got {value!r}.") from None
+    if isinstance(value, str | bool) or not hasattr(value, "__float__") or getattr(value, "size", 1) != 1:
+        raise TypeError(f"{name} must be a number; got {value!r}.")
+    return float(value)
 
 
 def _traced(name: str) -> TypeError:

@@ -128,3 +128,8 @@ def by_loops(name: str, built: Built, spec: AttentionSpec | None = None) -> np.n
     integers = [np.asarray(x) for x in (told.lengths, told.block_tables, batch.query_starts)]
     q, live = np.asarray(built.q, np.float64), int(told.num_seqs)
     return attention_by_loops(spec or built.case.spec, q, *pools, *integers, live, built.sinks)[0]
+
+
+def numpy(x: Any) -> np.ndarray:
+    """As float64."""
+    return np.asarray(x, np.float64)

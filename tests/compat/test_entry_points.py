@@ -102,6 +102,11 @@ def test_v3_inside_of_jit_donates_what_is_donated_there():
     assert args[3].is_deleted()
 
 
+def _packed(cache, pack):
+    pages, size, heads, dim = cache.shape
+    return cache.reshape(pages, size, heads // pack, pack, dim)
+
+
 @pytest.mark.parametrize("pack", [2, pytest.param(1, marks=slow), pytest.param(4, marks=slow)])
 def test_packed_pages_are_the_same_bytes_and_come_back_as_they_came(pack):
     built = built_for("v3", _case("v3"))

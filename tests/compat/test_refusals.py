@@ -39,7 +39,7 @@ def traced_scale(scale):
 SHAPES = {
     "query rank": (lambda: page(query=Q[0]), r"query must be \[tokens, heads, head_dim\].*got \(4, 8\)"),
     "query of two steps": (
-        lambda: page(query=jnp.ones((3, 2, 4, 8))), r"query must be \[batch, seq, heads, head_dim\] = \[\*, 1, \*, \*\]"),
+        lambda: page(query=jnp.ones((3, 2, 4, 8))), r"query must be \[batch, seq, .* = \[\*, 1, \*, \*\]"),
     "query of two prompts": (lambda: prefill(query=jnp.ones((2, 3, 4, 8))), r"query must be \[1, chunk, heads"),
     "query heads": (lambda: page(query=Q[:, :3]), "query has 3 heads, which must be a multiple of the 2 KV heads of "
                     "key_cache; key_cache is .kv_heads, pages, page_size, head_dim., and no other order is guessed"),
@@ -50,7 +50,7 @@ SHAPES = {
     "value_cache pages": (lambda: page(value_cache=SPLIT[:, :5]), r"value_cache must be .* as key_cache = \[2, 6, 4"),
     "context_lens": (lambda: page(context_lens=LENGTHS[:2]), r"context_lens must be .*= \[3\]; got \(2,\)"),
     "block_tables": (lambda: page(block_tables=TABLES[:2]), r"block_tables must be \[seqs, max_blocks\] = \[3, \*\]"),
-    "context_len": (lambda: prefill(context_len=(5, 6)), r"context_len must be one sequence's, \[1\] = \[1\]; got \(2,\)"),
+    "context_len": (lambda: prefill(context_len=(5, 6)), r"context_len must be one sequence's.*got \(2,\)"),
     "page_indices": (lambda: prefill(page_indices=[(3, 1)]), r"page_indices must be one sequence's.*got \(1, 2\)"),
     "v2 query": (lambda: v2(query=Q[0]), r"query must be \[tokens, heads, head_dim\]"),
     "v2 query heads": (lambda: v2(query=Q[:, :3]), "query has 3 heads, .* of the 2 KV heads of kv_pages"),
@@ -58,8 +58,8 @@ SHAPES = {
     "v2 pages heads": (lambda: v2(kv_pages=INTER[:, :, :3]), "kv_pages must be .*an even number of heads.*3 heads"),
     "v2 pages dim": (lambda: v2(kv_pages=INTER[..., :4]), "kv_pages must have the queries' head_dim of 8, or 128"),
     "v2 lengths": (lambda: v2(context_lens=LENGTHS[None]), r"context_lens must be \[seqs\]"),
-    "v2 starts": (lambda: v2(query_start_loc=STARTS[:3]), r"query_start_loc must be \[seqs \+ 1\].* = \[4\]; got \(3,\)"),
-    "v2 tables": (lambda: v2(block_tables=TABLES.reshape(-1)), r"block_tables must be \[seqs, pages_per_seq\] = \[3, \*\]"),
+    "v2 starts": (lambda: v2(query_start_loc=STARTS[:3]), r"query_start_loc must be .* = \[4\]; got \(3,\)"),
+    "v2 tables": (lambda: v2(block_tables=TABLES.reshape(-1)), r"block_tables must be .*= \[3, \*\]"),
     "num_seqs": (lambda: v2(num_seqs=np.array([3, 3])), r"num_seqs must be one number, \[1\] or \[\]; got \(2,\)"),
     "sinks": (lambda: v2(softmax_aux=jnp.zeros((3, 4))), r"softmax_aux must be \[q_heads\] = \[4\].*got \(3, 4\)"),
     "keys": (lambda: v3(keys=KV[:2]), r"keys must be \[tokens, kv_heads, head_dim\] = \[3, \*, 8\]; got \(2, 2, 8\)"),
@@ -69,7 +69,7 @@ SHAPES = {
     "v3 tables": (lambda: v3(block_tables=TABLES), r"block_tables must be flat.*got \(3, 2\)"),
     "v3 tables width": (lambda: v3(block_tables=np.zeros(7, int)), "a multiple of context_lens' 3; got .7,."),
     "distribution": (lambda: v3(distribution=[3]), r"distribution must be \[decode_end, prefill_end, total\] = \[3\]"),
-    "distribution order": (lambda: v3(distribution=[2, 1, 3]), r"distribution must be .*do not decrease.*got \[2, 1, 3\]"),
+    "distribution order": (lambda: v3(distribution=[2, 1, 3]), r"distribution must .*not decrease.*\[2, 1, 3\]"),
     "distribution of old": (lambda: v3(distribution=[2, 100, 16]), "at most context_lens' 3.*will do for n live"),
     "scale 1": (lambda: page(attn_scale=np.inf), "attn_scale must be finite; got inf.*leave it out"),
     "scale 2": (lambda: v2(softmax_scale=np.nan), "softmax_scale must be finite; got nan"),
@@ -99,7 +99,7 @@ TYPES = {
     "keys dtype": (lambda: v3(keys=KV.astype(int)), "keys must be float16, bfloat16 or float32; got int32"),
     "quantised": (lambda: page(key_cache=SPLIT.astype(jnp.int8)), "key_cache must be .*got int8. Quantised pages have "
                   "scales, which this signature does not take: adopt them by paged.PageLayout"),
-    "quantised v3": (lambda: v3(kv_pages=INTER.astype(jnp.float8_e4m3fn)), "kv_pages must be .*got float8_e4m3fn. Quan"),
+    "quantised v3": (lambda: v3(kv_pages=INTER.astype(jnp.float8_e4m3fn)), "kv_pages must be .*float8_e4m3fn. Quan"),
     "mixed caches": (lambda: page(value_cache=SPLIT.astype(jnp.bfloat16)), "value_cache must be of key_cache's dtype"),
     "lengths": (lambda: page(context_lens=jnp.ones(3)), "context_lens must be int32; got float32"),
     "tables": (lambda: v2(block_tables=jnp.ones((3, 2))), "block_tables must be int32; got float32"),
@@ -109,13 +109,13 @@ TYPES = {
     "sinks": (lambda: v2(softmax_aux=jnp.zeros(4, int)), "softmax_aux must be float32; got int32"),
     "window pair": (lambda: v2(sliding_window=(4, 0)), r"sliding_window must be a Python int.*\(4, 0\).*left \+ 1"),
     "window float": (lambda: page(sliding_window=4.0), "sliding_window must be a Python int; got 4.0"),
-    "compute_dtype": (lambda: v2(compute_dtype="int8"), "compute_dtype must be float16, bfloat16 or float32; got 'int8'"),
+    "compute_dtype": (lambda: v2(compute_dtype="int8"), "compute_dtype must be float16.*got 'int8'"),
     "compute nothing": (lambda: v2(compute_dtype="fast"), "compute_dtype must be .*got 'fast'"),
     "optimized": (lambda: v2(optimized=1), "optimized must be True or False; got 1"),
     "inline_seq_dim": (lambda: page(inline_seq_dim=None), "inline_seq_dim must be True or False; got None"),
-    "scale": (lambda: page(attn_scale="1"), "attn_scale must be a number|could not"),
+    "scale": (lambda: page(attn_scale="1"), "attn_scale must be a number; got '1'"),
     "traced scale": (lambda: jax.jit(traced_scale)(0.5), "attn_scale must be known when JAX traces.*1 / math.sqrt"),
-    "traced window": (lambda: jax.jit(lambda w: page(sliding_window=w))(4), "sliding_window must be known when JAX tra"),
+    "traced window": (lambda: jax.jit(lambda w: page(sliding_window=w))(4), "sliding_window must be known when J"),
 }  # fmt: skip
 
 
