@@ -1,6 +1,4 @@
-"""Random programs of mixed prompts and single tokens: the entry points and the native surface, bitwise, step by step."""
-
-import dataclasses
+"""Random programs of prompts and single tokens: entry points equal the native surface, bitwise, step by step."""
 
 import jax
 import numpy as np
@@ -84,7 +82,7 @@ def assert_split_entries_agree(requests, q, kv_pages, batch):
     said = {**ENTRIES["prefill"].arguments(RICH), "target": "xla"}
     slot = int(requests.rng.integers(SLOTS))
     length, table = batch.lengths[slot : slot + 1], batch.block_tables[slot]
-    prompt = dataclasses.replace(RaggedBatch.prefill(length, table, 6))
+    prompt = RaggedBatch.prefill(length, table, 6)
     out = prefill_page_attention(q[:6], *arrays, length, table, **said)
     np.testing.assert_array_equal(out, native(PROMPT)(q[:6], pages, prompt))
 
