@@ -91,7 +91,7 @@ class Hints:
 
 
 def lowered(target: str, interpret: Any, hints: Hints, spec: AttentionSpec, layout: PageLayout, call: Call) -> Attend:
-    """The attention that runs in this call, hints heeded."""
+    """The attention that runs in this call, hints heeded; remembered, for calls that are not jitted."""
     attend = lower(spec, layout, target, interpret=interpret)
     if hints == Hints():
         return attend

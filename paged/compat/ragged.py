@@ -74,7 +74,7 @@ def ragged_page_attention_v2(
     )
     batch = {"context_lens": context_lens, "block_tables": block_tables, "query_start_loc": query_start_loc}
     named = arrays.as_arrays(query=query, kv_pages=kv_pages, **batch, num_seqs=num_seqs)
-    return _attend(options, *named, _sinks(softmax_aux))
+    return _attend(options, *named, softmax_aux=_sinks(softmax_aux))
 
 
 def ragged_page_attention_v3(
@@ -124,10 +124,9 @@ def ragged_page_attention_v3(
         queries=queries, keys=keys, values=values, kv_pages=kv_pages, **batch, distribution=distribution
     )
     _require_distribution(named[-1], named[4])
-    return _update(options, *named, _sinks(softmax_aux))
+    return _update(options, *named, softmax_aux=_sinks(softmax_aux))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _attend(
     options: Options,
     query: Array,
@@ -148,12 +147,14 @@ def _attend(
         raise ValueError(f"num_seqs must be one number, [1] or []; got {tuple(num_seqs.shape)}.")
     arrays.require_heads("query", q.shape[1], "kv_pages", layout.num_kv_heads, _CACHE)
     batch = RaggedBatch(context_lens, block_tables, query_start_loc, num_seqs)
-    attend, wide, pages = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
-    out = attend(wide, pages, batch, softmax_aux)[..., : q.shape[-1]]
-    return out.astype(query.dtype).reshape(query.shape)
+    attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
+    if kv_pages.ndim == 4:
+        out = attend(wide, layout.wrap(kv_pages), batch, softmax_aux)
+    else:
+        out = _read_packed(attend, wide, kv_pages, batch, softmax_aux)
+    return _as_queries(out, query)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _update(
     options: Options,
     queries: Array,
@@ -182,22 +183,47 @@ def _update(
         "queries", q.shape[1], "kv_pages", layout.num_kv_heads, "[pages, page_size, 2 * kv_heads, dim]"
     )
     batch = RaggedBatch(context_lens, block_tables.reshape(slots, -1), query_start_loc, distribution[2])
-    attend, wide, pages = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
+    attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
     k, v = (arrays.padded(x, layout.head_dim) for x in (k, v))
-    out, pages = attend.update(wide, k, v, pages, batch, softmax_aux)
-    return out[..., : q.shape[-1]].reshape(queries.shape), pages.arrays[0].reshape(kv_pages.shape)
+    out, kv_pages = _write(attend, wide, k, v, kv_pages, batch, softmax_aux)
+    return _as_queries(out, queries), kv_pages
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read_packed(attend: Attend, q: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None) -> Array:
+    """Jitted, so that packed pages are not copied."""
+    return attend(q, _pages(attend.layout, kv_pages), batch, sinks)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _write(
+    attend: Attend, q: Array, k: Array, v: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None
+) -> tuple[Array, Array]:
+    """`Attend.update`, in place of the caller's own array."""
+    out, pages = attend.update(q, k, v, _pages(attend.layout, kv_pages), batch, sinks)
+    return out, pages.arrays[0].reshape(kv_pages.shape)
+
+
+def _pages(layout: PageLayout, kv_pages: Array) -> Pages:
+    return layout.wrap(kv_pages.reshape(layout.array_shapes(kv_pages.shape[0])[0]))
+
+
+def _as_queries(out: Array, query: Array) -> Array:
+    """The output in the shape and dtype of the caller's queries."""
+    out = out if out.shape[-1] == query.shape[-1] else out[..., : query.shape[-1]]
+    out = out if out.dtype == query.dtype else out.astype(query.dtype)
+    return out if query.ndim == 3 else out.reshape(query.shape)
 
 
 def _prepare(
     options: Options, q: Array, kv_pages: Array, layout: PageLayout, batch: RaggedBatch, sinks: Array | None
-) -> tuple[Attend, Array, Pages]:
-    """The attention, its queries as wide as the pages, and the pages as they lie."""
+) -> tuple[Attend, Array]:
+    """The attention, and its queries as wide as the pages."""
     arrays.require_sinks(sinks, q.shape[1], layout.num_kv_heads)
     spec = options.spec(q.shape[1], q.shape[2], layout, sinks is not None)
-    pages = layout.wrap(kv_pages.reshape(layout.array_shapes(kv_pages.shape[0])[0]))
     wide = arrays.padded(q.astype(jnp.float32) if options.is_float32 else q, layout.head_dim)
-    call = Call.of(wide, pages, batch)
-    return lowered(options.target, options.interpret, options.hints, spec, layout, call), wide, pages
+    call = Call(wide.shape[0], batch.num_slots, batch.pages_per_seq, kv_pages.shape[0], None, jnp.dtype(wide.dtype))
+    return lowered(options.target, options.interpret, options.hints, spec, layout, call), wide
 
 
 def _require_sequences(context_lens: Array, query_start_loc: Array) -> int:

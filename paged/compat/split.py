@@ -1,9 +1,7 @@
 """Entry points over a cache of two arrays, ``[kv_heads, pages, page_size, head_dim]`` each: decode, and one prompt."""
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -103,7 +101,6 @@ def prefill_page_attention(
     return _prefill(options, *arrays.as_arrays(**named, context_len=context_len, page_indices=page_indices))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _decode(
     options: Options, query: Array, key_cache: Array, value_cache: Array, context_lens: Array, block_tables: Array
 ) -> Array:
@@ -120,7 +117,6 @@ def _decode(
     return _attend(options, query, q, (key_cache, value_cache), layout, RaggedBatch.decode(context_lens, block_tables))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _prefill(
     options: Options, query: Array, key_cache: Array, value_cache: Array, context_len: Array, page_indices: Array
 ) -> Array:
@@ -165,4 +161,5 @@ def _attend(
 ) -> Array:
     spec, pages = options.spec(q.shape[1], q.shape[2], layout), layout.wrap(*caches)
     attend = lowered(options.target, options.interpret, options.hints, spec, layout, Call.of(q, pages, batch))
-    return attend(q, pages, batch).reshape(*query.shape[:-1], layout.value_dim)
+    out = attend(q, pages, batch)
+    return out if query.ndim == 3 else out.reshape(*query.shape[:-1], layout.value_dim)

@@ -123,7 +123,6 @@ def test_the_public_arguments_of_ragged_batches_reach_the_kernel():
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
 def test_compute_dtype_widens_to_float32_and_narrows_nothing(compute_dtype, monkeypatch):
     calls = []
-    ragged._attend.clear_cache()
     monkeypatch.setattr(ragged, "lowered", lambda *args: calls.append(args[-1]) or lowered(*args))
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in V2]
     jax.eval_shape(functools.partial(ragged_page_attention_v2, target="tpu", compute_dtype=compute_dtype), *arrays)

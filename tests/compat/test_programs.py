@@ -56,7 +56,7 @@ def test_random_programs_equal_the_native_surface_bitwise(seed):
         batch = requests.step()
         q, k, v = requests.draw(ROWS, 4, 8), requests.draw(ROWS, 2, 8), requests.draw(ROWS, 2, 8)
         ints = (batch.lengths, batch.block_tables, batch.query_starts)
-        want, pages = attend.update(q, k, v, pages, batch, sinks)
+        want, pages = in_place(attend)(q, k, v, pages, batch, sinks)
         ends = np.array([0, 0, SLOTS], np.int32)
         flat = batch.block_tables.reshape(-1)
         out, kv_pages = ragged_page_attention_v3(
