@@ -7,7 +7,7 @@ import pytest
 from paged.compat import page_attention, prefill_page_attention, ragged_page_attention_v2, ragged_page_attention_v3
 from paged.spec import Pages, RaggedBatch
 
-from .entries import CLOSE, ENTRIES, RICH, built_for, by_loops, native
+from .entries import CLOSE, ENTRIES, RICH, built_for, by_loops, in_place, native
 
 SLOTS, ROWS, WIDTH = 5, 16, 4
 STEPS = 6
