@@ -25,7 +25,7 @@ pytest.register_assert_rewrite("tests.support")
 hypothesis.settings.register_profile("paged", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("paged")
 
-_PACKAGES = ("paged.spec", "paged.lower", "paged.runtime", "paged")
+_PACKAGES = ("paged.spec", "paged.lower", "paged.runtime", "paged.compat", "paged")
 
 
 @pytest.fixture(autouse=True, scope="session")

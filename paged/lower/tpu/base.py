@@ -33,6 +33,11 @@ class TpuLowering(Lowering):
         """For that chip, compiled."""
         return dataclasses.replace(self, chip=chip, interpret=False)
 
+    def within_vmem(self, limit: int) -> Self:
+        """For the same chip with less vector memory."""
+        chip = dataclasses.replace(self.the_chip, vmem_bytes=min(limit, self.the_chip.vmem_bytes))
+        return dataclasses.replace(self, chip=chip)
+
     def refuses_write(self, layout: PageLayout) -> str | None:
         """Pages that a TPU cannot move by granules."""
         return refuses_write(layout, self.the_chip)

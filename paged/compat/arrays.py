@@ -1,0 +1,125 @@
+"""Arguments that are arrays: checked by the caller's names, and given the shapes of the native surface."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from paged.spec import FLOAT_DTYPES, PageLayout
+
+_LANES = 128
+
+
+def as_arrays(**named: Any) -> tuple[Any, ...]:
+    """The arguments as arrays, lists and Python numbers among them as int32; ``TypeError`` for anything else."""
+    return tuple(x if hasattr(x, "shape") and hasattr(x, "dtype") else _integers(name, x) for name, x in named.items())
+
+
+def _integers(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        array = np.asarray(None)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an array; got {type(value).__name__}.")
+    return array.astype(np.int32)
+
+
+def require_shape(name: str, array: Any, shape: tuple[Any, ...], meaning: str) -> None:
+    """``ValueError`` unless the array has this shape; a string stands for any size of at least 1."""
+    got = tuple(array.shape)
+    fits = len(got) == len(shape) and all(
+        n >= 1 if isinstance(want, str) else n == want for n, want in zip(got, shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("*" if isinstance(want, str) else str(want) for want in shape)
+        raise ValueError(f"{name} must be {meaning} = [{sizes}]; got {got}.")
+
+
+def require_integers(name: str, array: Any) -> None:
+    """``TypeError`` unless the array holds integers."""
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be int32; got {array.dtype.name}.")
+
+
+def require_floats(name: str, array: Any) -> None:
+    """``TypeError`` unless the array holds floats that queries and pages may be of."""
+    if array.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32; got {array.dtype.name}.")
+
+
+def require_pages(name: str, array: Any) -> None:
+    """``TypeError`` for a cache that these signatures have no scales for."""
+    if array.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16 or float32; got {array.dtype.name}. Quantised pages have scales, which "
+            "this signature does not take: adopt them by paged.PageLayout(..., scales=...).wrap(..., k_scale=, "
+            "v_scale=), and attend by paged.lower."
+        )
+
+
+def rows_of(name: str, array: Any, seq: int | None = None) -> Any:
+    """``[tokens, heads, head_dim]`` of that, or of ``[batch, seq, heads, head_dim]``, whose rows lie in that order."""
+    require_floats(name, array)
+    if array.ndim == 4:
+        if seq is not None:
+            require_shape(name, array, ("batch", seq, "heads", "head_dim"), "[batch, seq, heads, head_dim]")
+        array = array.reshape(-1, *array.shape[2:])
+    require_shape(name, array, ("tokens", "heads", "head_dim"), "[tokens, heads, head_dim]")
+    return array
+
+
+def require_heads(name: str, heads: int, cache: str, kv_heads: int, order: str) -> None:
+    """``ValueError`` unless query heads are a multiple of the cache's KV heads."""
+    if heads % kv_heads:
+        raise ValueError(
+            f"{name} has {heads} heads, which must be a multiple of the {kv_heads} KV heads of {cache}; {cache} is "
+            f"{order}, and no other order is guessed."
+        )
+
+
+def require_sinks(sinks: Any, heads: int, kv_heads: int) -> None:
+    """Raise unless sinks are float, one a query head in either shape, or several."""
+    if sinks is None:
+        return
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise TypeError(f"softmax_aux must be float32; got {sinks.dtype.name}.")
+    one = sinks.shape in ((heads,), (kv_heads, heads // kv_heads))
+    several = sinks.ndim == 1 or (sinks.ndim == 2 and sinks.shape[0] == kv_heads)
+    if not one and not (several and sinks.size):
+        raise ValueError(
+            f"softmax_aux must be [q_heads] = [{heads}] or [kv_heads, group] = [{kv_heads}, {heads // kv_heads}], one "
+            f"sink a query head, or [n] or [kv_heads, n], several, which add up; got {tuple(sinks.shape)}."
+        )
+
+
+def interleaved_layout(name: str, cache: Any, head_dim: int, kv_heads: int | None = None) -> PageLayout:
+    """The layout of ``[pages, page_size, 2 * kv_heads, D']`` pages, or of the packed form of five dimensions."""
+    require_pages(name, cache)
+    forms = "[pages, page_size, 2 * kv_heads, head_dim], or packed [pages, page_size, 2 * kv_heads / pack, pack, "
+    forms += "head_dim]"
+    if cache.ndim not in (4, 5) or 0 in cache.shape:
+        raise ValueError(f"{name} must be {forms}; got {tuple(cache.shape)}.")
+    heads, dim = cache.size // (cache.shape[0] * cache.shape[1] * cache.shape[-1]), cache.shape[-1]
+    if heads % 2 or (kv_heads is not None and heads != 2 * kv_heads):
+        need = "an even number of heads" if kv_heads is None else f"2 * {kv_heads} heads, keys' {kv_heads} twice"
+        raise ValueError(
+            f"{name} must be {forms}, keys on even heads and values on odd ones, with {need}; got "
+            f"{tuple(cache.shape)}, {heads} heads."
+        )
+    padded = -(-head_dim // _LANES) * _LANES
+    if dim not in (head_dim, padded):
+        raise ValueError(
+            f"{name} must have the queries' head_dim of {head_dim}, or {padded}, that padded with zeros to whole "
+            f"lanes; got {tuple(cache.shape)}."
+        )
+    return PageLayout(
+        page_size=cache.shape[1], num_kv_heads=heads // 2, head_dim=dim, dtype=cache.dtype, order="interleaved"
+    )
+
+
+def padded(rows: Array, head_dim: int) -> Array:
+    """Rows with zeros after their own head dimension, where pages have a larger one."""
+    missing = head_dim - rows.shape[-1]
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, missing))) if missing else rows

@@ -1,0 +1,45 @@
+"""Numbers and flags that must be known when JAX traces, checked by name."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.core
+
+
+def flag(name: str, value: Any) -> bool:
+    """A Python bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}.")
+    return value
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """A Python or NumPy integer, at least ``least``."""
+    if isinstance(value, jax.core.Tracer):
+        raise _traced(name)
+    try:
+        index = operator.index(value)
+    except TypeError:
+        index = None
+    if index is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be a Python int; got {value!r}.")
+    if index < least:
+        raise ValueError(f"{name} must be at least {least}; got {index}.")
+    return index
+
+
+def number(name: str, value: Any) -> float:
+    """A Python or NumPy number."""
+    if isinstance(value, jax.core.Tracer):
+        raise _traced(name)
+    if isinstance(value, str | bool) or not hasattr(value, "__float__") or getattr(value, "size", 1) != 1:
+        raise TypeError(f"{name} must be a number; got {value!r}.")
+    return float(value)
+
+
+def _traced(name: str) -> TypeError:
+    return TypeError(
+        f"{name} must be known when JAX traces, and is traced itself: write 1 / math.sqrt(128) for "
+        "1 / jnp.sqrt(128), or name it in static_argnames."
+    )

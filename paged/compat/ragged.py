@@ -1,0 +1,258 @@
+"""Entry points over a cache of one array with keys and values in turn: ragged batches, mixed prefill and decode."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from paged.lower import Attend, Call
+from paged.spec import PageLayout, Pages, RaggedBatch
+
+from . import arrays
+from .hints import Hints, lowered
+from .number import flag
+from .static import Options
+
+_CACHE = "[pages, page_size, 2 * kv_heads, head_dim]"
+
+
+def ragged_page_attention_v2(
+    query: Float[Array, "tokens q_heads head_dim"],
+    kv_pages: Float[Array, "pages page_size 2*kv_heads head_dim"],
+    context_lens: Int[Array, " seqs"],
+    block_tables: Int[Array, "seqs pages_per_seq"],
+    query_start_loc: Int[Array, " seqs_plus_1"],
+    num_seqs: Int[Array, "1"] | int,
+    softmax_aux: Float[Array, " q_heads"] | None = None,
+    *,
+    softmax_scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    compute_dtype: Any = jnp.bfloat16,
+    optimized: bool = False,
+    sliding_window: int | None = None,
+    mask_value: float | None = None,
+    num_kv_pages_per_block: int | None = None,
+    num_queries_per_block: int | None = None,
+    vmem_limit_bytes: int | None = None,
+    target: str = "auto",
+    interpret: Any = False,
+) -> Float[Array, "tokens q_heads head_dim"]:
+    """A ragged batch over pages that hold this step's keys and values already; causal.
+
+    Sequence ``s`` owns rows ``query_start_loc[s] : query_start_loc[s + 1]``, the last of its ``context_lens[s]``
+    tokens. Returns float[tokens, q_heads, head_dim] in the query's dtype, 0 in rows of no sequence and in empty ones.
+    ``query`` may be ``[batch, seq, q_heads, head_dim]``, and pages packed as of `ragged_page_attention_v3`.
+
+    * ``softmax_aux``: sinks, learnt logits in the denominator: ``[q_heads]`` or ``[kv_heads, group]`` is one a query
+      head; ``[n]`` or ``[kv_heads, n]`` are several, which add up.
+    * ``compute_dtype``: float32 takes products and weights in float32 also where queries and pages are narrower;
+      others change nothing, for nothing is computed in less than queries and pages have, and softmax is float32.
+    * ``optimized``: chose between two implementations. There is one here, and it changes nothing.
+    * ``num_kv_pages_per_block``, ``num_queries_per_block``, ``vmem_limit_bytes``: the schedule, on TPUs, of the kernel
+      for sequences of several rows, and the vector memory that kernels may take.
+
+    Others, and errors, as of `page_attention`.
+
+    >>> kv_pages, query = jnp.ones((8, 4, 2 * 2, 16)), jnp.ones((5, 4, 16))
+    >>> ragged_page_attention_v2(query, kv_pages, [6, 2], [[3, 1], [0, -1]], [0, 3, 4], 2).shape
+    (5, 4, 16)
+    """
+    flag("optimized", optimized)
+    options = Options.of(
+        target,
+        interpret,
+        ("softmax_scale", softmax_scale),
+        ("logits_soft_cap", logits_soft_cap),
+        sliding_window,
+        mask_value,
+        Hints.of_ragged(vmem_limit_bytes, num_kv_pages_per_block, num_queries_per_block),
+        compute_dtype=compute_dtype,
+    )
+    batch = {"context_lens": context_lens, "block_tables": block_tables, "query_start_loc": query_start_loc}
+    named = arrays.as_arrays(query=query, kv_pages=kv_pages, **batch, num_seqs=num_seqs)
+    return _attend(options, *named, softmax_aux=_sinks(softmax_aux))
+
+
+def ragged_page_attention_v3(
+    queries: Float[Array, "tokens q_heads head_dim"],
+    keys: Float[Array, "tokens kv_heads head_dim"],
+    values: Float[Array, "tokens kv_heads head_dim"],
+    kv_pages: Float[Array, "pages page_size 2*kv_heads head_dim"],
+    context_lens: Int[Array, " seqs"],
+    block_tables: Int[Array, " seqs*pages_per_seq"],
+    query_start_loc: Int[Array, " seqs_plus_1"],
+    distribution: Int[Array, "3"],
+    softmax_aux: Float[Array, " q_heads"] | None = None,
+    *,
+    softmax_scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    vmem_limit_bytes: int | None = None,
+    target: str = "auto",
+    interpret: Any = False,
+) -> tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "pages page_size 2*kv_heads head_dim"]]:
+    """Write this step's keys and values into their slots, then attend: a ragged batch in any order.
+
+    ``context_lens`` count this step's own tokens. Returns ``(out, kv_pages)``, ``out`` as of
+    `ragged_page_attention_v2`. ``kv_pages`` is donated: the array passed is gone. Inside of another ``jax.jit``, donate
+    it there.
+
+    * ``kv_pages``: ``[pages, page_size, 2 * kv_heads, D']``, keys on even heads and values on odd ones, or packed,
+      ``[pages, page_size, 2 * kv_heads / pack, pack, D']``: the same bytes, returned as they came. ``D'`` is
+      ``head_dim``, or that padded with zeros to a multiple of 128.
+    * ``block_tables``: the rows of all sequences, one after the other.
+    * ``distribution``: ``[decode_end, prefill_end, total]``, of which only ``total``, the number of live sequences, is
+      needed. They must not decrease, nor exceed the slots; checked where they are known.
+
+    Others, and errors, as of `ragged_page_attention_v2`. ``queries``, ``keys`` and ``values`` may be
+    ``[batch, seq, heads, head_dim]``.
+
+    >>> kv_pages, q, kv = jnp.zeros((8, 4, 2 * 2, 16)), jnp.ones((4, 4, 16)), jnp.ones((4, 2, 16))
+    >>> out, kv_pages = ragged_page_attention_v3(q, kv, kv, kv_pages, [3, 1], [3, 1, 0, -1], [0, 3, 4], [0, 0, 2])
+    >>> out.shape, float(kv_pages[3, :3].min())
+    ((4, 4, 16), 1.0)
+    """
+    scale, soft_cap = ("softmax_scale", softmax_scale), ("logits_soft_cap", logits_soft_cap)
+    hints = Hints.of_ragged(vmem_limit_bytes)
+    options = Options.of(target, interpret, scale, soft_cap, sliding_window, hints=hints)
+    batch = {"context_lens": context_lens, "block_tables": block_tables, "query_start_loc": query_start_loc}
+    named = arrays.as_arrays(
+        queries=queries, keys=keys, values=values, kv_pages=kv_pages, **batch, distribution=distribution
+    )
+    _require_distribution(named[-1], named[4])
+    return _update(options, *named, softmax_aux=_sinks(softmax_aux))
+
+
+def _attend(
+    options: Options,
+    query: Array,
+    kv_pages: Array,
+    context_lens: Array,
+    block_tables: Array,
+    query_start_loc: Array,
+    num_seqs: Array,
+    softmax_aux: Array | None,
+) -> Array:
+    q = arrays.rows_of("query", query)
+    layout = arrays.interleaved_layout("kv_pages", kv_pages, q.shape[-1])
+    slots = _require_sequences(context_lens, query_start_loc)
+    arrays.require_shape("block_tables", block_tables, (slots, "pages_per_seq"), "[seqs, pages_per_seq]")
+    arrays.require_integers("block_tables", block_tables)
+    arrays.require_integers("num_seqs", num_seqs)
+    if num_seqs.shape not in ((), (1,)):
+        raise ValueError(f"num_seqs must be one number, [1] or []; got {tuple(num_seqs.shape)}.")
+    arrays.require_heads("query", q.shape[1], "kv_pages", layout.num_kv_heads, _CACHE)
+    batch = RaggedBatch(context_lens, block_tables, query_start_loc, num_seqs)
+    attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
+    if kv_pages.ndim == 4:
+        out = attend(wide, layout.wrap(kv_pages), batch, softmax_aux)
+    else:
+        out = _read_packed(attend, wide, kv_pages, batch, softmax_aux)
+    return _as_queries(out, query)
+
+
+def _update(
+    options: Options,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    kv_pages: Array,
+    context_lens: Array,
+    block_tables: Array,
+    query_start_loc: Array,
+    distribution: Array,
+    softmax_aux: Array | None,
+) -> tuple[Array, Array]:
+    q, k = arrays.rows_of("queries", queries), arrays.rows_of("keys", keys)
+    v = arrays.rows_of("values", values)
+    arrays.require_shape("keys", k, (q.shape[0], "kv_heads", q.shape[2]), "[tokens, kv_heads, head_dim]")
+    arrays.require_shape("values", v, k.shape, "[tokens, kv_heads, head_dim]")
+    layout = arrays.interleaved_layout("kv_pages", kv_pages, q.shape[-1], k.shape[1])
+    slots = _require_sequences(context_lens, query_start_loc)
+    if block_tables.ndim != 1 or block_tables.shape[0] % slots or not block_tables.size:
+        raise ValueError(
+            f"block_tables must be flat, [seqs * pages_per_seq], a multiple of context_lens' {slots}; got "
+            f"{tuple(block_tables.shape)}."
+        )
+    arrays.require_integers("block_tables", block_tables)
+    arrays.require_heads(
+        "queries", q.shape[1], "kv_pages", layout.num_kv_heads, "[pages, page_size, 2 * kv_heads, dim]"
+    )
+    batch = RaggedBatch(context_lens, block_tables.reshape(slots, -1), query_start_loc, distribution[2])
+    attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
+    k, v = (arrays.padded(x, layout.head_dim) for x in (k, v))
+    out, kv_pages = _write(attend, wide, k, v, kv_pages, batch, softmax_aux)
+    return _as_queries(out, queries), kv_pages
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read_packed(attend: Attend, q: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None) -> Array:
+    """Jitted, so that packed pages are not copied."""
+    return attend(q, _pages(attend.layout, kv_pages), batch, sinks)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _write(
+    attend: Attend, q: Array, k: Array, v: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None
+) -> tuple[Array, Array]:
+    """`Attend.update`, in place of the caller's own array."""
+    out, pages = attend.update(q, k, v, _pages(attend.layout, kv_pages), batch, sinks)
+    return out, pages.arrays[0].reshape(kv_pages.shape)
+
+
+def _pages(layout: PageLayout, kv_pages: Array) -> Pages:
+    return layout.wrap(kv_pages.reshape(layout.array_shapes(kv_pages.shape[0])[0]))
+
+
+def _as_queries(out: Array, query: Array) -> Array:
+    """The output in the shape and dtype of the caller's queries."""
+    out = out if out.shape[-1] == query.shape[-1] else out[..., : query.shape[-1]]
+    out = out if out.dtype == query.dtype else out.astype(query.dtype)
+    return out if query.ndim == 3 else out.reshape(query.shape)
+
+
+def _prepare(
+    options: Options, q: Array, kv_pages: Array, layout: PageLayout, batch: RaggedBatch, sinks: Array | None
+) -> tuple[Attend, Array]:
+    """The attention, and its queries as wide as the pages."""
+    arrays.require_sinks(sinks, q.shape[1], layout.num_kv_heads)
+    spec = options.spec(q.shape[1], q.shape[2], layout, sinks is not None)
+    wide = arrays.padded(q.astype(jnp.float32) if options.is_float32 else q, layout.head_dim)
+    call = Call(wide.shape[0], batch.num_slots, batch.pages_per_seq, kv_pages.shape[0], None, jnp.dtype(wide.dtype))
+    return lowered(options.target, options.interpret, options.hints, spec, layout, call), wide
+
+
+def _require_sequences(context_lens: Array, query_start_loc: Array) -> int:
+    """The number of sequence slots."""
+    arrays.require_shape("context_lens", context_lens, ("seqs",), "[seqs]")
+    arrays.require_integers("context_lens", context_lens)
+    slots = context_lens.shape[0]
+    arrays.require_shape("query_start_loc", query_start_loc, (slots + 1,), "[seqs + 1], with context_lens' seqs,")
+    arrays.require_integers("query_start_loc", query_start_loc)
+    return slots
+
+
+def _require_distribution(distribution: Any, context_lens: Any) -> None:
+    """Shape and dtype; and the values, where they are known."""
+    arrays.require_shape("distribution", distribution, (3,), "[decode_end, prefill_end, total]")
+    arrays.require_integers("distribution", distribution)
+    arrays.require_shape("context_lens", context_lens, ("seqs",), "[seqs]")
+    if isinstance(distribution, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return
+    decode_end, prefill_end, total = np.asarray(distribution).tolist()
+    if not 0 <= decode_end <= prefill_end <= total <= context_lens.shape[0]:
+        raise ValueError(
+            "distribution must be [decode_end, prefill_end, total], ends of ranges of sequences, which do not decrease "
+            f"and are at most context_lens' {context_lens.shape[0]}; got {[decode_end, prefill_end, total]}. [0, 0, n] "
+            "will do for n live sequences of any kind."
+        )
+
+
+def _sinks(softmax_aux: Any) -> Any:
+    if softmax_aux is None or hasattr(softmax_aux, "shape"):
+        return softmax_aux
+    return np.asarray(softmax_aux, np.float32)

@@ -1,0 +1,165 @@
+"""Entry points over a cache of two arrays, ``[kv_heads, pages, page_size, head_dim]`` each: decode, and one prompt."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from paged.lower import Call
+from paged.spec import PageLayout, RaggedBatch
+
+from . import arrays
+from .hints import Hints, lowered
+from .static import MASK_VALUE, Options
+
+_CACHE = "[kv_heads, pages, page_size, head_dim]"
+
+
+def page_attention(
+    query: Float[Array, "seqs q_heads head_dim"],
+    key_cache: Float[Array, "kv_heads pages page_size head_dim"],
+    value_cache: Float[Array, "kv_heads pages page_size head_dim"],
+    context_lens: Int[Array, " seqs"],
+    block_tables: Int[Array, "seqs max_blocks"],
+    attn_scale: float | None = None,
+    max_context_len: int | None = None,
+    num_splits: int = 0,
+    *,
+    mask_value: float | None = MASK_VALUE,
+    attn_logits_soft_cap: float | None = None,
+    pages_per_compute_block: int | None = None,
+    megacore_mode: str | None = None,
+    inline_seq_dim: bool = True,
+    sliding_window: int | None = None,
+    target: str = "auto",
+    interpret: Any = False,
+) -> Float[Array, "seqs q_heads head_dim"]:
+    """Decode: each sequence's one query row over its ``context_lens`` tokens, its own included.
+
+    Returns float[seqs, q_heads, head_dim] in the query's dtype, 0 for a sequence of length 0. ``query`` may be
+    ``[batch, 1, q_heads, head_dim]``; the output then is too.
+
+    * ``attn_scale``: of scores; ``1 / sqrt(head_dim)`` when None.
+    * ``attn_logits_soft_cap``: scores become ``cap * tanh(score / cap)``, before the mask.
+    * ``sliding_window``: tokens seen, the query's own included.
+    * ``max_context_len``: a promise that no sequence is longer. Table entries past it are not looked at; a longer
+      sequence is a fault of the caller, and is cut to it, as it is to the table's capacity.
+    * ``mask_value``: no longer needed, see `docs/porting.md`.
+    * ``num_splits`` (0: chosen), ``pages_per_compute_block``, ``inline_seq_dim``: the kernel's schedule on TPUs, any
+      of which gives the same attention. ``megacore_mode``: ``"batch"`` and None alike use both cores of a chip that
+      has two; ``"kv_head"`` is refused.
+
+    Raises ``ValueError`` or ``TypeError`` naming the argument, when traced.
+
+    >>> cache = jnp.ones((2, 8, 4, 16))
+    >>> out = page_attention(jnp.ones((2, 4, 16)), cache, cache, [5, 0], [[3, 1], [-1, -1]], sliding_window=3)
+    >>> out.shape, out[:, 0, 0].tolist()
+    ((2, 4, 16), [1.0, 0.0])
+    """
+    options = Options.of(
+        target,
+        interpret,
+        ("attn_scale", attn_scale),
+        ("attn_logits_soft_cap", attn_logits_soft_cap),
+        sliding_window,
+        mask_value,
+        Hints.of_decode(num_splits, pages_per_compute_block, megacore_mode, inline_seq_dim),
+        max_context_len,
+    )
+    named = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
+    return _decode(options, *arrays.as_arrays(**named, context_lens=context_lens, block_tables=block_tables))
+
+
+def prefill_page_attention(
+    query: Float[Array, "chunk q_heads head_dim"],
+    key_cache: Float[Array, "kv_heads pages page_size head_dim"],
+    value_cache: Float[Array, "kv_heads pages page_size head_dim"],
+    context_len: Int[Array, "1"],
+    page_indices: Int[Array, " num_pages"],
+    /,
+    *,
+    softmax_scale: float | None = None,
+    mask_value: float | None = MASK_VALUE,
+    attn_logits_soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    target: str = "auto",
+    interpret: Any = False,
+) -> Float[Array, "chunk q_heads head_dim"]:
+    """One sequence's chunk: the last rows of its ``context_len`` tokens, which count the chunk's own; causal.
+
+    Row ``i`` of ``C`` is at position ``context_len - C + i``, whatever divides what. ``query`` may be ``[1, chunk,
+    q_heads, head_dim]``. Arguments, results and errors otherwise as of `page_attention`; its ``attn_scale`` is called
+    ``softmax_scale`` here.
+
+    >>> cache = jnp.ones((2, 8, 4, 16))
+    >>> prefill_page_attention(jnp.ones((3, 4, 16)), cache, cache, jnp.array([6]), jnp.array([3, 1])).shape
+    (3, 4, 16)
+    """
+    scale, soft_cap = ("softmax_scale", softmax_scale), ("attn_logits_soft_cap", attn_logits_soft_cap)
+    options = Options.of(target, interpret, scale, soft_cap, sliding_window, mask_value)
+    named = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
+    return _prefill(options, *arrays.as_arrays(**named, context_len=context_len, page_indices=page_indices))
+
+
+def _decode(
+    options: Options, query: Array, key_cache: Array, value_cache: Array, context_lens: Array, block_tables: Array
+) -> Array:
+    q = arrays.rows_of("query", query, seq=1)
+    arrays.require_shape("context_lens", context_lens, (q.shape[0],), "[seqs], one a row of query,")
+    arrays.require_integers("context_lens", context_lens)
+    arrays.require_shape("block_tables", block_tables, (q.shape[0], "max_blocks"), "[seqs, max_blocks]")
+    arrays.require_integers("block_tables", block_tables)
+    layout = _layout(q, key_cache, value_cache)
+    if options.max_context_len is not None:
+        entries = -(-options.max_context_len // layout.page_size)
+        block_tables = block_tables[:, :entries]
+        context_lens = jnp.minimum(context_lens, options.max_context_len)
+    return _attend(options, query, q, (key_cache, value_cache), layout, RaggedBatch.decode(context_lens, block_tables))
+
+
+def _prefill(
+    options: Options, query: Array, key_cache: Array, value_cache: Array, context_len: Array, page_indices: Array
+) -> Array:
+    if query.ndim == 4:
+        arrays.require_shape("query", query, (1, "chunk", "heads", "head_dim"), "[1, chunk, heads, head_dim]")
+    q = arrays.rows_of("query", query)
+    if context_len.shape != ():
+        arrays.require_shape("context_len", context_len, (1,), "one sequence's, [1]")
+    arrays.require_integers("context_len", context_len)
+    arrays.require_shape("page_indices", page_indices, ("num_pages",), "one sequence's, [num_pages]")
+    arrays.require_integers("page_indices", page_indices)
+    layout = _layout(q, key_cache, value_cache)
+    batch = RaggedBatch.prefill(context_len, page_indices, q.shape[0])
+    return _attend(options, query, q, (key_cache, value_cache), layout, batch)
+
+
+def _layout(q: Array, key_cache: Array, value_cache: Array) -> PageLayout:
+    dims = ("kv_heads", "pages", "page_size")
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        arrays.require_pages(name, cache)
+        last = q.shape[-1] if name == "key_cache" else "value_dim"
+        arrays.require_shape(name, cache, (*dims, last), _CACHE)
+    arrays.require_shape("value_cache", value_cache, (*key_cache.shape[:3], "value_dim"), f"{_CACHE} as key_cache")
+    if value_cache.dtype != key_cache.dtype:
+        raise TypeError(
+            f"value_cache must be of key_cache's dtype, {key_cache.dtype.name}; got {value_cache.dtype.name}."
+        )
+    kv_heads, _, page_size, head_dim = key_cache.shape
+    arrays.require_heads("query", q.shape[1], "key_cache", kv_heads, _CACHE)
+    return PageLayout(
+        page_size=page_size,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_cache.shape[-1],
+        dtype=key_cache.dtype,
+        order="split",
+    )
+
+
+def _attend(
+    options: Options, query: Array, q: Array, caches: tuple[Array, Array], layout: PageLayout, batch: RaggedBatch
+) -> Array:
+    spec, pages = options.spec(q.shape[1], q.shape[2], layout), layout.wrap(*caches)
+    attend = lowered(options.target, options.interpret, options.hints, spec, layout, Call.of(q, pages, batch))
+    out = attend(q, pages, batch)
+    return out if query.ndim == 3 else out.reshape(*query.shape[:-1], layout.value_dim)

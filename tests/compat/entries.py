@@ -1,0 +1,143 @@
+"""The entry points over one case's arrays, and the same on the native surface."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import paged
+from paged.compat import (
+    page_attention,
+    prefill_page_attention,
+    ragged_page_attention_v2,
+    ragged_page_attention_v3,
+)
+from paged.spec import AttentionSpec, RaggedBatch
+from tests.support import Built, Case, build
+from tests.support.oracle import attention_by_loops
+
+SPEC = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+RICH = SPEC.replace(window=5, soft_cap=4.0, scale=0.3)
+# The most that float32 sums of a few keys of 3 x normal are off; a term left out changes outputs by more than 0.1.
+CLOSE = 1e-4
+
+
+class Entry(NamedTuple):
+    """An entry point: the order of its pages, its phase, what it calls things, and whether it writes."""
+
+    call: Callable[..., Any]
+    order: str
+    phase: str
+    scale: str
+    soft_cap: str
+    writes: bool = False
+    takes_sinks: bool = False
+
+    def case(self, spec: AttentionSpec = SPEC, **facts: Any) -> Case:
+        """A case of a spec over this entry's pages."""
+        rows = {"prefill": 6}.get(self.phase, 1)
+        sinks = (spec.num_q_heads,) if spec.sinks else None
+        return Case(spec=spec, order=self.order, phase=self.phase, rows=rows, sink_shape=sinks).replace(**facts)
+
+    def arguments(self, spec: AttentionSpec) -> dict[str, Any]:
+        """What a spec is in this entry's words."""
+        said = {self.scale: spec.scale, self.soft_cap: spec.soft_cap, "sliding_window": spec.window}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+ENTRIES = {
+    "page": Entry(page_attention, "split", "decode", "attn_scale", "attn_logits_soft_cap"),
+    "prefill": Entry(prefill_page_attention, "split", "prefill", "softmax_scale", "attn_logits_soft_cap"),
+    "v2": Entry(ragged_page_attention_v2, "interleaved", "ragged", "softmax_scale", "logits_soft_cap", False, True),
+    "v3": Entry(ragged_page_attention_v3, "interleaved", "ragged", "softmax_scale", "logits_soft_cap", True, True),
+}
+
+
+def arrays_of(name: str, built: Built) -> list[Any]:
+    """A case's arrays in the order in which an entry point takes them; v3's pages are a copy, to be donated."""
+    batch, pages = built.batch, built.pages.arrays
+    if name == "page":
+        # No argument says which sequences live: those that do not have length 0.
+        lengths = jnp.where(jnp.arange(batch.num_slots) < batch.num_seqs, batch.lengths, 0)
+        return [built.q, *pages, lengths, batch.block_tables]
+    if name == "prefill":
+        return [built.q, *pages, batch.lengths * (batch.num_seqs > 0), batch.block_tables[0]]
+    if name == "v2":
+        return [built.q, *pages, batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs, built.sinks]
+    ends = np.array([0, 0, int(batch.num_seqs)], np.int32)
+    tables = batch.block_tables.reshape(-1)
+    return [
+        built.q,
+        built.k,
+        built.v,
+        jnp.array(pages[0]),
+        batch.lengths,
+        tables,
+        batch.query_starts,
+        ends,
+        built.sinks,
+    ]
+
+
+def built_for(name: str, case: Case, **how: Any) -> Built:
+    """The arrays of a case; those of an entry that writes do not hold the new tokens yet."""
+    return build(case, hold_new=not ENTRIES[name].writes, **how)
+
+
+def output(name: str, built: Built, **arguments: Any) -> Any:
+    """What an entry point computes for a case of its own spec."""
+    got = results(name, built, **arguments)
+    return got[0] if ENTRIES[name].writes else got
+
+
+def results(name: str, built: Built, **arguments: Any) -> Any:
+    """All that an entry point returns."""
+    entry = ENTRIES[name]
+    arguments = {**entry.arguments(built.case.spec), "target": "xla", **arguments}
+    return entry.call(*arrays_of(name, built), **arguments)
+
+
+@functools.cache
+def native(case: Case, **how: Any) -> paged.Attend:
+    """The native surface for a case."""
+    return paged.lower(case.spec, case.layout, **{"target": "xla", **how})
+
+
+@functools.cache
+def in_place(attend: paged.Attend) -> Callable[..., Any]:
+    """Its update of donated pages. From JAX 0.12 on, CPU's code differs in a last bit from that for other pages."""
+    return jax.jit(attend.update, donate_argnums=3)
+
+
+def native_results(name: str, built: Built, **how: Any) -> Any:
+    """What the native surface computes for the same."""
+    attend = native(built.case.replace(corner="mixed", seed=0), **how)
+    if ENTRIES[name].writes:
+        pages = built.case.layout.wrap(jnp.array(built.pages.arrays[0]))
+        out, pages = in_place(attend)(built.q, built.k, built.v, pages, built.batch, built.sinks)
+        return out, pages.arrays[0]
+    return attend(built.q, built.pages, native_batch(name, built), built.sinks)
+
+
+def native_batch(name: str, built: Built) -> RaggedBatch:
+    """The batch as an entry point is told of it."""
+    if name != "page":
+        return built.batch
+    return RaggedBatch.decode(arrays_of(name, built)[3], built.batch.block_tables)
+
+
+def by_loops(name: str, built: Built, spec: AttentionSpec | None = None) -> np.ndarray:
+    """The oracle's output, of the case's spec or another; ``built`` holds this step's tokens."""
+    pools, batch = (np.asarray(x, np.float64) for x in (built.pages.keys(), built.pages.values())), built.batch
+    told = native_batch(name, built)
+    integers = [np.asarray(x) for x in (told.lengths, told.block_tables, batch.query_starts)]
+    q, live = np.asarray(built.q, np.float64), int(told.num_seqs)
+    return attention_by_loops(spec or built.case.spec, q, *pools, *integers, live, built.sinks)[0]
+
+
+def numpy(x: Any) -> np.ndarray:
+    """As float64."""
+    return np.asarray(x, np.float64)
