@@ -10,8 +10,10 @@ if "PAGED_TEST_OPTIMISED" not in os.environ:
     _FAST = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST}".strip()
 
+import gc
 import importlib
 import importlib.util
+import pathlib
 
 import equinox as eqx
 import hypothesis
@@ -26,6 +28,20 @@ hypothesis.settings.register_profile("paged", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("paged")
 
 _PACKAGES = ("paged.spec", "paged.lower", "paged.runtime", "paged.compat", "paged")
+
+
+# Every compiled program keeps some of the memory mappings that a process may have; Linux allows 65530.
+_MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _let_go_of_programs():
+    """After a module: forget compiled programs, if there are many."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="session")
