@@ -29,7 +29,7 @@ CASES = {
     "bfloat16, many rows": ({"dtype": "bfloat16", "rows": 10}, {}, "on_wait"),
     "splits, written first": ({}, {"kv_splits": 2}, "on_wait"),
 }
-SLOW = ("split, grid", "one scale a head", "splits, written first")
+SLOW = ("split, grid", "two cores", "one scale a head", "splits, written first")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
