@@ -108,8 +108,8 @@ class Tile:
 
     def _fetch(self, stream: Stream, end: Any, slot: Any) -> Callable[[int], None] | None:
         """Fetch the next block into ``slot``: by calls of the result beside every part, if all are in one line of code,
-        and else at once."""
-        if _unrolled(self.shape.parts, self.most_unrolled) == self.shape.parts:
+        and else at once. Of two slots the other's block is waited for before any part, so it must be on its way."""
+        if stream.buffers > 2 and _unrolled(self.shape.parts, self.most_unrolled) == self.shape.parts:
             return stream.fetch_beside(end, slot, self.shape.parts)
         return stream.fetch_next(end, slot)
 
