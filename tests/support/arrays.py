@@ -16,6 +16,10 @@ SPREAD = 3.0  # inputs are about 3 x normal: scores then reach +-30, and a softm
 _GARBAGE = (-1, -9, 10**6, -(2**31), 2**31 - 1)
 
 
+# Positions before the first token that rows may have: more rows than tokens, in the longest chunk of a test.
+_BEFORE = 64
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Built:
     """A case's arrays for a lowering, and what is known of them.
@@ -62,7 +66,7 @@ def build(
     row_of: list[tuple[int, int] | None] = [None] * tokens
     for s in range(live):
         positions = np.arange(lengths[s] - rows[s], lengths[s])
-        seen = _brute_force(case.spec, case.pages_per_seq * case.page_size)[16 + positions, : lengths[s]]
+        seen = _brute_force(case.spec, case.pages_per_seq * case.page_size)[_BEFORE + positions, : lengths[s]]
         for i, p in enumerate(positions):
             visible[starts[s] + i], row_of[starts[s] + i] = np.flatnonzero(seen[i]), (s, int(p))
         written = np.arange(max(0, lengths[s] - rows[s]), lengths[s])
@@ -122,9 +126,9 @@ def _batch(case: Case, lengths: list[int], rows: list[int], live: int, tables: n
 
 @functools.cache
 def _brute_force(spec: AttentionSpec, capacity: int) -> np.ndarray:
-    """Whether each position ``p`` sees ``j``, as ``[p + 16, j]``: the mask's value at every pair, once a spec."""
-    p, j = jnp.arange(-16, capacity)[:, None], jnp.arange(capacity)[None, :]
-    return np.broadcast_to(np.asarray(spec.visibility(p, j)), (16 + capacity, capacity))
+    """Whether each position ``p`` sees ``j``, as ``[p + _BEFORE, j]``: the mask's value at every pair, once a spec."""
+    p, j = jnp.arange(-_BEFORE, capacity)[:, None], jnp.arange(capacity)[None, :]
+    return np.broadcast_to(np.asarray(spec.visibility(p, j)), (_BEFORE + capacity, capacity))
 
 
 def _normal(case: Case, stream: int, shape: tuple[int, ...]) -> np.ndarray:
