@@ -57,11 +57,12 @@ def test_short_items_together_equal_the_reference(rows, schedule, mode, monkeypa
     assert bool(together) == (schedule.get("sequence") != "grid")
 
 
-@pytest.mark.parametrize("buffers", [2, 3])
-def test_with_few_buffers_items_go_alone(buffers, monkeypatch):
+@pytest.mark.parametrize(("buffers", "generation"), [(2, "v4"), (3, "v4"), (4, "v5e")])
+def test_with_few_buffers_or_slow_memory_items_go_alone(buffers, generation, monkeypatch):
     together = _counted(monkeypatch, "_run_together")
     case = CASE.replace(seed=9 + buffers)
-    assert_equals_reference(interpreted(case, SCHEDULE.replace(buffers=buffers)), build(case))
+    attend = interpreted(case, SCHEDULE.replace(buffers=buffers), generation=generation)
+    assert_equals_reference(attend, build(case))
     assert not together
 
 

@@ -22,7 +22,7 @@ from .work import Work
 Ref = Any
 # Tiles whose scores are held at once: their products overlap, and more would not fit the registers.
 _TILES_AT_ONCE = 8
-# Items of one block each that are worked on at once: alone, a stage of one waits for the stage before.
+# Items of one block each that are worked on at once, at most: alone, a stage of one waits for the stage before.
 ITEMS_AT_ONCE = 2
 # Items whose queries and results are in memory at once: a short item is done before a copy of either has arrived.
 ROWS_IN_FLIGHT = 2 * ITEMS_AT_ONCE
@@ -72,7 +72,8 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """The kernel's static facts. ``splits`` items make one sequence.
+    """The kernel's static facts. ``splits`` items make one sequence; ``items_at_once`` of one block each, 1 to
+    `ITEMS_AT_ONCE`, are worked on at once.
 
     ``bodies`` are the views of a block's first pages, smallest first and at last the whole block, with the terms at
     their shape: a last block of few pages need not cost what a whole one does.
@@ -81,6 +82,7 @@ class Decode:
     bodies: tuple[tuple[Views, Terms], ...]
     scale: float
     splits: int
+    items_at_once: int
 
     @property
     def views(self) -> Views:
@@ -99,10 +101,10 @@ class Decode:
                 lambda: self._run_together(refs, item, first, end, slot),
                 lambda: self.run_item(refs, item, first, end, slot),
             )
-            return item + jnp.where(are_short, ITEMS_AT_ONCE, 1), slot
+            return item + jnp.where(are_short, self.items_at_once, 1), slot
 
         # While some are worked on, as many more must be on their way.
-        if self._body_together is None or refs.stream.buffers < 2 * ITEMS_AT_ONCE:
+        if self._body_together is None or refs.stream.buffers < 2 * self.items_at_once:
             run = functools.partial(self.run_item, refs, first=first, end=end)
             jax.lax.fori_loop(first, end, lambda item, slot: run(item, slot=slot), jnp.int32(0))
         else:
@@ -128,25 +130,27 @@ class Decode:
     @property
     def _body_together(self) -> tuple[Views, Terms] | None:
         """The longest body at which items can be worked on together; None where not even the shortest is."""
+        if self.items_at_once == 1:
+            return None
         fits = [
             (views, terms)
             for views, terms in self.bodies
-            if ITEMS_AT_ONCE * views.tiles * views.tile_rows * views.columns <= _SCORES_TOGETHER
+            if self.items_at_once * views.tiles * views.tile_rows * views.columns <= _SCORES_TOGETHER
         ]
         return fits[-1] if fits else None
 
     def _are_short(self, refs: Refs, item: Any, end: Any) -> Any:
         """Whether the next items can be worked on together."""
         (views, _), last = self._body_together or self.bodies[0], refs.work.count.shape[0] - 1
-        are_short = item + ITEMS_AT_ONCE <= end
-        for behind in range(ITEMS_AT_ONCE):
+        are_short = item + self.items_at_once <= end
+        for behind in range(self.items_at_once):
             count = refs.work.count[jnp.minimum(item + behind, last)]
             are_short &= (count > 0) & (count <= views.pages_per_block)
         return are_short
 
     def _run_together(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
-        """`run_item` for the next `ITEMS_AT_ONCE`, of one block each: every stage for all of them before the next."""
-        stream, items, blocks = refs.stream, [item + behind for behind in range(ITEMS_AT_ONCE)], []
+        """`run_item` for the next ``items_at_once``, of one block each: every stage for all of them before the next."""
+        stream, items, blocks = refs.stream, [item + behind for behind in range(self.items_at_once)], []
         queries = [self._queries(refs, one, end) for one in items]
         stream.fetch_next(end, stream.before(slot))
         for one, q in zip(items, queries, strict=True):

@@ -30,6 +30,7 @@ class Prefill:
         """All items of one core, one after the other."""
         pl.when(first < end)(functools.partial(self._copy_queries, refs, first, first, "start"))
         refs.stream.begin(first, end)
+        self.tiles[-1].clear(refs)
         jax.lax.fori_loop(first, end, lambda item, slot: self._run_item(refs, item, first, end, slot), jnp.int32(0))
         self._copy_results(refs, end - 1, first, "wait")
 

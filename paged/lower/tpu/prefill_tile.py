@@ -49,7 +49,7 @@ class Tile:
         return slot
 
     def _start(self, refs: Refs, place: Any) -> None:
-        """Queries of each head together, and the state of no key at all."""
+        """Put the queries of each head together."""
         shape, lanes = self.shape, refs.queries.shape[1]
 
         def begin(strip):
@@ -58,11 +58,16 @@ class Tile:
                 x = refs.q_buffer[place, self._positions(strip, self.strides.q, self.strides.q_columns, column)]
                 width = min(LANES, lanes - column * LANES)
                 refs.queries[rows, pl.ds(column * LANES, width)] = x[:, :width].astype(refs.queries.dtype)
-            refs.top[rows] = jnp.full((shape.span, LANES), -jnp.inf)
-            refs.total[rows] = jnp.zeros((shape.span, LANES))
-            refs.values[rows] = jnp.zeros((shape.span, refs.values.shape[1]))
 
         _unrolled_loop(shape.strips, self.most_unrolled // 2, begin)
+
+    def clear(self, refs: Refs) -> None:
+        """The state of no key at all, as every tile finds and leaves it, in all rows."""
+        _unrolled_loop(self.shape.parts, self.most_unrolled // 2, functools.partial(self._clear, refs))
+
+    def _clear(self, refs: Refs, part: Any) -> None:
+        for state, nothing in ((refs.top, -jnp.inf), (refs.total, 0.0), (refs.values, 0.0)):
+            state[self._part_rows(part)] = jnp.full((self.shape.rows, state.shape[1]), nothing, jnp.float32)
 
     def _over_blocks(self, refs: Refs, item: Any, end: Any, slot: Any) -> Any:
         """Fold the item's blocks: those visible in full, and then the others."""
@@ -253,7 +258,8 @@ class Tile:
         return read(refs.stream.transfers.buffers, block.slot, head)
 
     def _finish(self, refs: Refs) -> None:
-        """Put sums and maxima of all heads of a position next to each other; XLA normalises them in passing."""
+        """Put sums and maxima of all heads of a position next to each other, and clear the state for the next tile; XLA
+        normalises them in passing."""
         shape, strides = self.shape, self.strides
         lane = jax.lax.broadcasted_iota(jnp.int32, (shape.span, LANES), 1)
         registers = refs.sums.shape[0]
@@ -275,6 +281,8 @@ class Tile:
                     for number, x in together:
                         sums = jnp.where(lane == _rem(number, LANES), x[rows], sums)
                     refs.sums[register, at] = sums
+            # Here, where lane sums are waited for, these stores cost a third of what they do by themselves (modelled).
+            self._clear(refs, part)
 
         _unrolled_loop(shape.parts, self.most_unrolled, store)
         for register in range(registers):
