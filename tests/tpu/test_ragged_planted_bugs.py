@@ -136,6 +136,17 @@ def _a_row_before(original):
     return lambda self, results, pages: original(self, jnp.roll(results, self.strides.out, axis=0), pages)
 
 
+def _cleared_at_first_only(patch):
+    clear = Tile._clear
+
+    def every_part(self, refs):
+        for part in range(self.shape.parts):
+            clear(self, refs, part)
+
+    patch.setattr(Tile, "clear", every_part)
+    patch.setattr(Tile, "_clear", lambda self, refs, part: None)
+
+
 def _attribute(owner, name, mutant):
     return lambda patch: patch.setattr(owner, name, mutant(getattr(owner, name)))
 
@@ -168,6 +179,8 @@ BUGS = {
     "the next block is set apart over this one": (
         _attribute(prefill_module, "Block", lambda _: _one_place), "interleaved", "wrong",
     ),
+    "the state is never cleared": (method(Tile, "clear", nothing), "early", "nan"),
+    "the state of the tile before": (_cleared_at_first_only, "early", "nan"),
     "results of the row before": (method(PrefillLaunch, "state_of", _a_row_before), "mixed", "nan"),
 }  # fmt: skip
 _FAST = tuple(BUGS)[:3]
