@@ -30,8 +30,9 @@ _SCORES = 2**17
 _TILE_ROWS = 4096
 # Rows of a part, at least: with half as many the kernel takes half as long again (modelled).
 _PART_ROWS = 192
-# Bytes on their way that keep HBM busy for its latency: tpu7x needs most, 1675 bytes a cycle for 640 cycles.
-_IN_FLIGHT = 2**20
+# Seconds for which HBM must have bytes on their way, and as many bytes as are enough for any chip: with fewer it waits
+# out its latency, with more the results of short sequences wait behind pages (modelled).
+_IN_FLIGHT, _MOST_IN_FLIGHT = 0.5e-6, 2**20
 # Columns of a block up to which heads go in pairs; with more, a head's own keys fill a product's width (modelled).
 _PAIRED_COLUMNS = 256
 _MOST_BUFFERS = 8
@@ -61,7 +62,8 @@ def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | 
     seen = most_pages_seen(program, layout.page_size, call)
     pages = max(1, min(tokens // layout.page_size, _round_up(seen, layout.page_size)))
     splits = 1 if chip.cores == 1 else max(1, min(seen // (2 * pages), -(-2 * chip.cores // call.slots)))
-    buffers = 2 + -(-_IN_FLIGHT // (pages * layout.bytes_per_page))
+    in_flight = min(_IN_FLIGHT * chip.hbm_bytes_per_second, _MOST_IN_FLIGHT)
+    buffers = 2 + math.ceil(in_flight / (pages * layout.bytes_per_page))
     # Short sequences are worked on some at once, while as many more are on their way.
     buffers = max(buffers, 2 * ITEMS_AT_ONCE) if seen <= pages else buffers
     schedule = Schedule(
