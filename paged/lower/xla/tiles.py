@@ -4,6 +4,7 @@ A tile is gathered once and used at once, while it is in cache. Copying page by 
 is slower where keys and values take turns (measured: benchmarks/xla_cpu).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,6 +41,20 @@ def gather(pages: Pages, ids: Int[Array, " block"], step: Any) -> tuple[Tile, Ti
     scales = (pages.k_scale, pages.v_scale)
     k, v = (_dequantise(x, layout, scale, ids) for x, scale in zip(raw, scales, strict=True))
     return k, v
+
+
+def fill(buffer: Tile | None, take: Callable[[int, int], Tile], pages: int) -> Tile:
+    """The tile ``take(0, pages)``; with a buffer, one half after the other put into it.
+
+    XLA:CPU hands any gather to several threads, and to fork and join them at every block costs more than it gains.
+    An update in place it leaves to one thread, and an update of the whole would be no update (measured:
+    benchmarks/xla_cpu).
+    """
+    if buffer is None:
+        return take(0, pages)
+    first, second = take(0, pages // 2), take(pages // 2, pages)
+    buffer = jax.lax.dynamic_update_slice_in_dim(buffer, first, 0, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, second, first.shape[1], axis=1)
 
 
 def scatter_add(
