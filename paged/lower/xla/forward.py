@@ -8,54 +8,21 @@ sequence's result depends on nothing but itself.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from paged.spec import AttentionState, PageLayout
+from paged.spec import AttentionState
 
 from ..softmax import Running, select_values
 from ..visits import Visits
 from . import tiles
 from .backward import backward
 from .blocks import Block, Blocks
+from .tiles import NO_BUFFERS, Buffers
 from .walk import Operands, Walk
-
-
-class Buffers(NamedTuple):
-    """Where tiles of keys and of values are put, carried from block to block; None where each tile is made anew.
-
-    One buffer serves both where they have one shape, so that the cache need hold only one.
-    """
-
-    keys: tiles.Tile | None
-    values: tiles.Tile | None
-
-    @classmethod
-    def of(cls, walk: Walk, layout: PageLayout) -> "Buffers":
-        """Buffers for the walk's tiles, if it has any."""
-        if not walk.has_buffers:
-            return cls(None, None)
-        heads_keys = (layout.num_kv_heads, walk.pages_per_block * layout.page_size)
-        is_shared = layout.head_dim == layout.value_dim
-        return cls(
-            jnp.zeros((*heads_keys, layout.head_dim)),
-            None if is_shared else jnp.zeros((*heads_keys, layout.value_dim)),
-        )
-
-    def put_keys(self, take: Callable[[int, int], tiles.Tile], pages: int) -> tuple[tiles.Tile, "Buffers"]:
-        """A tile of keys, in its buffer if there is one."""
-        k = tiles.fill(self.keys, take, pages)
-        return k, self if self.keys is None else self._replace(keys=k)
-
-    def put_values(self, take: Callable[[int, int], tiles.Tile], pages: int) -> tuple[tiles.Tile, "Buffers"]:
-        """A tile of values, likewise."""
-        if self.values is None:
-            return self.put_keys(take, pages)
-        v = tiles.fill(self.values, take, pages)
-        return v, self._replace(values=v)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,8 +49,8 @@ def attend(walk: Walk, operands: Operands) -> AttentionState:
 
     heads = walk.program.num_q_heads
     empty = AttentionState(jnp.zeros((tokens, heads, dim)), jnp.full((tokens, heads), -jnp.inf))
-    start = (empty, Buffers.of(walk, operands.pages.layout))
-    state, _ = jax.lax.fori_loop(0, -(-blocks.count // walk.lanes), attend_lanes, start)
+    buffers = Buffers.of(operands.pages.layout, walk.pages_per_block) if walk.has_buffers else NO_BUFFERS
+    state, _ = jax.lax.fori_loop(0, -(-blocks.count // walk.lanes), attend_lanes, (empty, buffers))
     return state
 
 
