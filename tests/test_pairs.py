@@ -43,7 +43,7 @@ FACTORS = {
     "scale": (None, 0.11),
     "head_dim": (8, 16),
     # pages_per_block, query_rows, blocks_per_step
-    "schedule": (None, (1, 1, 2), (3, 5, 1)),
+    "schedule": (None, (3, 1, 2), (3, 5, 1)),
 }
 ROWS = covering_rows(FACTORS)
 

@@ -1,6 +1,7 @@
 """Work counted exactly, from compiled programs: what is written in place, and what memory does not grow with."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import pytest
 
 import paged
 from paged.lower.jax_version import HAS_BIT_UPDATES_IN_PLACE
+from paged.lower.xla.walk import Walk
 
 HEADS, GROUP, DIM, PAGE, SLOTS = 2, 4, 16, 8, 3
 SPEC = paged.AttentionSpec(num_q_heads=HEADS * GROUP, num_kv_heads=HEADS, head_dim=DIM)
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 DTYPES = {"float32": None, "bfloat16": None, "float16": None, "int8": "token", "float8_e4m3fn": "head"}
 
 
@@ -79,3 +82,15 @@ def test_the_gradient_keeps_nothing_of_the_size_of_the_scores():
     scores_growth = rows * HEADS * GROUP * (long - short) * PAGE * 4
     assert scores_growth > 2 * pool_growth, "the test would not notice scores"
     assert many - few < pool_growth + scores_growth // 4
+
+
+@pytest.mark.skipif(CPUS < 2, reason="XLA:CPU splits nothing where it has one CPU")
+@pytest.mark.parametrize("order", ["packed", "joined", "split", "interleaved"])
+def test_decode_splits_no_gather_over_threads(order, monkeypatch):
+    """To fork and join threads at every block costs more than it gains; without a buffer for tiles XLA does it."""
+    split = 'outer_dimension_partitions":["'
+    assert split not in str(compiled("update", order, num_pages=1024).as_text())
+    if order == "packed":
+        monkeypatch.setattr(Walk, "has_buffers", False)
+        text = str(compiled.__wrapped__("attend", order, num_pages=1024).as_text())
+        assert split in text, "the count counts nothing"

@@ -21,6 +21,7 @@ from ..visits import Visits
 from . import tiles
 from .backward import backward
 from .blocks import Block, Blocks
+from .tiles import NO_BUFFERS, Buffers
 from .walk import Operands, Walk
 
 
@@ -30,83 +31,106 @@ def attend(walk: Walk, operands: Operands) -> AttentionState:
     tokens, dim = operands.q.shape[0], operands.pages.layout.value_dim
     blocks = Blocks.of(operands.seqs, operands.is_member, walk.rows)
 
-    def attend_one(which):
+    def attend_one(which, buffers):
         block = blocks.block(which, walk.rows)
-        out, lse = _attend_block(walk, block, operands)
+        (out, lse), buffers = _attend_block(walk, block, operands, buffers)
         row = jnp.where(block.is_row, block.row, tokens)
-        return row, walk.unfold(out), walk.unfold(lse)[..., 0]
+        return (row, walk.unfold(out), walk.unfold(lse)[..., 0]), buffers
 
-    def attend_lanes(i, state):
+    def attend_lanes(i, carry):
+        state, buffers = carry
         if walk.lanes == 1:
-            row, out, lse = attend_one(i)
+            (row, out, lse), buffers = attend_one(i, buffers)
         else:
-            row, out, lse = jax.vmap(attend_one)(i * walk.lanes + jnp.arange(walk.lanes))
-        return AttentionState(state.out.at[row].set(out, mode="drop"), state.lse.at[row].set(lse, mode="drop"))
+            which = i * walk.lanes + jnp.arange(walk.lanes)
+            (row, out, lse), _ = jax.vmap(attend_one, in_axes=(0, None))(which, buffers)
+        state = AttentionState(state.out.at[row].set(out, mode="drop"), state.lse.at[row].set(lse, mode="drop"))
+        return state, buffers
 
     heads = walk.program.num_q_heads
     empty = AttentionState(jnp.zeros((tokens, heads, dim)), jnp.full((tokens, heads), -jnp.inf))
-    return jax.lax.fori_loop(0, -(-blocks.count // walk.lanes), attend_lanes, empty)
+    buffers = Buffers.of(operands.pages.layout, walk.pages_per_block) if walk.has_buffers else NO_BUFFERS
+    state, _ = jax.lax.fori_loop(0, -(-blocks.count // walk.lanes), attend_lanes, (empty, buffers))
+    return state
 
 
 def _attend_block(
-    walk: Walk, block: Block, operands: Operands
-) -> tuple[Float[Array, "kv_heads group_rows dim"], Float[Array, "kv_heads group_rows 1"]]:
+    walk: Walk, block: Block, operands: Operands, buffers: Buffers
+) -> tuple[tuple[Float[Array, "kv_heads group_rows dim"], Float[Array, "kv_heads group_rows 1"]], Buffers]:
     """One block of query rows over all the pages it visits."""
     pages, constants = operands.pages, operands.constants
     q = walk.fold(operands.q[block.row].astype(jnp.float32))
     visits, p = walk.visits(block, operands), walk.positions(block)
 
-    def scores(i: Array, is_masked: bool) -> Array:
+    def scores(i: Array, buffers: Buffers, is_masked: bool) -> tuple[Array, Buffers]:
         tile = walk.tile(i, visits, pages.layout.page_size)
-        k, _ = tiles.gather(pages, tile.ids, i)
+        k, buffers = buffers.put_keys(lambda a, b: tiles.gather(pages, tile.ids[a:b], i)[0], walk.pages_per_block)
         s = walk.scores_keys_left(q, k, constants, p, tile.j)
-        return jnp.where(walk.visible(tile, block, constants), s, -jnp.inf) if is_masked else s
+        s = jnp.where(walk.visible(tile, block, constants), s, -jnp.inf) if is_masked else s
+        return s, buffers
 
-    def values(i: Array, is_masked: bool) -> Array:
-        tile = walk.tile(i, visits, pages.layout.page_size)
-        _, v = tiles.gather(pages, tile.ids, i)
-        return select_values(walk.visible(tile, block, constants), v) if is_masked else v
+    def values(i: Array, buffers: Buffers, is_masked: bool) -> tuple[Array, Buffers]:
+        size = pages.layout.page_size
+        tile = walk.tile(i, visits, size)
+        is_visible = walk.visible(tile, block, constants) if is_masked else None
 
-    def step(i: Array, running: Running, is_masked: bool) -> Running:
-        return running.step(scores(i, is_masked), values(i, is_masked))
+        def take(first: int, last: int) -> Array:
+            _, v = tiles.gather(pages, tile.ids[first:last], i)
+            return v if is_visible is None else select_values(is_visible[..., first * size : last * size], v)
 
-    start = Running.start(walk.program.num_kv_heads, q.shape[1], dim=pages.layout.value_dim)
+        return buffers.put_values(take, walk.pages_per_block)
+
+    def step(i: Array, carry: tuple[Running, Buffers], is_masked: bool) -> tuple[Running, Buffers]:
+        running, buffers = carry
+        s, buffers = scores(i, buffers, is_masked)
+        v, buffers = values(i, buffers, is_masked)
+        return running.step(s, v), buffers
+
+    start = Running.start(walk.program.num_kv_heads, q.shape[1], dim=pages.layout.value_dim), buffers
     if walk.blocks_per_step == 1:
-        return walk.over_tiles(0, walk.num_tiles(visits), visits, step, start).finish()
-    steps = -(-walk.num_tiles(visits) // walk.blocks_per_step)
-    keys = walk.pages_per_block * pages.layout.page_size
-    step_of_several = functools.partial(_step_of_several, walk, visits, keys, scores, values)
-    return jax.lax.fori_loop(0, steps, step_of_several, start).finish()
+        running, buffers = walk.over_tiles(0, walk.num_tiles(visits), visits, step, start)
+    else:
+        steps = -(-walk.num_tiles(visits) // walk.blocks_per_step)
+        keys = walk.pages_per_block * pages.layout.page_size
+        step_of_several = functools.partial(_step_of_several, walk, visits, keys, scores, values)
+        running, buffers = jax.lax.fori_loop(0, steps, step_of_several, start)
+    return running.finish(), buffers
 
 
 def _step_of_several(
     walk: Walk,
     visits: Visits,
     keys: int,
-    scores: Callable[[Array, bool], Array],
-    values: Callable[[Array, bool], Array],
+    scores: Callable[[Array, Buffers, bool], tuple[Array, Buffers]],
+    values: Callable[[Array, Buffers, bool], tuple[Array, Buffers]],
     which: Array,
-    running: Running,
-) -> Running:
+    carry: tuple[Running, Buffers],
+) -> tuple[Running, Buffers]:
     """Step number ``which`` of the softmax, over several tiles of ``keys`` keys.
 
     The scores of all of them come first, and then their values: a tile of either kind is half of what the cache must
     hold, and what the softmax costs a step is paid once for all of them. It is their scores that are kept meanwhile,
     so it is for few query rows.
     """
+    running, buffers = carry
     first = which * walk.blocks_per_step
     last = jnp.minimum(first + walk.blocks_per_step, walk.num_tiles(visits))
 
-    def put_scores(i: Array, s: Array, is_masked: bool) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(s, scores(i, is_masked), (i - first) * keys, axis=2)
+    def put_scores(i: Array, carry: tuple[Array, Buffers], is_masked: bool) -> tuple[Array, Buffers]:
+        s, buffers = carry
+        part, buffers = scores(i, buffers, is_masked)
+        return jax.lax.dynamic_update_slice_in_dim(s, part, (i - first) * keys, axis=2), buffers
 
-    def add_values(i: Array, running: Running, is_masked: bool) -> Running:
+    def add_values(i: Array, carry: tuple[Running, Buffers], is_masked: bool) -> tuple[Running, Buffers]:
+        running, buffers = carry
         part = jax.lax.dynamic_slice_in_dim(weights, (i - first) * keys, keys, axis=2)
-        return running.add(part, values(i, is_masked))
+        v, buffers = values(i, buffers, is_masked)
+        return running.add(part, v), buffers
 
     no_scores = jnp.full((*running.top.shape[:2], walk.blocks_per_step * keys), -jnp.inf)
-    running, weights = running.weigh(walk.over_tiles(first, last, visits, put_scores, no_scores))
-    return walk.over_tiles(first, last, visits, add_values, running)
+    s, buffers = walk.over_tiles(first, last, visits, put_scores, (no_scores, buffers))
+    running, weights = running.weigh(s)
+    return walk.over_tiles(first, last, visits, add_values, (running, buffers))
 
 
 def _forward(walk: Walk, operands: Operands) -> Any:

@@ -1,10 +1,12 @@
 """Head views of the page orders: pages in, one contiguous float32 tile of keys and of values a head out, and back.
 
 A tile is gathered once and used at once, while it is in cache. Copying page by page into a tile that the loop carries
-is slower where keys and values take turns (measured: benchmarks/xla_cpu).
+is slower where keys and values take turns, and halves of a tile into a carried buffer no slower where they don't
+(measured: benchmarks/xla_cpu).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,39 @@ from paged.spec import PageLayout, Pages
 from .bits import as_bits, from_bits
 
 Tile = Float[Array, "kv_heads tokens dim"]
+
+
+class Buffers(NamedTuple):
+    """Where tiles of keys and of values are put, carried from block to block; None where each tile is made anew.
+
+    One buffer serves both where they have one shape, so that the cache need hold only one.
+    """
+
+    keys: Tile | None
+    values: Tile | None
+
+    @classmethod
+    def of(cls, layout: PageLayout, pages: int) -> "Buffers":
+        """Buffers for tiles of so many pages."""
+        heads_keys = (layout.num_kv_heads, pages * layout.page_size)
+        is_shared = layout.head_dim == layout.value_dim
+        values = None if is_shared else jnp.zeros((*heads_keys, layout.value_dim))
+        return cls(jnp.zeros((*heads_keys, layout.head_dim)), values)
+
+    def put_keys(self, take: Callable[[int, int], Tile], pages: int) -> tuple[Tile, "Buffers"]:
+        """The tile of keys ``take(0, pages)``, in its buffer if there is one."""
+        k = _fill(self.keys, take, pages)
+        return k, self if self.keys is None else self._replace(keys=k)
+
+    def put_values(self, take: Callable[[int, int], Tile], pages: int) -> tuple[Tile, "Buffers"]:
+        """A tile of values, likewise."""
+        if self.values is None:
+            return self.put_keys(take, pages)
+        v = _fill(self.values, take, pages)
+        return v, self._replace(values=v)
+
+
+NO_BUFFERS = Buffers(None, None)
 
 
 def gather(pages: Pages, ids: Int[Array, " block"], step: Any) -> tuple[Tile, Tile]:
@@ -59,6 +94,20 @@ def scatter_add(
         return tuple(pool.at[heads, ids].add(tile) for pool, tile in zip(pools, (k, v), strict=True))
     (pool,) = pools
     return (pool.at[ids, :, 2 * heads].add(k).at[ids, :, 2 * heads + 1].add(v),)
+
+
+def _fill(buffer: Tile | None, take: Callable[[int, int], Tile], pages: int) -> Tile:
+    """``take(0, pages)``; with a buffer, one half after the other put into it.
+
+    XLA:CPU hands a gather from a large pool to several threads, and to fork and join them at every block costs more
+    than it gains. An update in place it leaves to one thread, and an update of the whole would be no update (measured:
+    benchmarks/xla_cpu).
+    """
+    if buffer is None:
+        return take(0, pages)
+    first, second = take(0, pages // 2), take(pages // 2, pages)
+    buffer = jax.lax.dynamic_update_slice_in_dim(buffer, first, 0, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, second, first.shape[1], axis=1)
 
 
 def _take(pool: Array, ids: Int[Array, " block"], axis: int) -> Array:

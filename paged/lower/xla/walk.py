@@ -58,6 +58,12 @@ class Walk:
     blocks_per_step: int
     lanes: int
 
+    @property
+    def has_buffers(self) -> bool:
+        """Whether tiles are put into a buffer: on XLA:CPU, where keys and values don't take turns within a step."""
+        is_several = self.blocks_per_step > 1 and self.pages_per_block > 1
+        return is_several and self.lanes == 1 and jax.default_backend() == "cpu"
+
     def fold(self, x: Float[Array, "rows q_heads dim"]) -> Float[Array, "kv_heads group_rows dim"]:
         """Rows of all query heads, as rows of KV heads."""
         split = x.reshape(self.rows, self.program.num_kv_heads, self.program.group, -1)
