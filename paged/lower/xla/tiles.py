@@ -33,8 +33,8 @@ class Buffers(NamedTuple):
         """Buffers for tiles of so many pages."""
         heads_keys = (layout.num_kv_heads, pages * layout.page_size)
         is_shared = layout.head_dim == layout.value_dim
-        values = None if is_shared else jnp.zeros((*heads_keys, layout.value_dim))
-        return cls(jnp.zeros((*heads_keys, layout.head_dim)), values)
+        values = None if is_shared else jnp.zeros((*heads_keys, layout.value_dim), jnp.float32)
+        return cls(jnp.zeros((*heads_keys, layout.head_dim), jnp.float32), values)
 
     def put_keys(self, take: Callable[[int, int], Tile], pages: int) -> tuple[Tile, "Buffers"]:
         """The tile of keys ``take(0, pages)``, in its buffer if there is one."""
