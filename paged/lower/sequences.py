@@ -23,7 +23,7 @@ class Sequences(NamedTuple):
     @classmethod
     def of(cls, batch: RaggedBatch, tokens: int, page_size: int) -> "Sequences":
         """Clamp a batch over ``tokens`` query rows. Faults of the caller end here: nothing later can crash on them."""
-        slot = jnp.arange(batch.num_slots + 1)
+        slot = jnp.arange(batch.num_slots + 1, dtype=jnp.int32)
         live = jnp.clip(batch.num_seqs, 0, batch.num_slots)
         # A running maximum makes decreasing starts into empty sequences, so no row ever has two owners.
         bounds = jnp.maximum.accumulate(jnp.clip(batch.query_starts, 0, tokens))
@@ -34,7 +34,7 @@ class Sequences(NamedTuple):
 
     def owner(self, tokens: int) -> tuple[Int[Array, " tokens"], Bool[Array, " tokens"]]:
         """Each query row's slot, and whether it has one; the slot of a row without is any valid one."""
-        row = jnp.arange(tokens)
+        row = jnp.arange(tokens, dtype=jnp.int32)
         slot = jnp.searchsorted(self.starts + self.counts, row, side="right")
         slot = jnp.minimum(slot, self.starts.shape[0] - 1)
         is_owned = (row >= self.starts[slot]) & (row < self.starts[slot] + self.counts[slot])
@@ -43,5 +43,5 @@ class Sequences(NamedTuple):
     def positions(self, tokens: int) -> tuple[Int[Array, " tokens"], Int[Array, " tokens"], Bool[Array, " tokens"]]:
         """Each query row's slot and absolute position, and whether it is a live row with a position in the cache."""
         slot, is_owned = self.owner(tokens)
-        position = self.lengths[slot] - self.counts[slot] + jnp.arange(tokens) - self.starts[slot]
+        position = self.lengths[slot] - self.counts[slot] + jnp.arange(tokens, dtype=jnp.int32) - self.starts[slot]
         return slot, position, is_owned & (position >= 0)

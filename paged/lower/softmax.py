@@ -39,7 +39,8 @@ class Running(NamedTuple):
     def start(cls, *heads_rows: int, dim: int) -> "Running":
         """Of no block at all."""
         scalar = (*heads_rows, 1)
-        return cls(jnp.full(scalar, -jnp.inf), jnp.zeros(scalar), jnp.zeros((*heads_rows, dim)))
+        f32 = jnp.float32
+        return cls(jnp.full(scalar, -jnp.inf, f32), jnp.zeros(scalar, f32), jnp.zeros((*heads_rows, dim), f32))
 
     def step(self, s: Float[Array, "*heads rows keys"], v: Float[Array, "*heads keys dim"]) -> "Running":
         """Take in one more block of scores, ``-inf`` where invisible, and its values, finite there."""
@@ -62,7 +63,7 @@ class Running(NamedTuple):
         top = jnp.max(s, axis=-1, keepdims=True)
         weights = jnp.exp(s - jnp.where(top == -jnp.inf, 0.0, top))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        return cls(top, total, jnp.zeros((*s.shape[:-1], dim))), weights
+        return cls(top, total, jnp.zeros((*s.shape[:-1], dim), jnp.float32)), weights
 
     def add(
         self,

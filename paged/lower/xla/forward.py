@@ -48,7 +48,9 @@ def attend(walk: Walk, operands: Operands) -> AttentionState:
         return state, buffers
 
     heads = walk.program.num_q_heads
-    empty = AttentionState(jnp.zeros((tokens, heads, dim)), jnp.full((tokens, heads), -jnp.inf))
+    empty = AttentionState(
+        jnp.zeros((tokens, heads, dim), jnp.float32), jnp.full((tokens, heads), -jnp.inf, jnp.float32)
+    )
     buffers = Buffers.of(operands.pages.layout, walk.pages_per_block) if walk.has_buffers else NO_BUFFERS
     state, _ = jax.lax.fori_loop(0, -(-blocks.count // walk.lanes), attend_lanes, (empty, buffers))
     return state
@@ -127,7 +129,7 @@ def _step_of_several(
         v, buffers = values(i, buffers, is_masked)
         return running.add(part, v), buffers
 
-    no_scores = jnp.full((*running.top.shape[:2], walk.blocks_per_step * keys), -jnp.inf)
+    no_scores = jnp.full((*running.top.shape[:2], walk.blocks_per_step * keys), -jnp.inf, jnp.float32)
     s, buffers = walk.over_tiles(first, last, visits, put_scores, (no_scores, buffers))
     running, weights = running.weigh(s)
     return walk.over_tiles(first, last, visits, add_values, (running, buffers))

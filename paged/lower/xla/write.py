@@ -78,7 +78,7 @@ def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) 
         token = order[i]
 
         def put_in(pool: Array, row: Array) -> Array:
-            start: list[Any] = [0] * pool.ndim
+            start: list[Any] = [jnp.int32(0)] * pool.ndim
             start[axes[0]], start[axes[1]] = slots.page[token], slots.slot[token]
             row = as_bits(jnp.expand_dims(row[token], axes))
             return from_bits(jax.lax.dynamic_update_slice(as_bits(pool, i), row, start), pool.dtype)
