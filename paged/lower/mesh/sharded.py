@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -175,9 +176,10 @@ class ShardedAttend:
         return tuple(lines)
 
     def _checked(self, q: Any, pages: Any, batch: RaggedBatch) -> RaggedBatch:
-        """The batch, when shapes are right, and on request its values."""
+        """The batch, when shapes are right, and on request its values, if they are known. If not, each device checks
+        its own: were it one for all, the others would wait for it forever."""
         self._require(q, pages, batch)
-        if not self.check:
+        if not self.check or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
             return batch
         one, group = self._one_shard(q, pages)
         parts = [check(part, group, one.shape[0], self.spec) for part in self._shards(batch)]
@@ -269,7 +271,7 @@ def _state_of_share(
     attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
 ) -> AttentionState:
     """What one device computes, of its own shares of the arrays."""
-    pages, batch = _of_share(attend, pages, batch)
+    pages, batch = _of_share(attend, q, pages, batch)
     lowering, schedule = attend.every.choose(Call.of(q, pages, batch))
     state = lowering.state(attend.every.program, schedule, q, pages, batch)
     return _whole(attend, state, q, batch, sinks)
@@ -279,7 +281,7 @@ def _update_of_share(
     attend: ShardedAttend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
 ) -> tuple[Array, Pages]:
     """The same with a write before; a device writes what belongs into its own pages."""
-    pages, batch = _of_share(attend, pages, batch)
+    pages, batch = _of_share(attend, q, pages, batch)
     kv_heads = attend.local.layout.num_kv_heads
     k, v = (own_new_heads(x, kv_heads, attend._repeats, attend.axes.kv_heads) for x in (k, v))
     lowering, schedule = attend.every.choose(Call.of(q, pages, batch))
@@ -288,11 +290,14 @@ def _update_of_share(
     return out, dataclasses.replace(pages, layout=attend.layout)
 
 
-def _of_share(attend: ShardedAttend, pages: Pages, batch: RaggedBatch) -> tuple[Pages, RaggedBatch]:
+def _of_share(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch) -> tuple[Pages, RaggedBatch]:
     """One device's arrays as its own attention takes them."""
     pages = dataclasses.replace(pages, layout=attend.local.layout)
     if attend.axes.sequences is not None:
         batch = jax.tree.map(lambda x: x[0], batch)
+    if attend.check:
+        group = _abstract_pages(attend.layout, pages.num_pages * attend.shares.context)
+        batch = check(batch, group, q.shape[0], attend.spec)
     if attend.axes.context is not None:
         batch = with_own_pages(batch, pages.num_pages, attend.axes.context)
     return pages, batch
