@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 import paged
 from paged.lower import ShardedAttend
-from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch
+from paged.spec import AttentionState, Pages, RaggedBatch
 from tests.support import Built, Case, build
 
 SIZES = {"kv_heads": "model", "sequences": "data", "context": "pages"}
@@ -37,9 +37,9 @@ def placed(
     attend: ShardedAttend, builts: list[Built]
 ) -> tuple[jax.Array, jax.Array, jax.Array, Pages, RaggedBatch, jax.Array | None]:
     """``(q, k, v, pages, batch, sinks)`` of one built case a shard of sequences, as the attention's specs say."""
-    at, repeats = attend.shardings, attend.layout.num_kv_heads // attend.spec.num_kv_heads
+    at = attend.shardings
     q, k, v = (jnp.concatenate([getattr(b, name) for b in builts]) for name in "qkv")
-    pools = [widened(with_repeats(b.pages, repeats), attend.shares.context) for b in builts]
+    pools = [widened(attend.adopt(b.pages), attend.shares.context) for b in builts]
     page_axis = 1 if attend.layout.order == "split" else 0
     arrays = [jnp.concatenate(parts, page_axis) for parts in zip(*(p.arrays for p in pools), strict=True)]
     scales = {}
@@ -55,23 +55,6 @@ def placed(
         sinks = jax.device_put(sinks, at.sinks)
     new = (jax.device_put(x, where) for x, where in ((q, at.q), (k, at.k), (v, at.v)))
     return *new, jax.device_put(pages, at.pages), jax.device_put(batch, at.batch), sinks  # pyright: ignore
-
-
-def with_repeats(pages: Pages, repeats: int) -> Pages:
-    """A pool with each KV head so many times."""
-    layout = pages.layout
-    if repeats == 1:
-        return pages
-    axis = {"packed": 2, "joined": 1, "split": 0}
-    wide = PageLayout(**{**vars(layout), "num_kv_heads": layout.num_kv_heads * repeats})
-    if layout.order == "interleaved":
-        pairs = [a.reshape(*a.shape[:2], -1, 2, a.shape[-1]) for a in pages.arrays]
-        arrays = [jnp.repeat(a, repeats, axis=2).reshape(*a.shape[:2], -1, a.shape[-1]) for a in pairs]
-    else:
-        arrays = [jnp.repeat(a, repeats, axis=axis[layout.order]) for a in pages.arrays]
-    axis = {None: None, "tensor": None, "head": 0, "token": 1}[layout.scales]
-    scales = [s if s is None or axis is None else jnp.repeat(s, repeats, axis) for s in (pages.k_scale, pages.v_scale)]
-    return Pages(tuple(arrays), *scales, wide)
 
 
 def widened(pages: Pages, devices: int) -> Pages:

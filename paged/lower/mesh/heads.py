@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from paged.spec import AttentionSpec, PageLayout, ScoreOp, SoftCap
+from paged.spec import AttentionSpec, PageLayout, Pages, ScoreOp, SoftCap
 
 from .axes import Names
 
@@ -60,6 +60,25 @@ def share_of(spec: AttentionSpec, layout: PageLayout, shares: int, names: Names)
         spec.replace(num_q_heads=heads, num_kv_heads=kv_heads, scores=scores),
         dataclasses.replace(layout, num_kv_heads=kv_heads),
     )
+
+
+def repeated(pages: Pages, layout: PageLayout) -> Pages:
+    """A pool with each KV head as often as the layout has it, side by side."""
+    repeats = layout.num_kv_heads // pages.layout.num_kv_heads
+    if repeats == 1:
+        return pages
+    axis = {"packed": 2, "joined": 1, "split": 0, "interleaved": 2}[layout.order]
+
+    def of_array(x: Array) -> Array:
+        if layout.order != "interleaved":
+            return jnp.repeat(x, repeats, axis)
+        pairs = x.reshape(*x.shape[:2], -1, 2, x.shape[-1])  # a head's key, and its value
+        return jnp.repeat(pairs, repeats, axis).reshape(*x.shape[:2], -1, x.shape[-1])
+
+    def of_scale(x: Array | None) -> Array | None:
+        return x if x is None or x.ndim == 0 else jnp.repeat(x, repeats, 0 if x.ndim == 1 else 1)
+
+    return Pages(tuple(map(of_array, pages.arrays)), of_scale(pages.k_scale), of_scale(pages.v_scale), layout)
 
 
 def own_new_heads(x: Array, kv_heads: int, repeats: int, names: Names) -> Array:

@@ -23,7 +23,7 @@ from ..program import Program
 from ..tpu import Chip
 from .axes import Axes, Shares
 from .context import dealt, merge_over, with_own_pages
-from .heads import own_new_heads, repeats_of, share_of
+from .heads import own_new_heads, repeated, repeats_of, share_of
 from .specs import ArraySpecs, axes_of, require_agreement
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ class ShardedAttend:
     def with_local(self, change: "Callable[[Attend], Attend]") -> "ShardedAttend":
         """With what each device runs changed."""
         return dataclasses.replace(self, local=change(self.local), every=change(self.every))
+
+    def adopt(self, pages: Pages) -> Pages:
+        """A pool of the spec's KV heads as one of `layout`: the same, or where it repeats them a copy."""
+        return repeated(pages, self.layout)
 
     def deal(self, ids: Int[Array, "..."], num_pages: int) -> Int[Array, "..."]:
         """Page ids, so that pages with consecutive ones lie on devices in turn; ids that are no page stay.

@@ -98,7 +98,8 @@ def _pages(axes: Axes, layout: PageLayout) -> Pages:
         "interleaved": P(page, None, head),
     }[layout.order]
     scale = {None: None, "tensor": P(), "head": P(head), "token": P(page, head)}[layout.scales]
-    return Pages((array,) * len(layout.array_shapes(1)), scale, scale, layout)
+    arrays: Any = (array,) * len(layout.array_shapes(1))
+    return Pages(arrays, scale, scale, layout)  # pyright: ignore
 
 
 def _page_axis(layout: PageLayout) -> int:
