@@ -141,7 +141,7 @@ def test_explanations_count_the_pages_of_all_devices():
     said = attend.explain(jnp.ones((4, 4, 8)), attend.layout.init(16), RaggedBatch.stack([one, other]))
     assert (said.pages_visited, said.pages_held) == (3 + 2, 3 + 2)
     text = str(said)
-    assert "4 query heads over 2 KV heads" in text and "heads are shared by 2 devices: 2 query heads over 1" in text
+    assert "4 query heads over 2 KV heads" in text and "heads are shared by 2 devices: 2 query and 1 KV" in text
     assert "each with its own pages" in text and "one collective gathers states, [tokens, 2, 9] float32" in text
     assert "visits" not in str(attend.explain()) and "each KV head on 2" in str(_lower({"kv_heads": 4}).explain())
 

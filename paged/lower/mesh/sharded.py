@@ -170,8 +170,8 @@ class ShardedAttend:
         lines = []
         if self.axes.kv_heads is not None:
             copies = f", each KV head on {self._repeats}" if self._repeats > 1 else ""
-            heads = f"{spec.num_q_heads} query heads over {spec.num_kv_heads} KV heads"
-            lines.append(f"heads are shared by {shares.kv_heads} devices{copies}: {heads} on each")
+            own = f"{spec.num_q_heads} query and {spec.num_kv_heads} KV"
+            lines.append(f"heads are shared by {shares.kv_heads} devices{copies}: {own} on each")
         if self.axes.sequences is not None:
             lines.append(f"sequences are shared by {shares.sequences} devices, each with its own pages")
         if self.axes.context is not None:
