@@ -23,7 +23,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "page")) for n in ENTRIES])
 def test_entry_points_on_a_mesh_compute_the_same(name):
     devices, how = WAYS[name]
     mesh, _ = mesh_of({"kv_heads": devices})

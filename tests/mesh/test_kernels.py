@@ -26,6 +26,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", SCHEDULES)
 def test_kernels_skip_holes_and_the_parts_merge_to_the_whole(phase):
     """Each page of the pool on one of two devices, whichever it is: tokens of the others are invisible, not moved."""
@@ -45,10 +46,10 @@ def test_kernels_skip_holes_and_the_parts_merge_to_the_whole(phase):
 
 
 @needs_devices
-@pytest.mark.parametrize("sizes", [{"kv_heads": 2}, {"context": 2}], ids=["heads", "contexts"])
-def test_interpreted_kernels_on_two_devices_equal_the_reference(sizes):
+@pytest.mark.parametrize("field", [pytest.param("kv_heads", marks=pytest.mark.slow), "context"])
+def test_interpreted_kernels_on_two_devices_equal_the_reference(field):
     case = case_of("rich", "decode", page_size=16)
-    mesh, axes = mesh_of(sizes)
+    mesh, axes = mesh_of({field: 2})
     params = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
     attend = paged.lower(
         case.spec, case.layout, "tpu", mesh=mesh, axes=axes, schedule=SCHEDULES["decode"], interpret=params
@@ -59,7 +60,7 @@ def test_interpreted_kernels_on_two_devices_equal_the_reference(sizes):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu")
-@pytest.mark.parametrize("field", ["kv_heads", "context"])
+@pytest.mark.parametrize("field", ["kv_heads", pytest.param("context", marks=pytest.mark.slow)])
 def test_the_tpu_compiler_takes_a_step_on_four_chips(field):
     """Decode with its write, donated: nothing is exchanged, or states alone."""
     chip, spec = CHIPS["v5e"], paged.AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128, scores=(ALiBi(),))

@@ -38,6 +38,11 @@ UPDATES = {
     "all": (ALL, "decode", {**INT8, "scales": "token"}),
     "all, ragged": (ALL, "ragged", {}),
 }
+SLOW = ("sequences", "contexts", "contexts of a prompt", "contexts and heads", "all, ragged")
+
+
+def _rows(table):
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in table]
 
 
 def _case(phase, **facts):
@@ -56,7 +61,7 @@ def _assert_exchange(attend, text, rows):
     assert collectives(text) == ([(gathered, "f32", "all-gather")] if shares.context > 1 else [])
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", _rows(STATES))
 def test_states_equal_the_reference(name):
     """In every corner, empty and padding rows included, with NaN wherever no live token is."""
     sizes, phase, facts = STATES[name]
@@ -74,7 +79,7 @@ def test_states_equal_the_reference(name):
             assert_state(rows_of(state, i, shards), one)
 
 
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("name", _rows(UPDATES))
 def test_updates_write_to_donated_pages_what_one_device_writes(name):
     sizes, phase, facts = UPDATES[name]
     case = _case(phase, **facts)

@@ -19,10 +19,9 @@ SPEC = paged.AttentionSpec(
     num_q_heads=4, num_kv_heads=2, head_dim=8, window=9, soft_cap=20.0, sinks=True, scores=(paged.ALiBi(),)
 )
 LAYOUT = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
-# The axis that the two processes share comes first: they exchange what it says, and nothing else.
+# "far" is between the two processes, "near" between the devices of one.
 WAYS = {
     "contexts": paged.Axes(context="far", kv_heads="near"),
-    "heads": paged.Axes(kv_heads=("far", "near")),
     "sequences": paged.Axes(sequences="far", context="near"),
 }
 

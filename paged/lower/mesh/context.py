@@ -11,12 +11,10 @@ from .axes import Names
 
 
 def with_own_pages(batch: RaggedBatch, num_pages: int, names: Names) -> RaggedBatch:
-    """The batch as a device sees it that has ``num_pages`` of the pages. Those of others are holes: their tokens are
-    invisible, and keep their positions; writes to them are dropped."""
-    first = jax.lax.axis_index(names) * num_pages
-    tables = batch.block_tables
-    is_own = (tables >= first) & (tables < first + num_pages)
-    return eqx.tree_at(lambda b: b.block_tables, batch, jnp.where(is_own, tables - first, -1))
+    """The batch as a device sees it that has ``num_pages`` of the pages, counted from its first. Those of others are
+    outside its pool, and so holes: their tokens are invisible, and keep their positions; writes to them are dropped."""
+    tables = batch.block_tables - jax.lax.axis_index(names) * num_pages
+    return eqx.tree_at(lambda b: b.block_tables, batch, tables)
 
 
 def merge_over(state: AttentionState, names: Names) -> AttentionState:
