@@ -25,6 +25,8 @@ class RaggedBatch(eqx.Module):
     * ``checked_for``, static: the page size, pages, query rows and mask that `paged.check` has found the values
       sound for, else None.
 
+    `stack` gives the batches of several shards of sequences as one, each array with a leading axis of shards.
+
     Raises ``ValueError`` or ``TypeError`` for a wrong rank, shape or dtype. What only the values show is the
     business of `paged.check`.
 

@@ -203,7 +203,8 @@ class ShardedAttend:
         if getattr(q, "ndim", 0) == 3 and q.shape[0] % shares.sequences:
             raise ValueError(f"q has {q.shape[0]} rows, which {shares.sequences} shards cannot share evenly.")
         one = self._one_shard(q, pages)[0] if hasattr(q, "shape") and hasattr(q, "dtype") else q
-        require_queries(self.spec, one, self._shards(batch)[0])
+        shard = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[stacked:], x.dtype), batch)
+        require_queries(self.spec, one, shard)
 
     def _one_shard(self, q: Any, pages: Pages) -> tuple[Any, Pages]:
         """Queries and pages of one shard of sequences, abstract: on all devices of its context and heads."""
