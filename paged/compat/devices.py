@@ -32,11 +32,10 @@ class Devices:
             if axes is not None or in_specs is not None or out_specs is not None:
                 raise ValueError("axes, in_specs and out_specs say what a mesh shares: they need mesh=.")
             return None
-        out, *caches = [out_specs] if out_specs is None or isinstance(out_specs, P) else out_specs
-        given = _by_name(in_specs, arguments)
-        given |= {name: spec for name, spec in zip(("kv_pages",), caches, strict=False) if name not in given}
+        out, given = _outputs(out_specs, arguments), list(_by_name(in_specs, arguments).items())
+        given += [("kv_pages", spec) for spec in out[1:]]
         native: dict[str, P] = {}
-        for name, spec in given.items():
+        for name, spec in given:
             if not isinstance(spec, P):
                 raise TypeError(f"The spec of {name} must be a PartitionSpec; got {spec!r}.")
             own = _NATIVE.get(name)
@@ -44,10 +43,12 @@ class Devices:
                 raise ValueError(f"The spec of {name} must be P(): every device needs all of it; got {spec}.")
             if own is not None:
                 spec = _of_rows(spec, arguments[name]) if own in ("q", "k", "v") else spec
-                if native.setdefault(own, spec) != spec:
-                    raise ValueError(f"Keys and values must lie alike; got {native[own]}, and of {name} {spec}.")
-        out = None if out is None else _of_rows(out, next(iter(arguments.values())))
-        return cls(mesh, axes, tuple(native.items()), out)
+                if _entries(native.setdefault(own, spec)) != _entries(spec):
+                    raise ValueError(
+                        f"Caches must lie alike, before and after; got {native[own]}, and of {name} {spec}."
+                    )
+        rows = _of_rows(out[0], next(iter(arguments.values()))) if out else None
+        return cls(mesh, axes, tuple(native.items()), rows)
 
     def repeats(self, kv_heads: int) -> int:
         """How often a cache has each of so many KV heads, so that every device gets one."""
@@ -92,6 +93,24 @@ def _by_name(in_specs: Any, arguments: Mapping[str, Any]) -> dict[str, P]:
     if unknown:
         raise ValueError(f"in_specs must be of {list(arguments)}; got {unknown}.")
     return dict(in_specs)
+
+
+def _outputs(out_specs: Any, arguments: Mapping[str, Any]) -> list[P]:
+    """The spec of the output, and that of the cache where it is returned and said."""
+    out = [] if out_specs is None else [out_specs] if isinstance(out_specs, P) else list(out_specs)
+    most = 2 if "keys" in arguments else 1
+    if len(out) > most or not all(isinstance(spec, P) for spec in out):
+        also = ", or a pair of those of the output and of kv_pages" if most == 2 else ""
+        raise ValueError(f"out_specs must be a PartitionSpec{also}; got {out_specs!r}.")
+    return out
+
+
+def _entries(spec: P) -> tuple[Any, ...]:
+    """A spec's entries up to the last that says something."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return tuple(entries)
 
 
 def _of_rows(spec: P, array: Any) -> P:

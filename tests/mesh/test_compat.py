@@ -13,13 +13,13 @@ from tests.compat.entries import CLOSE, ENTRIES, RICH, arrays_of, build, built_f
 from .placing import mesh_of, needs_devices
 
 pytestmark = needs_devices
-HEADS = P(None, "model")
+HEADS, CACHE = P(None, "model"), P(None, None, "model")
 # Two KV heads, on so many devices; how the arrays lie on them.
 WAYS = {
     "page": (4, {"axes": paged.Axes(kv_heads="model")}),
     "prefill": (2, {"in_specs": (P(None, "model", None), P("model"), P("model"), P(), P()), "out_specs": HEADS}),
     "v2": (4, {"in_specs": {"query": HEADS, "kv_pages": P()}}),
-    "v3": (2, {"in_specs": (HEADS,) * 3 + (P(None, None, "model"),) + (P(),) * 4}),
+    "v3": (2, {"in_specs": (HEADS,) * 3 + (CACHE,) + (P(),) * 4, "out_specs": (HEADS, CACHE)}),
 }
 
 
@@ -69,8 +69,9 @@ REFUSALS = {
     "unlike": (
         lambda: _on_mesh(in_specs={"key_cache": P("model"), "value_cache": P(), "query": HEADS}),
         ValueError,
-        "Keys and values must lie alike",
+        "Caches must lie alike",
     ),
+    "two outputs": (lambda: _on_mesh(out_specs=(P(), P())), ValueError, "out_specs must be a PartitionSpec; got"),
     "sequences": (lambda: _on_mesh(axes=paged.Axes(sequences="model")), ValueError, "Sequences cannot be shared here"),
     "heads": (
         lambda: _page(mesh=mesh_of({"kv_heads": 8})[0], axes=paged.Axes("model")),
