@@ -1,9 +1,11 @@
 """Attention over a paged KV cache, in pure JAX: one declaration, lowered to each target."""
 
 from .lower import Attend as Attend
+from .lower import Axes as Axes
 from .lower import Explanation as Explanation
 from .lower import Program as Program
 from .lower import Schedule as Schedule
+from .lower import ShardedAttend as ShardedAttend
 from .lower import check as check
 from .lower import compile_for as compile_for
 from .lower import dense_attention as dense_attention

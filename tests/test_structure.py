@@ -100,6 +100,11 @@ def test_no_machine_path_is_committed():
     assert not found
 
 
+def _is_overload(node):
+    """One more signature of a function, whose documentation is with its body."""
+    return any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list)
+
+
 def _public_names():
     """``(file, definition)`` of every name that the doors re-export, found by following the re-exports."""
     pending, seen = [(ROOT / "paged" / "__init__.py", None), (ROOT / "paged" / "compat" / "__init__.py", None)], []
@@ -107,7 +112,7 @@ def _public_names():
         path, wanted = pending.pop()
         tree = ast.parse(path.read_text())
         for node in tree.body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == wanted:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == wanted and not _is_overload(node):
                 seen.append((path, node))
             elif isinstance(node, ast.ImportFrom) and node.level:
                 base = path.parent

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any, NamedTuple, Self
 
-from paged.lower import Attend, Call, Lowering, Schedule, lower
+from paged.lower import Attend, Call, Lowering, Schedule, ShardedAttend, lower
 from paged.spec import AttentionSpec, PageLayout
 
+from .devices import Devices
 from .number import flag, integer
 
 MEGACORE_MODES = (None, "batch", "kv_head")
@@ -92,7 +93,20 @@ class Hints:
 
 def lowered(target: str, interpret: Any, hints: Hints, spec: AttentionSpec, layout: PageLayout, call: Call) -> Attend:
     """The attention that runs in this call, hints heeded; remembered, for calls that are not jitted."""
-    attend = lower(spec, layout, target, interpret=interpret)
+    return _heeding(lower(spec, layout, target, interpret=interpret), hints, call)
+
+
+def lowered_on(
+    devices: Devices, target: str, interpret: Any, hints: Hints, spec: AttentionSpec, layout: PageLayout, call: Call
+) -> ShardedAttend:
+    """The same on a mesh; each device heeds the hints in its part of the call."""
+    attend = devices.lowered(spec, layout, target, interpret)
+    call = dataclasses.replace(call, num_pages=call.num_pages // attend.shares.context)
+    own = _heeding(attend.local, hints, call)
+    return attend.with_local(lambda one: dataclasses.replace(one, lowerings=own.lowerings, pinned=own.pinned))
+
+
+def _heeding(attend: Attend, hints: Hints, call: Call) -> Attend:
     if hints == Hints():
         return attend
     lowering, schedule = hints.schedule(attend, call)

@@ -1,5 +1,6 @@
 """Entry points over a cache of one array with keys and values in turn: ragged batches, mixed prefill and decode."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,16 +8,19 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from paged.lower import Attend, Call
+from paged.lower import Attend, Axes, Call, ShardedAttend
 from paged.spec import PageLayout, Pages, RaggedBatch
 
 from . import arrays
-from .hints import Hints, lowered
+from .devices import Devices
+from .hints import Hints, lowered, lowered_on
 from .number import flag
 from .static import Options
 
+AnyAttend = Attend | ShardedAttend
 _CACHE = "[pages, page_size, 2 * kv_heads, head_dim]"
 
 
@@ -40,6 +44,10 @@ def ragged_page_attention_v2(
     vmem_limit_bytes: int | None = None,
     target: str = "auto",
     interpret: Any = False,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
+    in_specs: Any = None,
+    out_specs: Any = None,
 ) -> Float[Array, "tokens q_heads head_dim"]:
     """A ragged batch over pages that hold this step's keys and values already; causal.
 
@@ -62,6 +70,8 @@ def ragged_page_attention_v2(
     (5, 4, 16)
     """
     flag("optimized", optimized)
+    named = {"query": query, "kv_pages": kv_pages, "context_lens": context_lens, "block_tables": block_tables}
+    named |= {"query_start_loc": query_start_loc, "num_seqs": num_seqs}
     options = Options.of(
         target,
         interpret,
@@ -71,10 +81,9 @@ def ragged_page_attention_v2(
         mask_value,
         Hints.of_ragged(vmem_limit_bytes, num_kv_pages_per_block, num_queries_per_block),
         compute_dtype=compute_dtype,
+        devices=Devices.of(mesh, axes, in_specs, out_specs, **named, softmax_aux=softmax_aux),
     )
-    batch = {"context_lens": context_lens, "block_tables": block_tables, "query_start_loc": query_start_loc}
-    named = arrays.as_arrays(query=query, kv_pages=kv_pages, **batch, num_seqs=num_seqs)
-    return _attend(options, *named, softmax_aux=_sinks(softmax_aux))
+    return _attend(options, *arrays.as_arrays(**named), softmax_aux=_sinks(softmax_aux))
 
 
 def ragged_page_attention_v3(
@@ -94,6 +103,10 @@ def ragged_page_attention_v3(
     vmem_limit_bytes: int | None = None,
     target: str = "auto",
     interpret: Any = False,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
+    in_specs: Any = None,
+    out_specs: Any = None,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "pages page_size 2*kv_heads head_dim"]]:
     """Write this step's keys and values into their slots, then attend: a ragged batch in any order.
 
@@ -117,14 +130,14 @@ def ragged_page_attention_v3(
     ((4, 4, 16), 1.0)
     """
     scale, soft_cap = ("softmax_scale", softmax_scale), ("logits_soft_cap", logits_soft_cap)
+    named = {"queries": queries, "keys": keys, "values": values, "kv_pages": kv_pages, "context_lens": context_lens}
+    named |= {"block_tables": block_tables, "query_start_loc": query_start_loc, "distribution": distribution}
+    devices = Devices.of(mesh, axes, in_specs, out_specs, **named, softmax_aux=softmax_aux)
     hints = Hints.of_ragged(vmem_limit_bytes)
-    options = Options.of(target, interpret, scale, soft_cap, sliding_window, hints=hints)
-    batch = {"context_lens": context_lens, "block_tables": block_tables, "query_start_loc": query_start_loc}
-    named = arrays.as_arrays(
-        queries=queries, keys=keys, values=values, kv_pages=kv_pages, **batch, distribution=distribution
-    )
-    _require_distribution(named[-1], named[4])
-    return _update(options, *named, softmax_aux=_sinks(softmax_aux))
+    options = Options.of(target, interpret, scale, soft_cap, sliding_window, hints=hints, devices=devices)
+    given = arrays.as_arrays(**named)
+    _require_distribution(given[-1], given[4])
+    return _update(options, *given, softmax_aux=_sinks(softmax_aux))
 
 
 def _attend(
@@ -149,7 +162,8 @@ def _attend(
     batch = RaggedBatch(context_lens, block_tables, query_start_loc, num_seqs)
     attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
     if kv_pages.ndim == 4:
-        out = attend(wide, layout.wrap(kv_pages), batch, softmax_aux)
+        pages = layout.wrap(kv_pages)
+        out = attend(wide, attend.adopt(pages) if isinstance(attend, ShardedAttend) else pages, batch, softmax_aux)
     else:
         out = _read_packed(attend, wide, kv_pages, batch, softmax_aux)
     return _as_queries(out, query)
@@ -171,7 +185,9 @@ def _update(
     v = arrays.rows_of("values", values)
     arrays.require_shape("keys", k, (q.shape[0], "kv_heads", q.shape[2]), "[tokens, kv_heads, head_dim]")
     arrays.require_shape("values", v, k.shape, "[tokens, kv_heads, head_dim]")
-    layout = arrays.interleaved_layout("kv_pages", kv_pages, q.shape[-1], k.shape[1])
+    repeats = 1 if options.devices is None else options.devices.repeats(k.shape[1])
+    layout = arrays.interleaved_layout("kv_pages", kv_pages, q.shape[-1], k.shape[1] * repeats)
+    layout = dataclasses.replace(layout, num_kv_heads=k.shape[1])
     slots = _require_sequences(context_lens, query_start_loc)
     if block_tables.ndim != 1 or block_tables.shape[0] % slots or not block_tables.size:
         raise ValueError(
@@ -190,14 +206,23 @@ def _update(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read_packed(attend: Attend, q: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None) -> Array:
+def _read_packed(attend: AnyAttend, q: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None) -> Array:
     """Jitted, so that packed pages are not copied."""
+    if isinstance(attend, ShardedAttend):
+        own = dataclasses.replace(attend.layout, num_kv_heads=attend.spec.num_kv_heads)
+        return attend(q, attend.adopt(_pages(own, kv_pages)), batch, sinks)
     return attend(q, _pages(attend.layout, kv_pages), batch, sinks)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _write(
-    attend: Attend, q: Array, k: Array, v: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None
+    attend: AnyAttend,
+    q: Array,
+    k: Array,
+    v: Array,
+    kv_pages: Array,
+    batch: RaggedBatch,
+    sinks: Array | None,
 ) -> tuple[Array, Array]:
     """`Attend.update`, in place of the caller's own array."""
     out, pages = attend.update(q, k, v, _pages(attend.layout, kv_pages), batch, sinks)
@@ -217,13 +242,14 @@ def _as_queries(out: Array, query: Array) -> Array:
 
 def _prepare(
     options: Options, q: Array, kv_pages: Array, layout: PageLayout, batch: RaggedBatch, sinks: Array | None
-) -> tuple[Attend, Array]:
+) -> tuple[AnyAttend, Array]:
     """The attention, and its queries as wide as the pages."""
     arrays.require_sinks(sinks, q.shape[1], layout.num_kv_heads)
     spec = options.spec(q.shape[1], q.shape[2], layout, sinks is not None)
     wide = arrays.padded(q.astype(jnp.float32) if options.is_float32 else q, layout.head_dim)
     call = Call(wide.shape[0], batch.num_slots, batch.pages_per_seq, kv_pages.shape[0], None, jnp.dtype(wide.dtype))
-    return lowered(options.target, options.interpret, options.hints, spec, layout, call), wide
+    how = (options.target, options.interpret, options.hints, spec, layout, call)
+    return lowered(*how) if options.devices is None else lowered_on(options.devices, *how), wide
 
 
 def _require_sequences(context_lens: Array, query_start_loc: Array) -> int:

@@ -3,13 +3,15 @@
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from paged.lower import Call
+from paged.lower import Axes, Call
 from paged.spec import PageLayout, RaggedBatch
 
 from . import arrays
-from .hints import Hints, lowered
+from .devices import Devices
+from .hints import Hints, lowered, lowered_on
 from .static import MASK_VALUE, Options
 
 _CACHE = "[kv_heads, pages, page_size, head_dim]"
@@ -33,6 +35,10 @@ def page_attention(
     sliding_window: int | None = None,
     target: str = "auto",
     interpret: Any = False,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
+    in_specs: Any = None,
+    out_specs: Any = None,
 ) -> Float[Array, "seqs q_heads head_dim"]:
     """Decode: each sequence's one query row over its ``context_lens`` tokens, its own included.
 
@@ -56,6 +62,8 @@ def page_attention(
     >>> out.shape, out[:, 0, 0].tolist()
     ((2, 4, 16), [1.0, 0.0])
     """
+    named = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
+    named |= {"context_lens": context_lens, "block_tables": block_tables}
     options = Options.of(
         target,
         interpret,
@@ -65,9 +73,9 @@ def page_attention(
         mask_value,
         Hints.of_decode(num_splits, pages_per_compute_block, megacore_mode, inline_seq_dim),
         max_context_len,
+        devices=Devices.of(mesh, axes, in_specs, out_specs, **named),
     )
-    named = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
-    return _decode(options, *arrays.as_arrays(**named, context_lens=context_lens, block_tables=block_tables))
+    return _decode(options, *arrays.as_arrays(**named))
 
 
 def prefill_page_attention(
@@ -84,6 +92,10 @@ def prefill_page_attention(
     sliding_window: int | None = None,
     target: str = "auto",
     interpret: Any = False,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
+    in_specs: Any = None,
+    out_specs: Any = None,
 ) -> Float[Array, "chunk q_heads head_dim"]:
     """One sequence's chunk: the last rows of its ``context_len`` tokens, which count the chunk's own; causal.
 
@@ -96,9 +108,11 @@ def prefill_page_attention(
     (3, 4, 16)
     """
     scale, soft_cap = ("softmax_scale", softmax_scale), ("attn_logits_soft_cap", attn_logits_soft_cap)
-    options = Options.of(target, interpret, scale, soft_cap, sliding_window, mask_value)
     named = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
-    return _prefill(options, *arrays.as_arrays(**named, context_len=context_len, page_indices=page_indices))
+    named |= {"context_len": context_len, "page_indices": page_indices}
+    devices = Devices.of(mesh, axes, in_specs, out_specs, **named)
+    options = Options.of(target, interpret, scale, soft_cap, sliding_window, mask_value, devices=devices)
+    return _prefill(options, *arrays.as_arrays(**named))
 
 
 def _decode(
@@ -160,6 +174,10 @@ def _attend(
     options: Options, query: Array, q: Array, caches: tuple[Array, Array], layout: PageLayout, batch: RaggedBatch
 ) -> Array:
     spec, pages = options.spec(q.shape[1], q.shape[2], layout), layout.wrap(*caches)
-    attend = lowered(options.target, options.interpret, options.hints, spec, layout, Call.of(q, pages, batch))
-    out = attend(q, pages, batch)
+    how = (options.target, options.interpret, options.hints, spec, layout, Call.of(q, pages, batch))
+    if options.devices is None:
+        out = lowered(*how)(q, pages, batch)
+    else:
+        attend = lowered_on(options.devices, *how)
+        out = attend(q, attend.adopt(pages), batch)
     return out if query.ndim == 3 else out.reshape(*query.shape[:-1], layout.value_dim)

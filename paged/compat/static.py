@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from paged.spec import AttentionSpec, PageLayout
 
+from .devices import Devices
 from .hints import Hints
 from .number import integer, number
 
@@ -31,6 +32,7 @@ class Options:
     hints: Hints
     max_context_len: int | None = None
     is_float32: bool = False
+    devices: Devices | None = None
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class Options:
         hints: Hints = _NO_HINTS,
         max_context_len: Any = None,
         compute_dtype: Any = jnp.bfloat16,
+        devices: Devices | None = None,
     ) -> "Options":
         """Checked; ``scale`` and ``soft_cap`` come with the name that the entry point gives them."""
         require_exact_mask(mask_value)
@@ -56,6 +59,7 @@ class Options:
             hints,
             None if max_context_len is None else integer("max_context_len", max_context_len, 1),
             wants_float32(compute_dtype),
+            devices,
         )
 
     def spec(self, num_q_heads: int, head_dim: int, layout: PageLayout, sinks: bool = False) -> AttentionSpec:

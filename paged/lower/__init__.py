@@ -10,6 +10,9 @@ from .compile_for import CompileError as CompileError
 from .compile_for import compile_for as compile_for
 from .explain import Explanation as Explanation
 from .lowering import Lowering as Lowering
+from .mesh import ArraySpecs as ArraySpecs
+from .mesh import Axes as Axes
+from .mesh import ShardedAttend as ShardedAttend
 from .program import Program as Program
 from .schedule import Schedule as Schedule
 from .select import LOWERINGS as LOWERINGS

@@ -2,29 +2,24 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, overload
 
 import jax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from paged.spec import (
-    AttentionSpec,
-    AttentionState,
-    PageLayout,
-    Pages,
-    RaggedBatch,
-    add_sinks,
-    sinks_per_head,
-)
+from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch
 
 from .call import Call
 from .checks import check, require_layout, require_new_tokens, require_pages, require_queries, require_sinks
 from .explain import Explanation, explain
+from .finish import finish
 from .lowering import Lowering
+from .mesh import Axes, ShardedAttend, on_mesh
 from .program import Program
 from .schedule import Schedule
 from .select import select, select_write
-from .sequences import Sequences
 from .tpu import Chip
 
 
@@ -133,6 +128,7 @@ class Attend:
         return explain(self.program, self.layout, lowering, schedule, q, pages, batch)
 
 
+@overload
 def lower(
     spec: AttentionSpec,
     layout: PageLayout,
@@ -141,13 +137,45 @@ def lower(
     schedule: Schedule | None = None,
     check: bool = False,
     interpret: Any = False,
-) -> Attend:
+) -> Attend: ...
+@overload
+def lower(
+    spec: AttentionSpec,
+    layout: PageLayout,
+    target: str = "auto",
+    *,
+    mesh: Mesh,
+    axes: Axes | None = None,
+    in_specs: Mapping[str, PartitionSpec] | None = None,
+    out_specs: PartitionSpec | None = None,
+    schedule: Schedule | None = None,
+    check: bool = False,
+    interpret: Any = False,
+) -> ShardedAttend: ...
+def lower(
+    spec: AttentionSpec,
+    layout: PageLayout,
+    target: str = "auto",
+    *,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
+    in_specs: Mapping[str, PartitionSpec] | None = None,
+    out_specs: PartitionSpec | None = None,
+    schedule: Schedule | None = None,
+    check: bool = False,
+    interpret: Any = False,
+) -> Attend | ShardedAttend:
     """Lower a spec over a page layout to a target: ``"xla"``, ``"tpu"``, or ``"auto"``, the best that takes each call.
 
     ``schedule`` replaces the lowering's own choice. With ``check`` every call checks the batch's values with
     `paged.check`; without, faults of the caller give the results that the semantics name, and never a crash.
     ``interpret`` runs kernels on any machine, slowly: True, or the interpreter's own settings
     (``jax.experimental.pallas.tpu.InterpretParams``).
+
+    With ``mesh`` and ``axes`` it is a `ShardedAttend`, which runs on every device of the mesh. How arrays lie there
+    follows from the axes; or the axes follow from ``in_specs``, by argument (of ``pages``, that of their first array),
+    and ``out_specs``. Given together they must agree.
+
     Raises ``ValueError`` when no lowering of the target takes the spec, with every candidate's reason.
 
     >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=4)
@@ -159,6 +187,11 @@ def lower(
     >>> out.shape, float(out[1].sum())
     ((2, 4, 8), 0.0)
     """
+    if mesh is not None:
+        one = functools.partial(lower, target=target, schedule=schedule, interpret=interpret)
+        return on_mesh(one, spec, layout, mesh, axes, (in_specs, out_specs), check)
+    if axes is not None or in_specs is not None or out_specs is not None:
+        raise ValueError("axes, in_specs and out_specs say what a mesh shares: they need mesh=.")
     require_layout(spec, layout)
     program = Program.from_spec(spec)
     lowerings = select(program, layout, target, schedule)
@@ -201,7 +234,8 @@ def write(
 @functools.partial(jax.jit, static_argnums=0)
 def _state(attend: Attend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
     lowering, schedule = attend.choose(Call.of(q, pages, batch))
-    return _with_sinks(attend, lowering.state(attend.program, schedule, q, pages, batch), q, pages, batch, sinks)
+    state = lowering.state(attend.program, schedule, q, pages, batch)
+    return finish(attend.spec, state, q, pages.layout.page_size, batch, sinks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -210,20 +244,9 @@ def _update(
 ) -> tuple[AttentionState, Pages]:
     lowering, schedule = attend.choose(Call.of(q, pages, batch))
     state, pages = lowering.update(attend.program, schedule, q, k, v, pages, batch)
-    return _with_sinks(attend, state, q, pages, batch, sinks), pages
+    return finish(attend.spec, state, q, pages.layout.page_size, batch, sinks), pages
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _write(lowering: Lowering, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
     return lowering.write(k, v, pages, batch)
-
-
-def _with_sinks(
-    attend: Attend, state: AttentionState, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
-) -> AttentionState:
-    """The state in the queries' dtype, with sinks in the rows that sequences own."""
-    if sinks is not None:
-        is_row = Sequences.of(batch, q.shape[0], pages.layout.page_size).owner(q.shape[0])[1]
-        with_sinks = add_sinks(state, sinks_per_head(attend.spec, sinks))
-        state = AttentionState(with_sinks.out, jax.numpy.where(is_row[:, None], with_sinks.lse, state.lse))
-    return AttentionState(state.out.astype(q.dtype), state.lse)

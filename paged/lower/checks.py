@@ -25,6 +25,11 @@ def require_layout(spec: AttentionSpec, layout: PageLayout) -> None:
 def require_queries(spec: AttentionSpec, q: Any, batch: RaggedBatch) -> None:
     """Raise unless ``q`` is [tokens, q_heads, head_dim] in a float dtype, with the rows its batch says."""
     _require_rows("q", q, (spec.num_q_heads, spec.head_dim), "q_heads and head_dim from the spec")
+    if len(batch.lengths.shape) != 1:
+        raise ValueError(
+            f"batch must be of one shard; got lengths of shape {batch.lengths.shape}. Stacked batches are for an "
+            "attention lowered with mesh= and axes=Axes(sequences=...)."
+        )
     expected = None if batch.query_rows is None else batch.query_rows * batch.num_slots
     if expected is not None and q.shape[0] != expected:
         raise ValueError(

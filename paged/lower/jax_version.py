@@ -1,7 +1,11 @@
 """What differs between the versions of JAX that are supported, as facts with names. Measured on CPU, x86-64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 _VERSION = jax.__version_info__
 
@@ -20,3 +24,26 @@ CONVERTED_WHOLE = tuple(
 # A view as bits, an update and the view back, inside a loop, are one update in place; later versions copy the pool at
 # each turn, so that the views must be outside of the loop, where they copy it once.
 HAS_BIT_UPDATES_IN_PLACE = _VERSION < (0, 12)
+
+
+def on_devices(run: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+    """``run`` on every device's shares of the arguments, which are moved to where ``in_specs`` say.
+
+    What varies over which axes is not checked: loops and kernels would have to say it of each array they begin with.
+    """
+    # ``jax.make_mesh`` gives explicit axes, where ``jax.shard_map`` takes no array that lies otherwise.
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if AxisType.Explicit not in mesh.axis_types:
+        return sharded
+
+    def moved(*args: Any) -> Any:
+        return sharded(*(_moved(arg, mesh, spec) for arg, spec in zip(args, in_specs, strict=True)))
+
+    return moved
+
+
+def _moved(tree: Any, mesh: Mesh, specs: Any) -> Any:
+    def move(spec: PartitionSpec, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), part)
+
+    return jax.tree.map(move, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))

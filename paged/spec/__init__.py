@@ -30,3 +30,4 @@ from .state import add_sinks as add_sinks
 from .state import exp_minus as exp_minus
 from .state import log_add_exp as log_add_exp
 from .state import merge as merge
+from .state import merge_stacked as merge_stacked

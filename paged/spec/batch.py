@@ -1,5 +1,6 @@
 """`RaggedBatch`: which sequences a step works on, where their tokens live, and which query rows are theirs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -23,6 +24,8 @@ class RaggedBatch(eqx.Module):
     * ``query_rows``, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
     * ``checked_for``, static: the page size, pages, query rows and mask that `paged.check` has found the values
       sound for, else None.
+
+    `stack` gives the batches of several shards of sequences as one, each array with a leading axis of shards.
 
     Raises ``ValueError`` or ``TypeError`` for a wrong rank, shape or dtype. What only the values show is the
     business of `paged.check`.
@@ -79,15 +82,36 @@ class RaggedBatch(eqx.Module):
         table = _as_int32("block_table", block_table, 1)
         return cls(jnp.reshape(jnp.asarray(length), (1,)), table[None], [0, query_rows], query_rows=query_rows)
 
+    @classmethod
+    def stack(cls, batches: "Sequence[RaggedBatch]") -> "RaggedBatch":
+        """Batches of one shape, one for each shard of the sequences on a mesh, in arrays with a new leading axis.
+
+        Only attentions lowered with ``axes=Axes(sequences=...)`` take such a batch, and ``jax.vmap`` over its arrays.
+        Raises ``ValueError`` for batches that differ in slots or in the width of tables: pad them, with ``num_seqs``.
+
+        >>> RaggedBatch.stack([RaggedBatch.decode([5], [[3]]), RaggedBatch.decode([9], [[2]])]).lengths.tolist()
+        [[5], [9]]
+        """
+        shapes = [batch.block_tables.shape for batch in batches]
+        if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+            raise ValueError(f"stack needs batches with block_tables of one shape [seqs, pages_per_seq]; got {shapes}.")
+        rows, checked = ({getattr(b, name) for b in batches} for name in ("query_rows", "checked_for"))
+        facts = {
+            "query_rows": rows.pop() if len(rows) == 1 else None,
+            "checked_for": checked.pop() if len(checked) == 1 else None,
+        }
+        same = [cls(b.lengths, b.block_tables, b.query_starts, b.num_seqs, **facts) for b in batches]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
+
     @property
     def num_slots(self) -> int:
         """Sequence slots ``S``, live or not."""
-        return self.lengths.shape[0]
+        return self.lengths.shape[-1]
 
     @property
     def pages_per_seq(self) -> int:
         """Width of the block tables."""
-        return self.block_tables.shape[1]
+        return self.block_tables.shape[-1]
 
 
 def _as_int32(name: str, value: Any, rank: int) -> Any:

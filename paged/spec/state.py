@@ -40,6 +40,18 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     return AttentionState(out.astype(a.out.dtype), lse)
 
 
+def merge_stacked(states: AttentionState) -> AttentionState:
+    """`merge` of any number of float32 states at once, stacked on a leading axis."""
+    top = jax.lax.stop_gradient(jnp.max(states.lse, axis=0))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    share = exp_minus(states.lse, top)
+    total = jnp.sum(share, axis=0)
+    is_empty = total == 0
+    total = jnp.where(is_empty, 1.0, total)
+    out = jnp.sum((share / total)[..., None] * states.out, axis=0)
+    return AttentionState(out, jnp.where(is_empty, -jnp.inf, top + jnp.log(total)))
+
+
 def add_sinks(state: AttentionState, sinks: Float[Array, " q_heads"]) -> AttentionState:
     """The state with one more logit a query head in the denominator: it takes weight and gives no value.
 

@@ -1,0 +1,123 @@
+"""Many devices: the mesh that a call names, and how its arguments lie on it, in the words of `paged.lower`."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from paged.lower import Axes, ShardedAttend, lower
+from paged.spec import AttentionSpec, PageLayout
+
+# What `paged.lower` calls them; all other arguments are whole on every device.
+_NATIVE = {"query": "q", "queries": "q", "keys": "k", "values": "v", "softmax_aux": "sinks"}
+_NATIVE |= {"key_cache": "pages", "value_cache": "pages", "kv_pages": "pages"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """A mesh, and what its axes share: KV heads, contexts or both. Hashable, so that JAX traces once for each."""
+
+    mesh: Mesh
+    axes: Axes | None
+    in_specs: tuple[tuple[str, P], ...]
+    out_specs: P | None
+
+    @classmethod
+    def of(cls, mesh: Any, axes: Any, in_specs: Any, out_specs: Any, **arguments: Any) -> "Devices | None":
+        """Those of a call, None without a mesh. ``arguments`` are its arrays in order, queries first."""
+        if mesh is None:
+            if axes is not None or in_specs is not None or out_specs is not None:
+                raise ValueError("axes, in_specs and out_specs say what a mesh shares: they need mesh=.")
+            return None
+        out, given = _outputs(out_specs, arguments), list(_by_name(in_specs, arguments).items())
+        given += [("kv_pages", spec) for spec in out[1:]]
+        native: dict[str, P] = {}
+        for name, spec in given:
+            if not isinstance(spec, P):
+                raise TypeError(f"The spec of {name} must be a PartitionSpec; got {spec!r}.")
+            own = _NATIVE.get(name)
+            if own is None and any(entry is not None for entry in spec):
+                raise ValueError(f"The spec of {name} must be P(): every device needs all of it; got {spec}.")
+            if own is not None:
+                spec = _of_rows(spec, arguments[name]) if own in ("q", "k", "v") else spec
+                if _entries(native.setdefault(own, spec)) != _entries(spec):
+                    raise ValueError(
+                        f"Caches must lie alike, before and after; got {native[own]}, and of {name} {spec}."
+                    )
+        rows = _of_rows(out[0], next(iter(arguments.values()))) if out else None
+        return cls(mesh, axes, tuple(native.items()), rows)
+
+    def repeats(self, kv_heads: int) -> int:
+        """How often a cache has each of so many KV heads, so that every device gets one."""
+        q = dict(self.in_specs).get("q", self.out_specs)
+        names = self.axes.kv_heads if isinstance(self.axes, Axes) else (*(q or ()), None, None)[1]
+        names = () if names is None else (names,) if isinstance(names, str) else names
+        shares = math.prod(self.mesh.shape.get(name, 1) for name in names)
+        return shares // kv_heads if shares > kv_heads and shares % kv_heads == 0 else 1
+
+    def lowered(self, spec: AttentionSpec, layout: PageLayout, target: str, interpret: Any) -> ShardedAttend:
+        """The attention on the mesh."""
+        in_specs = dict(self.in_specs)
+        if "pages" in in_specs and "q" in in_specs and self.repeats(layout.num_kv_heads) > 1:
+            # The caller's heads are too few to be shared; those of the cache with repeats are as the queries'.
+            axis = 0 if layout.order == "split" else 2
+            entries = [*in_specs["pages"], *[None] * 4]
+            entries[axis] = (*in_specs["q"], None, None)[1]
+            in_specs["pages"] = P(*entries)
+        given = {"in_specs": in_specs, "out_specs": self.out_specs}
+        attend = lower(spec, layout, target, mesh=self.mesh, axes=self.axes, interpret=interpret, **given)
+        if attend.axes.sequences is not None:
+            raise ValueError(
+                f"Sequences cannot be shared here, as over {attend.axes.sequences!r}: these signatures "
+                "have one batch, and each shard needs its own. RaggedBatch.stack and paged.lower have them."
+            )
+        return attend
+
+
+def _by_name(in_specs: Any, arguments: Mapping[str, Any]) -> dict[str, P]:
+    """Specs by argument, from those or from a sequence in the order of the arguments that are arrays."""
+    if in_specs is None:
+        return {}
+    if not isinstance(in_specs, Mapping):
+        names = [name for name, value in arguments.items() if value is not None]
+        if not isinstance(in_specs, tuple | list) or isinstance(in_specs, P) or len(in_specs) != len(names):
+            raise ValueError(
+                f"in_specs must be a dict of PartitionSpecs by argument, or a tuple of one for each of {names}; got "
+                f"{in_specs!r}."
+            )
+        return dict(zip(names, in_specs, strict=True))
+    unknown = [name for name in in_specs if name not in arguments]
+    if unknown:
+        raise ValueError(f"in_specs must be of {list(arguments)}; got {unknown}.")
+    return dict(in_specs)
+
+
+def _outputs(out_specs: Any, arguments: Mapping[str, Any]) -> list[P]:
+    """The spec of the output, and that of the cache where it is returned and said."""
+    out = [] if out_specs is None else [out_specs] if isinstance(out_specs, P) else list(out_specs)
+    most = 2 if "keys" in arguments else 1
+    if len(out) > most or not all(isinstance(spec, P) for spec in out):
+        also = ", or a pair of those of the output and of kv_pages" if most == 2 else ""
+        raise ValueError(f"out_specs must be a PartitionSpec{also}; got {out_specs!r}.")
+    return out
+
+
+def _entries(spec: P) -> tuple[Any, ...]:
+    """A spec's entries up to the last that says something."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return tuple(entries)
+
+
+def _of_rows(spec: P, array: Any) -> P:
+    """The spec of [tokens, heads, dim], from that of an array that may be [batch, seq, heads, dim]."""
+    if getattr(array, "ndim", 3) != 4:
+        return spec
+    batch, seq, *others = (*spec, None, None)[: max(len(spec), 2)]
+    if batch is not None and seq is not None:
+        raise ValueError(f"Sequences cannot be shared here; got {spec}.")
+    return P(batch if seq is None else seq, *others)

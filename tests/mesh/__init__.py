@@ -1,0 +1,1 @@
+"""Attention over many devices: eight of this process, simulated, and two processes."""
