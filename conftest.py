@@ -14,6 +14,9 @@ if "PAGED_TEST_OPTIMISED" not in os.environ:
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
+# Tests run what the heuristics choose, on whichever machine and whatever was tuned there.
+os.environ["PAGED_TUNING"] = "off"
+
 import gc
 import importlib
 import importlib.util

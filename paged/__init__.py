@@ -6,10 +6,16 @@ from .lower import Explanation as Explanation
 from .lower import Program as Program
 from .lower import Schedule as Schedule
 from .lower import ShardedAttend as ShardedAttend
+from .lower import Timing as Timing
+from .lower import Tuned as Tuned
+from .lower import TuningFile as TuningFile
+from .lower import TuningWarning as TuningWarning
 from .lower import check as check
 from .lower import compile_for as compile_for
 from .lower import dense_attention as dense_attention
 from .lower import lower as lower
+from .lower import schedules as schedules
+from .lower import tune as tune
 from .lower import write as write
 from .spec import ALiBi as ALiBi
 from .spec import AttentionSpec as AttentionSpec

@@ -1,5 +1,9 @@
 """How an attention runs: spec to `Program` to `Schedule` to a pure function, per target."""
 
+from .advice import Key as Key
+from .advice import TuningFile as TuningFile
+from .advice import TuningWarning as TuningWarning
+from .advice import schedules as schedules
 from .attend import Attend as Attend
 from .attend import lower as lower
 from .attend import write as write
@@ -19,6 +23,12 @@ from .select import LOWERINGS as LOWERINGS
 from .select import refusals as refusals
 from .sequences import Sequences as Sequences
 from .simplify import normal_form as normal_form
+from .tuning import Shape as Shape
+from .tuning import Timing as Timing
+from .tuning import Trial as Trial
+from .tuning import Tuned as Tuned
+from .tuning import synthetic as synthetic
+from .tuning import tune as tune
 from .visits import page_coverage as page_coverage
 from .visits import visible_pages as visible_pages
 from .xla import dense_attention as dense_attention

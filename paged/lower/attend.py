@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch
 
+from .advice import NO_ADVICE, Advice
 from .call import Call
 from .checks import check, require_layout, require_new_tokens, require_pages, require_queries, require_sinks
+from .choice import Choice, choose, choose_for_any_call
 from .explain import Explanation, explain
 from .finish import finish
 from .lowering import Lowering
@@ -39,6 +41,7 @@ class Attend:
     lowerings: tuple[Lowering, ...]  # those that take the program, in order of preference
     pinned: Schedule | None  # the caller's schedule
     check: bool
+    advice: Advice = NO_ADVICE  # what contexts and the tuning file said when it was lowered
 
     @property
     def lowering(self) -> Lowering:
@@ -47,29 +50,24 @@ class Attend:
 
     @property
     def schedule(self) -> Schedule:
-        """The caller's schedule, or else what the lowering would choose for a common call."""
-        return self.pinned or self.lowering.schedule(self.program, self.layout)
+        """The caller's schedule, or a context's, or else what the lowering would choose for a common call."""
+        return self.choice().schedule
 
     def on_chip(self, chip: Chip) -> "Attend":
         """This attention as it would be lowered on a chip, whatever this process has."""
-        return dataclasses.replace(self, lowerings=tuple(lowering.on_chip(chip) for lowering in self.lowerings))
+        lowerings = tuple(lowering.on_chip(chip) for lowering in self.lowerings)
+        return dataclasses.replace(self, lowerings=lowerings, advice=self.advice.on(chip.device_kinds))
 
     def choose(self, call: Call) -> tuple[Lowering, Schedule]:
         """What runs in a call of these shapes. Raises ``ValueError`` when no lowering takes it, or when the caller's
         schedule cannot be honoured."""
-        reasons = {}
-        for lowering in self.lowerings:
-            reasons[lowering.name] = lowering.refuses(self.program, self.layout, call)
-            if reasons[lowering.name] is not None:
-                continue
-            schedule = self.pinned or lowering.schedule(self.program, self.layout, call)
-            reason = self.pinned and lowering.cannot_honour(self.program, self.layout, call, schedule)
-            if reason:
-                nearest = lowering.schedule(self.program, self.layout, call)
-                raise ValueError(f"The schedule {schedule} cannot run: {reason} The nearest that can: {nearest}.")
-            return lowering, schedule
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise ValueError(f'No lowering takes this call: {why}. target="auto" and target="xla" take any call.')
+        return self.choice(call)[:2]
+
+    def choice(self, call: Call | None = None) -> Choice:
+        """`choose`, and who chose; without a call, for a common one."""
+        if call is None:
+            return choose_for_any_call(self.program, self.layout, self.lowering, self.pinned, self.advice)
+        return choose(self.program, self.layout, self.lowerings, self.pinned, self.advice, call)
 
     def __call__(
         self,
@@ -121,11 +119,11 @@ class Attend:
         pages: Pages | None = None,
         batch: RaggedBatch | None = None,
     ) -> Explanation:
-        """What will run, and why not the others; with a concrete batch also the pages and bytes it touches."""
+        """What will run, who chose its schedule, and why not the others; with a concrete batch also the pages and bytes
+        it touches."""
         if q is None or pages is None or batch is None:
-            return explain(self.program, self.layout, self.lowering, self.schedule)
-        lowering, schedule = self.choose(Call.of(q, pages, batch))
-        return explain(self.program, self.layout, lowering, schedule, q, pages, batch)
+            return explain(self.program, self.layout, self.choice())
+        return explain(self.program, self.layout, self.choice(Call.of(q, pages, batch)), q, pages, batch)
 
 
 @overload
@@ -167,8 +165,9 @@ def lower(
 ) -> Attend | ShardedAttend:
     """Lower a spec over a page layout to a target: ``"xla"``, ``"tpu"``, or ``"auto"``, the best that takes each call.
 
-    ``schedule`` replaces the lowering's own choice. With ``check`` every call checks the batch's values with
-    `paged.check`; without, faults of the caller give the results that the semantics name, and never a crash.
+    ``schedule`` goes before what the context says (`schedules`), that before what `tune` has stored, and that before
+    the lowering's own choice. With ``check`` every call checks the batch's values with `paged.check`; without, faults
+    of the caller give the results that the semantics name, and never a crash.
     ``interpret`` runs kernels on any machine, slowly: True, or the interpreter's own settings
     (``jax.experimental.pallas.tpu.InterpretParams``).
 
@@ -197,7 +196,7 @@ def lower(
     lowerings = select(program, layout, target, schedule)
     if interpret:
         lowerings = tuple(lowering.interpreted(interpret) for lowering in lowerings)
-    return Attend(spec, layout, program, lowerings, schedule, check)
+    return Attend(spec, layout, program, lowerings, schedule, check, Advice.now(program, layout))
 
 
 def write(

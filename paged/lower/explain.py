@@ -10,7 +10,7 @@ from jaxtyping import Array
 from paged.spec import PageLayout, Pages, RaggedBatch
 
 from .call import Call
-from .lowering import Lowering
+from .choice import HEURISTIC, Choice
 from .program import Program
 from .schedule import Schedule
 from .select import LOWERINGS
@@ -20,7 +20,8 @@ from .visits import page_coverage
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What runs. ``str`` of it is for people; the fields are for tests and tools.
+    """What runs. ``str`` of it is for people; the fields are for tests and tools. ``source`` is who chose the schedule:
+    "explicit", "context", "tuning file <name>", or "heuristic".
 
     ``pages_visited`` counts, for every live sequence, the pages that its query rows as a whole may see: each is read
     at least once. ``pages_held`` counts the pages its tokens fill. Both are None without a concrete batch.
@@ -33,6 +34,7 @@ class Explanation:
     pages_visited: int | None
     pages_held: int | None
     notes: tuple[str, ...] = ()
+    source: str = HEURISTIC
 
     @property
     def bytes_visited(self) -> int | None:
@@ -40,7 +42,7 @@ class Explanation:
         return None if self.pages_visited is None else self.pages_visited * self.layout.bytes_per_page
 
     def __str__(self) -> str:
-        lines = [str(self.program), f"over {self.layout}", f"runs as {self.schedule}"]
+        lines = [str(self.program), f"over {self.layout}", f"runs as {self.schedule} (from: {self.source})"]
         lines += [f"not as {name}: {reason}" for name, reason in self.refused.items()]
         if self.pages_visited is not None and self.pages_held is not None:
             skipped = self.pages_held - self.pages_visited
@@ -54,21 +56,21 @@ class Explanation:
 def explain(
     program: Program,
     layout: PageLayout,
-    lowering: Lowering,
-    schedule: Schedule,
+    choice: Choice,
     q: Array | None = None,
     pages: Pages | None = None,
     batch: RaggedBatch | None = None,
 ) -> Explanation:
     """See `Attend.explain`."""
+    lowering, schedule, source = choice
     call = None if q is None or pages is None or batch is None else Call.of(q, pages, batch)
     reasons = {low.name: low.refuses(program, layout, call) for low in LOWERINGS if low.name != lowering.name}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if q is None or pages is None or batch is None:
-        return Explanation(program, layout, schedule, refused, None, None)
+        return Explanation(program, layout, schedule, refused, None, None, source=source)
     visited, held = _count_pages(program, q.shape[0], pages, batch)
     notes = lowering.describe(program, layout, Call.of(q, pages, batch), schedule, visited * layout.bytes_per_page)
-    return Explanation(program, layout, schedule, refused, visited, held, tuple(notes))
+    return Explanation(program, layout, schedule, refused, visited, held, tuple(notes), source)
 
 
 def _count_pages(program: Program, tokens: int, pages: Pages, batch: RaggedBatch) -> tuple[int, int]:

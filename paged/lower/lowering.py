@@ -1,6 +1,7 @@
 """`Lowering`: the interface between a program and a target."""
 
 import abc
+from collections.abc import Iterator
 from typing import Any
 
 from jaxtyping import Array
@@ -43,6 +44,23 @@ class Lowering(abc.ABC):
         """Why this schedule cannot run in this call, or None when it can."""
         del program, layout, call, schedule
         return None
+
+    def alternatives(self, program: Program, layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
+        """Schedules that might be faster than its ``own`` choice in this call: few, and not all of them need run."""
+        del program, layout, call, own
+        yield from ()
+
+    def candidates(self, program: Program, layout: PageLayout, call: Call) -> tuple[Schedule, ...]:
+        """What is worth timing in this call: its own choice first, then the alternatives that it can honour."""
+        own = self.schedule(program, layout, call)
+        others = self.alternatives(program, layout, call, own)
+        honoured = (one for one in others if self.cannot_honour(program, layout, call, one) is None)
+        return tuple(dict.fromkeys((own, *honoured)))
+
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether it has kernels that are interpreted, so that its times say nothing."""
+        return False
 
     def interpreted(self, interpret: Any) -> "Lowering":
         """This lowering with its kernels interpreted as told. Raises ``ValueError`` where there are no kernels."""

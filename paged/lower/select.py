@@ -38,7 +38,9 @@ def select(program: Program, layout: PageLayout, target: str, schedule: Schedule
                 f'The schedule is for the lowering "{schedule.lowering}", which target "{target}" does not have; it '
                 f"has {names or 'none'}."
             )
-        _require_heeded(candidates[0], schedule)
+        reason = ignores(candidates[0], schedule)
+        if reason is not None:
+            raise ValueError(f"The schedule cannot be honoured: {reason}")
     takers = tuple(low for low in candidates if low.refuses(program, layout) is None)
     if takers:
         return takers
@@ -68,11 +70,11 @@ def _runs_here(lowering: Lowering) -> bool:
     return lowering.target in ("xla", jax.default_backend())
 
 
-def _require_heeded(lowering: Lowering, schedule: Schedule) -> None:
-    """A schedule must not ask for what its lowering would ignore."""
+def ignores(lowering: Lowering, schedule: Schedule) -> str | None:
+    """What a schedule asks for that its lowering would ignore, as a reason not to run it; or None."""
     ignored = [name for name in schedule.chosen if name not in lowering.choices]
-    if ignored:
-        raise ValueError(
-            f'The schedule sets {ignored}, which the lowering "{lowering.name}" has no use for; it heeds '
-            f"{sorted(lowering.choices)}."
-        )
+    if not ignored:
+        return None
+    return (
+        f'it sets {ignored}, which the lowering "{lowering.name}" has no use for; it heeds {sorted(lowering.choices)}.'
+    )

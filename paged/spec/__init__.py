@@ -5,6 +5,8 @@ from .attention import AttentionSpec as AttentionSpec
 from .batch import RaggedBatch as RaggedBatch
 from .coverage import Coverage as Coverage
 from .layout import FLOAT_DTYPES as FLOAT_DTYPES
+from .layout import PAGE_ORDERS as PAGE_ORDERS
+from .layout import SCALE_KINDS as SCALE_KINDS
 from .layout import PageLayout as PageLayout
 from .layout import Pages as Pages
 from .masks import And as And

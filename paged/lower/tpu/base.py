@@ -25,6 +25,11 @@ class TpuLowering(Lowering):
         """The chip that it is for."""
         return self.chip or this_chip()
 
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether Pallas was told to interpret."""
+        return bool(self.interpret)
+
     def interpreted(self, interpret: Any) -> Self:
         """With kernels interpreted as told."""
         return dataclasses.replace(self, interpret=interpret)

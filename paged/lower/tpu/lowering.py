@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
 from ..xla import token_rows
+from .alternatives import decode_alternatives
 from .base import TpuLowering
 from .gradient import state_with_gradient, update_with_gradient
 from .granules import row_shape
@@ -48,6 +50,11 @@ class TpuDecode(TpuLowering):
     def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
         """A schedule must fit the chip's memory, and have no more cores than it."""
         return fits(program, layout, call, schedule, self.the_chip)
+
+    def alternatives(self, program: Program, layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
+        """Blocks, buffers and splits around its own choice."""
+        del program
+        return decode_alternatives(layout, call, own)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int

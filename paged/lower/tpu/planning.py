@@ -5,13 +5,13 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from paged.spec import PageLayout
 
 from ..call import Call
 from ..program import Program
 from ..schedule import Schedule
+from ..seen import most_pages_seen
 from .chips import Chip
 from .decode import ITEMS_AT_ONCE
 from .launch import Launch
@@ -155,16 +155,6 @@ def vmem_budget(chip: Chip) -> int:
 def prefill_vmem_budget(chip: Chip) -> int:
     """Vector memory that prefill's buffers may take, which hold what decode keeps in registers."""
     return int(_PREFILL_BUFFER_SHARE * chip.vmem_bytes)
-
-
-def most_pages_seen(program: Program, page_size: int, call: Call) -> int:
-    """The most pages that one sequence's rows see, at a sample of lengths up to the table's capacity."""
-    rows, capacity = call.query_rows or 1, call.pages_per_seq * page_size
-    lengths = np.unique(np.concatenate([np.linspace(1, capacity, 16).astype(int), capacity - np.arange(page_size)]))
-    first = np.arange(call.pages_per_seq) * page_size
-    length = np.maximum(lengths, 1)[:, None]
-    some = program.coverage(length - rows, length, first, first + page_size, length).some
-    return max(1, int(np.max(np.sum(np.broadcast_to(some, (len(lengths), len(first))), axis=1))))
 
 
 def compute_dtype(layout: PageLayout, q_dtype: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from ..call import Call
 from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
+from .alternatives import prefill_alternatives
 from .base import TpuLowering
 from .gradient import state_with_gradient, update_with_gradient
 from .limits import prefill_fits, refuses_prefill, refuses_program, rows_and_entries
@@ -47,6 +48,11 @@ class TpuRagged(TpuLowering):
     def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
         """A schedule must fit the chip's memory, and have no more cores than it."""
         return prefill_fits(program, layout, call, schedule, self.the_chip)
+
+    def alternatives(self, program: Program, layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
+        """Blocks, buffers and tiles around its own choice."""
+        del program
+        return prefill_alternatives(layout, call, own)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int

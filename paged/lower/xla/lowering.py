@@ -1,6 +1,7 @@
 """The XLA lowering's front: what it takes, its schedule, and a batch's state by the phases it is made of."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 from jaxtyping import Array, Bool, Float
@@ -13,6 +14,7 @@ from ..lowering import Lowering
 from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
+from .alternatives import alternatives
 from .forward import attend
 from .walk import FEW_ROWS, Operands, Walk
 from .write import write
@@ -45,6 +47,10 @@ class XlaBlocks(Lowering):
             lanes=1 if is_cpu else 32,
             blocks_per_step=4 if is_cpu else 1,
         )
+
+    def alternatives(self, program: Program, layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
+        """Sizes around its own choice, those that matter in this call."""
+        return alternatives(program, layout, call, own)
 
     def state(
         self,

@@ -1,0 +1,180 @@
+"""The command line, `python -m paged`: tuning, and what tuning has stored."""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from .lower import Shape, Timing, Tuned, TuningFile, lower, synthetic, tune
+from .spec import PAGE_ORDERS, SCALE_KINDS, ALiBi, AttentionSpec, PageLayout
+
+_EXAMPLE = """\
+example:
+  python -m paged tune --q-heads 32 --kv-heads 8 --head-dim 128 --page-size 16 --slots 8 --context 4096
+
+Random arrays of that shape are attended to with every schedule worth trying, in turns. The fastest is stored, and
+`paged.lower` finds it from then on, in any process that does not set PAGED_TUNING to "off" or to another file. One
+run serves one class of shapes: each number rounded up to a power of two. Exit status 2: it cannot be tuned.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the process's exit status."""
+    options = _parser().parse_args(arguments)
+    file = TuningFile.at(options.cache)
+    if options.list or options.clear:
+        return _show_or_clear(file, options.clear)
+    try:
+        print(_tune(options, file))
+    except (ValueError, TypeError) as error:
+        print(f"python -m paged tune: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m paged", description="Attention over a paged KV cache.")
+    tuning = parser.add_subparsers(required=True).add_parser(
+        "tune",
+        help="time the schedules of an attention on this device, and store the fastest",
+        description="Time the schedules of an attention on this device, and store the fastest.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_attention(tuning.add_argument_group("the attention"))
+    _add_batch(tuning.add_argument_group("the batch"))
+    how = tuning.add_argument_group("how")
+    how.add_argument("--target", default="auto", choices=("auto", "xla", "tpu"), help='default: "auto"')
+    how.add_argument("--seconds", type=float, default=10.0, help="of timing; compiling comes on top (default: 10)")
+    how.add_argument("--again", action="store_true", help="time it even if the file has it already")
+    kept = tuning.add_argument_group("what is stored")
+    kept.add_argument(
+        "--cache", metavar="PATH", help='the tuning file, or "off" (default: PAGED_TUNING, or your cache)'
+    )
+    kept.add_argument("--list", action="store_true", help="show what the file holds, and do nothing else")
+    kept.add_argument("--clear", action="store_true", help="delete the file, and do nothing else")
+    return parser
+
+
+def _add_attention(group: Any) -> None:
+    number = functools.partial(group.add_argument, type=int, metavar="N")
+    number("--q-heads", default=32, help="query heads (default: 32)")
+    number("--kv-heads", default=8, help="KV heads (default: 8)")
+    number("--head-dim", default=128, help="default: 128")
+    number("--page-size", default=16, help="tokens a page (default: 16)")
+    number("--window", help="tokens seen, the query's own included")
+    group.add_argument("--soft-cap", type=float, metavar="C", help="scores become C * tanh(score / C)")
+    group.add_argument("--alibi", action="store_true", help="with ALiBi's biases")
+    group.add_argument("--sinks", action="store_true", help="with a sink for each query head")
+    group.add_argument("--dtype", default="bfloat16", help="of pages (default: bfloat16)")
+    group.add_argument("--scales", choices=SCALE_KINDS, help="of quantised pages")
+    group.add_argument("--q-dtype", help="of queries (default: as pages; bfloat16 where those are quantised)")
+    group.add_argument("--order", default="packed", choices=PAGE_ORDERS, help="of pages (default: packed)")
+
+
+def _add_batch(group: Any) -> None:
+    number = functools.partial(group.add_argument, type=int, metavar="N")
+    number("--slots", default=8, help="sequences (default: 8)")
+    number("--context", default=4096, help="tokens of each (default: 4096)")
+    number("--max-context", default=0, help="tokens that block tables have room for (default: the context)")
+    number("--query-rows", default=1, help="query rows of each: 1 decodes, more are a chunk of a prompt (default: 1)")
+    group.add_argument("--mixed", action="store_true", help="only the first has --query-rows, the others decode")
+
+
+def _show_or_clear(file: TuningFile | None, is_clearing: bool) -> int:
+    if file is None:
+        print("There is no tuning file: tuning is off.")
+    elif is_clearing:
+        print(f"{file.path}: {file.clear()} entries deleted")
+    else:
+        entries = file.entries()
+        print(f"{file.path}: {len(entries)} entries")
+        for entry in entries:
+            key = entry.key
+            print(f"\n{entry} at {entry.ratio:.2f} of the heuristic's time, {1e3 * entry.seconds:.3g} ms")
+            print(f"  on {key.device} with paged {key.paged} and jax {key.jax}, among {key.lowerings}")
+            print(f"  {key.program}\n  {key.layout}\n  {key.shape}")
+    return 0
+
+
+def _tune(options: argparse.Namespace, file: TuningFile | None) -> str:
+    spec = AttentionSpec(
+        num_q_heads=options.q_heads,
+        num_kv_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        window=options.window,
+        soft_cap=options.soft_cap,
+        sinks=options.sinks,
+        scores=(ALiBi(),) if options.alibi else (),
+    )
+    layout = PageLayout(
+        page_size=options.page_size,
+        num_kv_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        dtype=jnp.dtype(options.dtype),
+        order=options.order,
+        scales=options.scales,
+    )
+    shape = Shape(
+        slots=options.slots,
+        context=options.context,
+        query_rows=options.query_rows,
+        max_context=options.max_context,
+        is_mixed=options.mixed,
+    )
+    q_dtype = None if options.q_dtype is None else jnp.dtype(options.q_dtype)
+    attend, arrays = lower(spec, layout, options.target), synthetic(spec, layout, shape, q_dtype)
+    with _Bar() as bar:
+        tuned = tune(
+            attend,
+            *arrays,
+            file="off" if file is None else file,
+            again=options.again,
+            timing=Timing(seconds=options.seconds),
+            progress=bar.show,
+        )
+    return f"{tuned}\n{_whereabouts(tuned, file)}"
+
+
+def _whereabouts(tuned: Tuned, file: TuningFile | None) -> str:
+    if tuned.stored is None:
+        return "not stored: tuning is off" if file is None else "not stored"
+    return f"stored in {tuned.stored}" if tuned.trials else f"found in {tuned.stored}; --again times it anew"
+
+
+class _Bar:
+    """Progress on stderr: a bar with tqdm, else a line for each thing that is begun."""
+
+    def __init__(self):
+        self._bar: Any = None
+        if importlib.util.find_spec("tqdm") is not None:
+            self._bar = importlib.import_module("tqdm").tqdm(total=0, unit="step", leave=False)
+        self._last = ""
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, done: int, total: int, what: str) -> None:
+        """How far tuning is."""
+        if self._bar is None:
+            if what != self._last:
+                print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
+        else:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+            if what != self._last:
+                self._bar.set_description(what)
+        self._last = what
+
+
+if __name__ == "__main__":
+    sys.exit(main())

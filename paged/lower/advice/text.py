@@ -1,0 +1,95 @@
+"""The text of a program that is the same in every process: what a tuning file knows it by.
+
+Terms of this package are written out whole. A user's functions have no text of their own: they go by their name and a
+digest of their bytecode, with the numbers and functions that they close over; arrays count by shape and dtype. Two
+programs of one text may differ in what their arrays hold, or in globals that they read. They would share a schedule,
+which is safe, because every schedule gives the same attention.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import sys
+import types
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..program import Program
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_DEEPEST = 20
+
+
+def program_text(program: Program) -> str:
+    """One line that two programs share when they may share a schedule.
+
+    >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=16, window=8)
+    >>> print(program_text(Program.from_spec(spec)))
+    Program(2, 1, 16, 0.25, (), And((Causal(), Window(8))), False)
+    """
+    return _text(program, 0)
+
+
+def _text(value: Any, depth: int) -> str:
+    if depth > _DEEPEST:
+        return "..."
+    of = functools.partial(_text, depth=depth + 1)
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(of, value))}{',' if len(value) == 1 else ''})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return f"{_class_text(type(value), depth)}({', '.join(map(of, fields))})"
+    if isinstance(value, functools.partial):
+        return f"partial({', '.join(map(of, (value.func, *value.args, *sorted(value.keywords.items()))))})"
+    if isinstance(value, types.MethodType):
+        return f"{of(value.__func__)}.of({of(value.__self__)})"
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    function = inspect.unwrap(value) if callable(value) else value
+    if isinstance(function, types.FunctionType):
+        return _function_text(function, depth)
+    return _class_text(type(value), depth)
+
+
+def _class_text(kind: type, depth: int) -> str:
+    """The name of a class; of one that is not this package's also what calling it does."""
+    if kind.__module__.split(".")[0] == __name__.split(".")[0]:
+        return kind.__qualname__
+    call = inspect.getattr_static(kind, "__call__", None)
+    inner = f"#{_function_text(call, depth)}" if isinstance(call, types.FunctionType) else ""
+    return f"{kind.__module__}.{kind.__qualname__}{inner}"
+
+
+def _function_text(function: types.FunctionType, depth: int) -> str:
+    held = [_text(cell, depth + 1) for cell in _cells(function)]
+    defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
+    held += [_text(default, depth + 1) for default in defaults]
+    digest = hashlib.sha256(_code_text(function.__code__).encode()).hexdigest()[:16]
+    closure = f"[{', '.join(held)}]" if held else ""
+    return f"{function.__module__}.{function.__qualname__}#{digest}{closure}"
+
+
+def _cells(function: types.FunctionType) -> list[Any]:
+    """What a function closes over; a variable that is not set yet is left out."""
+    values = []
+    for cell in function.__closure__ or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:
+            continue
+    return values
+
+
+def _code_text(code: types.CodeType) -> str:
+    constants = [_code_text(c) if isinstance(c, types.CodeType) else _constant_text(c) for c in code.co_consts]
+    return repr((sys.implementation.cache_tag, code.co_code.hex(), code.co_names, code.co_varnames, constants))
+
+
+def _constant_text(constant: Any) -> str:
+    """A set's order differs between processes."""
+    return repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)

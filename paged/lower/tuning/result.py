@@ -1,0 +1,56 @@
+"""`Tuned` and `Trial`: what tuning found, as values and as a table."""
+
+import dataclasses
+import pathlib
+
+from ..schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One candidate: the median of its ``seconds``, the ``ratio`` to the heuristic's choice, which is the median over
+    turns in which both were timed, and whether it was in the last round. Or ``reason``: why it was not timed."""
+
+    schedule: Schedule
+    seconds: float | None = None
+    ratio: float | None = None
+    is_final: bool = False
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What is best for a call, and how that is known. ``str`` of it is a table.
+
+    ``source`` is "timed", or the name of the tuning file that knew. ``heuristic`` is what would run without tuning, and
+    ``ratio`` the time of ``schedule`` over its. ``trials`` is empty where the file knew. ``stored`` is where it was
+    stored, None where it was not.
+    """
+
+    schedule: Schedule
+    heuristic: Schedule
+    ratio: float
+    source: str
+    trials: tuple[Trial, ...] = ()
+    stored: pathlib.Path | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{'median':>10}  {'ratio':>5}  schedule"] if self.trials else []
+        lines += [_line(trial, self) for trial in self.trials]
+        verb = "stays" if self.schedule == self.heuristic else "wins"
+        lines.append(f"{self.schedule} {verb} at {self.ratio:.2f} of the heuristic's time ({self.source})")
+        return "\n".join(lines)
+
+
+def _line(trial: Trial, tuned: Tuned) -> str:
+    if trial.seconds is None or trial.ratio is None:
+        return f"{'-':>10}  {'-':>5}  {trial.schedule}: {trial.reason}"
+    marks = [name for name, of in (("heuristic", tuned.heuristic), ("best", tuned.schedule)) if trial.schedule == of]
+    marks += ["final"] if trial.is_final and not marks else []
+    return f"{_duration(trial.seconds):>10}  {trial.ratio:5.2f}  {trial.schedule}" + (
+        f"  <- {', '.join(marks)}" if marks else ""
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f} us" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms"

@@ -1,0 +1,85 @@
+"""Arrays to tune with when none are at hand: full sequences over a pool in random physical order."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
+
+# Random pages are made once and repeated: a pool is larger than is worth drawing.
+_FEW_PAGES = 64
+
+
+class Arrays(NamedTuple):
+    """What an attention is called with."""
+
+    q: Array
+    pages: Pages
+    batch: RaggedBatch
+    sinks: Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A step of ``slots`` sequences of ``context`` tokens each, over tables for ``max_context``, if that is more.
+
+    Every sequence has ``query_rows`` rows; in a ``mixed`` batch only the first has, and the others have one.
+    """
+
+    slots: int
+    context: int
+    query_rows: int = 1
+    max_context: int = 0
+    is_mixed: bool = False
+
+    def __post_init__(self):
+        for name in ("slots", "context", "query_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.query_rows > self.context:
+            raise ValueError(f"query_rows={self.query_rows} are more than the context={self.context} tokens they end.")
+
+    @property
+    def rows(self) -> list[int]:
+        """Query rows of each sequence."""
+        return [self.query_rows] + [1 if self.is_mixed else self.query_rows] * (self.slots - 1)
+
+
+def synthetic(spec: AttentionSpec, layout: PageLayout, shape: Shape, q_dtype: Any = None) -> Arrays:
+    """Random arrays of a shape. Queries have ``q_dtype``: by default the pages' dtype, bfloat16 over quantised pages.
+
+    >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=8)
+    >>> layout = PageLayout(page_size=4, num_kv_heads=1, head_dim=8)
+    >>> arrays = synthetic(spec, layout, Shape(slots=2, context=7, query_rows=3, is_mixed=True))
+    >>> arrays.q.shape, arrays.batch.block_tables.shape, arrays.batch.query_starts.tolist(), arrays.pages.num_pages
+    ((4, 2, 8), (2, 2), [0, 3, 4], 4)
+    """
+    size = layout.page_size
+    held, width = -(-shape.context // size), -(-max(shape.context, shape.max_context) // size)
+    rng = np.random.default_rng(0)
+    tables = np.full((shape.slots, width), -1, np.int32)
+    tables[:, :held] = rng.permutation(shape.slots * held).reshape(shape.slots, held)
+    lengths = np.full(shape.slots, shape.context, np.int32)
+    starts = np.concatenate([[0], np.cumsum(shape.rows)]).astype(np.int32)
+    batch = RaggedBatch(lengths, tables, starts, query_rows=None if shape.is_mixed else shape.query_rows)
+    dtype = q_dtype or (jnp.bfloat16 if layout.is_quantised else layout.dtype)
+    q = jax.random.normal(jax.random.key(0), (int(starts[-1]), spec.num_q_heads, spec.head_dim)).astype(dtype)
+    sinks = jnp.zeros(spec.num_q_heads) if spec.sinks else None
+    return Arrays(q, _pool(layout, shape.slots * held, rng), batch, sinks)
+
+
+def _pool(layout: PageLayout, num_pages: int, rng: np.random.Generator) -> Pages:
+    axis = 1 if layout.order == "split" else 0
+    scale = layout.scale_shape(num_pages)
+    arrays = []
+    for shape in layout.array_shapes(min(num_pages, _FEW_PAGES)):
+        few = rng.standard_normal(shape, np.float32) * (40 if layout.is_quantised else 1)
+        few = jnp.asarray(np.clip(few, -127, 127)).astype(layout.dtype)
+        which = jnp.arange(num_pages) % few.shape[axis]
+        arrays.append(jax.jit(lambda few, which: jnp.take(few, which, axis=axis))(few, which))
+    scales = [None if scale is None else jnp.full(scale, 1 / 40) for _ in range(2)]
+    return layout.wrap(*arrays, k_scale=scales[0], v_scale=scales[1])
