@@ -20,7 +20,8 @@ import numpy as np
 from ..program import Program
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_DEEPEST = 20
+# A closure's text is cut to a digest when it is longer.
+_LONGEST = 100
 
 
 def program_text(program: Program) -> str:
@@ -30,20 +31,21 @@ def program_text(program: Program) -> str:
     >>> print(program_text(Program.from_spec(spec)))
     Program(2, 1, 16, 0.25, (), And((Causal(), Window(8))), False)
     """
-    return _text(program, 0)
+    return _text(program, ())
 
 
-def _text(value: Any, depth: int) -> str:
-    if depth > _DEEPEST:
-        return "..."
-    of = functools.partial(_text, depth=depth + 1)
+def _text(value: Any, within: tuple[Any, ...]) -> str:
+    """The text of a value that is part of those it is ``within``, of each other."""
     if isinstance(value, _PLAIN):
         return repr(value)
+    if any(value is other for other in within):
+        return "itself"
+    of = functools.partial(_text, within=(*within, value))
     if isinstance(value, tuple | list):
         return f"({', '.join(map(of, value))}{',' if len(value) == 1 else ''})"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-        return f"{_class_text(type(value), depth)}({', '.join(map(of, fields))})"
+        return f"{_class_text(type(value), within)}({', '.join(map(of, fields))})"
     if isinstance(value, functools.partial):
         return f"partial({', '.join(map(of, (value.func, *value.args, *sorted(value.keywords.items()))))})"
     if isinstance(value, types.MethodType):
@@ -52,26 +54,29 @@ def _text(value: Any, depth: int) -> str:
         return f"{value.dtype}{list(value.shape)}"
     function = inspect.unwrap(value) if callable(value) else value
     if isinstance(function, types.FunctionType):
-        return _function_text(function, depth)
-    return _class_text(type(value), depth)
+        return _function_text(function, (*within, value))
+    return _class_text(type(value), within)
 
 
-def _class_text(kind: type, depth: int) -> str:
+def _class_text(kind: type, within: tuple[Any, ...]) -> str:
     """The name of a class; of one that is not this package's also what calling it does."""
     if kind.__module__.split(".")[0] == __name__.split(".")[0]:
         return kind.__qualname__
     call = inspect.getattr_static(kind, "__call__", None)
-    inner = f"#{_function_text(call, depth)}" if isinstance(call, types.FunctionType) else ""
+    inner = f"#{_function_text(call, within)}" if isinstance(call, types.FunctionType) else ""
     return f"{kind.__module__}.{kind.__qualname__}{inner}"
 
 
-def _function_text(function: types.FunctionType, depth: int) -> str:
-    held = [_text(cell, depth + 1) for cell in _cells(function)]
+def _function_text(function: types.FunctionType, within: tuple[Any, ...]) -> str:
     defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
-    held += [_text(default, depth + 1) for default in defaults]
-    digest = hashlib.sha256(_code_text(function.__code__).encode()).hexdigest()[:16]
-    closure = f"[{', '.join(held)}]" if held else ""
-    return f"{function.__module__}.{function.__qualname__}#{digest}{closure}"
+    held = ", ".join(_text(value, within) for value in (*_cells(function), *defaults))
+    held = held if len(held) <= _LONGEST else _digest(held)
+    code = _digest(_code_text(function.__code__))
+    return f"{function.__module__}.{function.__qualname__}#{code}" + (f"[{held}]" if held else "")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _cells(function: types.FunctionType) -> list[Any]:
