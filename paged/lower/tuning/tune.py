@@ -160,7 +160,7 @@ class _Trials:
         for lowering, schedule in candidates:
             self._say(0, f"compiling {schedule}")
             pinned = dataclasses.replace(self.attend, lowerings=(lowering,), pinned=schedule)
-            function = jax.jit(pinned.__call__)
+            function = _jitted(pinned)
             try:
                 out = jax.block_until_ready(function(*self.arrays))
             except Exception as error:  # compilers raise many kinds, none of them public
@@ -188,6 +188,11 @@ class _Trials:
         self.done += steps
         if self.progress is not None:
             self.progress(self.done, self.total, what)
+
+
+def _jitted(attend: Attend) -> Callable[..., Array]:
+    """The call as it is inside of a larger program: a function of its own, without the checks of its arguments."""
+    return jax.jit(attend.__call__)
 
 
 def _differ(out: Array, wanted: Array) -> bool:
