@@ -207,11 +207,3 @@ def test_short_calls_are_timed_several_at_once():
 @pytest.mark.parametrize(("seconds", "a_turn", "turns"), [(5.0, 0.5, 10), (5.0, 60.0, 3), (5.0, 1e-9, 50)])
 def test_turns_fit_the_time_there_is_within_bounds(seconds, a_turn, turns):
     assert paged.Timing().turns_within(seconds, a_turn) == turns
-
-
-def test_timing_for_real(monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(type(XLA_BLOCKS), "alternatives", lambda *_: iter((A,)))
-    tuned = _tune(paged.Timing(seconds=0.01))
-    assert all(trial.seconds > 0 and trial.reason is None for trial in tuned.trials)
-    assert tuned.trials[0].ratio == 1.0 and tuned.schedule in (OWN, A)
