@@ -116,8 +116,7 @@ def test_every_candidate_gives_the_reference(lowering, name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu")
-@pytest.mark.parametrize("generation", ["v4", "v5e", "tpu7x"])
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize(("rows", "generation"), [(1, "v4"), (1, "v5e"), (1, "tpu7x"), (64, "v5e")])
 def test_the_tpu_compiler_takes_every_candidate(rows, generation):
     spec, layout = _model("llama")
     q = jax.ShapeDtypeStruct((8 * rows, spec.num_q_heads, spec.head_dim), jnp.bfloat16)

@@ -49,9 +49,9 @@ def tune(
 
     A candidate that does not compile, or whose results differ from the heuristic's, is left out with its reason; one
     replaces the heuristic's choice only when it is better by a margin (`Timing`). ``progress(done, total, what)`` is
-    called on the way. Raises ``ValueError`` for an attention that has its schedule already (``schedule=``), is
-    interpreted or traced, and whatever the heuristic's own choice raises. Where the file cannot be written that is a
-    `TuningWarning`.
+    called on the way. Raises ``TypeError`` for anything but an `Attend`, ``ValueError`` for one that has its schedule
+    already (``schedule=``) or is interpreted, and for arrays without values, and whatever the heuristic's own choice
+    raises. Where the file cannot be written that is a `TuningWarning`.
 
     >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=8)
     >>> layout = PageLayout(page_size=8, num_kv_heads=1, head_dim=8)
@@ -76,6 +76,8 @@ def tune(
 
 
 def _require_tunable(attend: Attend, arrays: Any) -> None:
+    if not isinstance(attend, Attend):
+        raise TypeError(f"tune takes one device's attention, a paged.lower.Attend; got {type(attend).__name__}.")
     if attend.pinned is not None:
         raise ValueError(
             f"There is nothing to tune: this attention was lowered with the schedule {attend.pinned}. Tune one that "
