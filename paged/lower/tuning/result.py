@@ -36,7 +36,9 @@ class Tuned:
 
     def __str__(self) -> str:
         lines = [f"{'median':>10}  {'ratio':>5}  schedule"] if self.trials else []
-        lines += [_line(trial, self) for trial in self.trials]
+        lines += [_line(trial, self) for trial in self.trials if trial.is_final]
+        others = [_line(trial, self) for trial in self.trials if not trial.is_final]
+        lines += ["left out, or slower in the first round:", *others] if others else []
         verb = "stays" if self.schedule == self.heuristic else "wins"
         lines.append(f"{self.schedule} {verb} at {self.ratio:.2f} of the heuristic's time ({self.source})")
         return "\n".join(lines)
@@ -46,7 +48,6 @@ def _line(trial: Trial, tuned: Tuned) -> str:
     if trial.seconds is None or trial.ratio is None:
         return f"{'-':>10}  {'-':>5}  {trial.schedule}: {trial.reason}"
     marks = [name for name, of in (("heuristic", tuned.heuristic), ("best", tuned.schedule)) if trial.schedule == of]
-    marks += ["final"] if trial.is_final and not marks else []
     return f"{_duration(trial.seconds):>10}  {trial.ratio:5.2f}  {trial.schedule}" + (
         f"  <- {', '.join(marks)}" if marks else ""
     )
