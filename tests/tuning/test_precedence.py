@@ -189,3 +189,23 @@ def test_layers_and_entry_points_listen_too(file):
         layer = PagedCache(SPEC, LAYOUT, 9)
         entry_point = lowered("xla", False, Hints(), SPEC, LAYOUT, CALL)
     assert chosen(layer.attend) == chosen(entry_point) == (CONTEXT, "context")
+
+
+def test_devices_of_a_mesh_run_what_is_said_of_one_devices_share(tmp_path, monkeypatch):
+    """Biases by head are another program on each device; what was tuned for the share of one is for all."""
+    spec, mesh = SPEC.replace(scores=(paged.ALiBi(),)), jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    axes = paged.Axes(kv_heads="model")
+    share = paged.lower(spec, LAYOUT, mesh=mesh, axes=axes).local
+    of = Key.of(share.program, share.layout, ["xla-blocks"], CALL)
+    state, ran = type(share.lowering).state, []
+
+    def spied(self, program, schedule, *arrays):
+        ran.append(schedule)
+        return state(self, program, schedule, *arrays)
+
+    monkeypatch.setattr(type(share.lowering), "state", spied)
+    with paged.schedules(stored(tmp_path / "share.json", entry(FILE, of))):
+        attend = paged.lower(spec, LAYOUT, mesh=mesh, axes=axes)
+    assert attend.explain(Q, PAGES, BATCH).source == "context, tuning file share.json"
+    jax.eval_shape(attend, Q, PAGES, BATCH)
+    assert ran == [FILE]

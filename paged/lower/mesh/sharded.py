@@ -154,8 +154,8 @@ class ShardedAttend:
         own = _abstract_pages(self.local.layout, pages.num_pages // self.shares.pages)
         parts = []
         for part in self._shards(batch):
-            lowering, schedule = self.local.choose(Call.of(q, own, part))
-            parts.append(explain(self.local.program, self.local.layout, lowering, schedule, q, group, part))
+            choice = self.local.choice(Call.of(q, own, part))
+            parts.append(explain(self.local.program, self.local.layout, choice, q, group, part))
         return dataclasses.replace(
             parts[0],
             program=self.program,
@@ -277,7 +277,7 @@ def _state_of_share(
 ) -> AttentionState:
     """What one device computes, of its own shares of the arrays."""
     pages, batch = _of_share(attend, q, pages, batch)
-    lowering, schedule = attend.every.choose(Call.of(q, pages, batch))
+    lowering, schedule = attend.local.choose(Call.of(q, pages, batch))
     state = lowering.state(attend.every.program, schedule, q, pages, batch)
     return _whole(attend, state, q, batch, sinks)
 
@@ -289,7 +289,7 @@ def _update_of_share(
     pages, batch = _of_share(attend, q, pages, batch)
     kv_heads = attend.local.layout.num_kv_heads
     k, v = (own_new_heads(x, kv_heads, attend._repeats, attend.axes.kv_heads) for x in (k, v))
-    lowering, schedule = attend.every.choose(Call.of(q, pages, batch))
+    lowering, schedule = attend.local.choose(Call.of(q, pages, batch))
     state, pages = lowering.update(attend.every.program, schedule, q, k, v, pages, batch)
     out = _whole(attend, state, q, batch, sinks).out
     return out, dataclasses.replace(pages, layout=attend.layout)
