@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,11 +14,11 @@ from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
 from ..xla import token_rows
-from .base import TpuLowering
+from .base import KernelRules, TpuLowering
 from .gradient import state_with_gradient, update_with_gradient
 from .granules import row_shape
 from .launch import New
-from .limits import chunks, fits, refuses_call, refuses_program
+from .limits import chunks, fits, refuses_call
 from .planning import launch_of, plan_schedule, vmem_bytes
 from .tiles import QueryTiles
 from .transfer import pools_of
@@ -30,24 +30,9 @@ from .work import Visited, Work
 class TpuDecode(TpuLowering):
     """Decode on TPUs, one or a few query rows a sequence; every term that is elementwise, every page order."""
 
+    rules: ClassVar[KernelRules] = KernelRules(refuses_call, plan_schedule, fits)
     name: str = "tpu-decode"
-    target: str = "tpu"
     choices: frozenset[str] = frozenset({"pages_per_block", "sequence", "buffers", "kv_splits", "cores"})
-
-    def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
-        """Pages that a TPU cannot move, terms that a kernel cannot compute, calls that are not decoding."""
-        reason = refuses_program(program, layout)
-        if reason is None and call is not None:
-            reason = refuses_call(program, layout, call, self.the_chip)
-        return reason
-
-    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
-        """What fits the chip, with blocks large enough to hide the work behind the transfer of the next."""
-        return plan_schedule(self.name, program, layout, call, self.the_chip)
-
-    def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
-        """A schedule must fit the chip's memory, and have no more cores than it."""
-        return fits(program, layout, call, schedule, self.the_chip)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int
