@@ -10,6 +10,10 @@ if "PAGED_TEST_OPTIMISED" not in os.environ:
     _FAST = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST}".strip()
 
+# Eight devices for the tests of many; what names no mesh runs on the first. XLA takes no such flag twice.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
 import gc
 import importlib
 import importlib.util

@@ -2,6 +2,7 @@
 
 from .arrays import Built as Built
 from .arrays import build as build
+from .arrays import layers_of as layers_of
 from .cases import CORNERS as CORNERS
 from .cases import Case as Case
 from .cases import Corner as Corner

@@ -15,13 +15,13 @@ from ..schedule import Schedule
 from ..sequences import Sequences
 from ..xla import token_rows
 from .base import KernelRules, TpuLowering
-from .gradient import state_with_gradient, update_with_gradient
 from .granules import row_shape
 from .launch import New
 from .limits import chunks, fits, refuses_call
 from .planning import launch_of, plan_schedule, vmem_bytes
 from .tiles import QueryTiles
 from .transfer import pools_of
+from .transforms import state_with_gradient, update_with_gradient
 from .update import Targets
 from .work import Visited, Work
 

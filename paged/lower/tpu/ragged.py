@@ -16,12 +16,12 @@ from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
 from .base import KernelRules, TpuLowering
-from .gradient import state_with_gradient, update_with_gradient
 from .limits import prefill_fits, refuses_prefill, rows_and_entries
 from .lowering import TpuDecode
 from .planning import plan_prefill, prefill_launch_of
 from .prefill_launch import PrefillLaunch
 from .tiles import QueryTiles, most_tiles
+from .transforms import state_with_gradient, update_with_gradient
 from .work import Visited, Work
 
 
