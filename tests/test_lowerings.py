@@ -1,5 +1,7 @@
 """Properties of attention, crossed with every lowering: what it equals, what it may not see, and how it adds up."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 import paged
+from paged.lower import attend as attend_module
 from paged.spec import AttentionState, Prefix, RaggedBatch, add_sinks, sinks_per_head
 from tests.support import (
     CORNERS,
@@ -167,6 +170,25 @@ def test_one_trace_while_values_vary(lowering, phase):
     for corner in CORNERS:
         built = build(case.replace(corner=corner), hold_new=False)
         step(built.q, built.k, built.v, built.pages, built.batch, built.sinks)
+
+
+@every_lowering
+@pytest.mark.parametrize("phase", ["decode", "ragged"])
+def test_calls_outside_of_jit_trace_once_while_values_vary(lowering, phase):
+    """Also by an attention that is lowered anew each time, and with the batch's integers as lists."""
+    case = case_of("plain", phase)
+    sizes = []
+    for corner in ("mixed", *CORNERS):
+        built = build(case.replace(corner=corner), hold_new=False)
+        values = [
+            getattr(built.batch, name).tolist() for name in ("lengths", "block_tables", "query_starts", "num_seqs")
+        ]
+        batch = RaggedBatch(*values, query_rows=built.batch.query_rows)
+        attend = dataclasses.replace(attend_of(lowering, case))
+        attend(built.q, built.pages, batch)
+        attend.update(built.q, built.k, built.v, built.pages, batch)
+        sizes.append([program._cache_size() for program in (attend_module._state, attend_module._update)])
+    assert sizes == sizes[:1] * len(sizes)
 
 
 @every_lowering

@@ -74,7 +74,7 @@ def ragged_page_attention_v2(
     )
     batch = {"context_lens": context_lens, "block_tables": block_tables, "query_start_loc": query_start_loc}
     named = arrays.as_arrays(query=query, kv_pages=kv_pages, **batch, num_seqs=num_seqs)
-    return _attend(options, *named, softmax_aux=_sinks(softmax_aux))
+    return _attend(options, *named, _sinks(softmax_aux))
 
 
 def ragged_page_attention_v3(
@@ -123,10 +123,11 @@ def ragged_page_attention_v3(
     named = arrays.as_arrays(
         queries=queries, keys=keys, values=values, kv_pages=kv_pages, **batch, distribution=distribution
     )
-    _require_distribution(named[-1], named[4])
-    return _update(options, *named, softmax_aux=_sinks(softmax_aux))
+    _require_ends(named[-1], named[4])
+    return _update(options, *named, _sinks(softmax_aux))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _attend(
     options: Options,
     query: Array,
@@ -148,13 +149,10 @@ def _attend(
     arrays.require_heads("query", q.shape[1], "kv_pages", layout.num_kv_heads, _CACHE)
     batch = RaggedBatch(context_lens, block_tables, query_start_loc, num_seqs)
     attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
-    if kv_pages.ndim == 4:
-        out = attend(wide, layout.wrap(kv_pages), batch, softmax_aux)
-    else:
-        out = _read_packed(attend, wide, kv_pages, batch, softmax_aux)
-    return _as_queries(out, query)
+    return _as_queries(attend(wide, _pages(layout, kv_pages), batch, softmax_aux), query)
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _update(
     options: Options,
     queries: Array,
@@ -179,32 +177,20 @@ def _update(
             f"{tuple(block_tables.shape)}."
         )
     arrays.require_integers("block_tables", block_tables)
+    arrays.require_shape("distribution", distribution, (3,), "[decode_end, prefill_end, total]")
+    arrays.require_integers("distribution", distribution)
     arrays.require_heads(
         "queries", q.shape[1], "kv_pages", layout.num_kv_heads, "[pages, page_size, 2 * kv_heads, dim]"
     )
     batch = RaggedBatch(context_lens, block_tables.reshape(slots, -1), query_start_loc, distribution[2])
     attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
     k, v = (arrays.padded(x, layout.head_dim) for x in (k, v))
-    out, kv_pages = _write(attend, wide, k, v, kv_pages, batch, softmax_aux)
-    return _as_queries(out, queries), kv_pages
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _read_packed(attend: Attend, q: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None) -> Array:
-    """Jitted, so that packed pages are not copied."""
-    return attend(q, _pages(attend.layout, kv_pages), batch, sinks)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _write(
-    attend: Attend, q: Array, k: Array, v: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None
-) -> tuple[Array, Array]:
-    """`Attend.update`, in place of the caller's own array."""
-    out, pages = attend.update(q, k, v, _pages(attend.layout, kv_pages), batch, sinks)
-    return out, pages.arrays[0].reshape(kv_pages.shape)
+    out, pages = attend.update(wide, k, v, _pages(layout, kv_pages), batch, softmax_aux)
+    return _as_queries(out, queries), pages.arrays[0].reshape(kv_pages.shape)
 
 
 def _pages(layout: PageLayout, kv_pages: Array) -> Pages:
+    """Those of either form: packed ones are the same bytes, which a reshape under ``jax.jit`` does not move."""
     return layout.wrap(kv_pages.reshape(layout.array_shapes(kv_pages.shape[0])[0]))
 
 
@@ -236,12 +222,11 @@ def _require_sequences(context_lens: Array, query_start_loc: Array) -> int:
     return slots
 
 
-def _require_distribution(distribution: Any, context_lens: Any) -> None:
-    """Shape and dtype; and the values, where they are known."""
-    arrays.require_shape("distribution", distribution, (3,), "[decode_end, prefill_end, total]")
-    arrays.require_integers("distribution", distribution)
-    arrays.require_shape("context_lens", context_lens, ("seqs",), "[seqs]")
+def _require_ends(distribution: Any, context_lens: Any) -> None:
+    """The values, where they are known and their shapes are right, which `_update` looks at."""
     if isinstance(distribution, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return
+    if distribution.shape != (3,) or distribution.dtype.kind not in "iu" or len(context_lens.shape) != 1:
         return
     decode_end, prefill_end, total = np.asarray(distribution).tolist()
     if not 0 <= decode_end <= prefill_end <= total <= context_lens.shape[0]:
