@@ -67,8 +67,9 @@ def _compat() -> dict[str, Pair]:
         "ragged_page_attention_v2": (compat.ragged_page_attention_v2, (q, pages, lengths, tables, starts, live)),
     }
     made = {name: _pair(function, args, said) for name, (function, args) in calls.items()}
-    donated = [(q, k, v), (lengths, flat, starts, ends)]
-    return {**made, "ragged_page_attention_v3": _donating_pair(compat.ragged_page_attention_v3, pages, *donated, said)}
+    integers = (lengths, flat, starts, ends)
+    made["ragged_page_attention_v3"] = _donating_pair(compat.ragged_page_attention_v3, pages, (q, k, v), integers, said)
+    return made
 
 
 def _pair(function: Callable[..., Any], args: tuple[Any, ...], said: dict[str, Any]) -> Pair:

@@ -216,5 +216,5 @@ def _serve_in_order(
     return jax.lax.scan(serve, jnp.zeros((), jnp.int32), (extra, fits))[1]
 
 
-_SHAPES = (jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-register_module(PagePool(_SHAPES[0], _SHAPES[1], _SHAPES[0], page_size=1), "page_size")
+_INTEGERS: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
+register_module(PagePool(_INTEGERS, _INTEGERS, _INTEGERS, page_size=1), "page_size")

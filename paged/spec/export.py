@@ -26,13 +26,13 @@ def register_module(example: eqx.Module, *static: str) -> None:
     """
     cls, tree = type(example), jax.tree.structure(example, is_leaf=lambda part: part is not example)
 
-    def write(fields: Sequence[Any]) -> bytes:
-        values = zip(static, fields[-len(static) :], strict=True)
+    def write(aux_data: Sequence[Any]) -> bytes:
+        values = zip(static, aux_data[-len(static) :], strict=True)
         return json.dumps([_written(cls, name, value) for name, value in values]).encode()
 
-    def build(values: list[Any], children: Sequence[Any]) -> Any:
+    def build(aux_data: list[Any], children: Sequence[Any]) -> Any:
         module = jax.tree.unflatten(tree, children)
-        for name, value in zip(static, values, strict=True):
+        for name, value in zip(static, aux_data, strict=True):
             object.__setattr__(module, name, PageLayout(**value) if isinstance(value, dict) else value)
         return module
 

@@ -53,7 +53,7 @@ def test_1_the_output_has_the_queries_dtype_with_scales_or_without(phase, q_dtyp
 @pytest.mark.parametrize("poison", [np.inf, -np.inf])
 def test_2_one_bad_value_in_an_unwritten_slot_poisons_no_row(phase, poison):
     """NaN is in all of them, in every test."""
-    case, schedule = _case(phase, corner="one token")
+    case, _ = _case(phase, corner="one token")
     built, attend = build(case), interpreted(*_case(phase))
     pools = [jnp.where(jnp.isnan(x), poison, x) for x in built.pages.arrays]
     bad = watched(attend.state, built.q, case.layout.wrap(*pools), built.batch)
