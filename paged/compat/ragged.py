@@ -185,7 +185,7 @@ def _update(
     batch = RaggedBatch(context_lens, block_tables.reshape(slots, -1), query_start_loc, distribution[2])
     attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
     k, v = (arrays.padded(x, layout.head_dim) for x in (k, v))
-    out, pages = attend.update(wide, k, v, _pages(layout, kv_pages), batch, softmax_aux)
+    out, pages = attend.update(wide, k, v, _pages(attend.layout, kv_pages), batch, softmax_aux)
     return _as_queries(out, queries), pages.arrays[0].reshape(kv_pages.shape)
 
 
