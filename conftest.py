@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.register_assert_rewrite("tests.support")
+pytest.register_assert_rewrite("tests.support", "tests.tpu")
 
 hypothesis.settings.register_profile("paged", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("paged")

@@ -1,5 +1,7 @@
 """Properties of attention, crossed with every lowering: what it equals, what it may not see, and how it adds up."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,13 @@ import numpy as np
 import pytest
 
 import paged
+from paged.lower import attend as attend_module
 from paged.spec import AttentionState, Prefix, RaggedBatch, add_sinks, sinks_per_head
 from tests.support import (
     CORNERS,
     PHASES,
     SPECS,
+    assert_bitwise,
     assert_state,
     assert_states_close,
     build,
@@ -59,7 +63,7 @@ def test_physical_page_order_is_invisible_bitwise(lowering, spec, phase):
     attend = attend_of(lowering, case)
     states = [state_of(attend, build(case, physical_seed=seed)) for seed in range(3)]
     for other in states[1:]:
-        _assert_bitwise(states[0], other)
+        assert_bitwise(states[0], other)
 
 
 @every_lowering
@@ -72,7 +76,7 @@ def test_other_sequences_are_invisible_bitwise(lowering, spec, phase):
     kept = [row for row, owner in enumerate(before.row_of) if owner is not None and owner[0] in (1, 3)]
     changed = [row for row, owner in enumerate(before.row_of) if owner is not None and owner[0] in (0, 2, 4)]
     before, after = state_of(attend, before), state_of(attend, after)
-    _assert_bitwise(*(AttentionState(s.out[jnp.array(kept)], s.lse[jnp.array(kept)]) for s in (before, after)))
+    assert_bitwise(*(AttentionState(s.out[jnp.array(kept)], s.lse[jnp.array(kept)]) for s in (before, after)))
     assert (np.asarray(before.lse)[changed] != np.asarray(after.lse)[changed]).any(), "the change changed nothing"
 
 
@@ -81,7 +85,7 @@ def test_other_sequences_are_invisible_bitwise(lowering, spec, phase):
 def test_rerun_is_bitwise_equal(lowering, phase):
     built = build(case_of("rich", phase))
     attend = attend_of(lowering, built.case)
-    _assert_bitwise(state_of(attend, built), state_of(attend, built))
+    assert_bitwise(state_of(attend, built), state_of(attend, built))
 
 
 @every_lowering
@@ -111,7 +115,7 @@ def test_a_window_as_long_as_the_sequence_is_no_window(lowering, phase, width):
     built = build(case)
     assert width >= int(built.batch.lengths.max())
     windowed = case.replace(spec=case.spec.replace(window=width), corner="mixed")
-    _assert_bitwise(state_of(lowered(lowering, windowed), built), state_of(attend_of(lowering, case), built))
+    assert_bitwise(state_of(lowered(lowering, windowed), built), state_of(attend_of(lowering, case), built))
 
 
 @every_lowering
@@ -169,6 +173,25 @@ def test_one_trace_while_values_vary(lowering, phase):
 
 
 @every_lowering
+@pytest.mark.parametrize("phase", ["decode", "ragged"])
+def test_calls_outside_of_jit_trace_once_while_values_vary(lowering, phase):
+    """Also by an attention that is lowered anew each time, and with the batch's integers as lists."""
+    case = case_of("plain", phase)
+    sizes = []
+    for corner in ("mixed", *CORNERS):
+        built = build(case.replace(corner=corner), hold_new=False)
+        values = [
+            getattr(built.batch, name).tolist() for name in ("lengths", "block_tables", "query_starts", "num_seqs")
+        ]
+        batch = RaggedBatch(*values, query_rows=built.batch.query_rows)
+        attend = dataclasses.replace(attend_of(lowering, case))
+        attend(built.q, built.pages, batch)
+        attend.update(built.q, built.k, built.v, built.pages, batch)
+        sizes.append([program._cache_size() for program in (attend_module._state, attend_module._update)])
+    assert sizes == sizes[:1] * len(sizes)
+
+
+@every_lowering
 @every_phase
 @every_spec
 def test_update_equals_write_then_attend(lowering, spec, phase):
@@ -183,8 +206,3 @@ def test_update_equals_write_then_attend(lowering, spec, phase):
         np.testing.assert_array_equal(np.nan_to_num(a), np.nan_to_num(c))
     np.testing.assert_array_equal(out, attend(built.q, written, built.batch, built.sinks))
     assert_state(AttentionState(out, state_of(attend, held).lse), held)
-
-
-def _assert_bitwise(a, b):
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(np.asarray(x).view(np.uint32), np.asarray(y).view(np.uint32))

@@ -16,6 +16,7 @@ from paged.lower import Program
 from paged.spec import AttentionState, Causal, Coverage, SoftCap, Window
 from tests.support import Case, assert_states_close, build, case_of, exact_state
 from tests.support.lowerings import ALL_LOWERINGS
+from tests.support.mutants import plant_method
 from tests.support.specs import PLAIN
 
 CASES = (
@@ -120,11 +121,7 @@ def _method(module, owner, name, mutant):
     def plant(patch):
         cls = getattr(_module(module), owner, None)
         assert hasattr(cls, name), f"paged.{module}.{owner}.{name} is gone: give this mutant a new home"
-        raw = cls.__dict__[name]
-        if isinstance(raw, classmethod):
-            patch.setattr(cls, name, classmethod(mutant(raw.__func__)))
-        else:
-            patch.setattr(cls, name, mutant(raw))
+        plant_method(patch, cls, name, mutant)
 
     return plant
 

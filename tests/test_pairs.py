@@ -18,7 +18,7 @@ from tests.support import (
     lowered,
     state_of,
 )
-from tests.support.pairs import covering_rows
+from tests.support.pairs import assert_every_pair_meets, covering_rows, named
 from tests.support.specs import not_fifth, table_bias
 
 MASKS = {
@@ -91,7 +91,7 @@ def _schedule(row):
 
 
 @every_lowering
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(value) for value in row.values()))
+@pytest.mark.parametrize("row", ROWS, ids=named)
 def test_any_two_features_together_equal_the_reference(lowering, row):
     case = case_of_row(row)
     attend = lowered(lowering, case, **_schedule(row))
@@ -180,8 +180,4 @@ def test_scales_are_data_and_a_new_value_never_compiles(lowering):
 def test_the_table_covers_every_pair():
     """And is not much larger than it has to be: five pools times five masks are 25 rows already."""
     assert len(ROWS) <= 34
-    names = list(FACTORS)
-    for i, a in enumerate(names):
-        for b in names[:i]:
-            met = {(row[a], row[b]) for row in ROWS}
-            assert len(met) == len(FACTORS[a]) * len(FACTORS[b]), (a, b)
+    assert_every_pair_meets(ROWS, FACTORS)

@@ -7,7 +7,7 @@ import pytest
 
 import paged
 from paged.spec import Bias
-from tests.support import PHASES, build, case_of, every_lowering, lowered, state_of
+from tests.support import PHASES, build, case_of, every_lowering, layers_of, lowered, state_of
 
 every_phase = pytest.mark.parametrize("phase", PHASES)
 
@@ -88,6 +88,27 @@ def test_scan_over_layers_that_share_a_batch(lowering):
     np.testing.assert_allclose(last, expected, rtol=1e-5)
     assert np.isfinite(np.asarray(gradient)).all()
     _close(gradient, by_hand, scale=10 * float(jnp.abs(by_hand).max()))
+
+
+@every_lowering
+@every_phase
+def test_vmap_and_scan_over_the_caches_of_layers_are_a_loop_over_layers(lowering, phase):
+    """They share a batch, and each writes and reads its own pages."""
+    case = case_of("plain", phase)
+    attend = lowered(lowering, case)
+    built = build(case, hold_new=False)
+    arrays, stacked = layers_of(built, 3)
+
+    def layer(q, k, v, pages):
+        return attend.update(q, k, v, pages, built.batch)
+
+    ones = [layer(*one) for one in arrays]
+    mapped = jax.jit(jax.vmap(layer))(*stacked)
+    scanned = jax.jit(lambda xs: jax.lax.scan(lambda _, x: (None, layer(*x)), None, xs)[1])(stacked)
+    for got in (mapped, scanned):
+        for i, (out, pages) in enumerate(ones):
+            _close(got[0][i], out)
+            np.testing.assert_array_equal(got[1].arrays[0][i], pages.arrays[0])
 
 
 @every_lowering

@@ -12,4 +12,8 @@ from .model import BUILD as BUILD
 from .model import model as model
 from .model import print_row as print_row
 from .model import tool as tool
+from .own import PAGED as PAGED
+from .own import paged_call as paged_call
+from .peers import Call as Call
 from .row import Row as Row
+from .shape import Shape as Shape

@@ -1,4 +1,4 @@
-"""How peers' modules are imported where they can be, and what their calls have in common."""
+"""How peers' modules are imported where they can be."""
 
 import importlib
 import importlib.util
@@ -8,30 +8,10 @@ import types
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-RAGGED_VMEM_BYTES = 56 << 20  # of JAX's ragged kernel, whose own blocks don't fit its own limit on v5e and v5p
 _TPU_INFERENCE = "tpu_inference.kernels.ragged_paged_attention.v3"
 # What tpu-inference calls the chips; its tables of block sizes go by these names.
 _DEVICE_NAMES = {"TPU v5 lite": "TPU v5e", "TPU v6 lite": "TPU v6e", "TPU7x": "TPU v7"}
-
-
-def array(*dims: int) -> jax.ShapeDtypeStruct:
-    """A bfloat16 argument."""
-    return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
-
-
-def terms(shape: Any) -> dict[str, Any]:
-    """A shape's score terms as the ragged kernels name them."""
-    return {"sm_scale": shape.head_dim**-0.5, "sliding_window": shape.window, "soft_cap": shape.soft_cap}
-
-
-def refuse(shape: Any, *lacking: str) -> None:
-    """Say which terms the peer lacks, rather than measure it on another attention."""
-    has = {"window": shape.window is not None, "sinks": shape.has_sinks}
-    lacks = [term for term in lacking if has[term]]
-    if lacks:
-        raise NotImplementedError(f"the peer takes no {' and no '.join(lacks)}")
 
 
 def tpu_inference(name: str) -> Any:

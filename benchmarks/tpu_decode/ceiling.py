@@ -17,7 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .shapes import ITEM_BYTES, Shape
+from benchmarks.tpu.shape import ITEM_BYTES
+
+from .shapes import Shape
 
 _LANES = 128
 _BLOCK_BYTES, _MAX_BLOCK_PAGES, _DEPTH = 512 << 10, 16, 8

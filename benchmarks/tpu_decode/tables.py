@@ -1,12 +1,27 @@
 """Rows as Markdown tables: the issue's summary, then every figure, shape by shape."""
 
-import itertools
+from benchmarks.tpu.markdown import MISSING, head, line, percent, span
+from benchmarks.tpu.tables import against_peers, details, named
 
-from benchmarks.tpu.markdown import MISSING, escaped, head, line, percent, span
-
-from .candidates import CEILING, PAGED
+from .candidates import CEILING
 from .row import Row
 from .shapes import SHAPES, describe
+
+_COLUMNS = (
+    "candidate",
+    "generation",
+    "share of HBM",
+    "of the ceiling",
+    "bundles a token",
+    "bytes read / visible",
+    "cycles / needed, a sequence",
+    "compile s",
+    "VMEM MiB",
+    "spills a token",
+    "cores",
+    "transfers",
+    "XLA operations beside",
+)
 
 
 def tables(rows: list[Row]) -> str:
@@ -38,36 +53,14 @@ def _summary(rows: list[Row], shapes: list[str]) -> str:
 
 def _details(rows: list[Row]) -> str:
     shape = SHAPES[rows[0].shape]
-    columns = [
-        "candidate",
-        "generation",
-        "share of HBM",
-        "of the ceiling",
-        "bundles a token",
-        "bytes read / visible",
-        "cycles / needed, a sequence",
-        "compile s",
-        "VMEM MiB",
-        "spills a token",
-        "cores",
-        "transfers",
-        "XLA operations beside",
-    ]
-    lines = [f"## {shape.name}: {describe(shape)} (*modelled*)", "", *head(columns)]
-    for (candidate, error), group in itertools.groupby(rows, lambda row: (row.candidate, row.error)):
-        if error:
-            generations = ", ".join(row.generation for row in group)
-            lines.append(line([candidate, generations, escaped(error), *[""] * (len(columns) - 3)]))
-        else:
-            lines += [line(_figures(row, rows, shape.num_seqs)) for row in group]
-    return "\n".join(lines)
+    title = f"{shape.name}: {describe(shape)}"
+    return details(title, _COLUMNS, rows, lambda row: _figures(row, rows, shape.num_seqs))
 
 
 def _figures(row: Row, rows: list[Row], num_seqs: int) -> list[str]:
     cycles, needed = row.cycles / num_seqs, row.needed_cycles / num_seqs
-    name = f"{row.candidate} ({escaped(row.note)})" if row.note else row.candidate
     return [
-        name,
+        named(row),
         row.generation,
         percent(_share(row)),
         percent(_share_of_ceiling(row, rows)),
@@ -105,9 +98,7 @@ def _both_shares(row: Row | None, rows: list[Row]) -> str:
 
 def _against_peers(rows: list[Row], generation: str) -> str:
     mine = [row for row in rows if row.generation == generation and not row.error]
-    ours = [row.cycles for row in mine if row.candidate == PAGED]
-    peers = [row.cycles for row in mine if row.candidate not in (PAGED, CEILING)]
-    return f"{min(peers) / ours[0]:.2f}" if ours and peers else MISSING
+    return against_peers([row for row in mine if row.candidate != CEILING])
 
 
 def _bundles(row: Row) -> float | None:

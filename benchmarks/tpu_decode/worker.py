@@ -12,7 +12,7 @@ def main(shape: str, generation: str, candidate: str, timeout: str) -> None:
     """Compile, run the scalar program, print."""
     row, found = Row(shape, generation, candidate), SHAPES[shape]
     tpu.model(row, __package__ or "", float(timeout))
-    row.tokens, row.visible_bytes = found.visible_tokens, found.visible_bytes
+    row.tokens, row.visible_bytes = found.visible_pairs, found.visible_bytes
     row.needed_cycles = found.visible_bytes / tpu.tool().CHIPS[generation].bytes_per_cycle
     tpu.print_row(row)
 

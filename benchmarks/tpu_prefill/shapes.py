@@ -5,94 +5,25 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tpu import pages
-
-ITEM_BYTES = pages.ITEM_BYTES
+from benchmarks import tpu
+from benchmarks.tpu.shape import ITEM_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """One step in bfloat16: what attention, over which sequences, each with its query rows and its length.
+class Shape(tpu.Shape):
+    """One step with prompts, or chunks of them, in it.
 
-    The rows of a sequence are its last tokens. ``parts`` names the shapes that this one is made of; ``is_emulated`` is
-    false where running the scalar program would take too long, so that only what compiling shows is known.
+    ``parts`` names the shapes that this one is made of; ``is_emulated`` is false where running the scalar program
+    would take too long, so that only what compiling shows is known.
     """
 
-    name: str
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    page_size: int
-    seqs: tuple[tuple[int, int], ...]  # (query rows, length)
-    window: int | None = None
-    soft_cap: float | None = None
-    has_sinks: bool = False
     parts: tuple[str, ...] = ()
     is_emulated: bool = True
 
     @property
-    def rows(self) -> list[int]:
-        """Query rows of each sequence."""
-        return [rows for rows, _ in self.seqs]
-
-    @property
-    def lengths(self) -> list[int]:
-        """KV tokens of each sequence, its rows' own among them."""
-        return [length for _, length in self.seqs]
-
-    @property
-    def num_rows(self) -> int:
-        """Query rows of all sequences."""
-        return sum(self.rows)
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every sequence has one row."""
-        return max(self.rows) == 1
-
-    @property
-    def pages_per_seq(self) -> int:
-        """Width of the block tables."""
-        return max(self._page_counts())
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page: keys and values of all heads."""
-        return 2 * self.kv_heads * self.page_size * self.head_dim * ITEM_BYTES
-
-    @property
-    def pool_pages(self) -> int:
-        """Pages of the pool, which is large enough to stay in HBM."""
-        return pages.pool_pages(self._page_counts(), self.page_bytes)
-
-    @property
-    def visible_pairs(self) -> int:
-        """(query row, KV token) pairs that the masks leave visible, a query head."""
-        return sum(int(self._visible(np.arange(length - rows, length)).sum()) for rows, length in self.seqs)
-
-    @property
     def needed_bytes(self) -> int:
         """What a perfect kernel reads: the pages that hold a visible token, and the queries, once."""
-        return self._visible_pages() * self.page_bytes + self.num_rows * self.q_heads * self.head_dim * ITEM_BYTES
-
-    def query_starts(self) -> np.ndarray:
-        """i32[seqs + 1]."""
-        return np.concatenate([[0], np.cumsum(self.rows)]).astype(np.int32)
-
-    def tables(self) -> np.ndarray:
-        """i32[seqs, pages_per_seq], the pages shuffled over the pool; entries that nobody needs are 0."""
-        return pages.tables(self._page_counts(), self.pages_per_seq, self.pool_pages)
-
-    def _page_counts(self) -> list[int]:
-        return [-(-n // self.page_size) for n in self.lengths]
-
-    def _visible(self, positions: np.ndarray) -> np.ndarray:
-        """How many tokens a row at each position sees."""
-        return positions + 1 if self.window is None else np.minimum(positions + 1, self.window)
-
-    def _visible_pages(self) -> int:
-        firsts = [0 if self.window is None else max(0, n - rows - self.window + 1) for rows, n in self.seqs]
-        return sum(end - first // self.page_size for first, end in zip(firsts, self._page_counts(), strict=True))
+        return self.visible_bytes + self.num_rows * self.q_heads * self.head_dim * ITEM_BYTES
 
 
 _HEADS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {  # (query heads, KV heads, head_dim), terms
@@ -154,8 +85,4 @@ def describe(shape: Shape) -> str:
         lengths = ", ".join(str(length) for _, length in chunks)
         batch += [f"{len(chunks)} chunks of {chunks[0][0]} that end at {lengths}"]
     batch += ["scattered"] if ones and shape.rows != sorted(shape.rows) else []
-    terms = [f"window {shape.window}"] if shape.window else []
-    terms += [f"soft cap {shape.soft_cap:g}"] if shape.soft_cap else []
-    terms += ["sinks"] if shape.has_sinks else []
-    heads = f"{shape.q_heads}/{shape.kv_heads} heads of {shape.head_dim}"
-    return ", ".join([heads, f"page {shape.page_size}", *batch, *terms])
+    return shape.described(*batch)

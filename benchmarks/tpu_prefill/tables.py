@@ -1,10 +1,8 @@
 """Rows as Markdown tables: cycles over the floor, mixed batches over their parts, then every figure by shape."""
 
-import itertools
+from benchmarks.tpu.markdown import MISSING, head, line
+from benchmarks.tpu.tables import against_peers, details, named
 
-from benchmarks.tpu.markdown import MISSING, escaped, head, line
-
-from .candidates import PAGED
 from .row import Row
 from .shapes import SHAPES, Shape, describe
 
@@ -90,24 +88,16 @@ def _part_ratio(rows: list[Row], shape: Shape, candidate: str, generation: str) 
 
 
 def _details(rows: list[Row]) -> str:
-    lines = [f"## {rows[0].shape}: {describe(SHAPES[rows[0].shape])} (*modelled*)", "", *head(_COLUMNS)]
-    for (candidate, error), group in itertools.groupby(rows, lambda row: (row.candidate, row.error)):
-        if error:
-            generations = ", ".join(row.generation for row in group)
-            lines.append(line([candidate, generations, escaped(error), *[""] * (len(_COLUMNS) - 3)]))
-        else:
-            lines += [line(_figures(row)) for row in group]
-    return "\n".join(lines)
+    return details(f"{rows[0].shape}: {describe(SHAPES[rows[0].shape])}", _COLUMNS, rows, _figures)
 
 
 def _figures(row: Row) -> list[str]:
-    name = f"{row.candidate} ({escaped(row.note)})" if row.note else row.candidate
     compiled = [f"{row.vmem_bytes / 2**20:.1f}", f"{row.compile_seconds:.1f}", str(len(row.kernels))]
     beside = str(len(row.other_operations))
     if floor_ratio(row) is None:
-        return [name, row.generation, "compiled only", *[MISSING] * 7, *compiled, MISSING, MISSING, beside]
+        return [named(row), row.generation, "compiled only", *[MISSING] * 7, *compiled, MISSING, MISSING, beside]
     return [
-        name,
+        named(row),
         row.generation,
         f"{row.cycles / row.floor_cycles:.2f}",
         *(f"{cycles / 1000:.1f}" for cycles in (row.cycles, row.bundles, row.model_cycles, row.mxu_cycles)),
@@ -134,7 +124,4 @@ def _failure(row: Row) -> str:
 
 
 def _against_peers(rows: list[Row], generation: str) -> str:
-    mine = [row for row in rows if row.generation == generation and floor_ratio(row) is not None]
-    ours = [row.cycles for row in mine if row.candidate == PAGED]
-    peers = [row.cycles for row in mine if row.candidate != PAGED]
-    return f"{min(peers) / ours[0]:.2f}" if ours and peers else MISSING
+    return against_peers([row for row in rows if row.generation == generation and floor_ratio(row) is not None])

@@ -83,7 +83,7 @@ def ragged_page_attention_v2(
         compute_dtype=compute_dtype,
         devices=Devices.of(mesh, axes, in_specs, out_specs, **named, softmax_aux=softmax_aux),
     )
-    return _attend(options, *arrays.as_arrays(**named), softmax_aux=_sinks(softmax_aux))
+    return _attend(options, *arrays.as_arrays(**named), _sinks(softmax_aux))
 
 
 def ragged_page_attention_v3(
@@ -136,10 +136,11 @@ def ragged_page_attention_v3(
     hints = Hints.of_ragged(vmem_limit_bytes)
     options = Options.of(target, interpret, scale, soft_cap, sliding_window, hints=hints, devices=devices)
     given = arrays.as_arrays(**named)
-    _require_distribution(given[-1], given[4])
-    return _update(options, *given, softmax_aux=_sinks(softmax_aux))
+    _require_ends(given[-1], given[4])
+    return _update(options, *given, _sinks(softmax_aux))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _attend(
     options: Options,
     query: Array,
@@ -161,14 +162,12 @@ def _attend(
     arrays.require_heads("query", q.shape[1], "kv_pages", layout.num_kv_heads, _CACHE)
     batch = RaggedBatch(context_lens, block_tables, query_start_loc, num_seqs)
     attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
-    if kv_pages.ndim == 4:
-        pages = layout.wrap(kv_pages)
-        out = attend(wide, attend.adopt(pages) if isinstance(attend, ShardedAttend) else pages, batch, softmax_aux)
-    else:
-        out = _read_packed(attend, wide, kv_pages, batch, softmax_aux)
-    return _as_queries(out, query)
+    pages = _pages(layout, kv_pages)
+    pages = attend.adopt(pages) if isinstance(attend, ShardedAttend) else pages
+    return _as_queries(attend(wide, pages, batch, softmax_aux), query)
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _update(
     options: Options,
     queries: Array,
@@ -195,41 +194,20 @@ def _update(
             f"{tuple(block_tables.shape)}."
         )
     arrays.require_integers("block_tables", block_tables)
+    arrays.require_shape("distribution", distribution, (3,), "[decode_end, prefill_end, total]")
+    arrays.require_integers("distribution", distribution)
     arrays.require_heads(
         "queries", q.shape[1], "kv_pages", layout.num_kv_heads, "[pages, page_size, 2 * kv_heads, dim]"
     )
     batch = RaggedBatch(context_lens, block_tables.reshape(slots, -1), query_start_loc, distribution[2])
     attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
     k, v = (arrays.padded(x, layout.head_dim) for x in (k, v))
-    out, kv_pages = _write(attend, wide, k, v, kv_pages, batch, softmax_aux)
-    return _as_queries(out, queries), kv_pages
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _read_packed(attend: AnyAttend, q: Array, kv_pages: Array, batch: RaggedBatch, sinks: Array | None) -> Array:
-    """Jitted, so that packed pages are not copied."""
-    if isinstance(attend, ShardedAttend):
-        own = dataclasses.replace(attend.layout, num_kv_heads=attend.spec.num_kv_heads)
-        return attend(q, attend.adopt(_pages(own, kv_pages)), batch, sinks)
-    return attend(q, _pages(attend.layout, kv_pages), batch, sinks)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _write(
-    attend: AnyAttend,
-    q: Array,
-    k: Array,
-    v: Array,
-    kv_pages: Array,
-    batch: RaggedBatch,
-    sinks: Array | None,
-) -> tuple[Array, Array]:
-    """`Attend.update`, in place of the caller's own array."""
-    out, pages = attend.update(q, k, v, _pages(attend.layout, kv_pages), batch, sinks)
-    return out, pages.arrays[0].reshape(kv_pages.shape)
+    out, pages = attend.update(wide, k, v, _pages(attend.layout, kv_pages), batch, softmax_aux)
+    return _as_queries(out, queries), pages.arrays[0].reshape(kv_pages.shape)
 
 
 def _pages(layout: PageLayout, kv_pages: Array) -> Pages:
+    """Those of either form: packed ones are the same bytes, which a reshape under ``jax.jit`` does not move."""
     return layout.wrap(kv_pages.reshape(layout.array_shapes(kv_pages.shape[0])[0]))
 
 
@@ -262,12 +240,11 @@ def _require_sequences(context_lens: Array, query_start_loc: Array) -> int:
     return slots
 
 
-def _require_distribution(distribution: Any, context_lens: Any) -> None:
-    """Shape and dtype; and the values, where they are known."""
-    arrays.require_shape("distribution", distribution, (3,), "[decode_end, prefill_end, total]")
-    arrays.require_integers("distribution", distribution)
-    arrays.require_shape("context_lens", context_lens, ("seqs",), "[seqs]")
+def _require_ends(distribution: Any, context_lens: Any) -> None:
+    """The values, where they are known and their shapes are right, which `_update` looks at."""
     if isinstance(distribution, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return
+    if distribution.shape != (3,) or distribution.dtype.kind not in "iu" or len(context_lens.shape) != 1:
         return
     decode_end, prefill_end, total = np.asarray(distribution).tolist()
     if not 0 <= decode_end <= prefill_end <= total <= context_lens.shape[0]:

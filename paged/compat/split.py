@@ -1,7 +1,9 @@
 """Entry points over a cache of two arrays, ``[kv_heads, pages, page_size, head_dim]`` each: decode, and one prompt."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -115,6 +117,7 @@ def prefill_page_attention(
     return _prefill(options, *arrays.as_arrays(**named))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _decode(
     options: Options, query: Array, key_cache: Array, value_cache: Array, context_lens: Array, block_tables: Array
 ) -> Array:
@@ -131,6 +134,7 @@ def _decode(
     return _attend(options, query, q, (key_cache, value_cache), layout, RaggedBatch.decode(context_lens, block_tables))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _prefill(
     options: Options, query: Array, key_cache: Array, value_cache: Array, context_len: Array, page_indices: Array
 ) -> Array:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import jax.numpy as jnp
 
+from paged.lower import in_force
 from paged.spec import AttentionSpec, PageLayout
 
 from .devices import Devices
@@ -33,6 +35,7 @@ class Options:
     max_context_len: int | None = None
     is_float32: bool = False
     devices: Devices | None = None
+    advice: Hashable = ()  # what contexts and tuning files were heeded: a trace is for these
 
     @classmethod
     def of(
@@ -60,6 +63,7 @@ class Options:
             None if max_context_len is None else integer("max_context_len", max_context_len, 1),
             wants_float32(compute_dtype),
             devices,
+            in_force(),
         )
 
     def spec(self, num_q_heads: int, head_dim: int, layout: PageLayout, sinks: bool = False) -> AttentionSpec:

@@ -3,6 +3,7 @@
 from .advice import Key as Key
 from .advice import TuningFile as TuningFile
 from .advice import TuningWarning as TuningWarning
+from .advice import in_force as in_force
 from .advice import schedules as schedules
 from .attend import Attend as Attend
 from .attend import lower as lower

@@ -43,6 +43,18 @@ class Attend:
     check: bool
     advice: Advice = NO_ADVICE  # what contexts and the tuning file said when it was lowered
 
+    def __hash__(self) -> int:
+        """Computed once: by it every call outside of ``jax.jit`` finds its program."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.spec, self.layout, self.lowerings, self.pinned, self.check, self.advice))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: a hash means nothing in another process."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @property
     def lowering(self) -> Lowering:
         """The lowering of choice; a call that it refuses goes to the next."""

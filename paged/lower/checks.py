@@ -72,17 +72,17 @@ def require_sinks(spec: AttentionSpec, sinks: Any) -> None:
 
 
 def _require_rows(name: str, array: Any, tail: tuple[int, int], why: str) -> None:
-    heads = "q_heads" if name == "q" else "kv_heads"
-    dim = "value_dim" if name == "v" else "head_dim"
-    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+    if shape is None or dtype is None:
         raise TypeError(f"{name} must be an array; got {type(array).__name__}.")
-    if len(array.shape) != 3 or tuple(array.shape[1:]) != tail or array.shape[0] < 1:
+    if len(shape) != 3 or tuple(shape[1:]) != tail or shape[0] < 1:
+        heads = "q_heads" if name == "q" else "kv_heads"
+        dim = "value_dim" if name == "v" else "head_dim"
         raise ValueError(
-            f"{name} must be [tokens, {heads}, {dim}] = [at least 1, {tail[0]}, {tail[1]}] ({why}); got "
-            f"{tuple(array.shape)}."
+            f"{name} must be [tokens, {heads}, {dim}] = [at least 1, {tail[0]}, {tail[1]}] ({why}); got {tuple(shape)}."
         )
-    if array.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16 or float32; got {array.dtype.name}.")
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32; got {dtype.name}.")
 
 
 def check(batch: RaggedBatch, pages: Pages, tokens: int, spec: AttentionSpec) -> RaggedBatch:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from paged.spec import RaggedBatch
+from paged.spec import RaggedBatch, register_module
 
 
 class PagePool(eqx.Module):
@@ -214,3 +214,7 @@ def _serve_in_order(
         return used + jnp.where(is_served, more, 0), (is_served, used)
 
     return jax.lax.scan(serve, jnp.zeros((), jnp.int32), (extra, fits))[1]
+
+
+_INTEGERS: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
+register_module(PagePool(_INTEGERS, _INTEGERS, _INTEGERS, page_size=1), "page_size")

@@ -4,6 +4,7 @@ from . import presets as presets
 from .attention import AttentionSpec as AttentionSpec
 from .batch import RaggedBatch as RaggedBatch
 from .coverage import Coverage as Coverage
+from .export import register_module as register_module
 from .layout import FLOAT_DTYPES as FLOAT_DTYPES
 from .layout import PAGE_ORDERS as PAGE_ORDERS
 from .layout import SCALE_KINDS as SCALE_KINDS

@@ -123,4 +123,5 @@ def _as_int32(name: str, value: Any, rank: int) -> Any:
         value = value.reshape(())  # the field passes it either way
     if value.ndim != rank:
         raise ValueError(f"{name} must have {rank} dimension(s); got shape {tuple(value.shape)}.")
-    return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value, jnp.int32)
+    is_done = isinstance(value, jax.ShapeDtypeStruct) or (isinstance(value, jax.Array) and value.dtype == jnp.int32)
+    return value if is_done else jnp.asarray(value, jnp.int32)

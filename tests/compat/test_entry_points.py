@@ -14,9 +14,9 @@ from paged.compat import (
     ragged,
     ragged_page_attention_v2,
     ragged_page_attention_v3,
+    split,
     static,
 )
-from paged.lower.attend import _state
 from tests.support import CORNERS, build
 
 from .entries import (
@@ -39,7 +39,7 @@ every_entry = pytest.mark.parametrize("name", ENTRIES)
 slow = pytest.mark.slow
 # One shape and one set of static arguments for most of the tests that always run: to compile takes their time.
 SPECS = {"rich": RICH, "plain": SPEC}
-JITTED = {"page": _state, "prefill": _state, "v2": _state, "v3": ragged._write}
+JITTED = {"page": split._decode, "prefill": split._prefill, "v2": ragged._attend, "v3": ragged._update}
 
 
 def _case(name, terms="rich", **facts):

@@ -120,10 +120,12 @@ def test_the_public_arguments_of_ragged_batches_reach_the_kernel():
         assert _jaxpr(ragged_page_attention_v2, *V2, target="tpu", **{name: value}) == plain, name
 
 
-@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
-def test_compute_dtype_widens_to_float32_and_narrows_nothing(compute_dtype, monkeypatch):
+@pytest.mark.parametrize(("compute_dtype", "window"), [("bfloat16", 31), ("float16", 32), ("float32", 33)])
+def test_compute_dtype_widens_to_float32_and_narrows_nothing(compute_dtype, window, monkeypatch):
+    """A window each, so that each is traced: calls that say the same are traced once."""
     calls = []
     monkeypatch.setattr(ragged, "lowered", lambda *args: calls.append(args[-1]) or lowered(*args))
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in V2]
-    jax.eval_shape(functools.partial(ragged_page_attention_v2, target="tpu", compute_dtype=compute_dtype), *arrays)
+    said = {"target": "tpu", "compute_dtype": compute_dtype, "sliding_window": window}
+    jax.eval_shape(functools.partial(ragged_page_attention_v2, **said), *arrays)
     assert [call.q_dtype for call in calls] == ["float32" if compute_dtype == "float32" else "bfloat16"]

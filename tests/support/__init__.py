@@ -2,11 +2,13 @@
 
 from .arrays import Built as Built
 from .arrays import build as build
+from .arrays import layers_of as layers_of
 from .cases import CORNERS as CORNERS
 from .cases import Case as Case
 from .cases import Corner as Corner
 from .compare import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS
 from .compare import TOLERANCES as TOLERANCES
+from .compare import assert_bitwise as assert_bitwise
 from .compare import assert_state as assert_state
 from .compare import assert_states_close as assert_states_close
 from .compare import exact_state as exact_state

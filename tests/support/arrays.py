@@ -241,3 +241,10 @@ def _poison(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.
         return rng.choice(np.array([-128, 127], np.int8), shape)
     poison = rng.choice(np.array([np.nan, np.inf, -np.inf], np.float32), shape, p=[0.8, 0.1, 0.1])
     return poison.astype(jnp.dtype(dtype))
+
+
+def layers_of(built: Built, count: int) -> tuple[list[Any], Any]:
+    """``(q, k, v, pages)`` of each of so many layers of a model, whose tables are those of one batch; and stacked."""
+    one = (built.q, built.k, built.v, built.pages)
+    layers = [jax.tree.map(lambda x, i=i: x * (-0.5) ** i, one) for i in range(count)]
+    return layers, jax.tree.map(lambda *xs: jnp.stack(xs), *layers)

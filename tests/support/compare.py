@@ -1,7 +1,8 @@
 """Comparison with the reference in float64: the tolerances, each with its reason, and what must hold exactly."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,3 +109,9 @@ def _assert_within(error: np.ndarray, allowed: np.ndarray, name: str) -> None:
         worst = np.unravel_index(np.argmax(error / allowed), error.shape)
         where = [int(i) for i in worst]
         assert (error <= allowed).all(), f"{name}{where}: error {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
+
+
+def assert_bitwise(a: Iterable[Any], b: Iterable[Any], rows: Any = slice(None)) -> None:
+    """Float32 arrays of both, in these rows, are equal to the bit, NaN and the sign of 0 too."""
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[rows].view(np.uint32), np.asarray(y)[rows].view(np.uint32))

@@ -41,6 +41,29 @@ def covering_rows(
     return rows
 
 
+def assert_every_pair_meets(
+    rows: Sequence[Mapping[str, Any]],
+    factors: Mapping[str, Sequence[Any]],
+    is_allowed: Callable[[Mapping[str, Any]], bool] = lambda row: True,
+) -> None:
+    """Rows have exactly the pairs of levels that are allowed."""
+    for a, b in itertools.combinations(factors, 2):
+        wanted = {(x, y) for x in factors[a] for y in factors[b] if is_allowed({a: x, b: y})}
+        assert {(row[a], row[b]) for row in rows} == wanted, (a, b)
+
+
+def assert_every_level(rows: Sequence[Mapping[str, Any]], factors: Mapping[str, Sequence[Any]]) -> None:
+    """Every level of every factor is in some row."""
+    levels = {(name, x) for name, levels in factors.items() for x in levels}
+    missing = levels - {(name, row[name]) for row in rows for name in factors}
+    assert not missing, missing
+
+
+def named(row: Mapping[str, Any], *without: str) -> str:
+    """What a test of a row is called."""
+    return "-".join(str(level) for name, level in row.items() if name not in without)
+
+
 def _candidate(
     rng: random.Random, factors: Mapping[str, Sequence[Any]], missing: set, is_allowed: Callable[..., bool]
 ) -> dict[str, int]:

@@ -5,6 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from paged.lower.tpu import CHIPS
+from tests.support import build, exact_state
+from tests.support.mutants import plant_method
 
 from .interpreter import KernelFault, assert_equals_reference, interpreted, params
 
@@ -77,17 +79,14 @@ def all_full(original):
     return of
 
 
+def all_clean(original):
+    """A method of `Stream` that takes every block for one whose values are all of live tokens."""
+    return lambda self, *args: original(dataclasses.replace(self, is_clean=Shifted(self.is_clean, 1)), *args)
+
+
 def method(cls, name, mutant):
     """Plants ``mutant(original)`` in place of a method."""
-
-    def plant(patch):
-        raw = cls.__dict__[name]
-        if isinstance(raw, classmethod):
-            patch.setattr(cls, name, classmethod(mutant(raw.__func__)))
-        else:
-            patch.setattr(cls, name, mutant(raw))
-
-    return plant
+    return lambda patch: plant_method(patch, cls, name, mutant)
 
 
 def all_of(*plants):
@@ -115,3 +114,21 @@ def what_is_seen(attend, built):
         # The race detector compares only accesses that nothing orders, and fails where one of them has a stride.
         return "race" if "_slices_overlap" in str(error) else f"exception: {error}"
     return None
+
+
+def built_of(suite):
+    """The arrays of a suite's cases; their exact states are computed before any bug is planted."""
+    builts = {name: build(case) for name, (case, _, _) in suite.items()}
+    return {name: (built, exact_state(built))[0] for name, built in builts.items()}
+
+
+def assert_sound(name, suite, builts):
+    """Nothing is seen where no bug is planted."""
+    assert what_is_seen(attend_with("sound", *suite[name]), builts[name]) is None
+
+
+def assert_killed(bug, suite, builts, planted, monkeypatch):
+    """The case that is to kill a bug sees it, and sees what it should."""
+    plant, name, expected = planted
+    plant(monkeypatch)
+    assert (what_is_seen(attend_with(bug, *suite[name]), builts[name]) or "nothing").startswith(expected)

@@ -1,44 +1,33 @@
 """The real TPU compiler takes the kernels: specs, shapes and schedules over five generations, without a TPU.
 
-A point is compiled for one or two generations, so that each generation meets every family of points. The few that run
-always are those of models people have; with ``-m "slow or not slow"`` all do.
+The few points that run always are those of models people have; with ``-m "slow or not slow"`` all do.
 """
 
-import dataclasses
-import importlib.util
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import paged
-from paged.lower import Call, CompileError, Schedule, compile_for
-from paged.lower.tpu import CHIPS
+from paged.lower import compile_for
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu, which is not here"
+from .points import (
+    GENERATIONS,
+    abstract_call,
+    assert_crosses_generations,
+    assert_error_carries_the_compilers_words,
+    assert_refused_with_the_nearest,
+    assert_takes_back_its_own,
+    compiled,
+    int8,
+    marked,
+    needs_libtpu,
+    not_fifth,
+    table_of,
+    wave,
 )
+
 POOL_BYTES = 256 * 2**20
-GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-assert set(GENERATIONS) == set(CHIPS)
-
-
-def _wave(p, j, h):
-    return 0.1 * jnp.sin(p - j) + 0.01 * h
-
-
-def _not_fifth(p, j):
-    return (p + j) % 5 != 0
-
-
 _GEMMA = {"head_dim": 256, "group": 2, "spec": {"soft_cap": 50.0}}
 _GPT_OSS = {"head_dim": 64, "group": 8, "spec": {"sinks": True, "window": 128}}
 _F32 = {"dtype": "float32", "q_dtype": "float32"}
-
-
-def _int8(scales, **facts):
-    return {"dtype": "int8", "scales": scales, **facts}
 
 
 def _scores(*scores):
@@ -60,7 +49,7 @@ POINTS = {
     "head_dim 80": {"head_dim": 80, "order": "joined"},
     "head_dim 96": {"head_dim": 96, "order": "joined"},
     "head_dim 96, split": {"head_dim": 96, "order": "split"},
-    "head_dim 64, int8": _int8("head", head_dim=64, order="joined"),
+    "head_dim 64, int8": int8("head", head_dim=64, order="joined"),
     "MQA, 16": {"kv_heads": 1, "group": 16},
     "MHA, 16": {"kv_heads": 16, "group": 1},
     "group 3": {"group": 3},
@@ -74,17 +63,17 @@ POINTS = {
     "float32, small": {**_F32, "kv_heads": 2, "page_size": 32},
     "float32 queries": {"q_dtype": "float32", "kv_heads": 2},
     "float16 queries": {"q_dtype": "float16", "kv_heads": 2},
-    "int8, tensor": _int8("tensor"),
-    "int8, head": _int8("head"),
-    "int8, token": _int8("token"),
-    "int8, token, page 64": _int8("token", page_size=64),
-    "int8, interleaved": _int8("head", order="interleaved"),
-    "int8, split": _int8("head", order="split", page_size=32),
+    "int8, tensor": int8("tensor"),
+    "int8, head": int8("head"),
+    "int8, token": int8("token"),
+    "int8, token, page 64": int8("token", page_size=64),
+    "int8, interleaved": int8("head", order="interleaved"),
+    "int8, split": int8("head", order="split", page_size=32),
     "float8_e4m3fn": {"dtype": "float8_e4m3fn", "scales": "head"},
     "float8_e5m2, token": {"dtype": "float8_e5m2", "scales": "token"},
     "ALiBi": _scores(paged.ALiBi()),
-    "bias": _scores(paged.Bias(_wave)),
-    "where": {"spec": {"mask": paged.Where(_not_fifth)}},
+    "bias": _scores(paged.Bias(wave)),
+    "where": {"spec": {"mask": paged.Where(not_fifth)}},
     "prefix or causal": {"spec": {"causal": False, "mask": paged.Causal() | paged.Prefix(64)}},
     "chunk": {"spec": {"mask": paged.Chunk(1024)}},
     "not causal": {"spec": {"causal": False}},
@@ -94,7 +83,7 @@ POINTS = {
     "256 of 32k": {"slots": 256, "length": 32768},
     "4 of 128k, page 8": {"slots": 4, "length": 131072, "page_size": 8},
     "grid": {"schedule": {"sequence": "grid", "pages_per_block": 16}},
-    "grid, int8": {**_int8("head"), "schedule": {"sequence": "grid", "pages_per_block": 16}},
+    "grid, int8": {**int8("head"), "schedule": {"sequence": "grid", "pages_per_block": 16}},
     "grid, interleaved": {"order": "interleaved", "schedule": {"sequence": "grid", "pages_per_block": 8}},
     "grid, gpt-oss": {**_GPT_OSS, "schedule": {"sequence": "grid", "pages_per_block": 8, "buffers": 4}},
     "grid, splits": {"slots": 2, "schedule": {"sequence": "grid", "pages_per_block": 8, "kv_splits": 4}},
@@ -103,8 +92,8 @@ POINTS = {
     "update, joined": {**_GPT_OSS, "order": "joined", "update": True},
     "update, split": {"order": "split", "update": True},
     "update, interleaved": {"order": "interleaved", "update": True},
-    "update, int8": _int8("head", update=True),
-    "update, int8, token": _int8("token", update=True),
+    "update, int8": int8("head", update=True),
+    "update, int8, token": int8("token", update=True),
     "update, float32, page 8": {**_F32, "page_size": 8, "update": True},
     "update, 4 query rows": {"rows": 4, "update": True},
     "update, grid": {"update": True, "schedule": {"sequence": "grid", "pages_per_block": 16}},
@@ -122,46 +111,11 @@ FAST = (
 )
 
 
-def _table():
-    """Every point for one generation, in turn; the first of each four for a second one; and the fast ones."""
-    names = list(POINTS)
-    table = [(name, GENERATIONS[i % 5]) for i, name in enumerate(names)]
-    table += [(name, GENERATIONS[(i + 2 + i // 5) % 5]) for i, name in enumerate(names) if i % 4 == 0]
-    return list(dict.fromkeys((*FAST, *table)))
+TABLE = table_of(POINTS, FAST, every=4)
 
 
-TABLE = _table()
-
-
-def _call(
-    slots=16, length=4096, page_size=16, kv_heads=8, group=4, head_dim=128, rows=1, order="packed", dtype="bfloat16",
-    scales=None, q_dtype="bfloat16", schedule=None, spec=None, update=False,
-):  # fmt: skip
-    """The lowered attention, the abstract arguments of a point, and the new keys and values if it is an update."""
-    layout = paged.PageLayout(
-        page_size=page_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.dtype(dtype), order=order,
-        scales=scales,
-    )  # fmt: skip
-    spec = paged.AttentionSpec(num_q_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=head_dim, **(spec or {}))
-    num_pages = POOL_BYTES // layout.bytes_per_page
-    arrays = [jax.ShapeDtypeStruct(shape, layout.dtype) for shape in layout.array_shapes(num_pages)]
-    if scales is not None:
-        scale = jax.ShapeDtypeStruct(layout.scale_shape(num_pages), jnp.float32)
-        scales = {"k_scale": scale, "v_scale": scale}
-    tables = np.zeros((slots, -(-length // page_size)), int)
-    batch = paged.RaggedBatch.decode(np.full(slots, length), tables, query_rows=rows)
-    q = jax.ShapeDtypeStruct((slots * rows, spec.num_q_heads, head_dim), jnp.dtype(q_dtype))
-    sinks = jax.ShapeDtypeStruct((spec.num_q_heads,), jnp.float32) if spec.sinks else None
-    chosen = None if schedule is None else Schedule(lowering="tpu-decode", **schedule)
-    attend = paged.lower(spec, layout, "tpu", schedule=chosen)
-    new = jax.ShapeDtypeStruct((slots * rows, kv_heads, head_dim), jnp.dtype(q_dtype))
-    args = (q, layout.wrap(*arrays, **(scales or {})), batch, sinks)
-    return attend, args, {"new": (new, new)} if update else {}
-
-
-def _marked(name, generation):
-    marks = [] if (name, generation) in FAST else [pytest.mark.slow]
-    return pytest.param(name, generation, id=f"{name}-{generation}", marks=marks)
+def _call(**point):
+    return abstract_call("tpu-decode", POOL_BYTES, **{"slots": 16, "rows": 1, **point})
 
 
 def _copies_the_pool(point):
@@ -177,47 +131,29 @@ def _most_temporaries(point):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("name", "generation"), [_marked(*point) for point in TABLE])
+@pytest.mark.parametrize(("name", "generation"), marked(TABLE, FAST))
 def test_compiles_without_a_copy_of_the_pool(name, generation):
-    attend, args, new = _call(**POINTS[name])
-    compiled = compile_for(attend, generation, *args, **new)
-    assert compiled.lowering == "tpu-decode" and compiled.generation == generation
-    assert compiled.schedule.lowering == "tpu-decode" and compiled.code_bytes > 0
-    assert compiled.argument_bytes >= POOL_BYTES
-    if not _copies_the_pool(POINTS[name]):
-        assert compiled.temporary_bytes < _most_temporaries(POINTS[name])
-    for field, value in (POINTS[name].get("schedule") or {}).items():
-        assert getattr(compiled.schedule, field) == value
+    point = POINTS[name]
+    made = compiled(_call(**point), "tpu-decode", generation, point.get("schedule"))
+    assert made.argument_bytes >= POOL_BYTES
+    if not _copies_the_pool(point):
+        assert made.temporary_bytes < _most_temporaries(point)
 
 
 def test_the_table_is_large_enough_and_crosses_generations():
-    assert len(TABLE) >= 60 and set(FAST) <= set(TABLE)
-    for generation in GENERATIONS:
-        facts = [POINTS[name] for name, to in TABLE if to == generation]
-        assert len(facts) >= 10
-        assert any("schedule" in point and point["schedule"].get("sequence") == "grid" for point in facts)
-        assert any("scales" in point for point in facts) and any("spec" in point for point in facts)
+    assert_crosses_generations(POINTS, TABLE, FAST, lambda point: point.get("schedule", {}).get("sequence") == "grid")
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("name", [name for name, point in POINTS.items() if "schedule" not in point])
 def test_the_heuristic_is_a_schedule_that_it_would_take_back(name, generation):
-    """What is chosen fits the chip by the lowering's own rule: a default never needs more memory than there is."""
-    attend, (q, pages, batch, _), _ = _call(**POINTS[name])
-    call = Call.of(q, pages, batch)
-    lowering = attend.lowering.on_chip(CHIPS[generation])
-    schedule = lowering.schedule(attend.program, attend.layout, call)
-    assert lowering.cannot_honour(attend.program, attend.layout, call, schedule) is None
-    assert lowering.refuses(attend.program, attend.layout, call) is None
+    assert_takes_back_its_own(_call(**POINTS[name]), generation)
 
 
 def test_a_schedule_too_large_for_the_chip_is_refused_with_the_nearest_that_fits():
-    attend, args, _ = _call(schedule={"pages_per_block": 256, "buffers": 8})
-    with pytest.raises(ValueError, match=r"cannot run: its buffers take \d+ bytes .*on v4: lower pages_per_block") as e:
-        compile_for(attend, "v4", *args)
-    own = _call()[0].on_chip(CHIPS["v4"])
-    nearest = own.choose(Call.of(*args[:3]))[1]
-    assert f"The nearest that can: {nearest}." in str(e.value)
+    large = _call(schedule={"pages_per_block": 256, "buffers": 8})
+    match = r"cannot run: its buffers take \d+ bytes .*on v4: lower pages_per_block"
+    assert_refused_with_the_nearest(large, _call(), match)
 
 
 def test_more_cores_than_the_chip_has_are_refused():
@@ -234,11 +170,5 @@ def test_an_unknown_generation_is_named():
 
 @needs_libtpu
 def test_a_compile_error_carries_the_schedule_and_the_compilers_words(monkeypatch):
-    """A chip said to have sixty times its memory: the schedule passes our rule, and the compiler finds it out."""
-    attend, args, _ = _call(page_size=256, schedule={"pages_per_block": 2, "buffers": 24})
-    large = dataclasses.replace(CHIPS["v4"], vmem_bytes=2**30)
-    monkeypatch.setitem(CHIPS, "v4", large)
-    with pytest.raises(CompileError) as error:
-        compile_for(attend, "v4", *args)
-    assert error.value.schedule == attend.schedule and error.value.generation == "v4"
-    assert str(attend.schedule) in str(error.value) and "vmem" in error.value.reason.lower()
+    large = _call(page_size=256, schedule={"pages_per_block": 2, "buffers": 24})
+    assert_error_carries_the_compilers_words(large, monkeypatch)

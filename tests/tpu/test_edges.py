@@ -2,20 +2,25 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import paged
 from paged.lower import Schedule
-from paged.lower.tpu import CHIPS
 from paged.lower.tpu.launch import Launch
-from paged.spec import AttentionState, RaggedBatch
-from tests.support import CORNERS, Case, assert_state, build, exact_state
+from tests.support import CORNERS, Case, assert_bitwise, build, exact_state
 from tests.support.specs import PLAIN
 
-from .interpreter import assert_equals_reference, interpreted, params, state_of, watched
+from .edges import (
+    assert_gradients_are_those_of_xla,
+    assert_nothing_is_seen,
+    assert_num_seqs_is_clamped,
+    assert_update_is_write_then_attend,
+    items_of_launches,
+    with_batch,
+    with_scalar_memory,
+)
+from .interpreter import assert_equals_reference, interpreted, state_of
 
 # One kernel for most of this file: two query rows, blocks of two pages of at most four.
 CASE = Case(spec=PLAIN, page_size=8, phase="decode", rows=2)
@@ -26,26 +31,13 @@ def _attend():
     return interpreted(CASE, SCHEDULE)
 
 
-def _with_batch(built, **changes):
-    """Built arrays with some of the batch's values changed; the exact state is the reference's of the same values."""
-    batch = built.batch
-    values = {name: changes.get(name, getattr(batch, name)) for name in ("lengths", "block_tables", "query_starts")}
-    new = RaggedBatch(**values, num_seqs=changes.get("num_seqs", batch.num_seqs), query_rows=batch.query_rows)
-    return dataclasses.replace(built, batch=new)
-
-
-def _assert_bitwise(a, b, rows=slice(None)):
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(np.asarray(x)[rows].view(np.uint32), np.asarray(y)[rows].view(np.uint32))
-
-
 def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
     """Entries out of the pool, in the first, a middle and the last page, and in the only one of a sequence."""
     built = build(CASE.replace(corner="exact pages"))
     table = built.batch.block_tables
     for s, page, hole in ((0, 0, -1), (1, 1, built.pages.num_pages), (3, 0, 2**31 - 1), (4, 1, -(2**31))):
         table = table.at[s, page].set(hole)
-    holed = _with_batch(built, block_tables=table)
+    holed = with_batch(built, block_tables=table)
     visible = [seen[:0] if row < 2 else seen for row, seen in enumerate(built.visible)]
     got = assert_equals_reference(_attend(), dataclasses.replace(holed, visible=visible))
     assert np.isneginf(np.asarray(got.lse)[:2]).all() and np.isfinite(np.asarray(got.lse)[2:]).all()
@@ -55,22 +47,17 @@ def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
 def test_lengths_out_of_range_are_clamped():
     built = build(CASE.replace(corner="first page masked"))
     assert built.batch.lengths.tolist() == [32, 31, 25, 32, 32]
-    wild = _with_batch(built, lengths=jnp.array([33, -1, -(2**31), 2**31 - 1, 10**6], jnp.int32))
-    clamped = _with_batch(built, lengths=jnp.array([32, 0, 0, 32, 32], jnp.int32))
+    wild = with_batch(built, lengths=jnp.array([33, -1, -(2**31), 2**31 - 1, 10**6], jnp.int32))
+    clamped = with_batch(built, lengths=jnp.array([32, 0, 0, 32, 32], jnp.int32))
     got = state_of(_attend(), wild)
-    _assert_bitwise(got, state_of(_attend(), clamped))
-    _assert_bitwise(got, state_of(_attend(), built), rows=np.array([0, 1, 6, 7, 8, 9]))
-    assert not np.asarray(got.out)[2:6].any() and np.isneginf(np.asarray(got.lse)[2:6]).all()
+    assert_bitwise(got, state_of(_attend(), clamped))
+    assert_bitwise(got, state_of(_attend(), built), rows=np.array([0, 1, 6, 7, 8, 9]))
+    assert_nothing_is_seen(got, slice(2, 6))
 
 
 @pytest.mark.parametrize("num_seqs", [0, -3, 10**6])
 def test_the_number_of_sequences_is_clamped(num_seqs):
-    built = build(CASE)
-    got = state_of(_attend(), _with_batch(built, num_seqs=jnp.int32(num_seqs)))
-    if num_seqs > 0:
-        _assert_bitwise(got, state_of(_attend(), built))
-    else:
-        assert not np.asarray(got.out).any() and np.isneginf(np.asarray(got.lse)).all()
+    assert_num_seqs_is_clamped(_attend(), build(CASE), num_seqs)
 
 
 @pytest.mark.parametrize("corner", ["mixed", "few live"])
@@ -78,13 +65,13 @@ def test_page_order_and_stale_entries_are_invisible_bitwise(corner):
     """Pages lie elsewhere, and all that nobody may read is drawn anew: entries, dead slots, padding rows."""
     case = CASE.replace(corner=corner)
     states = [state_of(_attend(), build(case, physical_seed=seed, padding_seed=seed)) for seed in range(2)]
-    _assert_bitwise(*states)
+    assert_bitwise(*states)
 
 
 def test_other_sequences_are_invisible_bitwise():
     case = CASE.replace(corner="one past a page")
     before, after = (state_of(_attend(), build(case, changed=changed)) for changed in ((), (0, 2, 4)))
-    _assert_bitwise(before, after, rows=np.array([2, 3, 6, 7]))
+    assert_bitwise(before, after, rows=np.array([2, 3, 6, 7]))
     assert (np.asarray(before.lse)[[0, 1, 4, 5, 8, 9]] != np.asarray(after.lse)[[0, 1, 4, 5, 8, 9]]).any()
 
 
@@ -98,7 +85,7 @@ def test_rows_that_the_starts_do_not_give_each_sequence_alike():
     """``query_rows`` says two rows each, and the values say otherwise: a fault, which shows no row of another's."""
     built = build(CASE.replace(corner="first page masked"))
     for starts in ([0, 1, 3, 3, 5, 6], [0, 2, 4, 3, 6, 8], [1, 3, 5, 7, 9, 10]):
-        faulty = _with_batch(built, query_starts=jnp.array(starts, jnp.int32))
+        faulty = with_batch(built, query_starts=jnp.array(starts, jnp.int32))
         want = exact_state(faulty)
         got = state_of(_attend(), faulty)
         np.testing.assert_allclose(got.out, want.out, rtol=0, atol=2e-5)
@@ -108,7 +95,7 @@ def test_rows_that_the_starts_do_not_give_each_sequence_alike():
 def test_more_rows_than_the_static_number_give_no_row_what_nobody_wrote():
     """``query_rows`` says two rows and the starts give one sequence five: what lies in memory must not come out."""
     built = build(CASE.replace(corner="first page masked"))
-    faulty = _with_batch(built, query_starts=jnp.array([0, 5, 7, 9, 10, 10], jnp.int32))
+    faulty = with_batch(built, query_starts=jnp.array([0, 5, 7, 9, 10, 10], jnp.int32))
     got, want = state_of(_attend(), faulty), exact_state(faulty)
     assert np.isfinite(np.asarray(got.out)).all()
     is_empty = np.isneginf(np.asarray(got.lse))
@@ -117,67 +104,23 @@ def test_more_rows_than_the_static_number_give_no_row_what_nobody_wrote():
 
 
 def test_update_equals_write_then_attend_in_one_trace(monkeypatch):
-    """For every corner; the slots that this step's tokens go to hold NaN before the write."""
-    launches = []
-    launch = Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *args: launches.append(self) or launch(self, *args))
+    """For every corner."""
+    items = items_of_launches(monkeypatch, Launch)
     attend = interpreted(CASE, SCHEDULE, generation="v5p")
     for corner in CORNERS:
         built, held = (build(CASE.replace(corner=corner), hold_new=held) for held in (False, True))
-        args = (built.q, built.k, built.v, built.pages, built.batch)
-        out, pages = watched(attend.update, *args)
-        written = paged.write(built.k, built.v, built.pages, built.batch)
-        for a, b in zip(pages.arrays, written.arrays, strict=True):
-            np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
-        assert_state(AttentionState(out, jnp.asarray(exact_state(held).lse)), held)
-    assert len(launches) == 1
+        assert_update_is_write_then_attend(attend, built, held)
+    assert len(items) == 1
 
 
 def test_gradients_are_those_of_the_xla_lowering():
-    """Of the queries and the pages, through the output and the log-sum-exp."""
-    built = build(CASE)
-    rng = np.random.default_rng(5)
-    seen = np.array([row is not None and len(row) > 0 for row in built.visible])[:, None]
-    weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (built.q.shape, built.q.shape[:2])]
-
-    def gradients(attend):
-        def loss(q, arrays):
-            state = attend.state(q, built.pages.layout.wrap(*arrays), built.batch)
-            lse = jnp.where(seen, state.lse, 0.0)
-            return jnp.sum(state.out * weights[0]) + jnp.sum(lse * weights[1])
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))
-
-    got = watched(gradients(_attend()), built.q, built.pages.arrays)
-    want = gradients(paged.lower(CASE.spec, CASE.layout, "xla"))(built.q, built.pages.arrays)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
-        assert np.abs(np.asarray(a)).max() > 0.1
-
-
-def _with_scalar_memory(case, smem_bytes, schedule=SCHEDULE):
-    attend = interpreted(case, schedule)
-    chip = dataclasses.replace(CHIPS["v4"], smem_bytes=int(smem_bytes))
-    lowerings = tuple(low.on_chip(chip).interpreted(params("on_wait")) for low in attend.lowerings)
-    return dataclasses.replace(attend, lowerings=lowerings)
-
-
-def _launches(monkeypatch):
-    items = []
-    launch = Launch.__call__
-
-    def counted(self, work, *args):
-        items.append(work.begin.shape[0])
-        return launch(self, work, *args)
-
-    monkeypatch.setattr(Launch, "__call__", counted)
-    return items
+    assert_gradients_are_those_of_xla(_attend(), build(CASE))
 
 
 def test_page_lists_too_long_for_scalar_memory_are_cut_by_sequence(monkeypatch):
     """Three sequences, then two, of which a part or all may be dead."""
-    items = _launches(monkeypatch)
-    attend = _with_scalar_memory(CASE, 3 * 72 / 0.6 + 1)
+    items = items_of_launches(monkeypatch, Launch)
+    attend = with_scalar_memory(CASE, 3 * 72 / 0.6 + 1, SCHEDULE)
     for corner in ("mixed", "few live", "more rows than tokens"):
         assert_equals_reference(attend, build(CASE.replace(corner=corner)))
     assert items == [3, 2]
@@ -185,9 +128,9 @@ def test_page_lists_too_long_for_scalar_memory_are_cut_by_sequence(monkeypatch):
 
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
     """One sequence of four pages, two at a time, each two in two parts: the states of all four are merged."""
-    items = _launches(monkeypatch)
+    items = items_of_launches(monkeypatch, Launch)
     case = CASE.replace(phase="prefill", spec=PLAIN.replace(sinks=True), sink_shape=(4,))
-    attend = _with_scalar_memory(case, (2 * 8 + 80) / 0.6 + 1, SCHEDULE.replace(pages_per_block=1, kv_splits=2))
+    attend = with_scalar_memory(case, (2 * 8 + 80) / 0.6 + 1, SCHEDULE.replace(pages_per_block=1, kv_splits=2))
     for corner in ("first page masked", "exact pages", "empty"):
         assert_equals_reference(attend, build(case.replace(corner=corner)))
     assert items == [2, 2]

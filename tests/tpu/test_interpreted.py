@@ -4,15 +4,13 @@ A row of the table is one kernel, and runs on a few corners of a batch's values:
 The first rows, which hold half of all pairs, run always; with ``-m "slow or not slow"`` all do.
 """
 
-import itertools
-
 import jax.numpy as jnp
 import pytest
 
 from paged.lower import Schedule
 from paged.spec import ALiBi, AttentionSpec, Bias, Chunk, Prefix, Where
 from tests.support import CORNERS, Case, build
-from tests.support.pairs import covering_rows
+from tests.support.pairs import assert_every_level, assert_every_pair_meets, covering_rows, named
 from tests.support.specs import not_fifth
 
 from .interpreter import MODES, assert_equals_reference, interpreted
@@ -68,8 +66,8 @@ def is_taken(row) -> bool:
 ROWS = covering_rows(FACTORS, is_allowed=is_taken)
 
 
-def case_of_row(row) -> Case:
-    """The case that a row of the table stands for, in its first corner."""
+def case_of_row(row, phase="decode", rows=0) -> Case:
+    """The case that a row of a table stands for, in its first corner, in a phase with so many rows a sequence."""
     heads, kv_heads = row["heads"]
     terms = TERMS[row["terms"]]
     dtype, _, scales = row["pool"].partition(" ")
@@ -80,8 +78,8 @@ def case_of_row(row) -> Case:
         dtype=dtype,
         scales=scales or None,
         q_dtype=row["q_dtype"],
-        phase="decode",
-        rows=row["rows"],
+        phase=phase,
+        rows=rows or row["rows"],
         sink_shape=(heads,) if terms.get("sinks") else None,
         corner=row["corners"][0],
     )
@@ -93,12 +91,15 @@ def schedule_of_row(row) -> Schedule:
     return Schedule(lowering="tpu-decode", **{name: row[name] for name in names})
 
 
-def _marked(i, row):
-    name = "-".join(str(value) for value in list(row.values())[1:])
-    return pytest.param(row, id=name, marks=[pytest.mark.slow] if i >= FAST_ROWS else [])
+def marked(rows, is_fast):
+    """The table's rows as parameters, named by all but their corners; slow unless ``is_fast(number of the row)``."""
+    return [
+        pytest.param(row, id=named(row, "corners"), marks=[] if is_fast(i) else [pytest.mark.slow])
+        for i, row in enumerate(rows)
+    ]
 
 
-@pytest.mark.parametrize("row", [_marked(i, row) for i, row in enumerate(ROWS)])
+@pytest.mark.parametrize("row", marked(ROWS, lambda i: i < FAST_ROWS))
 def test_any_two_features_together_equal_the_reference(row):
     case = case_of_row(row)
     attend = interpreted(case, schedule_of_row(row), row["mode"])
@@ -108,9 +109,7 @@ def test_any_two_features_together_equal_the_reference(row):
 
 def test_the_table_covers_every_pair_that_is_taken():
     assert len(ROWS) <= 52
-    for a, b in itertools.combinations(FACTORS, 2):
-        wanted = {(x, y) for x in FACTORS[a] for y in FACTORS[b] if is_taken({a: x, b: y})}
-        assert {(row[a], row[b]) for row in ROWS} == wanted, (a, b)
+    assert_every_pair_meets(ROWS, FACTORS, is_taken)
 
 
 def test_every_corner_of_a_batch_is_in_the_table():
@@ -118,8 +117,4 @@ def test_every_corner_of_a_batch_is_in_the_table():
 
 
 def test_the_rows_that_always_run_have_every_level():
-    fast = ROWS[:FAST_ROWS]
-    missing = {(name, x) for name, levels in FACTORS.items() for x in levels} - {
-        (name, row[name]) for row in fast for name in FACTORS
-    }
-    assert not missing
+    assert_every_level(ROWS[:FAST_ROWS], FACTORS)

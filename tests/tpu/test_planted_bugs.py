@@ -4,8 +4,6 @@ What sees it is named too: wrong numbers, NaN, a race, a semaphore left counting
 A bug that survives says that these tests lost their teeth.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,19 +17,21 @@ from paged.lower.tpu.stream import Stream
 from paged.lower.tpu.transfer import Transfers
 from paged.lower.tpu.work import Visited
 from paged.spec import AttentionState
-from tests.support import Case, build, case_of, exact_state
+from tests.support import Case, case_of
 from tests.support.specs import PLAIN
 
 from .planting import (
     Elsewhere,
     Shifted,
+    all_clean,
     all_full,
     all_of,
-    attend_with,
+    assert_killed,
+    assert_sound,
+    built_of,
     method,
     nothing,
     page_too_few,
-    what_is_seen,
     without_waiting,
 )
 
@@ -94,10 +94,6 @@ def _none_empty(original):
     return are_short
 
 
-def _all_clean(original):
-    return lambda self, *args: original(dataclasses.replace(self, is_clean=Shifted(self.is_clean, 1)), *args)
-
-
 def _wrong_place(original):
     return lambda self, refs, *args: original(
         self, refs._replace(out_buffer=Elsewhere(refs.out_buffer, _next_item)), *args
@@ -131,7 +127,7 @@ BUGS = {
     "results from the wrong place": (method(Decode, "_copy_results", _wrong_place), "late", "race"),
     "j <= length": (method(Decode, "_attend", _one_too_long), "late", "nan"),
     "values past the length not silenced": (method(Transfers, "silence", nothing), "late", "nan"),
-    "values of empty places not silenced": (method(Stream, "silence", _all_clean), "late", "nan"),
+    "values of empty places not silenced": (method(Stream, "silence", all_clean), "late", "nan"),
     "a page too few": (method(Visited, "of", page_too_few), "late", "wrong"),
     "partial pages taken for full": (method(Visited, "of", all_full), "late", "nan"),
     "cursor a block behind": (
@@ -169,18 +165,14 @@ _SLOW = ("no wait for the last pages", "partial pages taken for full", "cursor a
 
 @pytest.fixture(scope="module")
 def builts():
-    """Every case's arrays; their exact states are computed before any bug is planted."""
-    built = {name: build(case) for name, (case, _, _) in SUITE.items()}
-    return {name: (one, exact_state(one))[0] for name, one in built.items()}
+    return built_of(SUITE)
 
 
 @pytest.mark.parametrize("name", SUITE)
 def test_the_suite_passes_without_a_bug(name, builts):
-    assert what_is_seen(attend_with("sound", *SUITE[name]), builts[name]) is None
+    assert_sound(name, SUITE, builts)
 
 
 @pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug in _SLOW)) for bug in BUGS])
 def test_the_suite_kills(bug, builts, monkeypatch):
-    plant, name, expected = BUGS[bug]
-    plant(monkeypatch)
-    assert (what_is_seen(attend_with(bug, *SUITE[name]), builts[name]) or "nothing").startswith(expected)
+    assert_killed(bug, SUITE, builts, BUGS[bug], monkeypatch)

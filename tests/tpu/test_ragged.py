@@ -4,17 +4,14 @@ A row of the table is one kernel and runs on a few corners of a batch's values. 
 ``-m "slow or not slow"`` all do.
 """
 
-import itertools
-
 import pytest
 
 from paged.lower import Schedule
-from paged.spec import AttentionSpec
-from tests.support import Case, build
-from tests.support.pairs import covering_rows
+from tests.support import build
+from tests.support.pairs import assert_every_level, assert_every_pair_meets, covering_rows
 
 from .interpreter import MODES, assert_equals_reference, interpreted
-from .test_interpreted import CORNER_SETS, TERMS, is_taken
+from .test_interpreted import CORNER_SETS, TERMS, case_of_row, is_taken, marked
 from .test_interpreted import FACTORS as DECODE_FACTORS
 
 FAST_ROWS = 6
@@ -41,25 +38,6 @@ ROWS = covering_rows(FACTORS, is_allowed=is_taken)
 _LEAST_PAGES = {8: 16, 24: 16, 64: 2, 128: 1}
 
 
-def case_of_row(row) -> Case:
-    """The case that a row of the table stands for, in its first corner."""
-    heads, kv_heads = row["heads"]
-    terms, (phase, rows) = TERMS[row["terms"]], row["rows"]
-    dtype, _, scales = row["pool"].partition(" ")
-    return Case(
-        spec=AttentionSpec(num_q_heads=heads, num_kv_heads=kv_heads, head_dim=row["head_dim"], **terms),
-        page_size=row["page_size"],
-        order=row["order"],
-        dtype=dtype,
-        scales=scales or None,
-        q_dtype=row["q_dtype"],
-        phase=phase,
-        rows=rows or 1,
-        sink_shape=(heads,) if terms.get("sinks") else None,
-        corner=row["corners"][0],
-    )
-
-
 def schedule_of_row(row) -> Schedule:
     """The schedule that a row stands for."""
     names = ("query_rows", "buffers", "cores")
@@ -67,28 +45,18 @@ def schedule_of_row(row) -> Schedule:
     return Schedule(lowering="tpu-ragged", pages_per_block=pages, **{name: row[name] for name in names})
 
 
-def _marked(i, row):
-    name = "-".join(str(value) for value in list(row.values())[1:])
-    return pytest.param(row, id=name, marks=[pytest.mark.slow] if i >= FAST_ROWS and i != ALSO_FAST else [])
-
-
-@pytest.mark.parametrize("row", [_marked(i, row) for i, row in enumerate(ROWS)])
+@pytest.mark.parametrize("row", marked(ROWS, lambda i: i < FAST_ROWS or i == ALSO_FAST))
 def test_any_two_features_together_equal_the_reference(row):
-    case = case_of_row(row)
+    phase, rows = row["rows"]
+    case = case_of_row(row, phase, rows or 1)
     attend = interpreted(case, schedule_of_row(row), row["mode"])
     for corner in row["corners"]:
         assert_equals_reference(attend, build(case.replace(corner=corner)))
 
 
 def test_the_table_covers_every_pair_that_is_taken():
-    for a, b in itertools.combinations(FACTORS, 2):
-        wanted = {(x, y) for x in FACTORS[a] for y in FACTORS[b] if is_taken({a: x, b: y})}
-        assert {(row[a], row[b]) for row in ROWS} == wanted, (a, b)
+    assert_every_pair_meets(ROWS, FACTORS, is_taken)
 
 
 def test_the_rows_that_always_run_have_every_level():
-    fast = ROWS[:FAST_ROWS]
-    missing = {(name, x) for name, levels in FACTORS.items() for x in levels} - {
-        (name, row[name]) for row in fast for name in FACTORS
-    }
-    assert not missing
+    assert_every_level(ROWS[:FAST_ROWS], FACTORS)

@@ -1,37 +1,33 @@
 """The real TPU compiler takes the prefill kernel, and with it that of decode in mixed batches, without a TPU.
 
-As in `test_compiles`, a point is compiled for one or two generations, so that each generation meets every family of
-points. The few that run always have few heads, which compile fast; with ``-m "slow or not slow"`` all do.
+The few points that run always have few heads, which compile fast; with ``-m "slow or not slow"`` all do.
 """
 
 import dataclasses
-import importlib.util
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import paged
-from paged.lower import Call, CompileError, Schedule, compile_for
-from paged.lower.tpu import CHIPS, TPU_RAGGED
+from paged.lower.tpu import TPU_RAGGED
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu, which is not here"
+from .points import (
+    GENERATIONS,
+    abstract_call,
+    assert_crosses_generations,
+    assert_error_carries_the_compilers_words,
+    assert_refused_with_the_nearest,
+    assert_takes_back_its_own,
+    compiled,
+    int8,
+    marked,
+    needs_libtpu,
+    not_fifth,
+    table_of,
+    wave,
 )
+
 # Many times what the queries and results of the largest point take, so that a copy of it shows.
 POOL_BYTES = 4 * 2**30
-GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-assert set(GENERATIONS) == set(CHIPS)
-
-
-def _wave(p, j, h):
-    return 0.1 * jnp.sin(p - j) + 0.01 * h
-
-
-def _not_fifth(p, j):
-    return (p + j) % 5 != 0
-
 
 _SMALL = {"kv_heads": 2, "group": 2}
 _LLAMA_70B = {"group": 8}
@@ -40,10 +36,6 @@ _GEMMA_3 = {"kv_heads": 16, "group": 2, "spec": {"window": 1024}}
 _GPT_OSS = {"head_dim": 64, "group": 8, "order": "joined", "spec": {"sinks": True, "window": 128}}
 _F32 = {"dtype": "float32", "q_dtype": "float32", **_SMALL}
 _MIXED = {"slots": 64, "rows": None, "tokens": 1024}
-
-
-def _int8(scales, **facts):
-    return {"dtype": "int8", "scales": scales, **facts}
 
 
 def _scores(*scores):
@@ -105,7 +97,7 @@ POINTS = {
     "joined": {"order": "joined", **_SMALL},
     "joined, head_dim 80": {"order": "joined", "head_dim": 80, **_SMALL},
     "joined, head_dim 96": {"order": "joined", "head_dim": 96, **_SMALL},
-    "joined, head_dim 64, int8": _int8("head", order="joined", head_dim=64, **_SMALL),
+    "joined, head_dim 64, int8": int8("head", order="joined", head_dim=64, **_SMALL),
     "split": {"order": "split"},
     "split, page 64": {"order": "split", "page_size": 64, **_SMALL},
     "split, head_dim 64": {"order": "split", "head_dim": 64, **_SMALL},
@@ -114,14 +106,14 @@ POINTS = {
     "interleaved, page 64": {"order": "interleaved", "page_size": 64, **_SMALL},
     "interleaved MQA": {"order": "interleaved", "kv_heads": 1, "group": 8},
     "interleaved, mixed": {"order": "interleaved", **_MIXED},
-    "int8, tensor": _int8("tensor", **_SMALL),
-    "int8, head": _int8("head"),
-    "int8, head, mixed": _int8("head", **_MIXED),
-    "int8, token": _int8("token", page_size=64, **_SMALL),
-    "int8, token, page 128": _int8("token", page_size=128),
-    "int8, token, page 16": _int8("token", **_SMALL),
-    "int8, interleaved": _int8("head", order="interleaved", **_SMALL),
-    "int8, split": _int8("head", order="split", page_size=32, **_SMALL),
+    "int8, tensor": int8("tensor", **_SMALL),
+    "int8, head": int8("head"),
+    "int8, head, mixed": int8("head", **_MIXED),
+    "int8, token": int8("token", page_size=64, **_SMALL),
+    "int8, token, page 128": int8("token", page_size=128),
+    "int8, token, page 16": int8("token", **_SMALL),
+    "int8, interleaved": int8("head", order="interleaved", **_SMALL),
+    "int8, split": int8("head", order="split", page_size=32, **_SMALL),
     "float8_e4m3fn": {"dtype": "float8_e4m3fn", "scales": "head", **_SMALL},
     "float8_e5m2, token": {"dtype": "float8_e5m2", "scales": "token", "page_size": 128, **_SMALL},
     "float32": _F32,
@@ -131,8 +123,8 @@ POINTS = {
     "float16 queries": {"q_dtype": "float16", **_SMALL},
     "ALiBi": _scores(paged.ALiBi()),
     "ALiBi, 8 heads": {"spec": {"scores": (paged.ALiBi(),)}},
-    "bias": _scores(paged.Bias(_wave)),
-    "where": _masked(paged.Where(_not_fifth)),
+    "bias": _scores(paged.Bias(wave)),
+    "where": _masked(paged.Where(not_fifth)),
     "chunk": _masked(paged.Chunk(1024)),
     "prefix or causal": _masked(paged.Causal() | paged.Prefix(64), causal=False),
     "not causal": {**_SMALL, "spec": {"causal": False}},
@@ -141,8 +133,8 @@ POINTS = {
     "update, joined": {**_GPT_OSS, "update": True},
     "update, split": {"order": "split", "update": True, **_SMALL},
     "update, interleaved": {"order": "interleaved", "update": True, **_SMALL},
-    "update, int8": _int8("head", update=True, **_SMALL),
-    "update, int8, token": _int8("token", update=True, page_size=128, **_SMALL),
+    "update, int8": int8("head", update=True, **_SMALL),
+    "update, int8, token": int8("token", update=True, page_size=128, **_SMALL),
     "one block of 128": {"schedule": {"pages_per_block": 8, "query_rows": 64, "buffers": 2}, **_SMALL},
     "tiles of 16 rows": {"schedule": {"pages_per_block": 16, "query_rows": 16, "buffers": 3}},
     "large tiles": {"schedule": {"pages_per_block": 16, "query_rows": 1024, "buffers": 2}, **_SMALL},
@@ -155,49 +147,12 @@ FAST = (
 )
 
 
-def _table():
-    """Every point for one generation, in turn; the first of each five for a second one; and the fast ones."""
-    names = list(POINTS)
-    table = [(name, GENERATIONS[i % 5]) for i, name in enumerate(names)]
-    table += [(name, GENERATIONS[(i + 2 + i // 5) % 5]) for i, name in enumerate(names) if i % 5 == 0]
-    return list(dict.fromkeys((*FAST, *table)))
+TABLE = table_of(POINTS, FAST, every=5)
 
 
-TABLE = _table()
-
-
-def _call(
-    slots=1, rows=512, tokens=None, length=4096, page_size=16, kv_heads=8, group=4, head_dim=128, order="packed",
-    dtype="bfloat16", scales=None, q_dtype="bfloat16", schedule=None, spec=None, update=False,
-):  # fmt: skip
-    """The lowered attention, the abstract arguments of a point, and the new keys and values if it is an update."""
-    layout = paged.PageLayout(
-        page_size=page_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.dtype(dtype), order=order,
-        scales=scales,
-    )  # fmt: skip
-    spec = paged.AttentionSpec(num_q_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=head_dim, **(spec or {}))
-    num_pages = POOL_BYTES // layout.bytes_per_page
-    arrays = [jax.ShapeDtypeStruct(shape, layout.dtype) for shape in layout.array_shapes(num_pages)]
-    if scales is not None:
-        scale = jax.ShapeDtypeStruct(layout.scale_shape(num_pages), jnp.float32)
-        scales = {"k_scale": scale, "v_scale": scale}
-    tables = np.zeros((slots, -(-length // page_size)), int)
-    if rows is None:
-        batch = paged.RaggedBatch(np.full(slots, length), tables, np.linspace(0, tokens, slots + 1).astype(int))
-    else:
-        batch, tokens = paged.RaggedBatch.decode(np.full(slots, length), tables, query_rows=rows), slots * rows
-    q = jax.ShapeDtypeStruct((tokens, spec.num_q_heads, head_dim), jnp.dtype(q_dtype))
-    sinks = jax.ShapeDtypeStruct((spec.num_q_heads,), jnp.float32) if spec.sinks else None
-    chosen = None if schedule is None else Schedule(lowering="tpu-ragged", **schedule)
-    attend = dataclasses.replace(paged.lower(spec, layout, "tpu", schedule=chosen), lowerings=(TPU_RAGGED,))
-    new = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), jnp.dtype(q_dtype))
-    args = (q, layout.wrap(*arrays, **(scales or {})), batch, sinks)
-    return attend, args, {"new": (new, new)} if update else {}
-
-
-def _marked(name, generation):
-    marks = [] if (name, generation) in FAST else [pytest.mark.slow]
-    return pytest.param(name, generation, id=f"{name}-{generation}", marks=marks)
+def _call(**point):
+    attend, args, new = abstract_call("tpu-ragged", POOL_BYTES, **{"slots": 1, "rows": 512, **point})
+    return dataclasses.replace(attend, lowerings=(TPU_RAGGED,)), args, new
 
 
 def _copies_the_pool(point):
@@ -208,55 +163,32 @@ def _copies_the_pool(point):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("name", "generation"), [_marked(*point) for point in TABLE])
+@pytest.mark.parametrize(("name", "generation"), marked(TABLE, FAST))
 def test_compiles_without_a_copy_of_the_pool(name, generation):
-    attend, args, new = _call(**POINTS[name])
-    compiled = compile_for(attend, generation, *args, **new)
-    assert compiled.lowering == "tpu-ragged" and compiled.generation == generation
-    assert compiled.schedule.lowering == "tpu-ragged" and compiled.code_bytes > 0
-    assert compiled.argument_bytes >= 0.99 * POOL_BYTES
-    if not _copies_the_pool(POINTS[name]):
-        assert compiled.temporary_bytes < POOL_BYTES // 4
-    for field, value in (POINTS[name].get("schedule") or {}).items():
-        assert getattr(compiled.schedule, field) == value
+    point = POINTS[name]
+    made = compiled(_call(**point), "tpu-ragged", generation, point.get("schedule"))
+    assert made.argument_bytes >= 0.99 * POOL_BYTES
+    if not _copies_the_pool(point):
+        assert made.temporary_bytes < POOL_BYTES // 4
 
 
-def test_the_table_is_large_enough_and_crosses_generations():
-    assert len(TABLE) >= 60 and set(FAST) <= set(TABLE)
-    for generation in GENERATIONS:
-        facts = [POINTS[name] for name, to in TABLE if to == generation]
-        assert len(facts) >= 10
-        assert any(point.get("rows", 0) is None for point in facts), "a mixed batch"
-        assert any("scales" in point for point in facts) and any("spec" in point for point in facts)
+def test_the_table_is_large_enough_and_has_mixed_batches_for_every_generation():
+    assert_crosses_generations(POINTS, TABLE, FAST, lambda point: point.get("rows", 0) is None)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("name", [name for name, point in POINTS.items() if "schedule" not in point])
 def test_the_heuristic_is_a_schedule_that_it_would_take_back(name, generation):
-    """What is chosen fits the chip by the lowering's own rule: a default never needs more memory than there is."""
-    attend, (q, pages, batch, _), _ = _call(**POINTS[name])
-    call = Call.of(q, pages, batch)
-    lowering = attend.lowering.on_chip(CHIPS[generation])
-    schedule = lowering.schedule(attend.program, attend.layout, call)
-    assert lowering.cannot_honour(attend.program, attend.layout, call, schedule) is None
-    assert lowering.refuses(attend.program, attend.layout, call) is None
+    assert_takes_back_its_own(_call(**POINTS[name]), generation)
 
 
 def test_a_schedule_too_large_for_the_chip_is_refused_with_the_nearest_that_fits():
-    attend, args, _ = _call(schedule={"pages_per_block": 64, "query_rows": 1024, "buffers": 4})
-    with pytest.raises(ValueError, match=r"its buffers take \d+ bytes .*on v4: lower query_rows, pages_per_block") as e:
-        compile_for(attend, "v4", *args)
-    own = _call()[0].on_chip(CHIPS["v4"])
-    nearest = own.choose(Call.of(*args[:3]))[1]
-    assert f"The nearest that can: {nearest}." in str(e.value)
+    large = _call(schedule={"pages_per_block": 64, "query_rows": 1024, "buffers": 4})
+    match = r"its buffers take \d+ bytes .*on v4: lower query_rows, pages_per_block"
+    assert_refused_with_the_nearest(large, _call(), match)
 
 
 @needs_libtpu
 def test_a_compile_error_carries_the_schedule_and_the_compilers_words(monkeypatch):
-    """A chip said to have sixty times its memory: the schedule passes our rule, and the compiler finds it out."""
-    attend, args, _ = _call(page_size=128, schedule={"pages_per_block": 4, "query_rows": 16, "buffers": 64}, **_SMALL)
-    monkeypatch.setitem(CHIPS, "v4", dataclasses.replace(CHIPS["v4"], vmem_bytes=2**30))
-    with pytest.raises(CompileError) as error:
-        compile_for(attend, "v4", *args)
-    assert error.value.schedule == attend.schedule and error.value.generation == "v4"
-    assert str(attend.schedule) in str(error.value) and "vmem" in error.value.reason.lower()
+    large = _call(page_size=128, schedule={"pages_per_block": 4, "query_rows": 16, "buffers": 64}, **_SMALL)
+    assert_error_carries_the_compilers_words(large, monkeypatch)

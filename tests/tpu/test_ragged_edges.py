@@ -1,8 +1,5 @@
 """The edges of the semantics on the TPU lowering for mixed batches: faults of the caller, unseen things, long ones."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,11 +8,20 @@ import paged
 from paged.lower import Schedule
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.prefill_launch import PrefillLaunch
-from paged.spec import AttentionSpec, AttentionState, RaggedBatch
-from tests.support import CORNERS, Case, Corner, assert_state, build, exact_state
+from paged.spec import AttentionSpec
+from tests.support import CORNERS, Case, Corner, assert_bitwise, build, exact_state
 from tests.support.specs import PLAIN
 
-from .interpreter import assert_equals_reference, interpreted, params, state_of, watched
+from .edges import (
+    assert_gradients_are_those_of_xla,
+    assert_nothing_is_seen,
+    assert_num_seqs_is_clamped,
+    assert_update_is_write_then_attend,
+    items_of_launches,
+    with_batch,
+    with_scalar_memory,
+)
+from .interpreter import assert_equals_reference, interpreted, state_of
 
 
 def _schedule(**choices):
@@ -35,19 +41,6 @@ def _attend():
 
 def _built(corner=LONG, **how):
     return build(CASE.replace(corner=corner), **how)
-
-
-def _with_batch(built, **changes):
-    """Built arrays with some of the batch's values changed; the exact state is the reference's of the same values."""
-    batch = built.batch
-    values = {name: changes.get(name, getattr(batch, name)) for name in ("lengths", "block_tables", "query_starts")}
-    new = RaggedBatch(**values, num_seqs=changes.get("num_seqs", batch.num_seqs), query_rows=batch.query_rows)
-    return dataclasses.replace(built, batch=new)
-
-
-def _assert_bitwise(a, b, rows=slice(None)):
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(np.asarray(x)[rows].view(np.uint32), np.asarray(y)[rows].view(np.uint32))
 
 
 def _rows_of(built, *seqs):
@@ -75,47 +68,41 @@ def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
     table = built.batch.block_tables
     for s, page, hole in ((0, 3, -1), (1, 0, built.pages.num_pages), (2, 2, 2**31 - 1), (3, 1, -(2**31))):
         table = table.at[s, page].set(hole)
-    holed = _with_batch(built, block_tables=table)
+    holed = with_batch(built, block_tables=table)
     got = state_of(_attend(), holed)
     _assert_equals(got, exact_state(holed))
     assert np.isneginf(np.asarray(got.lse)[_rows_of(built, 1)]).all()
     assert not np.array_equal(exact_state(holed).out, exact_state(built).out)
-    _assert_bitwise(got, state_of(_attend(), built), rows=_rows_of(built, 4))
+    assert_bitwise(got, state_of(_attend(), built), rows=_rows_of(built, 4))
 
 
 def test_lengths_out_of_range_are_clamped():
     corner = Corner(((4, 0), (1, 0), (4, 0), (1, 0), (4, -1)), (18, 20, 1, 1, 5))
     built = _built(corner)
-    wild = _with_batch(built, lengths=jnp.array([257, -1, 2**31 - 1, -(2**31), 255], jnp.int32))
-    clamped = _with_batch(built, lengths=jnp.array([256, 0, 256, 0, 255], jnp.int32))
+    wild = with_batch(built, lengths=jnp.array([257, -1, 2**31 - 1, -(2**31), 255], jnp.int32))
+    clamped = with_batch(built, lengths=jnp.array([256, 0, 256, 0, 255], jnp.int32))
     got = state_of(_attend(), wild)
-    _assert_bitwise(got, state_of(_attend(), clamped))
-    _assert_bitwise(got, state_of(_attend(), built), rows=_rows_of(built, 0, 2, 4))
-    empty = _rows_of(built, 1, 3)
-    assert not np.asarray(got.out)[empty].any() and np.isneginf(np.asarray(got.lse)[empty]).all()
+    assert_bitwise(got, state_of(_attend(), clamped))
+    assert_bitwise(got, state_of(_attend(), built), rows=_rows_of(built, 0, 2, 4))
+    assert_nothing_is_seen(got, _rows_of(built, 1, 3))
 
 
 @pytest.mark.parametrize("num_seqs", [0, -3, 10**6])
 def test_the_number_of_sequences_is_clamped(num_seqs):
-    built = _built()
-    got = state_of(_attend(), _with_batch(built, num_seqs=jnp.int32(num_seqs)))
-    if num_seqs > 0:
-        _assert_bitwise(got, state_of(_attend(), built))
-    else:
-        assert not np.asarray(got.out).any() and np.isneginf(np.asarray(got.lse)).all()
+    assert_num_seqs_is_clamped(_attend(), _built(), num_seqs)
 
 
 @pytest.mark.parametrize("corner", [LONG, "few live"])
 def test_page_order_and_stale_entries_are_invisible_bitwise(corner):
     """Pages lie elsewhere, and all that nobody may read is drawn anew: entries, dead slots, padding rows."""
     states = [state_of(_attend(), _built(corner, physical_seed=seed, padding_seed=seed)) for seed in range(2)]
-    _assert_bitwise(*states)
+    assert_bitwise(*states)
 
 
 def test_other_sequences_are_invisible_bitwise():
     built = _built()
     before, after = (state_of(_attend(), _built(changed=changed)) for changed in ((), (0, 3, 4)))
-    _assert_bitwise(before, after, rows=_rows_of(built, 1, 2))
+    assert_bitwise(before, after, rows=_rows_of(built, 1, 2))
     others = _rows_of(built, 0, 3, 4)
     assert (np.asarray(before.lse)[others] != np.asarray(after.lse)[others]).all()
 
@@ -132,7 +119,7 @@ def test_other_sequences_are_invisible_bitwise():
 )
 def test_starts_that_are_faults_show_no_row_of_anothers(starts):
     """Where the reference says nothing, the XLA lowering does: both clamp what they read."""
-    faulty = _with_batch(_built(), query_starts=jnp.array(starts, jnp.int32))
+    faulty = with_batch(_built(), query_starts=jnp.array(starts, jnp.int32))
     xla = paged.lower(CASE.spec, CASE.layout, "xla")
     _assert_equals(state_of(_attend(), faulty), xla.state(faulty.q, faulty.pages, faulty.batch))
 
@@ -235,31 +222,12 @@ def _launch(spec, layout, query_rows):
     return PrefillLaunch(program, layout, jnp.float32, 2, query_rows, 2, 1, CHIPS["v4"], False)
 
 
-def _with_scalar_memory(case, smem_bytes, schedule=SCHEDULE):
-    attend = interpreted(case, schedule)
-    chip = dataclasses.replace(CHIPS["v4"], smem_bytes=int(smem_bytes))
-    lowerings = tuple(low.on_chip(chip).interpreted(params("on_wait")) for low in attend.lowerings)
-    return dataclasses.replace(attend, lowerings=lowerings)
-
-
-def _launches(monkeypatch):
-    items = []
-    launch = PrefillLaunch.__call__
-
-    def counted(self, work, *args):
-        items.append(work.begin.shape[0])
-        return launch(self, work, *args)
-
-    monkeypatch.setattr(PrefillLaunch, "__call__", counted)
-    return items
-
-
 @pytest.mark.slow
 def test_page_lists_too_long_for_scalar_memory_are_cut_by_tile(monkeypatch):
     """Six tiles, four in one kernel and two in the next, which writes its rows beside those of the first."""
-    items = _launches(monkeypatch)
+    items = items_of_launches(monkeypatch, PrefillLaunch)
     case = CASE.replace(tokens=32)
-    attend = _with_scalar_memory(case, 4 * 72 / 0.6 + 1)
+    attend = with_scalar_memory(case, 4 * 72 / 0.6 + 1, SCHEDULE)
     for corner in (Corner(LONG.lengths, (17, 2, 5, 3, 4)), "mixed", "few live", "more rows than tokens"):
         assert_equals_reference(attend, build(case.replace(corner=corner)))
     assert items == [4, 3]
@@ -268,10 +236,10 @@ def test_page_lists_too_long_for_scalar_memory_are_cut_by_tile(monkeypatch):
 @pytest.mark.slow
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
     """Two tiles of up to four pages, two pages a kernel: the states of all four kernels are merged."""
-    items = _launches(monkeypatch)
+    items = items_of_launches(monkeypatch, PrefillLaunch)
     spec = PLAIN.replace(sinks=True, num_q_heads=2, num_kv_heads=1)
     case = CASE.replace(phase="prefill", rows=17, spec=spec, sink_shape=(2,))
-    attend = _with_scalar_memory(case, (2 * 8 + 40) / 0.6 + 1)
+    attend = with_scalar_memory(case, (2 * 8 + 40) / 0.6 + 1, SCHEDULE)
     for corner in ("first page masked", "exact pages", "empty", "more rows than tokens"):
         assert_equals_reference(attend, build(case.replace(corner=corner)))
     assert items == [1] * 4
@@ -279,37 +247,14 @@ def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
 
 @pytest.mark.slow
 def test_update_equals_write_then_attend_in_one_trace(monkeypatch):
-    """For every corner; the slots that this step's tokens go to hold NaN before the write."""
-    items = _launches(monkeypatch)
+    """For every corner."""
+    items = items_of_launches(monkeypatch, PrefillLaunch)
     attend = interpreted(CASE, SCHEDULE, generation="v5p")
     for corner in (LONG, *CORNERS):
-        built, held = (_built(corner, hold_new=held) for held in (False, True))
-        out, pages = watched(attend.update, built.q, built.k, built.v, built.pages, built.batch)
-        written = paged.write(built.k, built.v, built.pages, built.batch)
-        for a, b in zip(pages.arrays, written.arrays, strict=True):
-            np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
-        assert_state(AttentionState(out, jnp.asarray(exact_state(held).lse)), held)
+        assert_update_is_write_then_attend(attend, *(_built(corner, hold_new=held) for held in (False, True)))
     assert len(items) == 1
 
 
 @pytest.mark.slow
 def test_gradients_are_those_of_the_xla_lowering():
-    """Of the queries and the pages, through the output and the log-sum-exp."""
-    built = _built()
-    rng = np.random.default_rng(5)
-    seen = np.array([row is not None and len(row) > 0 for row in built.visible])[:, None]
-    weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (built.q.shape, built.q.shape[:2])]
-
-    def gradients(attend):
-        def loss(q, arrays):
-            state = attend.state(q, built.pages.layout.wrap(*arrays), built.batch)
-            lse = jnp.where(seen, state.lse, 0.0)
-            return jnp.sum(state.out * weights[0]) + jnp.sum(lse * weights[1])
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))
-
-    got = watched(gradients(_attend()), built.q, built.pages.arrays)
-    want = gradients(paged.lower(CASE.spec, CASE.layout, "xla"))(built.q, built.pages.arrays)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
-        assert np.abs(np.asarray(a)).max() > 0.1
+    assert_gradients_are_those_of_xla(_attend(), _built())

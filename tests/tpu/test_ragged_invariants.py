@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from paged.spec import AttentionState, RaggedBatch
-from tests.support import assert_state, build, exact_state
+from tests.support import assert_bitwise, assert_state, build, exact_state
 
+from .edges import with_batch
 from .interpreter import interpreted, state_of, watched
-from .test_ragged_edges import CASE, LONG, SCHEDULE, _assert_bitwise, _rows_of, _with_batch
+from .test_ragged_edges import CASE, LONG, SCHEDULE, _rows_of
 
 TOKENS, SLOTS = CASE.tokens, len(LONG.rows)
 # Of inputs of this spread, two results in float32: see `TOLERANCES`.
@@ -79,8 +80,7 @@ def test_chunks_of_prompts_give_what_one_chunk_gives(name):
     built, whole, written = _in_one_step()
     out, pages = _in_steps(built, STEPS[name])
     np.testing.assert_allclose(out[: sum(LONG.rows)], whole[: sum(LONG.rows)], **CLOSE)
-    for a, b in zip(pages.arrays, written.arrays, strict=True):
-        np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+    assert_bitwise(pages.arrays, written.arrays)
 
 
 @pytest.mark.parametrize("s", range(SLOTS))
@@ -89,10 +89,10 @@ def test_a_sequence_alone_is_the_same_bitwise(s):
     built = build(CASE.replace(corner=LONG))
     rows, together = _rows_of(built, s), state_of(_attend(), built)
     starts = np.where(np.arange(SLOTS + 1) > s, len(rows), 0)
-    alone = _with_batch(built, query_starts=jnp.asarray(starts, jnp.int32))
+    alone = with_batch(built, query_starts=jnp.asarray(starts, jnp.int32))
     q = _padded(built.q, rows)
     got = watched(_attend().state, q, built.pages, alone.batch)
-    _assert_bitwise((x[: len(rows)] for x in got), (x[rows] for x in together))
+    assert_bitwise((x[: len(rows)] for x in got), (x[rows] for x in together))
     assert not np.asarray(got.out)[len(rows) :].any()
 
 
@@ -108,4 +108,4 @@ def test_the_order_of_sequences_is_invisible_bitwise(order):
         batch.num_seqs,
     )
     got = watched(_attend().state, _padded(built.q, rows), built.pages, moved)
-    _assert_bitwise((x[: len(rows)] for x in got), (x[rows] for x in want))
+    assert_bitwise((x[: len(rows)] for x in got), (x[rows] for x in want))

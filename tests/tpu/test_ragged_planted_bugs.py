@@ -18,18 +18,20 @@ from paged.lower.tpu.tiles import QueryTiles
 from paged.lower.tpu.transfer import Transfers
 from paged.lower.tpu.work import Visited
 from paged.spec import AttentionState
-from tests.support import Case, Corner, build, exact_state
+from tests.support import Case, Corner
 from tests.support.specs import PLAIN
 
 from .planting import (
     Shifted,
+    all_clean,
     all_full,
     all_of,
-    attend_with,
+    assert_killed,
+    assert_sound,
+    built_of,
     method,
     nothing,
     page_too_few,
-    what_is_seen,
     without_waiting,
 )
 
@@ -85,10 +87,6 @@ def _one_too_long(original):
         original(self, refs._replace(stream=dataclasses.replace(refs.stream, work=work)), *args)
 
     return mask
-
-
-def _all_clean(original):
-    return lambda self, *args: original(dataclasses.replace(self, is_clean=Shifted(self.is_clean, 1)), *args)
 
 
 def _in_the_first_place(stage):
@@ -169,7 +167,7 @@ BUGS = {
     "j <= length": (method(Tile, "_mask", _one_too_long), "late", "nan"),
     "no mask": (method(Tile, "_seen", lambda seen: lambda *args: jnp.bool_(True)), "early", "nan"),
     "values past the length not silenced": (method(Transfers, "silence", nothing), "late", "nan"),
-    "values of empty places not silenced": (method(Stream, "silence", _all_clean), "half blocks", "nan"),
+    "values of empty places not silenced": (method(Stream, "silence", all_clean), "half blocks", "nan"),
     "a page too few": (method(Visited, "of", page_too_few), "early", "wrong"),
     "partial pages taken for full": (method(Visited, "of", all_full), "early", "nan"),
     "keys of another head": (method(Tile, "_stored", _of_the_other_head), "early", "wrong"),
@@ -189,9 +187,7 @@ _FAST_SUITE = ("late",)
 
 @pytest.fixture(scope="module")
 def builts():
-    """Every case's arrays; their exact states are computed before any bug is planted."""
-    built = {name: build(case) for name, (case, _, _) in SUITE.items()}
-    return {name: (one, exact_state(one))[0] for name, one in built.items()}
+    return built_of(SUITE)
 
 
 def _marked(names, fast):
@@ -200,11 +196,9 @@ def _marked(names, fast):
 
 @pytest.mark.parametrize("name", _marked(SUITE, _FAST_SUITE))
 def test_the_suite_passes_without_a_bug(name, builts):
-    assert what_is_seen(attend_with("sound", *SUITE[name]), builts[name]) is None
+    assert_sound(name, SUITE, builts)
 
 
 @pytest.mark.parametrize("bug", _marked(BUGS, _FAST))
 def test_the_suite_kills(bug, builts, monkeypatch):
-    plant, name, expected = BUGS[bug]
-    plant(monkeypatch)
-    assert (what_is_seen(attend_with(bug, *SUITE[name]), builts[name]) or "nothing").startswith(expected)
+    assert_killed(bug, SUITE, builts, BUGS[bug], monkeypatch)

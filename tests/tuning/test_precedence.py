@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import paged
+from paged.compat import page_attention
 from paged.compat.hints import Hints, lowered
 from paged.lower import Call, Key, Schedule
 from paged.lower.tpu import CHIPS
@@ -209,3 +210,25 @@ def test_devices_of_a_mesh_run_what_is_said_of_one_devices_share(tmp_path, monke
     assert attend.explain(Q, PAGES, BATCH).source == "context, tuning file share.json"
     jax.eval_shape(attend, Q, PAGES, BATCH)
     assert ran == [FILE]
+
+
+def test_an_entry_point_of_compat_listens_at_each_call(monkeypatch):
+    """The programs that it keeps are for what contexts and files said."""
+    ran, choose = [], paged.Attend.choose
+
+    def recorded(self, call):
+        ran.append(choose(self, call))
+        return ran[-1]
+
+    monkeypatch.setattr(paged.Attend, "choose", recorded)
+    cache, q = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 2, 8))
+
+    def run():
+        page_attention(q, cache, cache, [3], [[2, 0]], attn_scale=0.123, target="xla")
+        return len(ran)
+
+    run()
+    with paged.schedules(CONTEXT):
+        traced = run()
+    assert ran[0][1] != ran[-1][1] == CONTEXT
+    assert run() == traced, "traced again"

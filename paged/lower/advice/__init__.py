@@ -3,6 +3,7 @@
 from .advice import NO_ADVICE as NO_ADVICE
 from .advice import Advice as Advice
 from .advice import Proposal as Proposal
+from .context import in_force as in_force
 from .context import schedules as schedules
 from .file import Entry as Entry
 from .file import TuningFile as TuningFile

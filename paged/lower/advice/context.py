@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 from ..schedule import Schedule
 from .file import TuningFile
@@ -50,3 +50,8 @@ def sources() -> Iterator[tuple[str, Schedule | TuningFile]]:
     file = TuningFile.at()
     if file is not None:
         yield str(file), file
+
+
+def in_force() -> Hashable:
+    """A value that changes whenever what `sources` say may: for who keeps what was lowered."""
+    return tuple((source, source.stamp() if isinstance(source, TuningFile) else None) for _, source in sources())

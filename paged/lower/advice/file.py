@@ -84,14 +84,19 @@ class TuningFile:
 
     def entries(self) -> tuple[Entry, ...]:
         """What the file holds, sorted; read again only when it has changed."""
+        stamp = self.stamp()
+        return () if stamp is None else _entries(self.path, stamp)
+
+    def stamp(self) -> tuple[int, int, int] | None:
+        """A value that changes when the file does; None while there is none that can be read."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
-            return ()
+            return None
         except OSError as error:
             warn_once(f"The tuning file {self.path} is passed over: {error}.")
-            return ()
-        return _entries(self.path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            return None
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def store(self, entries: Iterable[Entry]) -> None:
         """Put entries in, in place of those with the same keys; all that other processes put in stays. A reader sees

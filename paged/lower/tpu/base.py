@@ -1,22 +1,43 @@
-"""What the lowerings for TPUs have in common: a chip, an interpreter in its place, and writing."""
+"""What the lowerings for TPUs have in common: a chip, an interpreter in its place, rules of kernels, and writing."""
 
 import dataclasses
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, Self
 
 from jaxtyping import Array
 
 from paged.spec import PageLayout, Pages, RaggedBatch
 
+from ..call import Call
 from ..lowering import Lowering
+from ..program import Program
+from ..schedule import Schedule
 from ..xla import XLA_BLOCKS
 from .chips import Chip, this_chip
+from .limits import refuses_program
 from .write import refuses_write, write_rows
+
+
+class KernelRules(NamedTuple):
+    """What a kernel does on a chip, decided from static facts.
+
+    ``refuses(program, layout, call, chip)`` and ``fits(program, layout, call, schedule, chip)`` say why a call or a
+    schedule cannot be, or None; ``plan(name, program, layout, call, chip)`` is the kernel's own schedule, and
+    ``alternatives(layout, call, own)`` are others, to be timed.
+    """
+
+    refuses: Callable[[Program, PageLayout, Call, Chip], str | None]
+    plan: Callable[[str, Program, PageLayout, Call | None, Chip], Schedule]
+    fits: Callable[[Program, PageLayout, Call, Schedule, Chip], str | None]
+    alternatives: Callable[[PageLayout, Call, Schedule], Iterator[Schedule]]
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuLowering(Lowering):
     """A lowering for ``chip``, None for this process's own; ``interpret`` is passed to Pallas."""
 
+    rules: ClassVar[KernelRules]
+    target: str = "tpu"
     chip: Chip | None = dataclasses.field(default=None, kw_only=True)
     interpret: Any = dataclasses.field(default=False, kw_only=True)
 
@@ -29,6 +50,26 @@ class TpuLowering(Lowering):
     def is_interpreted(self) -> bool:
         """Whether Pallas was told to interpret."""
         return bool(self.interpret)
+
+    def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
+        """Pages that a TPU cannot move, terms that no kernel can compute, and calls that are not for this one."""
+        reason = refuses_program(program, layout)
+        if reason is None and call is not None:
+            reason = self.rules.refuses(program, layout, call, self.the_chip)
+        return reason
+
+    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
+        """What fits the chip, with blocks large enough to hide transfers behind work."""
+        return self.rules.plan(self.name, program, layout, call, self.the_chip)
+
+    def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
+        """A schedule must fit the chip's memory, and have no more cores than it."""
+        return self.rules.fits(program, layout, call, schedule, self.the_chip)
+
+    def alternatives(self, program: Program, layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
+        """What the kernel has besides, around its own choice."""
+        del program
+        return self.rules.alternatives(layout, call, own)
 
     def interpreted(self, interpret: Any) -> Self:
         """With kernels interpreted as told."""

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -16,14 +15,14 @@ from ..schedule import Schedule
 from ..sequences import Sequences
 from ..xla import token_rows
 from .alternatives import decode_alternatives
-from .base import TpuLowering
-from .gradient import state_with_gradient, update_with_gradient
+from .base import KernelRules, TpuLowering
 from .granules import row_shape
 from .launch import New
-from .limits import chunks, fits, refuses_call, refuses_program
+from .limits import chunks, fits, refuses_call
 from .planning import launch_of, plan_schedule, vmem_bytes
 from .tiles import QueryTiles
 from .transfer import pools_of
+from .transforms import state_with_gradient, update_with_gradient
 from .update import Targets
 from .work import Visited, Work
 
@@ -32,29 +31,9 @@ from .work import Visited, Work
 class TpuDecode(TpuLowering):
     """Decode on TPUs, one or a few query rows a sequence; every term that is elementwise, every page order."""
 
+    rules: ClassVar[KernelRules] = KernelRules(refuses_call, plan_schedule, fits, decode_alternatives)
     name: str = "tpu-decode"
-    target: str = "tpu"
     choices: frozenset[str] = frozenset({"pages_per_block", "sequence", "buffers", "kv_splits", "cores"})
-
-    def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
-        """Pages that a TPU cannot move, terms that a kernel cannot compute, calls that are not decoding."""
-        reason = refuses_program(program, layout)
-        if reason is None and call is not None:
-            reason = refuses_call(program, layout, call, self.the_chip)
-        return reason
-
-    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
-        """What fits the chip, with blocks large enough to hide the work behind the transfer of the next."""
-        return plan_schedule(self.name, program, layout, call, self.the_chip)
-
-    def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
-        """A schedule must fit the chip's memory, and have no more cores than it."""
-        return fits(program, layout, call, schedule, self.the_chip)
-
-    def alternatives(self, program: Program, layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
-        """Blocks, buffers and splits around its own choice."""
-        del program
-        return decode_alternatives(layout, call, own)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int

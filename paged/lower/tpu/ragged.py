@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ from ..program import Program
 from ..schedule import Schedule
 from ..sequences import Sequences
 from .alternatives import prefill_alternatives
-from .base import TpuLowering
-from .gradient import state_with_gradient, update_with_gradient
-from .limits import prefill_fits, refuses_prefill, refuses_program, rows_and_entries
+from .base import KernelRules, TpuLowering
+from .limits import prefill_fits, refuses_prefill, rows_and_entries
 from .lowering import TpuDecode
 from .planning import plan_prefill, prefill_launch_of
 from .prefill_launch import PrefillLaunch
 from .tiles import QueryTiles, most_tiles
+from .transforms import state_with_gradient, update_with_gradient
 from .work import Visited, Work
 
 
@@ -30,29 +30,9 @@ from .work import Visited, Work
 class TpuRagged(TpuLowering):
     """Prompts, chunks of them and batches of any mix on TPUs; every term that is elementwise, every page order."""
 
+    rules: ClassVar[KernelRules] = KernelRules(refuses_prefill, plan_prefill, prefill_fits, prefill_alternatives)
     name: str = "tpu-ragged"
-    target: str = "tpu"
     choices: frozenset[str] = frozenset({"pages_per_block", "query_rows", "buffers", "cores"})
-
-    def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
-        """Pages that a TPU cannot move, terms that a kernel cannot compute, and more than its memory holds."""
-        reason = refuses_program(program, layout)
-        if reason is None and call is not None:
-            reason = refuses_prefill(program, layout, call, self.the_chip)
-        return reason
-
-    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
-        """What fits the chip, with tiles large enough for the matrix units."""
-        return plan_prefill(self.name, program, layout, call, self.the_chip)
-
-    def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
-        """A schedule must fit the chip's memory, and have no more cores than it."""
-        return prefill_fits(program, layout, call, schedule, self.the_chip)
-
-    def alternatives(self, program: Program, layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
-        """Blocks, buffers and tiles around its own choice."""
-        del program
-        return prefill_alternatives(layout, call, own)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int

@@ -24,6 +24,7 @@ from ..xla import XLA_BLOCKS, token_rows, write_scales
 from .chips import Chip
 from .granules import GRANULE, Granules, Lists, granule_at, granule_shape, token_axis
 from .transfer import Pool, pools_of
+from .transforms import in_turn
 
 Ref = Any
 # Rings of buffers: so many blocks of whole granules are read ahead, and so many written back; so many partial granules.
@@ -53,16 +54,7 @@ def write_rows(chip: Chip, interpret: Any, k: Array, v: Array, pages: Pages, bat
 
     Where two tokens have one slot, which is a fault of the caller, one of them is written.
     """
-    writer, tokens, size = Writer(pages.layout), k.shape[0], pages.layout.page_size
-    seqs = Sequences.of(batch, tokens, size)
-    rows, pools = token_rows(k, v, pages), pages.arrays
-    if (batch.query_rows or tokens) >= GRANULE:
-        most = -(-(tokens // GRANULE) // writer.in_block) * writer.in_block
-        granules = Granules.whole(seqs, most, size, pages.num_pages)
-        pools = _launch(Whole, writer, granules, rows, pools, chip, interpret)
-    granules = Granules.partial(seqs, tokens, size, pages.num_pages)
-    pools = _launch(Partial, writer, granules, rows, pools, chip, interpret)
-    return Pages(pools, *write_scales(rows[len(pools) :], pages, batch), layout=pages.layout)
+    return in_turn(functools.partial(_write, chip, interpret))(k, v, pages, batch)
 
 
 def _write_forward(chip: Chip, interpret: Any, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Any:
@@ -77,6 +69,19 @@ def _write_backward(chip: Chip, interpret: Any, residuals: Any, cotangent: Any) 
 
 
 write_rows.defvjp(_write_forward, _write_backward)
+
+
+def _write(chip: Chip, interpret: Any, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
+    writer, tokens, size = Writer(pages.layout), k.shape[0], pages.layout.page_size
+    seqs = Sequences.of(batch, tokens, size)
+    rows, pools = token_rows(k, v, pages), pages.arrays
+    if (batch.query_rows or tokens) >= GRANULE:
+        most = -(-(tokens // GRANULE) // writer.in_block) * writer.in_block
+        granules = Granules.whole(seqs, most, size, pages.num_pages)
+        pools = _launch(Whole, writer, granules, rows, pools, chip, interpret)
+    granules = Granules.partial(seqs, tokens, size, pages.num_pages)
+    pools = _launch(Partial, writer, granules, rows, pools, chip, interpret)
+    return Pages(pools, *write_scales(rows[len(pools) :], pages, batch), layout=pages.layout)
 
 
 def _cut(count: Int[Array, ""], cores: int) -> Int[Array, " cores_plus_1"]:

@@ -1,10 +1,11 @@
-"""Gradients of kernels: those of the XLA lowering, which computes the same."""
+"""Transforms of kernels: gradients are those of the XLA lowering, which computes the same; ``vmap`` is a loop."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.custom_batching
 from jaxtyping import Array
 
 from paged.spec import AttentionState, Pages
@@ -13,6 +14,15 @@ from ..lowering import Lowering
 from ..program import Program
 from ..schedule import Schedule
 from ..xla import XLA_BLOCKS
+
+
+def in_turn(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays that runs kernels, which under ``jax.vmap`` run one after the other.
+
+    By its own rule for ``vmap`` Pallas would give every operand that is batched a block of its own, also where only
+    some are, and refuse that of operands which a kernel transfers itself: the pages of layers that share a batch.
+    """
+    return jax.custom_batching.sequential_vmap(run)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -26,7 +36,7 @@ def state_with_gradient(
     batch: Any,
 ) -> AttentionState:
     """``run(lowering, program, schedule, q, pages, batch)``."""
-    return run(lowering, program, schedule, q, pages, batch)
+    return in_turn(functools.partial(run, lowering, program, schedule))(q, pages, batch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -42,11 +52,11 @@ def update_with_gradient(
     batch: Any,
 ) -> tuple[AttentionState, Pages]:
     """``run(lowering, program, schedule, q, k, v, pages, batch)``."""
-    return run(lowering, program, schedule, q, k, v, pages, batch)
+    return in_turn(functools.partial(run, lowering, program, schedule))(q, k, v, pages, batch)
 
 
 def _state_forward(run: Any, lowering: Lowering, program: Program, schedule: Schedule, *args: Any):
-    return run(lowering, program, schedule, *args), args
+    return in_turn(functools.partial(run, lowering, program, schedule))(*args), args
 
 
 def _state_backward(run: Any, lowering: Lowering, program: Program, schedule: Schedule, args: Any, cotangent: Any):

@@ -1,0 +1,65 @@
+"""How `jax.export` writes down functions that take or return this package's pytrees: their static parts as JSON.
+
+Importing this module registers `Pages`, `RaggedBatch` and `AttentionState`, and the package imports it. Serialisation
+needs the package ``flatbuffers``, as all of ``jax.export`` does.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from .batch import RaggedBatch
+from .layout import PageLayout, Pages
+from .state import AttentionState
+
+
+def register_module(example: eqx.Module, *static: str) -> None:
+    """Register an example's class, whose last fields, static, are numbers, strings, None or a `PageLayout`.
+
+    ``Exported.serialize`` raises ``ValueError`` where one of them is anything else.
+    """
+    cls, tree = type(example), jax.tree.structure(example, is_leaf=lambda part: part is not example)
+
+    def write(aux_data: Sequence[Any]) -> bytes:
+        values = zip(static, aux_data[-len(static) :], strict=True)
+        return json.dumps([_written(cls, name, value) for name, value in values]).encode()
+
+    def build(aux_data: list[Any], children: Sequence[Any]) -> Any:
+        module = jax.tree.unflatten(tree, children)
+        for name, value in zip(static, aux_data, strict=True):
+            object.__setattr__(module, name, PageLayout(**value) if isinstance(value, dict) else value)
+        return module
+
+    export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"paged.{cls.__name__}",
+        serialize_auxdata=write,
+        deserialize_auxdata=lambda data: json.loads(bytes(data)),
+        from_children=build,
+    )
+
+
+def _written(cls: type, name: str, value: Any) -> Any:
+    if isinstance(value, PageLayout):
+        return {**dataclasses.asdict(value), "dtype": value.dtype.name}
+    if value is None or isinstance(value, int | float | str):
+        return value
+    raise ValueError(
+        f"{cls.__name__}.{name} cannot be written down; got {value!r}. A batch that `paged.check` has marked is sound "
+        "for a mask, which may be any function: export with a batch of the same arrays that is not marked."
+    )
+
+
+def _shapes(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+
+
+register_module(Pages((), None, None, PageLayout(page_size=1, num_kv_heads=1, head_dim=1)), "layout")
+register_module(RaggedBatch(*_shapes((1,), (1, 1), (2,), ())), "query_rows", "checked_for")
+export.register_namedtuple_serialization(AttentionState, serialized_name="paged.AttentionState")

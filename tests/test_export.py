@@ -1,0 +1,120 @@
+"""`jax.export`: what is lowered is written down with this package's pytrees, read back, and means the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import paged
+from paged.lower.compile_for import compile_on
+from paged.lower.tpu import CHIPS
+from paged.runtime import PagePool
+from tests.runtime.tiny import EMBED, GLOBAL, LAYOUT, random_layer
+from tests.support import assert_bitwise, build, case_of, every_lowering, lowered, state_of
+from tests.tpu.points import needs_libtpu
+
+SPEC = paged.AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128, window=40, sinks=True)
+LARGE = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
+
+
+def _read_back(function, *args, **options):
+    return export.deserialize(export.export(function, **options)(*args).serialize())
+
+
+@every_lowering
+@pytest.mark.parametrize("phase", ["decode", "ragged"])
+def test_a_state_of_any_batch_of_the_shape_is_the_same_bitwise(lowering, phase):
+    built = build(case_of("rich", phase))
+    attend = lowered(lowering, built.case)
+    again = _read_back(jax.jit(attend.state), built.q, built.pages, built.batch, built.sinks)
+    for corner in ("mixed", "first page masked", "empty"):
+        other = build(built.case.replace(corner=corner))
+        got = again.call(other.q, other.pages, other.batch, other.sinks)
+        assert isinstance(got, paged.AttentionState)
+        assert_bitwise(got, state_of(attend, other))
+
+
+@every_lowering
+def test_an_update_of_quantised_pages_comes_back_with_their_layout(lowering):
+    built = build(case_of("plain", "decode", dtype="int8", scales="token", order="split"), hold_new=False)
+    attend = lowered(lowering, built.case)
+    args = (built.q, built.k, built.v, built.pages, built.batch)
+    out, pages = _read_back(jax.jit(attend.update), *args).call(*args)
+    want, written = attend.update(*args)
+    assert pages.layout == built.case.layout and jax.tree.structure(pages) == jax.tree.structure(written)
+    for a, b in zip(jax.tree.leaves((out, pages)), jax.tree.leaves((want, written)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_pages_of_another_layout_are_not_taken():
+    built = build(case_of("plain", "decode"))
+    attend = paged.lower(built.case.spec, built.case.layout, "xla")
+    again = _read_back(jax.jit(attend.__call__), built.q, built.pages, built.batch)
+    other = build(built.case.replace(order="split"))
+    with pytest.raises(ValueError, match="order='packed'"):
+        again.call(other.q, other.pages, other.batch)
+
+
+def test_a_batch_marked_for_a_mask_is_refused_by_name():
+    built = build(case_of("plain", "decode"))
+    attend = paged.lower(built.case.spec, built.case.layout, "xla")
+    batch = paged.check(built.batch, built.pages, built.q.shape[0], built.case.spec)
+    with pytest.raises(ValueError, match=r"RaggedBatch.checked_for cannot be written down.*not marked"):
+        export.export(jax.jit(attend.__call__))(built.q, built.pages, batch).serialize()
+
+
+def test_a_layer_and_its_pool_are_one_program():
+    """A serving step: pages are reserved, a layer attends, the pool and the pages come back."""
+    layer = random_layer(GLOBAL, 8, jax.random.key(0), check=False)
+
+    def step(x, pool, pages):
+        pool, _ = pool.extend(jnp.ones(2, jnp.int32))
+        y, pages = layer.attend_pages(x, pool.decode_batch(jnp.ones(2, bool)), pages)
+        return y, pool, pages
+
+    args = (jax.random.normal(jax.random.key(1), (2, EMBED)), PagePool.init(8, 2, 4, 4), LAYOUT.init(8))
+    again = _read_back(jax.jit(step), *args)
+    for _ in range(2):
+        got, want = again.call(*args), jax.jit(step)(*args)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
+        assert got[1].lengths.tolist() == want[1].lengths.tolist()
+        args = (args[0], *got[1:])
+
+
+def test_one_program_for_two_platforms():
+    """The XLA lowering holds no call that only one of them has."""
+    built = build(case_of("rich", "ragged"))
+    attend = lowered("xla-blocks", built.case)
+    args = (built.q, built.pages, built.batch, built.sinks)
+    both = _read_back(jax.jit(attend.__call__), *args, platforms=["cpu", "tpu"])
+    assert set(both.platforms) == {"cpu", "tpu"}
+    np.testing.assert_array_equal(both.call(*args), attend(*args))
+
+
+def _for_tpu(generation, rows):
+    """A donating step for that generation, read back on this machine, and the shapes of its arguments."""
+    attend = paged.lower(SPEC, LARGE, "tpu").on_chip(CHIPS[generation])
+    shape, tokens = jax.ShapeDtypeStruct, 4 * rows
+    pages = LARGE.wrap(*(shape(dims, LARGE.dtype) for dims in LARGE.array_shapes(4096)))
+    batch = paged.RaggedBatch.decode(shape((4,), jnp.int32), shape((4, 8), jnp.int32), query_rows=rows)
+    batch = jax.tree.map(lambda x: shape(x.shape, x.dtype), batch)
+    q, kv = (shape((tokens, heads, 128), jnp.bfloat16) for heads in (8, 2))
+    args = (q, kv, kv, pages, batch, shape((8,), jnp.float32))
+    return _read_back(jax.jit(attend.update, donate_argnums=3), *args, platforms=["tpu"]), args
+
+
+@pytest.mark.parametrize(("generation", "rows"), [("v5e", 1), ("v4", 1), ("v6e", 40)])
+def test_kernels_go_into_a_program_for_tpus_on_a_machine_without_one(generation, rows):
+    again, _ = _for_tpu(generation, rows)
+    text = again.mlir_module()
+    assert again.platforms == ("tpu",) and "tpu_custom_call" in text
+    assert "jax.buffer_donor" in text or "tf.aliasing_output" in text
+
+
+@needs_libtpu
+def test_what_is_read_back_compiles_and_writes_pages_in_place():
+    again, args = _for_tpu("v5e", 1)
+    memory = compile_on(CHIPS["v5e"], jax.jit(again.call, donate_argnums=3), *args).memory_analysis()
+    assert memory.alias_size_in_bytes >= 4096 * LARGE.bytes_per_page > 32 * memory.temp_size_in_bytes

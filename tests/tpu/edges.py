@@ -1,0 +1,84 @@
+"""What the tests of edges ask of both TPU lowerings: faults of the caller, lists too long, updates and gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import paged
+from paged.lower.tpu import CHIPS
+from paged.spec import AttentionState, RaggedBatch
+from tests.support import assert_bitwise, assert_state, exact_state
+
+from .interpreter import interpreted, params, state_of, watched
+
+
+def with_batch(built, **changes):
+    """Built arrays with some of the batch's values changed; the exact state is the reference's of the same values."""
+    batch = built.batch
+    values = {name: changes.get(name, getattr(batch, name)) for name in ("lengths", "block_tables", "query_starts")}
+    new = RaggedBatch(**values, num_seqs=changes.get("num_seqs", batch.num_seqs), query_rows=batch.query_rows)
+    return dataclasses.replace(built, batch=new)
+
+
+def with_scalar_memory(case, smem_bytes, schedule):
+    """The case's attention on a chip with little memory for lists of pages."""
+    attend = interpreted(case, schedule)
+    chip = dataclasses.replace(CHIPS["v4"], smem_bytes=int(smem_bytes))
+    lowerings = tuple(low.on_chip(chip).interpreted(params("on_wait")) for low in attend.lowerings)
+    return dataclasses.replace(attend, lowerings=lowerings)
+
+
+def items_of_launches(monkeypatch, launch):
+    """A list that grows by every kernel that is traced: how many items it works on."""
+    items, call = [], launch.__call__
+
+    def counted(self, work, *args):
+        items.append(work.begin.shape[0])
+        return call(self, work, *args)
+
+    monkeypatch.setattr(launch, "__call__", counted)
+    return items
+
+
+def assert_nothing_is_seen(state, rows=slice(None)):
+    """These rows are empty."""
+    assert not np.asarray(state.out)[rows].any() and np.isneginf(np.asarray(state.lse)[rows]).all()
+
+
+def assert_num_seqs_is_clamped(attend, built, num_seqs):
+    """More than there are slots is all of them, and less than none is none."""
+    got = state_of(attend, with_batch(built, num_seqs=jnp.int32(num_seqs)))
+    if num_seqs > 0:
+        assert_bitwise(got, state_of(attend, built))
+    else:
+        assert_nothing_is_seen(got)
+
+
+def assert_update_is_write_then_attend(attend, built, held):
+    """The slots that this step's tokens go to hold NaN before the write in ``built``, and the tokens in ``held``."""
+    out, pages = watched(attend.update, built.q, built.k, built.v, built.pages, built.batch)
+    assert_bitwise(pages.arrays, paged.write(built.k, built.v, built.pages, built.batch).arrays)
+    assert_state(AttentionState(out, jnp.asarray(exact_state(held).lse)), held)
+
+
+def assert_gradients_are_those_of_xla(attend, built):
+    """Of the queries and the pages, through the output and the log-sum-exp."""
+    rng = np.random.default_rng(5)
+    seen = np.array([row is not None and len(row) > 0 for row in built.visible])[:, None]
+    weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (built.q.shape, built.q.shape[:2])]
+
+    def gradients(attend):
+        def loss(q, arrays):
+            state = attend.state(q, built.pages.layout.wrap(*arrays), built.batch)
+            lse = jnp.where(seen, state.lse, 0.0)
+            return jnp.sum(state.out * weights[0]) + jnp.sum(lse * weights[1])
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+    got = watched(gradients(attend), built.q, built.pages.arrays)
+    want = gradients(paged.lower(built.case.spec, built.case.layout, "xla"))(built.q, built.pages.arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        assert np.abs(np.asarray(a)).max() > 0.1

@@ -1,0 +1,130 @@
+"""Points at which kernels are compiled by the real TPU compiler, without a TPU: arguments that have no memory.
+
+A point is compiled for one or two generations, so that each generation meets every family of points.
+"""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged
+from paged.lower import Call, CompileError, Schedule, compile_for
+from paged.lower.tpu import CHIPS
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu, which is not here"
+)
+GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+assert set(GENERATIONS) == set(CHIPS)
+
+
+def wave(p, j, h):
+    """An opaque bias."""
+    return 0.1 * jnp.sin(p - j) + 0.01 * h
+
+
+def not_fifth(p, j):
+    """An opaque mask."""
+    return (p + j) % 5 != 0
+
+
+def int8(scales, **facts):
+    """Facts of a point with int8 pages."""
+    return {"dtype": "int8", "scales": scales, **facts}
+
+
+def table_of(points, fast, every):
+    """Every point for one generation, in turn; the first of each so many for a second one; and the fast ones."""
+    names = list(points)
+    table = [(name, GENERATIONS[i % 5]) for i, name in enumerate(names)]
+    table += [(name, GENERATIONS[(i + 2 + i // 5) % 5]) for i, name in enumerate(names) if i % every == 0]
+    return list(dict.fromkeys((*fast, *table)))
+
+
+def marked(table, fast):
+    """The table's rows as parameters, slow where they are not fast."""
+    return [pytest.param(*row, id="-".join(row), marks=[] if row in fast else [pytest.mark.slow]) for row in table]
+
+
+def abstract_call(
+    lowering, pool_bytes, *, slots, rows, tokens=None, length=4096, page_size=16, kv_heads=8, group=4, head_dim=128,
+    order="packed", dtype="bfloat16", scales=None, q_dtype="bfloat16", schedule=None, spec=None, update=False,
+):  # fmt: skip
+    """The attention lowered for TPUs, a point's arguments, and the new keys and values if it is an update.
+
+    Of batches whose rows vary, ``rows`` None, only the number of tokens is known.
+    """
+    layout = paged.PageLayout(
+        page_size=page_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.dtype(dtype), order=order,
+        scales=scales,
+    )  # fmt: skip
+    spec = paged.AttentionSpec(num_q_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=head_dim, **(spec or {}))
+    num_pages = pool_bytes // layout.bytes_per_page
+    arrays = [jax.ShapeDtypeStruct(shape, layout.dtype) for shape in layout.array_shapes(num_pages)]
+    if scales is not None:
+        scale = jax.ShapeDtypeStruct(layout.scale_shape(num_pages), jnp.float32)
+        scales = {"k_scale": scale, "v_scale": scale}
+    lengths, tables = np.full(slots, length), np.zeros((slots, -(-length // page_size)), int)
+    if rows is None:
+        batch = paged.RaggedBatch(lengths, tables, np.linspace(0, tokens, slots + 1).astype(int))
+    else:
+        batch, tokens = paged.RaggedBatch.decode(lengths, tables, query_rows=rows), slots * rows
+    q = jax.ShapeDtypeStruct((tokens, spec.num_q_heads, head_dim), jnp.dtype(q_dtype))
+    sinks = jax.ShapeDtypeStruct((spec.num_q_heads,), jnp.float32) if spec.sinks else None
+    chosen = None if schedule is None else Schedule(lowering=lowering, **schedule)
+    attend = paged.lower(spec, layout, "tpu", schedule=chosen)
+    new = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), jnp.dtype(q_dtype))
+    return attend, (q, layout.wrap(*arrays, **(scales or {})), batch, sinks), {"new": (new, new)} if update else {}
+
+
+def compiled(call, lowering, generation, schedule):
+    """What the compiler made of a call: of this lowering, for this generation, and as this schedule says."""
+    attend, args, new = call
+    made = compile_for(attend, generation, *args, **new)
+    assert made.lowering == made.schedule.lowering == lowering
+    assert made.generation == generation and made.code_bytes > 0
+    for field, value in (schedule or {}).items():
+        assert getattr(made.schedule, field) == value
+    return made
+
+
+def assert_crosses_generations(points, table, fast, is_special):
+    """The table is large enough, and each generation has special points, scales and specs."""
+    assert len(table) >= 60 and set(fast) <= set(table)
+    for generation in GENERATIONS:
+        facts = [points[name] for name, to in table if to == generation]
+        assert len(facts) >= 10 and any(map(is_special, facts))
+        assert any("scales" in point for point in facts) and any("spec" in point for point in facts)
+
+
+def assert_takes_back_its_own(call, generation):
+    """What is chosen fits the chip by the lowering's own rule: a default never needs more memory than there is."""
+    attend, args, _ = call
+    abstract = Call.of(*args[:3])
+    lowering = attend.lowering.on_chip(CHIPS[generation])
+    schedule = lowering.schedule(attend.program, attend.layout, abstract)
+    assert lowering.cannot_honour(attend.program, attend.layout, abstract, schedule) is None
+    assert lowering.refuses(attend.program, attend.layout, abstract) is None
+
+
+def assert_refused_with_the_nearest(call, own, match):
+    """A schedule too large for v4; ``own`` is the same call without it."""
+    attend, args, _ = call
+    with pytest.raises(ValueError, match=match) as error:
+        compile_for(attend, "v4", *args)
+    nearest = own[0].on_chip(CHIPS["v4"]).choose(Call.of(*args[:3]))[1]
+    assert f"The nearest that can: {nearest}." in str(error.value)
+
+
+def assert_error_carries_the_compilers_words(call, monkeypatch):
+    """A chip said to have sixty times its memory: the schedule passes our rule, and the compiler finds it out."""
+    attend, args, _ = call
+    monkeypatch.setitem(CHIPS, "v4", dataclasses.replace(CHIPS["v4"], vmem_bytes=2**30))
+    with pytest.raises(CompileError) as error:
+        compile_for(attend, "v4", *args)
+    assert error.value.schedule == attend.schedule and error.value.generation == "v4"
+    assert str(attend.schedule) in str(error.value) and "vmem" in error.value.reason.lower()
