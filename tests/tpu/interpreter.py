@@ -27,7 +27,7 @@ from tests.support import ROUNDED_WEIGHTS, Built, Case, assert_state
 MODES = ("on_wait", "eager")
 
 
-PATIENCE = 60.0  # seconds that a kernel of a few pages may run; on a machine with other work to do it takes one
+PATIENCE = 300.0  # seconds that a kernel of a few pages may run; on a busy machine, unoptimised, some take 60
 
 
 class KernelFault(AssertionError):

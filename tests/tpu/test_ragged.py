@@ -49,7 +49,8 @@ def schedule_of_row(row) -> Schedule:
 def test_any_two_features_together_equal_the_reference(row):
     phase, rows = row["rows"]
     case = case_of_row(row, phase, rows or 1)
-    attend = interpreted(case, schedule_of_row(row), row["mode"])
+    # Two cores, and memory for every row: v4's does not hold two blocks of 384 tokens of 8 float32 heads of 256.
+    attend = interpreted(case, schedule_of_row(row), row["mode"], "v5p")
     for corner in row["corners"]:
         assert_equals_reference(attend, build(case.replace(corner=corner)))
 
