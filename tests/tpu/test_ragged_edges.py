@@ -235,8 +235,8 @@ def test_page_lists_too_long_for_scalar_memory_are_cut_by_tile(monkeypatch):
 
 @pytest.mark.slow
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
-    """Two tiles of up to four pages, a tile and two pages a kernel, which a loop runs for either tile: the states of the
-    two halves of each are merged."""
+    """Two tiles of up to four pages, a tile and two pages to a kernel, which a loop runs for either tile: the states of
+    both halves are merged."""
     items = items_of_launches(monkeypatch, PrefillLaunch)
     spec = PLAIN.replace(sinks=True, num_q_heads=2, num_kv_heads=1)
     case = CASE.replace(phase="prefill", rows=17, spec=spec, sink_shape=(2,))
