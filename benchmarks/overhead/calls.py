@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 import paged
 from paged import compat
+from paged.lower import Call
 
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, PAGES = 4, 2, 8, 4, 16
 SPEC = paged.AttentionSpec(num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=8)
@@ -27,30 +28,43 @@ def pairs() -> dict[str, Pair]:
 
 
 def _native() -> dict[str, Pair]:
+    """Outside of ``jax.jit`` a call always computes the log-sum-exps too, and so does what is beside it."""
     attend = paged.lower(SPEC, LAYOUT, "xla")
     (q, k, v), lengths, tables = _arrays()
     pages, batch = LAYOUT.init(PAGES), paged.RaggedBatch.decode(lengths, tables)
-    integers = (batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs)
+    read = (q, pages.arrays[0], batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs)
+    write = (q, k, v, *read[1:])
 
-    @jax.jit
-    def bare(q: jax.Array, pool: jax.Array, *integers: jax.Array) -> jax.Array:
+    def out(q: jax.Array, pool: jax.Array, *integers: jax.Array) -> jax.Array:
         return attend(q, LAYOUT.wrap(pool), paged.RaggedBatch(*integers, query_rows=1))
 
-    @jax.jit
-    def bare_update(
+    def state(q: jax.Array, pool: jax.Array, *integers: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(attend.state(q, LAYOUT.wrap(pool), paged.RaggedBatch(*integers, query_rows=1)))
+
+    def update(
         q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, *integers: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, ...]:
         out, pages = attend.update(q, k, v, LAYOUT.wrap(pool), paged.RaggedBatch(*integers, query_rows=1))
         return out, pages.arrays[0]
 
-    pool = pages.arrays[0]
-    reads, writes = (lambda: bare(q, pool, *integers)), (lambda: bare_update(q, k, v, pool, *integers))
+    def updated_state(
+        q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, *integers: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        batch = paged.RaggedBatch(*integers, query_rows=1)
+        lowering, schedule = attend.choose(Call.of(q, LAYOUT.wrap(pool), batch))
+        state, pages = lowering.update(attend.program, schedule, q, k, v, LAYOUT.wrap(pool), batch)
+        return *state, pages.arrays[0]
+
+    def beside(call: Callable[[], Any], function: Callable[..., Any], args: tuple[jax.Array, ...]) -> Pair:
+        bare = jax.jit(function)
+        return Pair(call, lambda: bare(*args))
+
     jitted, jitted_update = jax.jit(attend.__call__), jax.jit(attend.update)
     return {
-        "jax.jit(attend)": Pair(lambda: jitted(q, pages, batch), reads),
-        "jax.jit(attend.update)": Pair(lambda: jitted_update(q, k, v, pages, batch), writes),
-        "attend": Pair(lambda: attend(q, pages, batch), reads),
-        "attend.update": Pair(lambda: attend.update(q, k, v, pages, batch), writes),
+        "jax.jit(attend)": beside(lambda: jitted(q, pages, batch), out, read),
+        "jax.jit(attend.update)": beside(lambda: jitted_update(q, k, v, pages, batch), update, write),
+        "attend": beside(lambda: attend(q, pages, batch), state, read),
+        "attend.update": beside(lambda: attend.update(q, k, v, pages, batch), updated_state, write),
     }
 
 

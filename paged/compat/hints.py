@@ -21,8 +21,7 @@ class Hint(NamedTuple):
     value: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Hints:
+class Hints(NamedTuple):
     """Hints of one call; none by default."""
 
     given: tuple[Hint, ...] = ()
@@ -52,6 +51,8 @@ class Hints:
         cls, vmem_limit_bytes: Any, num_kv_pages_per_block: Any = None, num_queries_per_block: Any = None
     ) -> Self:
         """Those of the ragged entry points."""
+        if vmem_limit_bytes is None and num_kv_pages_per_block is None and num_queries_per_block is None:
+            return cls()
         hints = (
             _positive("num_kv_pages_per_block", "pages_per_block", num_kv_pages_per_block),
             _positive("num_queries_per_block", "query_rows", num_queries_per_block),

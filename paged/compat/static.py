@@ -1,9 +1,8 @@
 """Arguments that are no arrays: checked by name, and made into a spec and into hints for a kernel."""
 
-import dataclasses
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -22,8 +21,7 @@ _NO_HINTS = Hints()
 _COMPUTE_DTYPES = tuple(jnp.dtype(d) for d in ("float16", "bfloat16", "float32"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What one call says besides its arrays: hashable, so that JAX traces once for each."""
 
     target: str
