@@ -202,6 +202,7 @@ def test_where_the_file_is(tmp_path, monkeypatch):
 def test_without_a_home_there_is_no_file(monkeypatch):
     monkeypatch.delenv("PAGED_TUNING")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "nowhere")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert paged.TuningFile.at() is None
     assert chosen(paged.lower(SPEC, LAYOUT))[1] == "heuristic"

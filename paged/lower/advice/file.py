@@ -17,6 +17,8 @@ from .warning import warn_once
 
 SETTING, OFF = "PAGED_TUNING", "off"
 _FORMAT = {"paged_tuning": 1}
+# What of the environment, beside that, says where the process's file is.
+_FOLDERS, _FOLDERS_OF_WINDOWS = ("HOME", "XDG_CACHE_HOME"), ("USERPROFILE", "LOCALAPPDATA")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +73,11 @@ class TuningFile:
         ``paged/tuning.json`` in the platform's cache folder. None for ``"off"``, and where there is no such folder."""
         if isinstance(path, TuningFile):
             return path
-        named = os.environ.get(SETTING) if path is None else path
-        if named == OFF:
-            return None
-        if named:
-            return cls(pathlib.Path(named).expanduser())
-        folder = _cache_folder()
-        return None if folder is None else cls(folder / "paged" / "tuning.json")
+        if path:
+            return _named(path)
+        first, second = _FOLDERS_OF_WINDOWS if sys.platform == "win32" else _FOLDERS
+        said = os.environ.get
+        return _of_process(said(SETTING), sys.platform, said(first), said(second))
 
     def __str__(self) -> str:
         return f"tuning file {self.path.name}"
@@ -169,6 +169,20 @@ def _replace(path: pathlib.Path, entries: list[Entry]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+
+
+@functools.lru_cache(maxsize=16)
+def _of_process(named: str | None, *where: str | None) -> TuningFile | None:
+    """Remembered for what the platform and the environment say: calls outside of ``jax.jit`` ask every time."""
+    del where
+    if named:
+        return _named(named)
+    folder = _cache_folder()
+    return None if folder is None else TuningFile(folder / "paged" / "tuning.json")
+
+
+def _named(path: "str | os.PathLike[str]") -> TuningFile | None:
+    return None if path == OFF else TuningFile(pathlib.Path(path).expanduser())
 
 
 def _cache_folder() -> pathlib.Path | None:
