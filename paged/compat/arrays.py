@@ -13,7 +13,13 @@ _LANES = 128
 
 def as_arrays(**named: Any) -> tuple[Any, ...]:
     """The arguments as arrays, lists and Python numbers among them as int32; ``TypeError`` for anything else."""
-    return tuple(x if hasattr(x, "shape") and hasattr(x, "dtype") else _integers(name, x) for name, x in named.items())
+    return tuple(x if _is_array(x) else _integers(name, x) for name, x in named.items())
+
+
+def _is_array(x: Any) -> bool:
+    """Asked of the type first: an array's own shape takes a while."""
+    kind = type(x)
+    return (hasattr(kind, "shape") and hasattr(kind, "dtype")) or (hasattr(x, "shape") and hasattr(x, "dtype"))
 
 
 def _integers(name: str, value: Any) -> np.ndarray:

@@ -75,9 +75,11 @@ class TuningFile:
             return path
         if path:
             return _named(path)
+        named = os.environ.get(SETTING)
+        if named:
+            return _named(named)
         first, second = _FOLDERS_OF_WINDOWS if sys.platform == "win32" else _FOLDERS
-        said = os.environ.get
-        return _of_process(said(SETTING), sys.platform, said(first), said(second))
+        return _of_process(sys.platform, os.environ.get(first), os.environ.get(second))
 
     def __str__(self) -> str:
         return f"tuning file {self.path.name}"
@@ -172,11 +174,9 @@ def _replace(path: pathlib.Path, entries: list[Entry]) -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def _of_process(named: str | None, *where: str | None) -> TuningFile | None:
+def _of_process(*where: str | None) -> TuningFile | None:
     """Remembered for what the platform and the environment say: calls outside of ``jax.jit`` ask every time."""
     del where
-    if named:
-        return _named(named)
     folder = _cache_folder()
     return None if folder is None else TuningFile(folder / "paged" / "tuning.json")
 
