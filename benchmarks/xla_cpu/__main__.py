@@ -11,6 +11,7 @@ import time
 
 import jax
 
+from .inputs import KV_HEADS
 from .measure import Row
 from .plot import plot
 from .tables import tables
@@ -24,6 +25,7 @@ _RUNS = (
     ("write", ("one",)),
 )
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
+_DEVICES = "--xla_force_host_platform_device_count"
 
 
 def main() -> None:
@@ -57,6 +59,8 @@ def _run(section: str, cores: str, is_quick: bool) -> list[Row]:
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {_ONE_CORE}".strip()
         if can_pin:
             os.sched_setaffinity(0, {max(allowed)})
+    else:
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {_DEVICES}={_devices()}".strip()
     command = [sys.executable, "-m", f"{__package__}.worker", section, cores, "quick" if is_quick else "full"]
     try:
         child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -70,14 +74,22 @@ def _run(section: str, cores: str, is_quick: bool) -> list[Row]:
     return rows
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _devices() -> int:
+    """A device a core, as far as KV heads can be shared by them."""
+    return max(n for n in range(1, _cores() + 1) if KV_HEADS % n == 0)
+
+
 def _machine() -> str:
     model = platform.processor() or platform.machine()
     information = pathlib.Path("/proc/cpuinfo")
     if information.exists():
         lines = information.read_text().splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {model}, Python {platform.python_version()}, jax {jax.__version__}"
+    return f"{_cores()} cores of {model}, Python {platform.python_version()}, jax {jax.__version__}"
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def _rows(label: str, case: Case, inputs: Inputs, setting: Setting) -> Iterator[
     candidates = {
         "READ": read((inputs.tokens, 2 * KV_HEADS * HEAD_DIM), inputs.pages.layout.dtype),
         "paged": compiled(attend, inputs.q, inputs.pages, inputs.batch),
+        "paged, a device a core": _on_every_core(inputs),
     }
     expected = candidates["paged"].call()
     absent = {}
@@ -95,6 +96,14 @@ def _rows(label: str, case: Case, inputs: Inputs, setting: Setting) -> Iterator[
         )
     for name, reason in absent.items():
         yield Row("decode", label, name, setting.cores, note=reason)
+
+
+def _on_every_core(inputs: Inputs) -> Candidate:
+    """KV heads shared by this process's CPU devices, of which the parent has made one a core."""
+    mesh = jax.make_mesh((jax.device_count(),), ("cores",))
+    attend = paged.lower(spec(), inputs.pages.layout, target="xla", mesh=mesh, axes=paged.Axes(kv_heads="cores"))
+    lie = attend.shardings
+    return compiled(attend, *jax.device_put((inputs.q, inputs.pages, inputs.batch), (lie.q, lie.pages, lie.batch)))
 
 
 def _gather_all_candidate(inputs: Inputs) -> Candidate:
