@@ -62,6 +62,18 @@ def test_2_one_bad_value_in_an_unwritten_slot_poisons_no_row(phase, poison):
 
 
 @every_phase
+def test_5_sums_over_blocks_are_float32(phase):
+    """One key weighs 1 and the others exp(-9) each: in bfloat16 a block of these would be lost beside the first."""
+    spec = PLAIN.replace(scores=(paged.Bias(lambda p, j, h: jnp.where(j == 0, 0.0, -9.0)),))
+    facts = {"dtype": "bfloat16", "q_dtype": "bfloat16"}
+    built = build(_case(phase, spec, corner="exact pages", **facts)[0])
+    state = _state(interpreted(*_case(phase, spec, **facts)), built, jnp.zeros_like(built.q))
+    assert max(count for _, count in _owned(built)) > 8, "one block would hold all"
+    for row, count in _owned(built):
+        np.testing.assert_allclose(state.lse[row], np.log1p((count - 1) * np.exp(-9.0)), rtol=1e-3, atol=1e-7)
+
+
+@every_phase
 def test_8_the_log_sum_exp_is_natural(phase):
     """Of scores of 0: the natural log of how many there are."""
     built = build(_case(phase, corner="exact pages")[0])
