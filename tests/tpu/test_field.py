@@ -3,6 +3,8 @@
 The others are in `tests/compat/test_faults.py`; one semaphore for all transfers is among the planted bugs.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,28 @@ def test_5_sums_over_blocks_are_float32(phase):
     assert max(count for _, count in _owned(built)) > 8, "one block would hold all"
     for row, count in _owned(built):
         np.testing.assert_allclose(state.lse[row], np.log1p((count - 1) * np.exp(-9.0)), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_6_no_kernel_holds_scores_of_the_whole_table(phase):
+    """Its buffers in vector memory are the same for tables of 16 and of 64 thousand tokens."""
+    few, many = (_buffers(phase, pages_per_seq) for pages_per_seq in (1024, 4096))
+    assert few == many
+    assert few
+
+
+def _buffers(phase, pages_per_seq):
+    name = PHASES[phase][1].lowering
+    layout = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128, dtype=jnp.float32)
+    schedule = Schedule(lowering=name, pages_per_block=8, query_rows=16 if phase == "ragged" else 1)
+    attend = paged.lower(
+        paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=128), layout, "tpu", schedule=schedule
+    )
+    batch = paged.RaggedBatch(*(np.zeros(n, np.int32) for n in ((3,), (3, pages_per_seq), (4,))), query_rows=None)
+    if phase == "decode":
+        batch = paged.RaggedBatch.decode(batch.lengths, batch.block_tables)
+    q, pages = jax.ShapeDtypeStruct((3, 4, 128), jnp.float32), jax.eval_shape(lambda: layout.init(64))
+    return set(re.findall(r"<vmem>\{[^}]*\}", str(jax.make_jaxpr(attend)(q, pages, batch))))
 
 
 @every_phase
