@@ -36,12 +36,9 @@ def visible_pages(
     partial = some & ~full
     rank = jnp.where(full, jnp.cumsum(full) - 1, num_full + jnp.cumsum(partial) - 1)
     width = table.shape[0]
-    index = (
-        jnp.zeros(width, jnp.int32)
-        .at[jnp.where(some, rank, width)]
-        .set(jnp.arange(width, dtype=jnp.int32), mode="drop")
-    )
-    return Visits(index, jnp.where(jnp.arange(width) < count, table[index], 0), num_full, count)
+    column = jnp.arange(width, dtype=jnp.int32)
+    index = jnp.zeros(width, jnp.int32).at[jnp.where(some, rank, width)].set(column, mode="drop")
+    return Visits(index, jnp.where(column < count, table[index], 0), num_full, count)
 
 
 def page_coverage(
