@@ -15,6 +15,8 @@ class Chip:
     * ``cores``: TensorCores that one device drives at once ("megacore"); a kernel splits its work over them.
     * ``vmem_bytes``, ``smem_bytes``: vector and scalar memory of a core.
     * ``hbm_bytes_per_second``: peak bandwidth of one JAX device.
+    * ``has_tall_tiles``: vector memory holds 16-bit arrays in tiles of 16 rows, HBM in tiles of 8, so that rows of more
+      than one register are copied by strides (seen in compiled code).
 
     Sources: cloud.google.com/tpu/docs, the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" (bandwidth a chip; a device
     of tpu7x is half a chip); memory sizes from the table of JAX's own ``pallas.tpu.get_tpu_info``.
@@ -27,6 +29,7 @@ class Chip:
     vmem_bytes: int
     hbm_bytes_per_second: float
     smem_bytes: int = 2**20
+    has_tall_tiles: bool = False
 
 
 _MIB = 2**20
@@ -38,7 +41,7 @@ CHIPS: dict[str, Chip] = {
         Chip("v5e", "v5e:2x2", ("TPU v5 lite", "TPU v5e"), 1, 128 * _MIB, 819e9),
         Chip("v5p", "v5p:2x2x1", ("TPU v5", "TPU v5p"), 2, 64 * _MIB, 2765e9),
         Chip("v6e", "v6e:2x2", ("TPU v6 lite", "TPU v6e"), 1, 128 * _MIB, 1640e9),
-        Chip("tpu7x", "tpu7x:2x2x1", ("TPU7x", "TPU7"), 1, 64 * _MIB, 3690e9),
+        Chip("tpu7x", "tpu7x:2x2x1", ("TPU7x", "TPU7"), 1, 64 * _MIB, 3690e9, has_tall_tiles=True),
     )
 }
 

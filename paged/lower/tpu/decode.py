@@ -80,7 +80,6 @@ class Decode:
     """
 
     bodies: tuple[tuple[Views, Terms], ...]
-    scale: float
     splits: int
     items_at_once: int
 
@@ -274,14 +273,13 @@ class Decode:
 
     def _weigh(self, refs: Refs, block: Block, tile: int, product: Any, seen: Seen, terms: Terms) -> Any:
         """The softmax's first half for a tile, from its products."""
-        s = self._scaled(refs, tile, product, seen.scales)
+        s = self._scaled(refs, tile, product * terms.factor, seen.scales)
         s = terms.scores(tuple(ref[tile] for ref in refs.arrays), s, seen.p, seen.j)
         s = s if seen.visible is None else jnp.where(seen.visible, s, -jnp.inf)
         return Running.first(s, self.views.result_lanes) if block.running is None else block.running[tile].weigh(s)
 
-    def _scaled(self, refs: Refs, tile: int, product: Any, scales: Any) -> Any:
-        """Scaled products of queries and keys, from products of stored keys."""
-        s = product * self.scale
+    def _scaled(self, refs: Refs, tile: int, s: Any, scales: Any) -> Any:
+        """Products of queries and keys, from those of stored keys."""
         if refs.k_scale is not None:
             s = s * refs.k_scale[tile]
         if scales is not None:

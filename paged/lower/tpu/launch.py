@@ -57,7 +57,7 @@ class Launch:
         bodies = tuple((part, split_terms(self.program, part.tile_rows, part.columns)) for part in views.parts())
         arrays = self._arrays(bodies[-1][1])
         scales = self._head_scales(pages)
-        decode = Decode(bodies, self.program.scale, self.splits, self.items_at_once)
+        decode = Decode(bodies, self.splits, self.items_at_once)
         pools: Any = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
         in_memory = [pltpu.VMEM] * len(scales) + [pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays]
         targets, rows = ((), ()) if new is None else (new.targets, new.rows)

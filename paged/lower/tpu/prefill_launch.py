@@ -1,6 +1,7 @@
 """From arrays to the prefill kernel and back: operands, scratch memory, and the state that comes out."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from .chips import Chip
 from .launch import padded_bytes
 from .prefill import Prefill
 from .prefill_refs import LANES, SUBLANES, Body, Refs, Strides
-from .prefill_tile import LOG2E, MOST_UNROLLED, Tile
+from .prefill_tile import MOST_UNROLLED, Tile
 from .stream import Stream
 from .terms import split_terms
 from .tiles import TileShape
@@ -25,6 +26,8 @@ from .transfer import Transfers, pools_of
 from .views import Views
 from .work import Work
 
+# Scores are in units of log 2, so that weights are powers of two.
+_LOG2E = math.log2(math.e)
 # Positions whose mask is computed at once.
 _MASK_ROWS = 32
 # Tiles of few rows have kernels of their own, each for a quarter of the rows of the next.
@@ -113,7 +116,7 @@ class PrefillLaunch:
         values = x[:, : strides.first_sum].reshape(-1, heads, strides.out_columns * LANES)[..., views.value_lanes]
         sums = x[:, strides.first_sum : strides.first_sum + strides.sums].reshape(x.shape[0], -1, 1)
         total, top = sums[:, :heads], sums[:, heads : 2 * heads]
-        out, lse = Running(top / LOG2E, total, values).finish()
+        out, lse = Running(top / _LOG2E, total, values).finish()
         for v_scale in self._head_scales(pages)[1:]:
             out = out * jnp.repeat(v_scale, self.program.group)[:, None]
         return AttentionState(out, lse[..., 0])
@@ -144,11 +147,11 @@ class PrefillLaunch:
         mask_rows = min(_MASK_ROWS, shape.positions)
         bodies = []
         for views in self._bodies():
-            scores = split_terms(self.program, shape.rows, views.columns)
+            scores = split_terms(self.program, shape.rows, views.columns, unit=_LOG2E)
             mask = split_terms(self.program, mask_rows, views.columns)
             bodies.append(Body(views, scores, mask, mask_rows, bool(self.program.score_ops)))
         unrolled = MOST_UNROLLED if shape.positions == self.positions else MOST_UNROLLED // 4
-        return Tile(shape, self.strides, tuple(bodies), self.program.scale, unrolled)
+        return Tile(shape, self.strides, tuple(bodies), unrolled, fetches_beside=not self._copies_by_strides)
 
     def _bodies(self) -> list[Views]:
         """Views of a block's first pages, quarter by quarter where these are whole lanes."""
@@ -208,6 +211,12 @@ class PrefillLaunch:
         """Vector memory that the kernel's buffers take, with every tile padded as the chips lay it out."""
         pages, others = self._vmem()
         return sum(padded_bytes(x.shape, x.dtype) for x in (*pages, *others))
+
+    @property
+    def _copies_by_strides(self) -> bool:
+        """Whether a page's copy has a descriptor of strides: products are not moved past the scalar stores that make it
+        (compiled: at heads of 256 blocks took half as long again)."""
+        return self.chip.has_tall_tiles and any(pool.page_shape[-1] > LANES for pool in pools_of(self.layout))
 
     @property
     def _is_apart(self) -> bool:

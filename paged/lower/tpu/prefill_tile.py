@@ -8,7 +8,6 @@ blocks that are visible in full this goes on without an end from block to block.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,18 +25,18 @@ from .views import dot
 Ref = Any
 # Parts in one straight line of code: with fewer, the matrix units wait where lines meet.
 MOST_UNROLLED = 16
-LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The kernel for tiles of one shape. ``bodies`` are smallest first; the last is the whole block."""
+    """The kernel for tiles of one shape. ``bodies`` are smallest first; the last is the whole block. With
+    ``fetches_beside`` the copies of a block's pages may begin beside products."""
 
     shape: TileShape
     strides: Strides
     bodies: tuple[Body, ...]
-    scale: float
     most_unrolled: int
+    fetches_beside: bool
 
     def run(self, refs: Refs, item: Any, end: Any, place: Any, slot: Any, before_results: Callable[[], None]) -> Any:
         """Attend one item, whose queries are in ``place`` and first block in ``slot``, up to results in the buffer;
@@ -114,7 +113,8 @@ class Tile:
     def _fetch(self, stream: Stream, end: Any, slot: Any) -> Callable[[int], None] | None:
         """Fetch the next block into ``slot``: by calls of the result beside every part, if all are in one line of code,
         and else at once. Of two slots the other's block is waited for before any part, so it must be on its way."""
-        if stream.buffers > 2 and _unrolled(self.shape.parts, self.most_unrolled) == self.shape.parts:
+        is_line = _unrolled(self.shape.parts, self.most_unrolled) == self.shape.parts
+        if self.fetches_beside and is_line and stream.buffers > 2:
             return stream.fetch_beside(end, slot, self.shape.parts)
         return stream.fetch_next(end, slot)
 
@@ -164,10 +164,8 @@ class Tile:
         rows, keys = self.shape.rows, body.keys
         head = _div(part, self.shape.parts_per_head)
         s = dot(refs.queries[self._part_rows(part)], self._stored(refs, body, block, head, 0), contract=1)
-        scale = self.scale if refs.k_scale is None else self.scale * refs.k_scale[head]
-        if not body.has_score_ops:
-            scale = scale * LOG2E
-        s = s * scale
+        factor = body.scores.factor
+        s = s * (factor if refs.k_scale is None else factor * refs.k_scale[head])
         if refs.token_scales is not None:
             s = s * _token_scale(refs.token_scales, block, head, keys)
         if body.has_score_ops:
@@ -177,7 +175,7 @@ class Tile:
                 j = refs.key_position[block.place, pl.ds(0, 1), pl.ds(0, keys)]
                 j = jnp.broadcast_to(j, (rows, keys))
             heads = [self._strip_head(strip) for strip in self._strips(part)]
-            s = body.scores.scores(_of_heads(refs.arrays, body.scores, heads, rows), s, p, j) * LOG2E
+            s = body.scores.scores(_of_heads(refs.arrays, body.scores, heads, rows), s, p, j)
         if is_masked:
             s = jnp.where(self._seen(refs, part, keys), s, -jnp.inf)
         refs.block_top[place, pl.ds(0, rows)] = functools.reduce(jnp.maximum, _lane_groups(s))

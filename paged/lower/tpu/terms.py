@@ -1,4 +1,5 @@
-"""A program's scores and mask as a kernel evaluates them: what depends on the head alone is computed before it."""
+"""A program's scores and mask as a kernel evaluates them: what depends on the head alone is computed before it, and
+constants that follow each other are one."""
 
 import functools
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from jax.extend import core as jex
 from jaxtyping import Array
 
 from ..program import Program
+from .factors import merge_factors
 
 # What a kernel may compute of a tile: elementwise arithmetic, and changes of shape that cost nothing.
 _ELEMENTWISE = """
@@ -27,10 +29,12 @@ class Terms(NamedTuple):
     """Scores and mask at one tile shape.
 
     ``early(h)`` computes, outside of the kernel, arrays that depend on ``h [rows, 1]`` and on what the terms close
-    over. ``scores(arrays, s, p, j)`` and ``mask(arrays, p, j)`` run inside, on ``[rows, keys]`` tiles.
-    ``scores_use_positions`` is False where scores are a function of ``s`` and the head alone.
+    over. ``scores(arrays, s, p, j)`` and ``mask(arrays, p, j)`` run inside, on ``[rows, keys]`` tiles; ``s`` is
+    ``factor`` times the products of queries and keys. ``scores_use_positions`` is False where scores are a function of
+    ``s`` and the head alone.
     """
 
+    factor: float
     early: Callable[[Array], tuple[Array, ...]]
     scores: Callable[..., Array]
     mask: Callable[..., Array]
@@ -38,20 +42,24 @@ class Terms(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """A function cut in two: equations on known values that do not span keys, and the rest."""
+    """A function cut in two: equations on known values that do not span keys, and the rest, whose first unknown is to
+    come multiplied by ``factor``."""
 
+    factor: float
     early: Callable[..., tuple[Array, ...]]
     late: Callable[..., Array]
     used: tuple[bool, ...]
     refused: tuple[str, ...]
 
 
-def split_terms(program: Program, rows: int, keys: int) -> Terms:
-    """The program's terms for tiles of this shape."""
-    scores, mask = _splits(program, rows, keys)
+def split_terms(program: Program, rows: int, keys: int, unit: float = 1.0) -> Terms:
+    """The program's terms for tiles of this shape. Scores are multiplied by ``unit``: log2(e) where weights are powers
+    of two."""
+    scores, mask = _splits(program, rows, keys, unit)
     num_scores = len(jax.eval_shape(scores.early, jax.ShapeDtypeStruct((rows, 1), jnp.int32)))
 
     return Terms(
+        factor=scores.factor,
         early=lambda h: (*scores.early(h), *mask.early()),
         scores=lambda arrays, s, p, j: scores.late(arrays[:num_scores], s, p, j),
         mask=lambda arrays, p, j: mask.late(arrays[num_scores:], p, j),
@@ -65,11 +73,15 @@ def refused_operations(program: Program) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*scores.refused, *mask.refused)))
 
 
-def _splits(program: Program, rows: int, keys: int) -> tuple[_Split, _Split]:
+def _splits(program: Program, rows: int, keys: int, unit: float = 1.0) -> tuple[_Split, _Split]:
     s = jax.ShapeDtypeStruct((rows, keys), jnp.float32)
     position = jax.ShapeDtypeStruct((rows, keys), jnp.int32)
     head = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
-    scores = _split(lambda h, s, p, j: program.scores(s, p, j, h), (head,), (s, position, position))
+
+    def scores_of(h: Any, products: Any, p: Any, j: Any) -> Any:
+        return program.scores(products * program.scale, p, j, h) * unit
+
+    scores = _split(scores_of, (head,), (s, position, position))
     return scores, _split(program.mask, (), (position, position))
 
 
@@ -85,10 +97,11 @@ def _split(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any,
             is_known.update(eqn.outvars)
         else:
             late.append(eqn)
+    unknowns = list(jaxpr.invars[len(known) :])
+    late, unknowns[0], factor = merge_factors(late, unknowns[0], jaxpr.outvars)
     reads = [v for eqn in late for v in eqn.invars if not isinstance(v, jex.Literal)]
     reads += [v for v in jaxpr.outvars if not isinstance(v, jex.Literal)]
     crossing = list(dict.fromkeys(v for v in reads if v in is_known))
-    unknowns = jaxpr.invars[len(known) :]
 
     def run_early(*args: Array) -> tuple[Array, ...]:
         env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=False))
@@ -100,7 +113,7 @@ def _split(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any,
         _evaluate(late, env)
         return _read(env, jaxpr.outvars[0])
 
-    return _Split(run_early, run_late, tuple(v in reads for v in unknowns), tuple(_refused(late)))
+    return _Split(factor, run_early, run_late, tuple(v in reads for v in unknowns), tuple(_refused(late)))
 
 
 def _evaluate(eqns: Any, env: dict[Any, Any]) -> None:

@@ -1,0 +1,78 @@
+"""A program's terms as kernels evaluate them: constants that follow each other are one, and scores are the same."""
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged
+from paged.lower import Program
+from paged.lower.tpu.terms import split_terms
+from paged.spec import SoftCap
+
+ROWS, KEYS, UNIT = 8, 128, math.log2(math.e)
+
+
+def _program(**spec) -> Program:
+    return Program.from_spec(paged.AttentionSpec(num_q_heads=2, num_kv_heads=2, head_dim=64, **spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class Wave(paged.ScoreOp):
+    """Scores that are used both as they come and changed: what they are multiplied by must reach both uses."""
+
+    def __call__(self, s, p, j, h):
+        return (s + 3.0 * jnp.sin(s / 2.0)) * 0.5
+
+
+def _of_products(program: Program, products: np.ndarray) -> tuple[np.ndarray, list[str], float]:
+    """Scores of products of queries and keys by the terms, the operations in them, and the factor before them."""
+    terms = split_terms(program, ROWS, KEYS, UNIT)
+    p = j = jnp.zeros(products.shape, jnp.int32)
+    arrays = terms.early(jnp.zeros((ROWS, 1), jnp.int32))
+
+    def scores(s):
+        return terms.scores(arrays, s, p, j)
+
+    operations = [eqn.primitive.name for eqn in jax.make_jaxpr(scores)(products).eqns]
+    return np.asarray(scores(products * np.float32(terms.factor))), operations, terms.factor
+
+
+def _expected(program: Program, products: np.ndarray) -> np.ndarray:
+    zeros = np.zeros(products.shape, np.int32)
+    return np.asarray(program.scores(products * program.scale, zeros, zeros, np.zeros((ROWS, 1), np.int32)) * UNIT)
+
+
+@pytest.mark.parametrize(
+    ("spec", "operations"),
+    [
+        ({}, []),
+        ({"soft_cap": 50.0}, ["tanh", "mul"]),
+        ({"scores": (SoftCap(30.0), SoftCap(20.0))}, ["tanh", "mul", "tanh", "mul"]),
+        ({"scores": (Wave(),)}, ["mul", "sin", "mul", "add", "mul"]),
+    ],
+)
+def test_constants_that_follow_each_other_are_one(spec, operations):
+    program = _program(**spec)
+    products = np.random.default_rng(0).normal(0, 200, (ROWS, KEYS)).astype(np.float32)
+    scores, found, _ = _of_products(program, products)
+    assert found == operations
+    np.testing.assert_allclose(scores, _expected(program, products), rtol=2e-6, atol=2e-5)
+
+
+def test_a_factor_of_all_uses_is_left_to_the_kernel():
+    assert _of_products(_program(soft_cap=50.0), np.zeros((ROWS, KEYS), np.float32))[2] == pytest.approx(0.125 / 50)
+    assert _of_products(_program(scores=(Wave(),)), np.zeros((ROWS, KEYS), np.float32))[2] == 0.125
+
+
+@pytest.mark.parametrize("cap", [2e38, 1e-38])
+def test_constants_whose_product_is_no_number_stay_apart(cap):
+    program = _program(soft_cap=cap)
+    products = np.linspace(-8, 8, ROWS * KEYS, dtype=np.float32).reshape(ROWS, KEYS)
+    scores, _, _ = _of_products(program, products)
+    chex.assert_tree_all_finite(scores)
+    np.testing.assert_allclose(scores, _expected(program, products), rtol=1e-5, atol=1e-37)
