@@ -29,6 +29,18 @@ class Wave(paged.ScoreOp):
         return (s + 3.0 * jnp.sin(s / 2.0)) * 0.5
 
 
+@dataclasses.dataclass(frozen=True)
+class Buckets(paged.ScoreOp):
+    """A bias by the distance in whole buckets, which another way to divide could get wrong."""
+
+    def __call__(self, s, p, j, h):
+        return s + jnp.floor((p - j) / 41.0)
+
+
+def _same_bucket(p, j):
+    return jnp.floor(p / 41.0) == jnp.floor(j / 41.0)
+
+
 def _of_products(program: Program, products: np.ndarray) -> tuple[np.ndarray, list[str], float]:
     """Scores of products of queries and keys by the terms, the operations in them, and the factor before them."""
     terms = split_terms(program, ROWS, KEYS, UNIT)
@@ -76,3 +88,16 @@ def test_constants_whose_product_is_no_number_stay_apart(cap):
     scores, _, _ = _of_products(program, products)
     chex.assert_tree_all_finite(scores)
     np.testing.assert_allclose(scores, _expected(program, products), rtol=1e-5, atol=1e-37)
+
+
+def test_what_comes_of_positions_is_left_as_it_is():
+    program = _program(scores=(Buckets(),), mask=paged.Where(_same_bucket))
+    terms = split_terms(program, ROWS, KEYS)
+    p = j = jnp.zeros((ROWS, KEYS), jnp.int32)
+
+    def divisors(fn, *args):
+        eqns = jax.make_jaxpr(fn)(*args).eqns
+        return [float(eqn.invars[1].val) for eqn in eqns if eqn.primitive.name == "div"]
+
+    assert divisors(lambda s, p, j: terms.scores((), s, p, j), p * 1.0, p, j) == [41.0]
+    assert divisors(lambda p, j: terms.mask((), p, j), p, j) == [41.0, 41.0]

@@ -1,5 +1,5 @@
-"""Multiplications by constants that follow each other, made one: a scale, a cap's two, and the change to powers of two
-would each be an operation on every score."""
+"""Multiplications of scores by constants that follow each other, made one: a scale, a cap's two, and the change to
+powers of two would each be an operation on every score."""
 
 import math
 from typing import Any
@@ -16,18 +16,22 @@ _SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 def merge_factors(eqns: list[Any], first: Any, results: list[Any]) -> tuple[list[Any], Any, float]:
-    """Equations with consecutive constant factors of float32 arrays as one multiplication, where ``results`` are found
-    as before.
+    """Equations with consecutive constant factors of what comes of ``first`` as one multiplication, where ``results``
+    are found as before, but for rounding; of positions all is left as it is, since a rule may ask for whole numbers.
 
     Where ``first`` is used once, and then multiplied, that factor is left to the caller: it comes last, and before it
     the variable that now stands for the product.
     """
-    uses = _uses(eqns, results)
+    uses, derived = _uses(eqns, results), {first}
     kept: dict[Any, Any] = {}
     for eqn in eqns:
+        if derived.isdisjoint(_variables(eqn)):
+            kept[eqn.outvars[0]] = eqn
+            continue
+        derived.update(eqn.outvars)
         x, factor = _scaling(eqn)
         inner, earlier = _scaling(kept[x]) if x in kept and uses[x] == 1 else (None, 1.0)
-        if inner is not None and _is_kept_whole(earlier * factor):
+        if inner in derived and _is_kept_whole(earlier * factor):
             del kept[x]
             x, factor = inner, earlier * factor
         kept[eqn.outvars[0]] = _times(eqn, x, factor) if x is not None and _is_kept_whole(factor) else eqn
@@ -45,10 +49,14 @@ def _is_kept_whole(factor: float) -> bool:
 
 def _uses(eqns: list[Any], results: list[Any]) -> dict[Any, int]:
     uses: dict[Any, int] = {}
-    for v in (*(v for eqn in eqns for v in eqn.invars), *results):
+    for v in (*(v for eqn in eqns for v in _variables(eqn)), *results):
         if not isinstance(v, jex.Literal):
             uses[v] = uses.get(v, 0) + 1
     return uses
+
+
+def _variables(eqn: Any) -> list[Any]:
+    return [v for v in eqn.invars if not isinstance(v, jex.Literal)]
 
 
 def _scaling(eqn: Any) -> tuple[Any, float]:

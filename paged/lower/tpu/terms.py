@@ -79,13 +79,15 @@ def _splits(program: Program, rows: int, keys: int, unit: float = 1.0) -> tuple[
     head = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
 
     def scores_of(h: Any, products: Any, p: Any, j: Any) -> Any:
-        return program.scores(products * program.scale, p, j, h) * unit
+        scores = program.scores(products * program.scale, p, j, h)
+        return scores if unit == 1 else scores * unit
 
-    scores = _split(scores_of, (head,), (s, position, position))
+    scores = _split(scores_of, (head,), (s, position, position), merges=True)
     return scores, _split(program.mask, (), (position, position))
 
 
-def _split(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, ...]) -> _Split:
+def _split(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, ...], merges: bool = False) -> _Split:
+    """``fn`` cut in two; with ``merges`` constant factors of the first unknown, a real number, are merged."""
     closed = jax.make_jaxpr(fn)(*known, *unknown)
     jaxpr, consts = closed.jaxpr, closed.consts
     is_known = {*jaxpr.constvars, *jaxpr.invars[: len(known)]}
@@ -97,8 +99,9 @@ def _split(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any,
             is_known.update(eqn.outvars)
         else:
             late.append(eqn)
-    unknowns = list(jaxpr.invars[len(known) :])
-    late, unknowns[0], factor = merge_factors(late, unknowns[0], jaxpr.outvars)
+    unknowns, factor = list(jaxpr.invars[len(known) :]), 1.0
+    if merges:
+        late, unknowns[0], factor = merge_factors(late, unknowns[0], jaxpr.outvars)
     reads = [v for eqn in late for v in eqn.invars if not isinstance(v, jex.Literal)]
     reads += [v for v in jaxpr.outvars if not isinstance(v, jex.Literal)]
     crossing = list(dict.fromkeys(v for v in reads if v in is_known))
