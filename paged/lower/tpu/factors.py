@@ -1,5 +1,7 @@
-"""Multiplications of scores by constants that follow each other, made one: a scale, a cap's two, and the change to
-powers of two would each be an operation on every score."""
+"""Multiplications of scores by constants that follow each other, made one.
+
+A scale, a cap's two, and the change to powers of two would each be an operation on every score.
+"""
 
 import math
 from typing import Any

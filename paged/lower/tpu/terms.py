@@ -1,5 +1,4 @@
-"""A program's scores and mask as a kernel evaluates them: what depends on the head alone is computed before it, and
-constants that follow each other are one."""
+"""A program's scores and mask as a kernel evaluates them: what depends on the head alone is computed before it."""
 
 import functools
 from collections.abc import Callable
