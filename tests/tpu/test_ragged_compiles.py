@@ -141,7 +141,6 @@ POINTS = {
 }
 FAST = (
     ("small", "v4"),
-    ("MQA, 16", "v5e"),
     ("joined", "tpu7x"),
     ("interleaved, page 64", "v6e"),
 )
