@@ -3,6 +3,7 @@
 A scale, a cap's two, and the change to powers of two would each be an operation on every score.
 """
 
+import collections
 import math
 from typing import Any
 
@@ -24,10 +25,11 @@ def merge_factors(eqns: list[Any], first: Any, results: list[Any]) -> tuple[list
     Where ``first`` is used once, and then multiplied, that factor is left to the caller: it comes last, and before it
     the variable that now stands for the product.
     """
-    uses, derived = _uses(eqns, results), {first}
+    uses = collections.Counter(variables([*(v for eqn in eqns for v in eqn.invars), *results]))
+    derived = {first}
     kept: dict[Any, Any] = {}
     for eqn in eqns:
-        if derived.isdisjoint(_variables(eqn)):
+        if derived.isdisjoint(variables(eqn.invars)):
             kept[eqn.outvars[0]] = eqn
             continue
         derived.update(eqn.outvars)
@@ -49,16 +51,9 @@ def _is_kept_whole(factor: float) -> bool:
     return _SMALLEST < abs(factor) < _LARGEST
 
 
-def _uses(eqns: list[Any], results: list[Any]) -> dict[Any, int]:
-    uses: dict[Any, int] = {}
-    for v in (*(v for eqn in eqns for v in _variables(eqn)), *results):
-        if not isinstance(v, jex.Literal):
-            uses[v] = uses.get(v, 0) + 1
-    return uses
-
-
-def _variables(eqn: Any) -> list[Any]:
-    return [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+def variables(atoms: list[Any]) -> list[Any]:
+    """Those of an equation's operands, or of results, that are no constants."""
+    return [v for v in atoms if not isinstance(v, jex.Literal)]
 
 
 def _scaling(eqn: Any) -> tuple[Any, float]:

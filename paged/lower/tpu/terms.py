@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from jaxtyping import Array
 
 from ..program import Program
-from .factors import merge_factors
+from .factors import merge_factors, variables
 
 # What a kernel may compute of a tile: elementwise arithmetic, and changes of shape that cost nothing.
 _ELEMENTWISE = """
@@ -101,8 +101,7 @@ def _split(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any,
     unknowns, factor = list(jaxpr.invars[len(known) :]), 1.0
     if merges:
         late, unknowns[0], factor = merge_factors(late, unknowns[0], jaxpr.outvars)
-    reads = [v for eqn in late for v in eqn.invars if not isinstance(v, jex.Literal)]
-    reads += [v for v in jaxpr.outvars if not isinstance(v, jex.Literal)]
+    reads = variables([*(v for eqn in late for v in eqn.invars), *jaxpr.outvars])
     crossing = list(dict.fromkeys(v for v in reads if v in is_known))
 
     def run_early(*args: Array) -> tuple[Array, ...]:
