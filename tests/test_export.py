@@ -7,7 +7,7 @@ import pytest
 from jax import export
 
 import paged
-from paged.lower.compile_for import compile_on
+from paged.lower._compile_for import compile_on
 from paged.lower.tpu import CHIPS
 from paged.runtime import PagePool
 from tests.runtime.tiny import EMBED, GLOBAL, LAYOUT, random_layer

@@ -188,10 +188,10 @@ def _base_two(original):
 
 
 MUTANTS = {
-    "values not selected": _function("lower.softmax", "select_values", lambda _: lambda is_visible, v: v),
-    "-inf minus -inf": _method("lower.softmax", "Running", "weigh", _unguarded_weights),
-    "values not decayed": _method("lower.softmax", "Running", "weigh", _undecayed_values),
-    "lse in base two": _method("lower.softmax", "Running", "finish", _base_two),
+    "values not selected": _function("lower.program", "select_values", lambda _: lambda is_visible, v: v),
+    "-inf minus -inf": _method("lower.program", "Running", "weigh", _unguarded_weights),
+    "values not decayed": _method("lower.program", "Running", "weigh", _undecayed_values),
+    "lse in base two": _method("lower.program", "Running", "finish", _base_two),
     "full ignores the length": _method(
         "lower.program",
         "Program",
@@ -207,10 +207,10 @@ MUTANTS = {
     "scores out of order": _method(
         "lower.program", "Program", "scores", lambda _: lambda self, s, p, j, h: _reversed_scores(self, s, p, j, h)
     ),
-    "last page dropped": _function("lower.visits", "visible_pages", _last_page_dropped),
-    "dead slots live": _method("lower.sequences", "Sequences", "of", _dead_slots_live),
-    "lengths not clamped": _method("lower.sequences", "Sequences", "of", _unclamped_lengths),
-    "writes before the first token": _method("lower.sequences", "Sequences", "positions", _before_the_first_token),
+    "last page dropped": _function("lower.program", "visible_pages", _last_page_dropped),
+    "dead slots live": _method("lower.program", "Sequences", "of", _dead_slots_live),
+    "lengths not clamped": _method("lower.program", "Sequences", "of", _unclamped_lengths),
+    "writes before the first token": _method("lower.program", "Sequences", "positions", _before_the_first_token),
     "larger window kept": _method(
         "spec.masks", "Window", "implies", lambda _: lambda self, other: isinstance(other, Causal)
     ),

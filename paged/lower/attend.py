@@ -1,27 +1,20 @@
-"""`lower`, the door: from a spec and a page layout to a function of arrays, and what there is to ask of it."""
+"""`Attend`: a lowered attention on one device, as a function of arrays and what there is to ask of it."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch
+from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, add_sinks, sinks_per_head
 
-from .advice import NO_ADVICE, Advice
-from .call import Call
-from .checks import check, require_layout, require_new_tokens, require_pages, require_queries, require_sinks
-from .choice import Choice, choose, choose_for_any_call
-from .explain import Explanation, explain
-from .finish import finish
-from .lowering import Lowering
-from .mesh import Axes, ShardedAttend, on_mesh
-from .program import Program
-from .schedule import Schedule
-from .select import select, select_write
+from ._explain import Explanation, explain
+from .base import Lowering, Schedule
+from .checks import check, require_new_tokens, require_pages, require_queries, require_sinks
+from .program import Call, Program, Sequences
+from .schedule import NO_ADVICE, Advice, Choice, choose, choose_for_any_call
 from .tpu import Chip
 
 
@@ -138,110 +131,6 @@ class Attend:
         return explain(self.program, self.layout, self.choice(Call.of(q, pages, batch)), q, pages, batch)
 
 
-@overload
-def lower(
-    spec: AttentionSpec,
-    layout: PageLayout,
-    target: str = "auto",
-    *,
-    schedule: Schedule | None = None,
-    check: bool = False,
-    interpret: Any = False,
-) -> Attend: ...
-@overload
-def lower(
-    spec: AttentionSpec,
-    layout: PageLayout,
-    target: str = "auto",
-    *,
-    mesh: Mesh,
-    axes: Axes | None = None,
-    in_specs: Mapping[str, PartitionSpec] | None = None,
-    out_specs: PartitionSpec | None = None,
-    schedule: Schedule | None = None,
-    check: bool = False,
-    interpret: Any = False,
-) -> ShardedAttend: ...
-def lower(
-    spec: AttentionSpec,
-    layout: PageLayout,
-    target: str = "auto",
-    *,
-    mesh: Mesh | None = None,
-    axes: Axes | None = None,
-    in_specs: Mapping[str, PartitionSpec] | None = None,
-    out_specs: PartitionSpec | None = None,
-    schedule: Schedule | None = None,
-    check: bool = False,
-    interpret: Any = False,
-) -> Attend | ShardedAttend:
-    """Lower a spec over a page layout to a target: ``"xla"``, ``"tpu"``, or ``"auto"``, the best that takes each call.
-
-    ``schedule`` goes before what the context says (`schedules`), that before what `tune` has stored, and that before
-    the lowering's own choice. With ``check`` every call checks the batch's values with `paged.check`; without, faults
-    of the caller give the results that the semantics name, and never a crash.
-    ``interpret`` runs kernels on any machine, slowly: True, or the interpreter's own settings
-    (``jax.experimental.pallas.tpu.InterpretParams``).
-
-    With ``mesh`` and ``axes`` it is a `ShardedAttend`, which runs on every device of the mesh. How arrays lie there
-    follows from the axes; or the axes follow from ``in_specs``, by argument (of ``pages``, that of their first array),
-    and ``out_specs``. Given together they must agree.
-
-    Raises ``ValueError`` when no lowering of the target takes the spec, with every candidate's reason.
-
-    >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=4)
-    >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
-    >>> attend = lower(spec, layout)
-    >>> batch = RaggedBatch.decode(lengths=[3, 0], block_tables=[[5, 1], [-1, -1]])
-    >>> q, kv = jnp.ones((2, 4, 8)), jnp.ones((2, 2, 8))
-    >>> out, pages = attend.update(q, kv, kv, layout.init(num_pages=8), batch)
-    >>> out.shape, float(out[1].sum())
-    ((2, 4, 8), 0.0)
-    """
-    if mesh is not None:
-        one = functools.partial(lower, target=target, schedule=schedule, interpret=interpret)
-        return on_mesh(one, spec, layout, mesh, axes, (in_specs, out_specs), check)
-    if axes is not None or in_specs is not None or out_specs is not None:
-        raise ValueError("axes, in_specs and out_specs say what a mesh shares: they need mesh=.")
-    require_layout(spec, layout)
-    program = Program.from_spec(spec)
-    lowerings = select(program, layout, target, schedule)
-    if interpret:
-        lowerings = tuple(lowering.interpreted(interpret) for lowering in lowerings)
-    return Attend(spec, layout, program, lowerings, schedule, check, Advice.now(program, layout))
-
-
-def write(
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads value_dim"],
-    pages: Pages,
-    batch: RaggedBatch,
-    target: str = "auto",
-    *,
-    interpret: Any = False,
-) -> Pages:
-    """Write this step's keys and values into their slots; in place where ``pages`` are donated under ``jax.jit``.
-
-    Row ``i`` of a sequence with ``n`` rows goes to token ``lengths - n + i``. Rows of no sequence, tokens before the
-    first and table entries outside the pool are dropped. Float pages take ``k`` and ``v`` rounded to their dtype;
-    quantised ones take ``k / scale``, rounded and saturated, where scales a token are computed here. Gradients flow to
-    ``k``, ``v`` and float ``pages``.
-
-    ``target`` and ``interpret`` are those of `lower`; ``"auto"`` is a kernel on TPUs and XLA elsewhere. Raises
-    ``ValueError`` when nothing on the target writes pages of this layout.
-
-    >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=1, dtype=jnp.float32)
-    >>> batch = RaggedBatch.prefill(length=3, block_table=[2, 0], query_rows=2)
-    >>> k = jnp.array([[[7.0]], [[8.0]]])
-    >>> write(k, -k, layout.init(num_pages=3), batch).keys()[:, 0, :, 0].tolist()
-    [[8.0, 0.0], [0.0, 0.0], [0.0, 7.0]]
-    """
-    require_pages(None, pages)
-    require_new_tokens(pages.layout, k, v)
-    lowering = select_write(pages.layout, target)
-    return _write(lowering.interpreted(interpret) if interpret else lowering, k, v, pages, batch)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _state(attend: Attend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
     lowering, schedule = attend.choose(Call.of(q, pages, batch))
@@ -258,6 +147,12 @@ def _update(
     return finish(attend.spec, state, q, pages.layout.page_size, batch, sinks), pages
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _write(lowering: Lowering, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
-    return lowering.write(k, v, pages, batch)
+def finish(
+    spec: AttentionSpec, state: AttentionState, q: Array, page_size: int, batch: RaggedBatch, sinks: Array | None
+) -> AttentionState:
+    """The state in the queries' dtype, with sinks in the rows that sequences own."""
+    if sinks is not None:
+        is_row = Sequences.of(batch, q.shape[0], page_size).owner(q.shape[0])[1]
+        with_sinks = add_sinks(state, sinks_per_head(spec, sinks))
+        state = AttentionState(with_sinks.out, jnp.where(is_row[:, None], with_sinks.lse, state.lse))
+    return AttentionState(state.out.astype(q.dtype), state.lse)

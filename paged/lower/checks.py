@@ -9,8 +9,7 @@ import numpy as np
 
 from paged.spec import FLOAT_DTYPES, AttentionSpec, PageLayout, Pages, RaggedBatch, sinks_per_head
 
-from .program import Program
-from .simplify import implies
+from .program import Program, implies
 
 
 def require_layout(spec: AttentionSpec, layout: PageLayout) -> None:

@@ -1,10 +1,10 @@
 """When attention runs: pages and who holds them, caches, layers, sampling and serving. State in, state out."""
 
+from ._generate import Generation as Generation
+from ._generate import StepReport as StepReport
+from ._generate import generate as generate
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache
-from .generate import Generation as Generation
-from .generate import StepReport as StepReport
-from .generate import generate as generate
 from .pool import PagePool as PagePool
 from .rotary import Rotary as Rotary
 from .rotary_scaling import LinearScaling as LinearScaling

@@ -1,6 +1,9 @@
 """What an attention means: specs, masks, score operations, page layouts, batches and states. No target, no arrays."""
 
 from . import presets as presets
+from ._reference import reference as reference
+from ._reference import reference_state as reference_state
+from ._reference import sinks_per_head as sinks_per_head
 from .attention import AttentionSpec as AttentionSpec
 from .batch import RaggedBatch as RaggedBatch
 from .coverage import Coverage as Coverage
@@ -21,9 +24,6 @@ from .masks import Or as Or
 from .masks import Prefix as Prefix
 from .masks import Where as Where
 from .masks import Window as Window
-from .reference import reference as reference
-from .reference import reference_state as reference_state
-from .reference import sinks_per_head as sinks_per_head
 from .scores import ALiBi as ALiBi
 from .scores import Bias as Bias
 from .scores import ScoreOp as ScoreOp

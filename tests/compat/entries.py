@@ -9,12 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import paged
-from paged.compat import (
-    page_attention,
-    prefill_page_attention,
-    ragged_page_attention_v2,
-    ragged_page_attention_v3,
-)
+from paged.compat import page_attention, prefill_page_attention, ragged_page_attention_v2, ragged_page_attention_v3
 from paged.spec import AttentionSpec, RaggedBatch
 from tests.support import Built, Case, build
 from tests.support.oracle import attention_by_loops

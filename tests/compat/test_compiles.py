@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from paged.compat import page_attention, ragged_page_attention_v2, ragged_page_attention_v3
-from paged.lower.compile_for import compile_on
+from paged.lower._compile_for import compile_on
 from paged.lower.tpu import CHIPS, base
 
 pytestmark = [

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from paged.lower import Program, normal_form
-from paged.lower.simplify import implies
+from paged.lower.program.simplify import implies
 from paged.spec import AttentionSpec, Causal, Chunk, Everything, Nothing, Prefix, Where, Window
 from tests.support.masks import grid, is_odd_pair, masks, rectangles, truth
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import paged
 from paged.lower import Schedule
-from paged.lower.compile_for import _topology
+from paged.lower._compile_for import _topology
 from paged.lower.tpu import CHIPS
 from paged.spec import ALiBi, RaggedBatch
 from tests.support import assert_state, build, case_of

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 import paged
 from paged.lower import Attend, Schedule
 from paged.lower.tpu import CHIPS
-from paged.lower.tpu.planning import compute_dtype
+from paged.lower.tpu.decode.plan import compute_dtype
 from paged.spec import AttentionState
 from tests.support import ROUNDED_WEIGHTS, Built, Case, assert_state
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from paged.lower import Schedule
-from paged.lower.tpu.launch import Launch
+from paged.lower.tpu.decode.launch import Launch
 from tests.support import CORNERS, Case, assert_bitwise, build, exact_state
 from tests.support.specs import PLAIN
 

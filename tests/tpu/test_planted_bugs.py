@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from paged.lower import Schedule
-from paged.lower.tpu import launch as launch_module
-from paged.lower.tpu import work as work_module
-from paged.lower.tpu.decode import ROWS_IN_FLIGHT, Decode
-from paged.lower.tpu.launch import Launch
-from paged.lower.tpu.stream import Stream
-from paged.lower.tpu.transfer import Transfers
-from paged.lower.tpu.work import Visited
+from paged.lower.tpu.decode import launch as launch_module
+from paged.lower.tpu.decode.kernel import ROWS_IN_FLIGHT, Decode
+from paged.lower.tpu.decode.launch import Launch
+from paged.lower.tpu.pages import work as work_module
+from paged.lower.tpu.pages.stream import Stream
+from paged.lower.tpu.pages.transfer import Transfers
+from paged.lower.tpu.pages.work import Visited
 from paged.spec import AttentionState
 from tests.support import Case, case_of
 from tests.support.specs import PLAIN

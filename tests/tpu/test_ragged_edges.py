@@ -7,7 +7,7 @@ import pytest
 import paged
 from paged.lower import Schedule
 from paged.lower.tpu import CHIPS
-from paged.lower.tpu.prefill_launch import PrefillLaunch
+from paged.lower.tpu.prefill.launch import PrefillLaunch
 from paged.spec import AttentionSpec
 from tests.support import CORNERS, Case, Corner, assert_bitwise, build, exact_state
 from tests.support.specs import PLAIN

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import pytest
 
 from paged.lower import Schedule
-from paged.lower.tpu import prefill_tile as prefill_module
-from paged.lower.tpu import ragged as ragged_module
-from paged.lower.tpu.prefill import Prefill
-from paged.lower.tpu.prefill_launch import PrefillLaunch
-from paged.lower.tpu.prefill_refs import Block
-from paged.lower.tpu.prefill_tile import Tile
-from paged.lower.tpu.stream import Stream
-from paged.lower.tpu.tiles import QueryTiles
-from paged.lower.tpu.transfer import Transfers
-from paged.lower.tpu.work import Visited
+from paged.lower.tpu.pages import QueryTiles
+from paged.lower.tpu.pages.stream import Stream
+from paged.lower.tpu.pages.transfer import Transfers
+from paged.lower.tpu.pages.work import Visited
+from paged.lower.tpu.prefill import lowering as ragged_module
+from paged.lower.tpu.prefill import tile as prefill_module
+from paged.lower.tpu.prefill.kernel import Prefill
+from paged.lower.tpu.prefill.launch import PrefillLaunch
+from paged.lower.tpu.prefill.refs import Block
+from paged.lower.tpu.prefill.tile import Tile
 from paged.spec import AttentionState
 from tests.support import Case, Corner
 from tests.support.specs import PLAIN

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from paged.lower import Program, Sequences
-from paged.lower.tpu.tiles import _MOST_ROWS, QueryTiles, TileShape, most_tiles
-from paged.lower.tpu.work import Visited
+from paged.lower.tpu.pages import QueryTiles
+from paged.lower.tpu.pages.work import Visited
+from paged.lower.tpu.prefill.shape import _MOST_ROWS, TileShape, most_tiles
 from paged.spec import AttentionSpec, Causal, Chunk, Prefix
 from tests.support import CORNERS, Case, Corner, build
 from tests.support.specs import PLAIN

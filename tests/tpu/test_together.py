@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from paged.lower import Call, Schedule
-from paged.lower.tpu import CHIPS, decode
-from paged.lower.tpu.planning import plan_schedule
-from paged.lower.tpu.views import Views
+from paged.lower.tpu import CHIPS
+from paged.lower.tpu.decode import kernel as decode
+from paged.lower.tpu.decode.plan import plan_schedule
+from paged.lower.tpu.pages.views import Views
 from paged.spec import AttentionSpec
 from tests.support import Case, build
 

@@ -10,7 +10,7 @@ import pytest
 import paged
 from paged.lower import Schedule
 from paged.lower.tpu import CHIPS
-from paged.lower.tpu.update import Targets, Write
+from paged.lower.tpu.decode.update import Targets, Write
 from paged.spec import RaggedBatch
 from tests.support import build, case_of
 from tests.support.specs import PLAIN

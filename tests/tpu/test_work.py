@@ -8,9 +8,8 @@ import pytest
 
 from paged.lower import Program, Schedule, Sequences
 from paged.lower.tpu import CHIPS
-from paged.lower.tpu.limits import chunks
-from paged.lower.tpu.tiles import QueryTiles
-from paged.lower.tpu.work import Visited, _bounds
+from paged.lower.tpu.pages import QueryTiles, chunks
+from paged.lower.tpu.pages.work import Visited, _bounds
 from paged.spec import Prefix
 from tests.support import Case, build
 from tests.support.specs import PLAIN

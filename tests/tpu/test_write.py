@@ -10,12 +10,12 @@ import pytest
 
 import paged
 from paged.lower import LOWERINGS, Sequences
-from paged.lower.compile_for import compile_on
+from paged.lower._compile_for import compile_on
 from paged.lower.tpu import CHIPS
-from paged.lower.tpu import granules as granules_module
-from paged.lower.tpu import write as write_module
-from paged.lower.tpu.granules import GRANULE, Granules
-from paged.lower.tpu.write import Partial, Whole, write_rows
+from paged.lower.tpu.write import granules as granules_module
+from paged.lower.tpu.write import kernels as write_module
+from paged.lower.tpu.write.granules import GRANULE, Granules
+from paged.lower.tpu.write.kernels import Partial, Whole, write_rows
 from paged.lower.xla import XLA_BLOCKS
 from paged.spec import PageLayout, Pages, RaggedBatch
 

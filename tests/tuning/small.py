@@ -7,7 +7,7 @@ import numpy as np
 
 import paged
 from paged.lower import Call, Key, Schedule
-from paged.lower.advice import Entry
+from paged.lower.schedule import Entry
 
 SPEC = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=9)
 LAYOUT = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)

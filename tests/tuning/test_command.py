@@ -19,7 +19,7 @@ TINY = ["--q-heads=2", "--kv-heads=1", "--head-dim=8", "--page-size=8", "--dtype
 @pytest.fixture(autouse=True)
 def _compiled_once(monkeypatch):
     """Candidates compiled once for all tests of this process."""
-    monkeypatch.setattr(sys.modules["paged.lower.tuning.tune"], "_jitted", lambda attend: attend)
+    monkeypatch.setattr(sys.modules["paged.lower.tuning._tune"], "_jitted", lambda attend: attend)
 
 
 def _run(*arguments, **environment):

@@ -11,8 +11,8 @@ import warnings
 import pytest
 
 import paged
-from paged.lower.advice import file as file_module
-from paged.lower.advice.key import VERSION
+from paged.lower.schedule import file as file_module
+from paged.lower.schedule.key import VERSION
 
 from .small import FILE, LAYOUT, OTHER, SPEC, chosen, entry, key, stored
 
@@ -153,7 +153,7 @@ def test_a_write_that_dies_leaves_the_old_file(path, monkeypatch):
 
 WRITER = """
 import sys
-from paged.lower.advice import Entry, Key, TuningFile
+from paged.lower.schedule import Entry, Key, TuningFile
 from paged.lower import Schedule
 import pathlib
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import paged
 from paged.lower import Program
-from paged.lower.advice.text import program_text
+from paged.lower.schedule.text import program_text
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SPEC = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)

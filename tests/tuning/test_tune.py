@@ -41,7 +41,7 @@ class Invented(paged.Timing):
 def _few_candidates(monkeypatch):
     """Three alternatives, each compiled once for all tests."""
     monkeypatch.setattr(type(XLA_BLOCKS), "alternatives", lambda *_: iter((A, B, C)))
-    monkeypatch.setattr(sys.modules["paged.lower.tuning.tune"], "_jitted", lambda attend: attend)
+    monkeypatch.setattr(sys.modules["paged.lower.tuning._tune"], "_jitted", lambda attend: attend)
 
 
 def _tune(timing, attend=ATTEND, **options):

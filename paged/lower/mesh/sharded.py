@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.core
@@ -14,20 +14,16 @@ from jaxtyping import Array, Float, Int
 
 from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, sinks_per_head
 
-from ..call import Call
+from .._explain import Explanation, explain
+from ..attend import Attend, finish
 from ..checks import check, require_layout, require_new_tokens, require_pages, require_queries, require_sinks
-from ..explain import Explanation, explain
-from ..finish import finish
 from ..jax_version import on_devices
-from ..program import Program
+from ..program import Call, Program
 from ..tpu import Chip
 from .axes import Axes, Shares
 from .context import dealt, merge_over, with_own_pages
 from .heads import own_new_heads, repeated, repeats_of, share_of
 from .specs import ArraySpecs, axes_of, require_agreement
-
-if TYPE_CHECKING:
-    from ..attend import Attend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +40,8 @@ class ShardedAttend:
     layout: PageLayout  # of the whole cache, KV heads repeated where the axes ask for it
     mesh: Mesh
     axes: Axes
-    local: "Attend"  # what the first device runs
-    every: "Attend"  # what each runs, under `jax.shard_map`: score operations ask there which heads they see
+    local: Attend  # what the first device runs
+    every: Attend  # what each runs, under `jax.shard_map`: score operations ask there which heads they see
     check: bool
 
     @property
@@ -82,7 +78,7 @@ class ShardedAttend:
         """This attention as it would be lowered on a chip, whatever this process has."""
         return self.with_local(lambda attend: attend.on_chip(chip))
 
-    def with_local(self, change: "Callable[[Attend], Attend]") -> "ShardedAttend":
+    def with_local(self, change: Callable[[Attend], Attend]) -> "ShardedAttend":
         """With what each device runs changed."""
         return dataclasses.replace(self, local=change(self.local), every=change(self.every))
 

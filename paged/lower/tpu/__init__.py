@@ -3,7 +3,7 @@
 from .chips import CHIPS as CHIPS
 from .chips import Chip as Chip
 from .chips import chip_named as chip_named
-from .lowering import TPU_DECODE as TPU_DECODE
-from .lowering import TpuDecode as TpuDecode
-from .ragged import TPU_RAGGED as TPU_RAGGED
-from .ragged import TpuRagged as TpuRagged
+from .decode import TPU_DECODE as TPU_DECODE
+from .decode import TpuDecode as TpuDecode
+from .prefill import TPU_RAGGED as TPU_RAGGED
+from .prefill import TpuRagged as TpuRagged

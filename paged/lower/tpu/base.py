@@ -4,18 +4,17 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Self
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from paged.spec import PageLayout, Pages, RaggedBatch
 
-from ..call import Call
-from ..lowering import Lowering
-from ..program import Program
-from ..schedule import Schedule
+from ..base import Lowering, Schedule
+from ..program import Call, Program
 from ..xla import XLA_BLOCKS
-from .chips import Chip, this_chip
-from .limits import refuses_program
-from .write import refuses_write, write_rows
+from .chips import LANES, SUBLANES, Chip, this_chip
+from .terms import refused_operations
+from .write.kernels import refuses_write, write_rows
 
 
 class KernelRules(NamedTuple):
@@ -93,3 +92,22 @@ class TpuLowering(Lowering):
         if self.refuses_write(pages.layout) is not None:
             return XLA_BLOCKS.write(k, v, pages, batch)
         return write_rows(self.the_chip, self.interpret, k, v, pages, batch)
+
+
+def refuses_program(program: Program, layout: PageLayout) -> str | None:
+    """Why no decode kernel takes this program over this layout, or None."""
+    if layout.page_size % SUBLANES:
+        return f"pages of {layout.page_size} tokens are no whole tiles: page_size must be a multiple of {SUBLANES}"
+    if layout.dtype == jnp.float16:
+        return "a TPU has no float16: pages must be bfloat16, float32, int8 or float8"
+    if layout.order == "interleaved" and layout.scales == "token":
+        return 'scales="token" with order="interleaved" would have to be transposed: use order="packed" or "split"'
+    if layout.num_kv_heads > LANES:
+        return f"{layout.num_kv_heads} KV heads are more than the {LANES} lanes that log-sum-exps are kept in"
+    operations = refused_operations(program)
+    if operations:
+        return (
+            f"a mask or bias uses {', '.join(operations)}, which kernels have no rule for: only elementwise arithmetic "
+            "of positions, and anything of the head alone"
+        )
+    return None

@@ -32,6 +32,9 @@ class Chip:
     has_tall_tiles: bool = False
 
 
+# Lanes of a register, and its rows of 32-bit numbers: the tile in which memory is laid out.
+LANES, SUBLANES = 128, 8
+
 _MIB = 2**20
 
 CHIPS: dict[str, Chip] = {

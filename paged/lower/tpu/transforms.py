@@ -10,9 +10,8 @@ from jaxtyping import Array
 
 from paged.spec import AttentionState, Pages
 
-from ..lowering import Lowering
+from ..base import Lowering, Schedule
 from ..program import Program
-from ..schedule import Schedule
 from ..xla import XLA_BLOCKS
 
 

@@ -1,9 +1,9 @@
 """Tuning: the schedules that a call could have, timed on the device at hand, and the fastest kept."""
 
+from ._tune import tune as tune
 from .result import Trial as Trial
 from .result import Tuned as Tuned
 from .synthetic import Arrays as Arrays
 from .synthetic import Shape as Shape
 from .synthetic import synthetic as synthetic
 from .timing import Timing as Timing
-from .tune import tune as tune

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from ..schedule import Schedule
+from ..base import Schedule
 
 
 @dataclasses.dataclass(frozen=True)

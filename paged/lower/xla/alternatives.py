@@ -6,11 +6,9 @@ import jax
 
 from paged.spec import PageLayout
 
-from ..call import Call
-from ..candidates import grid, powers_up_to
-from ..program import Program
-from ..schedule import Schedule
-from ..seen import most_pages_seen
+from ..base import Schedule
+from ..program import Call, Program, most_pages_seen
+from ..schedule import grid, powers_up_to
 from .walk import FEW_ROWS
 
 # Sizes to try, where the first is the tokens of a block of pages. A core works on one block of rows at a time, and what

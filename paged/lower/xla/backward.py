@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionState, Pages
 
-from ..softmax import select_values
+from ..program import select_values
 from . import tiles
 from .blocks import Block, Blocks
 from .walk import Operands, Walk

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from ..sequences import Sequences
+from ..program import Sequences
 
 
 class Block(NamedTuple):

@@ -16,8 +16,7 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionState
 
-from ..softmax import Running, select_values
-from ..visits import Visits
+from ..program import Running, Visits, select_values
 from . import tiles
 from .backward import backward
 from .blocks import Block, Blocks

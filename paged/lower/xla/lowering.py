@@ -8,12 +8,8 @@ from jaxtyping import Array, Bool, Float
 
 from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
 
-from ..call import Call
-from ..closures import hoist
-from ..lowering import Lowering
-from ..program import Program
-from ..schedule import Schedule
-from ..sequences import Sequences
+from ..base import Lowering, Schedule
+from ..program import Call, Program, Sequences, hoist
 from .alternatives import alternatives
 from .forward import attend
 from .walk import FEW_ROWS, Operands, Walk

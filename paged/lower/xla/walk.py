@@ -14,10 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paged.spec import Pages
 
-from ..closures import TileTerms
-from ..program import Program
-from ..sequences import Sequences
-from ..visits import Visits, visible_pages
+from ..program import Program, Sequences, TileTerms, Visits, visible_pages
 from .blocks import Block
 
 # Up to this many rows, keys are the left operand of the product: XLA:CPU then need not repack the larger side. And up

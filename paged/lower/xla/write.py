@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from paged.spec import PageLayout, Pages, RaggedBatch
 
 from ..jax_version import HAS_BIT_UPDATES_IN_PLACE
-from ..sequences import Sequences
+from ..program import Sequences
 from .bits import as_bits, from_bits
 
 # Which axes of a pool's array count pages, and slots within one. The others are what one token has.

@@ -1,0 +1,82 @@
+"""`explain`: what a call will run, why not something else, and which pages and bytes it touches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from paged.spec import PageLayout, Pages, RaggedBatch
+
+from .base import Schedule
+from .program import Call, Program, Sequences, page_coverage
+from .registry import LOWERINGS
+from .schedule import HEURISTIC, Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What runs. ``str`` of it is for people; the fields are for tests and tools. ``source`` is who chose the schedule:
+    "explicit", "context", "tuning file <name>", or "heuristic".
+
+    ``pages_visited`` counts, for every live sequence, the pages that its query rows as a whole may see: each is read
+    at least once. ``pages_held`` counts the pages its tokens fill. Both are None without a concrete batch.
+    """
+
+    program: Program
+    layout: PageLayout
+    schedule: Schedule
+    refused: dict[str, str]
+    pages_visited: int | None
+    pages_held: int | None
+    notes: tuple[str, ...] = ()
+    source: str = HEURISTIC
+
+    @property
+    def bytes_visited(self) -> int | None:
+        """Bytes of keys and values in the pages visited, scales not counted."""
+        return None if self.pages_visited is None else self.pages_visited * self.layout.bytes_per_page
+
+    def __str__(self) -> str:
+        lines = [str(self.program), f"over {self.layout}", f"runs as {self.schedule} (from: {self.source})"]
+        lines += [f"not as {name}: {reason}" for name, reason in self.refused.items()]
+        if self.pages_visited is not None and self.pages_held is not None:
+            skipped = self.pages_held - self.pages_visited
+            mebibytes = (self.bytes_visited or 0) / 2**20
+            lines += [
+                f"visits {self.pages_visited} pages ({mebibytes:.2f} MiB) and skips {skipped} of {self.pages_held}"
+            ]
+        return "\n".join([*lines, *self.notes])
+
+
+def explain(
+    program: Program,
+    layout: PageLayout,
+    choice: Choice,
+    q: Array | None = None,
+    pages: Pages | None = None,
+    batch: RaggedBatch | None = None,
+) -> Explanation:
+    """See `Attend.explain`."""
+    lowering, schedule, source = choice
+    call = None if q is None or pages is None or batch is None else Call.of(q, pages, batch)
+    reasons = {low.name: low.refuses(program, layout, call) for low in LOWERINGS if low.name != lowering.name}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    if q is None or pages is None or batch is None:
+        return Explanation(program, layout, schedule, refused, None, None, source=source)
+    visited, held = _count_pages(program, q.shape[0], pages, batch)
+    notes = lowering.describe(program, layout, Call.of(q, pages, batch), schedule, visited * layout.bytes_per_page)
+    return Explanation(program, layout, schedule, refused, visited, held, tuple(notes), source)
+
+
+def _count_pages(program: Program, tokens: int, pages: Pages, batch: RaggedBatch) -> tuple[int, int]:
+    size = pages.layout.page_size
+    seqs = Sequences.of(batch, tokens, size)
+
+    def count(length, rows, table):
+        return jnp.sum(page_coverage(program, length - rows, length, length, table, size, pages.num_pages).some)
+
+    visited = jax.vmap(count)(seqs.lengths, seqs.counts, seqs.tables)
+    held = jnp.where(seqs.counts > 0, -(-seqs.lengths // size), 0)
+    return int(np.sum(visited)), int(np.sum(held))

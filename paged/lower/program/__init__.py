@@ -1,0 +1,17 @@
+"""What the lowerings read: a spec's `Program`, and the parts of a call that every target computes alike."""
+
+from .call import COMMON as COMMON
+from .call import Call as Call
+from .closures import TileTerms as TileTerms
+from .closures import hoist as hoist
+from .program import Program as Program
+from .sequences import Sequences as Sequences
+from .simplify import implies as implies
+from .simplify import normal_form as normal_form
+from .softmax import Running as Running
+from .softmax import raise_top as raise_top
+from .softmax import select_values as select_values
+from .visits import Visits as Visits
+from .visits import most_pages_seen as most_pages_seen
+from .visits import page_coverage as page_coverage
+from .visits import visible_pages as visible_pages

@@ -1,0 +1,62 @@
+"""Which pages a block of query rows visits: the pages that the program cannot rule out, and no other."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from paged.spec import Coverage
+
+from .call import Call
+from .program import Program
+
+
+class Visits(NamedTuple):
+    """Pages of one sequence to visit: first those that are visible in full, then the others, each in ascending order.
+
+    The first ``count`` entries are valid, and the first ``num_full`` of them need no mask. ``index`` counts pages of
+    the sequence (page ``i`` holds tokens ``i * P`` onward); ``page`` is where each lies in the pool, ``0`` in the
+    entries past ``count``.
+    """
+
+    index: Int[Array, " pages_per_seq"]
+    page: Int[Array, " pages_per_seq"]
+    num_full: Int[Array, ""]
+    count: Int[Array, ""]
+
+
+def visible_pages(
+    program: Program, p0: Any, p1: Any, length: Any, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
+) -> Visits:
+    """The pages that the query positions ``[p0, p1)`` may see in a sequence of ``length`` tokens.
+
+    A table entry outside the pool is a hole: its page is never visited, so its tokens are invisible.
+    """
+    some, full = page_coverage(program, p0, p1, length, table, page_size, num_pages)
+    num_full, count = jnp.sum(full, dtype=jnp.int32), jnp.sum(some, dtype=jnp.int32)
+    partial = some & ~full
+    rank = jnp.where(full, jnp.cumsum(full) - 1, num_full + jnp.cumsum(partial) - 1)
+    width = table.shape[0]
+    column = jnp.arange(width, dtype=jnp.int32)
+    index = jnp.zeros(width, jnp.int32).at[jnp.where(some, rank, width)].set(column, mode="drop")
+    return Visits(index, jnp.where(column < count, table[index], 0), num_full, count)
+
+
+def page_coverage(
+    program: Program, p0: Any, p1: Any, length: Any, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
+) -> Coverage:
+    """For each page of the table, what the query positions ``[p0, p1)`` see of it; holes are empty."""
+    j0 = jnp.arange(table.shape[0]) * page_size
+    is_there = (p0 < p1) & (table >= 0) & (table < num_pages)
+    return program.coverage(p0, p1, j0, j0 + page_size, length) & Coverage(is_there, is_there)
+
+
+def most_pages_seen(program: Program, page_size: int, call: Call) -> int:
+    """The most pages that one sequence's rows see, at a sample of lengths up to the table's capacity."""
+    rows, capacity = call.query_rows or 1, call.pages_per_seq * page_size
+    lengths = np.unique(np.concatenate([np.linspace(1, capacity, 16).astype(int), capacity - np.arange(page_size)]))
+    first = np.arange(call.pages_per_seq) * page_size
+    length = np.maximum(lengths, 1)[:, None]
+    some = program.coverage(length - rows, length, first, first + page_size, length).some
+    return max(1, int(np.max(np.sum(np.broadcast_to(some, (len(lengths), len(first))), axis=1))))

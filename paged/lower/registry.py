@@ -1,0 +1,68 @@
+"""Which lowering runs: the candidates of a target, in order of preference, and what each refuses."""
+
+import jax
+
+from paged.spec import PageLayout
+
+from .base import Lowering, Schedule, ignores
+from .program import Call, Program
+from .tpu import TPU_DECODE, TPU_RAGGED
+from .xla import XLA_BLOCKS
+
+# In order of preference. A new lowering is one more entry.
+LOWERINGS: tuple[Lowering, ...] = (TPU_DECODE, TPU_RAGGED, XLA_BLOCKS)
+TARGETS = ("auto", "tpu", "xla")
+
+
+def refusals(
+    program: Program, layout: PageLayout, target: str = "auto", call: Call | None = None
+) -> dict[str, str | None]:
+    """For each candidate of a target, by name: why it does not take the program, or None when it does."""
+    return {low.name: low.refuses(program, layout, call) for low in LOWERINGS if target in ("auto", low.target)}
+
+
+def select(program: Program, layout: PageLayout, target: str, schedule: Schedule | None = None) -> tuple[Lowering, ...]:
+    """The candidates that take the program, in order of preference, or the one that the schedule names.
+
+    ``"auto"`` means those that run on this process's default backend. Raises ``ValueError`` with every candidate's
+    reason when there is none.
+    """
+    candidates = _candidates(target)
+    if schedule is not None:
+        candidates = [low for low in candidates if low.name == schedule.lowering]
+        if not candidates:
+            names = sorted(low.name for low in LOWERINGS if target in ("auto", low.target))
+            raise ValueError(
+                f'The schedule is for the lowering "{schedule.lowering}", which target "{target}" does not have; it '
+                f"has {names or 'none'}."
+            )
+        reason = ignores(candidates[0], schedule)
+        if reason is not None:
+            raise ValueError(f"The schedule cannot be honoured: {reason}")
+    takers = tuple(low for low in candidates if low.refuses(program, layout) is None)
+    if takers:
+        return takers
+    why = "; ".join(f"{low.name}: {low.refuses(program, layout)}" for low in candidates)
+    others = sorted({low.target for low in LOWERINGS if low.refuses(program, layout) is None})
+    raise ValueError(f'No lowering takes this spec on target "{target}": {why}. Targets that take it: {others}.')
+
+
+def select_write(layout: PageLayout, target: str) -> Lowering:
+    """The first candidate whose write takes pages of this layout; ``ValueError`` as of `select` when there is none."""
+    candidates = _candidates(target)
+    for lowering in candidates:
+        if lowering.refuses_write(layout) is None:
+            return lowering
+    why = "; ".join(f"{low.name}: {low.refuses_write(layout)}" for low in candidates)
+    others = sorted({low.target for low in LOWERINGS if low.refuses_write(layout) is None})
+    raise ValueError(f'No lowering writes these pages on target "{target}": {why}. Targets that do: {others}.')
+
+
+def _candidates(target: str) -> list[Lowering]:
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {TARGETS}; got {target!r}.")
+    return [low for low in LOWERINGS if target == low.target or (target == "auto" and _runs_here(low))]
+
+
+def _runs_here(lowering: Lowering) -> bool:
+    return lowering.target in ("xla", jax.default_backend())

@@ -1,0 +1,66 @@
+"""`choose`: which lowering runs a call, with which schedule, and who said so."""
+
+from typing import NamedTuple
+
+from paged.spec import PageLayout
+
+from ..base import Lowering, Schedule, ignores
+from ..program import Call, Program
+from .advice import Advice, Proposal
+from .warning import warn_once
+
+EXPLICIT, HEURISTIC = "explicit", "heuristic"
+
+
+class Choice(NamedTuple):
+    """What runs. ``source`` is "explicit", "context", "context, tuning file <name>", "tuning file <name>", or
+    "heuristic": the first of these that has something to say of a call is heeded."""
+
+    lowering: Lowering
+    schedule: Schedule
+    source: str
+
+
+def choose(
+    program: Program,
+    layout: PageLayout,
+    lowerings: tuple[Lowering, ...],
+    pinned: Schedule | None,
+    advice: Advice,
+    call: Call,
+) -> Choice:
+    """What runs in a call of these shapes. Raises ``ValueError`` when no lowering takes it, or when a schedule that the
+    caller or a context gave cannot be honoured; a tuning file's is then passed over with a warning."""
+    reasons = {lowering.name: lowering.refuses(program, layout, call) for lowering in lowerings}
+    takers = {lowering.name: lowering for lowering in lowerings if reasons[lowering.name] is None}
+    if not takers:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f'No lowering takes this call: {why}. target="auto" and target="xla" take any call.')
+    proposals = advice.proposals(program, layout, [lowering.name for lowering in lowerings], call)
+    for proposal in proposals if pinned is None else [Proposal(EXPLICIT, pinned, True)]:
+        lowering = takers.get(proposal.schedule.lowering)
+        if lowering is None:
+            continue
+        reason = ignores(lowering, proposal.schedule) or lowering.cannot_honour(
+            program, layout, call, proposal.schedule
+        )
+        if reason is None:
+            return Choice(lowering, proposal.schedule, proposal.source)
+        told = f"The schedule {proposal.schedule} cannot run: {reason}"
+        if proposal.is_binding:
+            raise ValueError(f"{told} The nearest that can: {lowering.schedule(program, layout, call)}.")
+        warn_once(f"{told} It is of {proposal.source}, and passed over.")
+    first = next(iter(takers.values()))
+    return Choice(first, first.schedule(program, layout, call), HEURISTIC)
+
+
+def choose_for_any_call(
+    program: Program, layout: PageLayout, lowering: Lowering, pinned: Schedule | None, advice: Advice
+) -> Choice:
+    """What runs in a common call, of which nothing is known."""
+    if pinned is not None:
+        return Choice(lowering, pinned, EXPLICIT)
+    said = advice.for_any_call(lowering.name)
+    if said is not None:
+        return Choice(lowering, said.schedule, said.source)
+    return Choice(lowering, lowering.schedule(program, layout), HEURISTIC)

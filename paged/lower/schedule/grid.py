@@ -1,0 +1,36 @@
+"""`grid`: the candidates that differ from one schedule in some fields."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+from ..base import Schedule
+
+
+def grid(own: Schedule, **fields: Iterable[int | str]) -> Iterator[Schedule]:
+    """``own`` with every combination of these values.
+
+    >>> own = Schedule(lowering="xla-blocks", pages_per_block=8)
+    >>> [str(one) for one in grid(own, pages_per_block=(4, 8), lanes=(2,))]
+    ['xla-blocks(pages_per_block=4, lanes=2)', 'xla-blocks(pages_per_block=8, lanes=2)']
+    """
+    for values in itertools.product(*fields.values()):
+        yield own.replace(**dict(zip(fields, values, strict=True)))
+
+
+def powers_up_to(values: Iterable[int], most: int) -> list[int]:
+    """The values no larger than the power of two that holds ``most``, that power in place of those that are; sorted.
+
+    >>> powers_up_to((2, 4, 8, 16), most=5)
+    [2, 4, 8]
+    """
+    top = 2 ** max(0, most - 1).bit_length()
+    return sorted({max(1, min(value, top)) for value in values})
+
+
+def around(size: int) -> list[int]:
+    """Half, as much, and twice as much.
+
+    >>> around(8), around(1)
+    ([4, 8, 16], [1, 2])
+    """
+    return sorted({max(1, size // 2), size, 2 * size})

@@ -1,0 +1,4 @@
+"""Decode: one or a few query rows of every sequence, with the write fused into the kernel where that is safe."""
+
+from .lowering import TPU_DECODE as TPU_DECODE
+from .lowering import TpuDecode as TpuDecode

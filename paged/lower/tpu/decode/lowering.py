@@ -1,0 +1,119 @@
+"""The TPU decode lowering's front: what it takes, its schedule, and a batch's state by one kernel or a few."""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
+
+from ...base import Schedule
+from ...program import Call, Program, Sequences
+from ...xla import token_rows
+from ..base import KernelRules, TpuLowering
+from ..pages import QueryTiles, Visited, Work, chunks, pools_of
+from ..transforms import state_with_gradient, update_with_gradient
+from ..write.granules import row_shape
+from .launch import New
+from .plan import decode_alternatives, fits, launch_of, plan_schedule, refuses_call, vmem_bytes
+from .update import Targets
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuDecode(TpuLowering):
+    """Decode on TPUs, one or a few query rows a sequence; every term that is elementwise, every page order."""
+
+    rules: ClassVar[KernelRules] = KernelRules(refuses_call, plan_schedule, fits, decode_alternatives)
+    name: str = "tpu-decode"
+    choices: frozenset[str] = frozenset({"pages_per_block", "sequence", "buffers", "kv_splits", "cores"})
+
+    def describe(
+        self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int
+    ) -> list[str]:
+        """Memory of the kernel, how many kernels there are, and the time of its transfers alone."""
+        chip, mebibytes = self.the_chip, vmem_bytes(program, layout, call, schedule) / 2**20
+        kernels = len(list(chunks((call.slots, call.pages_per_seq), schedule, chip)))
+        microseconds = 1e6 * bytes_visited / chip.hbm_bytes_per_second
+        lines = [
+            f"{kernels} kernel(s) on {chip.generation}, each with {schedule.buffers} buffers of "
+            f"{schedule.pages_per_block} pages, {mebibytes:.2f} of {chip.vmem_bytes / 2**20:.0f} MiB of vector memory",
+            f"at least {microseconds:.1f} us for its transfers, modelled at {chip.hbm_bytes_per_second / 1e9:.0f} GB/s",
+        ]
+        if layout.order != "joined" and layout.head_dim % 128:
+            lines.append(
+                f"XLA copies the pool at every call: head_dim {layout.head_dim} is no multiple of 128 lanes, and only "
+                'order="joined" lies in whole ones'
+            )
+        return lines
+
+    def state(
+        self,
+        program: Program,
+        schedule: Schedule,
+        q: Float[Array, "tokens q_heads head_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+    ) -> AttentionState:
+        """The batch's state in float32, without sinks. Its gradient is the XLA lowering's."""
+        return state_with_gradient(_state, self, program, schedule, q, pages, batch)
+
+    def update(
+        self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
+    ) -> tuple[AttentionState, Pages]:
+        """The write and the attention in one kernel. `write` goes first where a sequence is split, where one kernel
+        cannot hold the lists of pages, and on chips with two cores: one might read a page while the other writes it."""
+        return update_with_gradient(_update, self, program, schedule, q, k, v, pages, batch)
+
+
+def _state(
+    lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: RaggedBatch
+) -> AttentionState:
+    call, layout = Call.of(q, pages, batch), pages.layout
+    seqs = Sequences.of(batch, call.tokens, layout.page_size)
+    launch = launch_of(program, layout, call, schedule, lowering.the_chip, lowering.interpret)
+    visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
+    states = []
+    for part in chunks(seqs.tables.shape, schedule, launch.chip):
+        work = visited.work(*part, **_cut(schedule))
+        states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.rows))
+    return functools.reduce(merge, states)
+
+
+def _update(
+    lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: Any
+) -> tuple[AttentionState, Pages]:
+    call, layout = Call.of(q, pages, batch), pages.layout
+    seqs = Sequences.of(batch, call.tokens, layout.page_size)
+    launch = launch_of(program, layout, call, schedule, lowering.the_chip, lowering.interpret)
+    parts = list(chunks(seqs.tables.shape, schedule, launch.chip))
+
+    if schedule.cores > 1 or schedule.kv_splits > 1 or len(parts) > 1:
+        pages = lowering.write(k, v, pages, batch)
+        return _state(lowering, program, schedule, q, pages, batch), pages
+    targets = Targets.of(seqs, batch.query_rows or 1, layout.page_size, pages.num_pages)
+    visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
+    work = visited.work(*parts[0], **_cut(schedule))
+    rows = tuple(
+        x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
+        for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
+    )
+    state, pages = launch(work, q, pages, New(targets, rows))
+    return _own_rows(state, work, launch.views.rows), pages
+
+
+def _own_rows(state: AttentionState, work: Work, most: int) -> AttentionState:
+    """The state in the rows that a kernel writes, and the empty state in all others: it writes those of the work's
+    sequences, and of each no more than the static number, whatever the batch's values say."""
+    row, count = jnp.arange(state.out.shape[0]), jnp.minimum(work.rows, most)
+    is_own = jnp.any((row[:, None] >= work.row) & (row[:, None] < work.row + count), axis=1)
+    out = jnp.where(is_own[:, None, None], state.out, 0.0)
+    return AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf))
+
+
+def _cut(schedule: Schedule) -> dict[str, int]:
+    return {"splits": schedule.kv_splits, "pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
+
+
+TPU_DECODE = TpuDecode()

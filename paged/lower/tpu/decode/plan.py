@@ -1,0 +1,146 @@
+"""The decode kernel's schedule: what a chip would be given, what fits it, what it refuses, and what is worth timing."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from paged.spec import PageLayout
+
+from ...base import Schedule
+from ...program import COMMON, Call, Program, most_pages_seen
+from ...schedule import around, grid
+from ..chips import SUBLANES, Chip
+from ..pages import Views, compute_dtype
+from .kernel import ITEMS_AT_ONCE
+from .launch import Launch
+
+_MOST_QUERY_ROWS = 128
+# Tokens a block: with fewer, the steps between blocks show beside the work; more hold memory for nothing (modelled).
+_TOKENS = 512
+# Scores of one tile, rows x columns, that are worked on at once.
+_SCORES = 2**17
+# Seconds for which HBM must have bytes on their way, and as many bytes as are enough for any chip: with fewer it waits
+# out its latency, with more the results of short sequences wait behind pages (modelled).
+_IN_FLIGHT, _MOST_IN_FLIGHT = 0.5e-6, 2**20
+# Columns of a block up to which heads go in pairs; with more, a head's own keys fill a product's width (modelled).
+_PAIRED_COLUMNS = 256
+_MOST_BUFFERS = 8
+# Of all chips v5e's memory moves fewest bytes a cycle: while a short sequence's pages arrive, the stages of the one
+# before are through, and a turn that waits for two of them takes 1 to 2 % longer than two turns (modelled).
+_ONE_AT_A_TIME = frozenset({"v5e"})
+# The share of vector memory that buffers may take; the compiler needs the rest for what it spills.
+_BUFFER_SHARE = 0.6
+
+
+def launch_of(
+    program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip, interpret: Any = False
+) -> Launch:
+    """The kernel that a schedule describes."""
+    views = _views(program, layout, call, schedule.pages_per_block)
+    items_at_once = 1 if chip.generation in _ONE_AT_A_TIME else ITEMS_AT_ONCE
+    cut = (schedule.sequence, schedule.buffers, schedule.kv_splits, schedule.cores, items_at_once)
+    return Launch(program, views, *cut, chip, interpret)
+
+
+def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | None, chip: Chip) -> Schedule:
+    """The heuristic. Blocks are as long as most sequences are seen, up to `_TOKENS`, and shorter where memory ends."""
+    call = call or COMMON
+    rows = dataclasses.replace(_views(program, layout, call, 1), is_paired=False)
+    per_token = rows.tile_rows * rows.columns_per_token
+    tokens = min(_TOKENS, max(128, _SCORES // per_token))
+    seen = most_pages_seen(program, layout.page_size, call)
+    pages = max(1, min(tokens // layout.page_size, _round_up(seen, layout.page_size)))
+    splits = 1 if chip.cores == 1 else max(1, min(seen // (2 * pages), -(-2 * chip.cores // call.slots)))
+    in_flight = min(_IN_FLIGHT * chip.hbm_bytes_per_second, _MOST_IN_FLIGHT)
+    buffers = 2 + math.ceil(in_flight / (pages * layout.bytes_per_page))
+    # Short sequences are worked on some at once, while as many more are on their way.
+    buffers = max(buffers, 2 * ITEMS_AT_ONCE) if seen <= pages else buffers
+    schedule = Schedule(
+        lowering=name,
+        pages_per_block=pages,
+        buffers=min(_MOST_BUFFERS, buffers),
+        kv_splits=splits,
+        cores=chip.cores,
+    )
+    while not _fits(program, layout, call, schedule, chip):
+        if schedule.buffers > 2:
+            schedule = schedule.replace(buffers=schedule.buffers - 1)
+        elif schedule.pages_per_block > 1:
+            schedule = schedule.replace(pages_per_block=schedule.pages_per_block // 2)
+        else:
+            return schedule
+    return schedule
+
+
+def refuses_call(program: Program, layout: PageLayout, call: Call, chip: Chip) -> str | None:
+    """Why no decode kernel takes this call, or None."""
+    if call.query_rows is None:
+        return "it decodes, with as many query rows for every sequence (RaggedBatch.decode), and this batch's rows vary"
+    rows = call.query_rows * -(-program.group // SUBLANES) * SUBLANES
+    if rows > _MOST_QUERY_ROWS:
+        return (
+            f"it decodes: {call.query_rows} query rows a sequence are {rows} rows a KV head, of at most "
+            f"{_MOST_QUERY_ROWS}"
+        )
+    smallest = plan_schedule("", program, layout, call, chip)
+    if vmem_bytes(program, layout, call, smallest) > vmem_budget(chip):
+        return (
+            f"two pages of {layout.bytes_per_page} bytes, with queries and results, do not fit the {chip.generation} "
+            "chip's vector memory: use smaller pages"
+        )
+    return None
+
+
+def fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip) -> str | None:
+    """Why a schedule does not fit the chip, or None."""
+    taken, budget = vmem_bytes(program, layout, call, schedule), vmem_budget(chip)
+    if taken > budget:
+        return (
+            f"its buffers take {taken} bytes of vector memory, and there are {budget} for them on {chip.generation}: "
+            "lower pages_per_block or buffers."
+        )
+    if schedule.kv_splits > call.pages_per_seq:
+        return f"it splits sequences into kv_splits={schedule.kv_splits}, and they have {call.pages_per_seq} pages."
+    if schedule.cores > chip.cores:
+        return f"it has cores={schedule.cores}, and a device of {chip.generation} has {chip.cores}."
+    return None
+
+
+def decode_alternatives(layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
+    """Blocks and buffers together; then the other place for the loop over sequences, and more or fewer splits."""
+    del layout
+    pages = around(own.pages_per_block)
+    buffers = sorted({2, own.buffers, max(2, own.buffers // 2), min(8, 2 * own.buffers)})
+    yield from grid(own, pages_per_block=pages, buffers=buffers)
+    yield from grid(own, sequence=("inline", "grid"))
+    yield from grid(own, kv_splits=[splits for splits in around(own.kv_splits) if splits <= call.pages_per_seq])
+
+
+def _round_up(pages: int, page_size: int) -> int:
+    """From 256 tokens on, a power of two times 128, whose halves of halves are blocks as well (`Views.parts`)."""
+    if pages * page_size <= 256 or 128 % page_size:
+        return pages
+    return 2 ** (pages * page_size - 1).bit_length() // page_size
+
+
+def vmem_bytes(program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> int:
+    """Vector memory of the kernel's buffers."""
+    views = _views(program, layout, call, schedule.pages_per_block)
+    return Launch.vmem_bytes(views, schedule.buffers)
+
+
+def vmem_budget(chip: Chip) -> int:
+    """Vector memory that decode's buffers may take."""
+    return int(_BUFFER_SHARE * chip.vmem_bytes)
+
+
+def _views(program: Program, layout: PageLayout, call: Call, pages_per_block: int) -> Views:
+    group = -(-program.group // SUBLANES) * SUBLANES
+    dtype = compute_dtype(layout, call.q_dtype)
+    views = Views(layout, pages_per_block, call.query_rows or 1, group, dtype)
+    return dataclasses.replace(views, is_paired=views.can_pair and views.columns <= _PAIRED_COLUMNS)
+
+
+def _fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip) -> bool:
+    return vmem_bytes(program, layout, call, schedule) <= vmem_budget(chip)

@@ -1,0 +1,14 @@
+"""Pages as the kernels meet them: lists of what to visit, transfers, the stream of blocks, and views of a block."""
+
+from .stream import Stream as Stream
+from .transfer import Pool as Pool
+from .transfer import Transfers as Transfers
+from .transfer import pools_of as pools_of
+from .views import Views as Views
+from .views import compute_dtype as compute_dtype
+from .views import dot as dot
+from .work import QueryTiles as QueryTiles
+from .work import Visited as Visited
+from .work import Work as Work
+from .work import chunks as chunks
+from .work import rows_and_entries as rows_and_entries
