@@ -25,6 +25,16 @@ class Mask(abc.ABC):
     'empty'
     """
 
+    # Whether the mask may close over arrays, which lowerings then carry for it. A built-in mask says that it does not.
+    is_opaque: bool = True
+    # Where a normal form lists the mask among others: by rank, and masks of one rank by their text.
+    rank: int = 4
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "is_opaque" not in vars(cls):  # a subclass of a built-in mask may compute anything
+            cls.is_opaque = True
+
     @abc.abstractmethod
     def __call__(self, p: Position, j: Position) -> Any:
         """Whether the query at position ``p`` sees the key at ``j``; integer arrays broadcast to a bool array."""
@@ -67,6 +77,8 @@ _NO_TRUTH_VALUE = """A mask has no truth value, so `and`, `or`, `not` and chaine
 class Everything(Mask):
     """Every key is visible: the neutral element of ``&``."""
 
+    is_opaque = False
+
     def __call__(self, p, j):
         return jnp.ones(jnp.broadcast_shapes(jnp.shape(p), jnp.shape(j)), bool)
 
@@ -81,6 +93,8 @@ class Everything(Mask):
 class Nothing(Mask):
     """No key is visible: the neutral element of ``|``."""
 
+    is_opaque = False
+
     def __call__(self, p, j):
         return jnp.zeros(jnp.broadcast_shapes(jnp.shape(p), jnp.shape(j)), bool)
 
@@ -94,6 +108,8 @@ class Nothing(Mask):
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """``j <= p``: a query sees itself and the past."""
+
+    is_opaque, rank = False, 0
 
     def __call__(self, p, j):
         return j <= p
@@ -113,6 +129,8 @@ class Window(Mask):
     counts the tokens to the left, ``p - j <= left``: that is ``Window(left + 1)``. It bounds the past only;
     ``Causal`` bounds the future.
     """
+
+    is_opaque, rank = False, 1
 
     width: int
 
@@ -141,6 +159,8 @@ class Window(Mask):
 class Prefix(Mask):
     """``j < size``: the first ``size`` tokens, to be or-ed with a causal mask (prefix-LM, image blocks)."""
 
+    is_opaque, rank = False, 3
+
     size: int
 
     def __post_init__(self):
@@ -164,6 +184,8 @@ class Prefix(Mask):
 @dataclasses.dataclass(frozen=True)
 class Chunk(Mask):
     """``j // size == p // size``: attention inside aligned chunks (Llama 4's local layers)."""
+
+    is_opaque, rank = False, 2
 
     size: int
 
@@ -225,6 +247,10 @@ class And(Mask):
 
     terms: tuple[Mask, ...]
 
+    @property
+    def is_opaque(self) -> bool:
+        return any(term.is_opaque for term in self.terms)
+
     def __call__(self, p, j):
         value = self.terms[0](p, j)
         for term in self.terms[1:]:
@@ -247,6 +273,10 @@ class Or(Mask):
 
     terms: tuple[Mask, ...]
 
+    @property
+    def is_opaque(self) -> bool:
+        return any(term.is_opaque for term in self.terms)
+
     def __call__(self, p, j):
         value = self.terms[0](p, j)
         for term in self.terms[1:]:
@@ -268,6 +298,14 @@ class Not(Mask):
     """Visible where the term is not; written ``~a``."""
 
     term: Mask
+
+    @property
+    def is_opaque(self) -> bool:
+        return self.term.is_opaque
+
+    @property
+    def rank(self) -> int:
+        return self.term.rank
 
     def __call__(self, p, j):
         return jnp.logical_not(self.term(p, j))

@@ -18,6 +18,15 @@ class ScoreOp(abc.ABC):
     against the scores.
     """
 
+    # Whether the operation may close over arrays, which lowerings then carry for it. A built-in one says that it does
+    # not.
+    is_opaque: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "is_opaque" not in vars(cls):  # a subclass of a built-in operation may compute anything
+            cls.is_opaque = True
+
     @abc.abstractmethod
     def __call__(self, s: Any, p: Any, j: Any, h: Any) -> Any:
         """New scores from scores ``s``, query positions ``p``, key positions ``j`` and query heads ``h``."""
@@ -34,6 +43,8 @@ class SoftCap(ScoreOp):
 
     It comes before the mask: capping a masked score would turn ``-inf`` into ``-cap`` and leak hidden keys.
     """
+
+    is_opaque = False
 
     cap: float
 
@@ -61,6 +72,8 @@ class ALiBi(ScoreOp):
     >>> ALiBi().bind(4).slopes
     (0.25, 0.0625, 0.015625, 0.00390625)
     """
+
+    is_opaque = False
 
     slopes: tuple[float, ...] | None = None
 

@@ -8,7 +8,19 @@ from hypothesis import given
 
 from paged.lower import Program, normal_form
 from paged.lower.program.simplify import implies
-from paged.spec import AttentionSpec, Causal, Chunk, Everything, Nothing, Prefix, Where, Window
+from paged.spec import (
+    ALiBi,
+    AttentionSpec,
+    Bias,
+    Causal,
+    Chunk,
+    Everything,
+    Nothing,
+    Prefix,
+    SoftCap,
+    Where,
+    Window,
+)
 from tests.support.masks import grid, is_odd_pair, masks, rectangles, truth
 
 EXAMPLES = [
@@ -142,3 +154,13 @@ def test_a_programs_coverage_ends_at_the_true_length():
     program = Program.from_spec(AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=1, causal=False))
     answers = {length: str(program.coverage(0, 1, 4, 8, length)) for length in (0, 4, 5, 7, 8, 9)}
     assert answers == {0: "empty", 4: "empty", 5: "partial", 7: "partial", 8: "full", 9: "full"}
+
+
+def test_only_a_users_terms_may_close_over_arrays():
+    class Nearer(Window):
+        pass
+
+    built_in = Causal() & ~Window(4) | Prefix(2) & Chunk(8)
+    assert not built_in.is_opaque and not SoftCap(30.0).is_opaque and not ALiBi().is_opaque
+    assert (built_in | Where(is_odd_pair)).is_opaque and (~Where(is_odd_pair)).is_opaque
+    assert Nearer(4).is_opaque and Bias(lambda p, j, h: p - j).is_opaque

@@ -8,11 +8,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from paged.spec import ALiBi, And, Causal, Chunk, Everything, Mask, Not, Nothing, Or, Prefix, SoftCap, Window
-
 from .program import Program
-
-_CLOSED_OVER_NOTHING = (ALiBi, SoftCap, Causal, Chunk, Everything, Nothing, Prefix, Window)
 
 
 class TileTerms(NamedTuple):
@@ -54,10 +50,4 @@ def _close(fn: Callable[..., Array], *examples: Any) -> tuple[Callable[..., Arra
 
 def _is_opaque(program: Program) -> bool:
     """Whether any term is a user's, which may close over anything."""
-    return any(type(term) not in _CLOSED_OVER_NOTHING for term in (*program.score_ops, *_leaves(program.mask)))
-
-
-def _leaves(mask: Mask) -> list[Mask]:
-    if isinstance(mask, And | Or):
-        return [leaf for term in mask.terms for leaf in _leaves(term)]
-    return _leaves(mask.term) if isinstance(mask, Not) else [mask]
+    return program.mask.is_opaque or any(op.is_opaque for op in program.score_ops)

@@ -1,8 +1,6 @@
 """The normal form of a mask: negations at the leaves, `&` and `|` flat, sorted, and free of redundant terms."""
 
-from paged.spec import And, Causal, Chunk, Everything, Mask, Not, Nothing, Or, Prefix, Window
-
-_ORDER = (Causal, Window, Chunk, Prefix)  # how terms are listed in a printed program; others follow
+from paged.spec import And, Everything, Mask, Not, Nothing, Or
 
 
 def normal_form(mask: Mask) -> Mask:
@@ -54,7 +52,7 @@ def _combine(kind: type[And] | type[Or], terms: list[Mask]) -> Mask:
         kept = [other for other in kept if not _is_redundant(kind, other, term)] + [term]
     if any(_excludes(kind, a, b) for i, a in enumerate(kept) for b in kept[:i]):
         return absorbing
-    kept.sort(key=_sort_key)
+    kept.sort(key=lambda term: (term.rank, str(term)))
     return kind(tuple(kept)) if len(kept) > 1 else kept[0] if kept else neutral
 
 
@@ -82,9 +80,3 @@ def implies(a: Mask, b: Mask) -> bool:
     if isinstance(a, Not) and isinstance(b, Not):
         return implies(b.term, a.term)
     return a.implies(b)
-
-
-def _sort_key(term: Mask) -> tuple[int, str]:
-    inner = term.term if isinstance(term, Not) else term
-    rank = _ORDER.index(type(inner)) if type(inner) in _ORDER else len(_ORDER)
-    return rank, str(term)
