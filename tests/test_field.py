@@ -1,4 +1,4 @@
-"""Faults of others that must not come back; each test is named after one, numbered as in our notes on the field."""
+"""Faults that other paged-attention kernels have had; each test is named after the property that such a fault broke."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +16,8 @@ def _decode(spec, **facts):
 
 
 @every_lowering
-def test_1_a_window_changes_a_decode_step(lowering):
-    """The output was identical with and without a window."""
+def test_a_window_changes_a_decode_step(lowering):
+    """A kernel that ignores its window gives the same output with and without one."""
     wide, narrow = (
         _decode(PLAIN, corner="first page masked"),
         _decode(PLAIN.replace(window=5), corner="first page masked"),
@@ -27,15 +27,15 @@ def test_1_a_window_changes_a_decode_step(lowering):
 
 
 @every_lowering
-def test_1_a_soft_cap_is_taken_in_decode_and_changes_it(lowering):
-    """It raised."""
+def test_a_soft_cap_is_taken_in_decode_and_changes_it(lowering):
+    """A decode step with a soft cap used to raise in kernels that support the cap for prompts only."""
     cases = [case_of("plain", "decode"), _decode(PLAIN.replace(soft_cap=3.0))]
     outs = [state_of(lowered(lowering, case), build(case)).out for case in cases]
     assert np.abs(np.asarray(outs[0] - outs[1])).max() > 0.1
 
 
 @every_lowering
-def test_1_length_0_gives_0_and_not_a_mean_of_other_requests_values(lowering):
+def test_length_0_gives_0_and_not_a_mean_of_other_requests_values(lowering):
     built = build(_decode(PLAIN, corner="empty"))
     state = state_of(lowered(lowering, _decode(PLAIN)), built)
     assert not np.asarray(state.out).any() and np.isneginf(state.lse).all()
@@ -43,14 +43,14 @@ def test_1_length_0_gives_0_and_not_a_mean_of_other_requests_values(lowering):
 
 @every_lowering
 @pytest.mark.parametrize("q_dtype", ["float16", "bfloat16", "float32"])
-def test_1_the_output_has_the_queries_dtype_with_scales_or_without(lowering, q_dtype):
+def test_the_output_has_the_queries_dtype_with_scales_or_without(lowering, q_dtype):
     for facts in ({}, {"dtype": "int8", "scales": "head"}):
         case = _decode(PLAIN, q_dtype=q_dtype, **facts)
         state = state_of(lowered(lowering, case), build(case))
         assert state.out.dtype == q_dtype and state.lse.dtype == np.float32
 
 
-def test_1_the_page_order_is_said_and_never_guessed_from_divisibility():
+def test_the_page_order_is_said_and_never_guessed_from_divisibility():
     """Two heads and two pages: every order has arrays of plausible shapes, and only the right one is taken."""
     facts = {"page_size": 2, "num_kv_heads": 2, "head_dim": 2, "dtype": jnp.float32}
     split, inter = (paged.PageLayout(order=order, **facts) for order in ("split", "interleaved"))
@@ -62,7 +62,7 @@ def test_1_the_page_order_is_said_and_never_guessed_from_divisibility():
 
 @every_lowering
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_2_one_bad_value_in_an_unwritten_slot_poisons_no_row(lowering, poison):
+def test_one_bad_value_in_an_unwritten_slot_poisons_no_row(lowering, poison):
     """An additive mask leaves 0 * NaN. One slot of the last page, keys and values, past the length."""
     case = _decode(PLAIN, corner="one token")
     built = build(case)
@@ -77,7 +77,7 @@ def test_2_one_bad_value_in_an_unwritten_slot_poisons_no_row(lowering, poison):
 
 
 @every_lowering
-def test_3_an_empty_sequence_does_not_show_the_row_before_it(lowering):
+def test_an_empty_sequence_does_not_show_the_row_before_it(lowering):
     built = build(_decode(PLAIN, corner="mixed"))
     assert int(built.batch.lengths[2]) == 0
     out = np.asarray(state_of(lowered(lowering, _decode(PLAIN)), built).out)
@@ -85,7 +85,7 @@ def test_3_an_empty_sequence_does_not_show_the_row_before_it(lowering):
 
 
 @every_lowering
-def test_3_a_length_past_the_table_reads_nothing_of_the_next_sequence(lowering):
+def test_a_length_past_the_table_reads_nothing_of_the_next_sequence(lowering):
     """It is clamped to the table's capacity, and so are the positions that a window counts from."""
     case = _decode(PLAIN.replace(window=5), corner="exact pages")
     built, attend = build(case), lowered(lowering, case.replace(corner="mixed"))
@@ -97,7 +97,7 @@ def test_3_a_length_past_the_table_reads_nothing_of_the_next_sequence(lowering):
 
 
 @every_lowering
-def test_3_float32_pages_are_not_rounded_to_bfloat16(lowering):
+def test_float32_pages_are_not_rounded_to_bfloat16(lowering):
     built = build(_decode(PLAIN, corner="exact pages"))
     out = np.asarray(state_of(lowered(lowering, _decode(PLAIN)), built).out, np.float64)
     error = np.abs(out - exact_state(built).out).max()
@@ -106,7 +106,7 @@ def test_3_float32_pages_are_not_rounded_to_bfloat16(lowering):
 
 @every_lowering
 @pytest.mark.parametrize("rows", [5, 6])
-def test_4_a_chunk_is_the_last_rows_of_its_sequence_whatever_divides_what(lowering, rows):
+def test_a_chunk_is_the_last_rows_of_its_sequence_whatever_divides_what(lowering, rows):
     """The chunk's start was taken as a multiple of the chunk, and trailing pages were dropped."""
     case = Case(spec=PLAIN, phase="prefill", rows=rows)
     for corner in ("mixed", "exact pages", "first page masked", "one live"):
@@ -115,7 +115,7 @@ def test_4_a_chunk_is_the_last_rows_of_its_sequence_whatever_divides_what(loweri
 
 
 @every_lowering
-def test_5_a_first_block_that_is_wholly_masked_gives_no_nan(lowering):
+def test_a_first_block_that_is_wholly_masked_gives_no_nan(lowering):
     """-inf minus -inf, as a running maximum: with one page a block, the window hides or partly hides the first."""
     spec = PLAIN.replace(causal=False, mask=paged.Where(_late))
     case = _decode(spec, corner="first page masked")
@@ -132,7 +132,7 @@ def _late(p, j):
 
 @every_lowering
 @pytest.mark.parametrize("pages_per_seq", [3, 5, 7])
-def test_5_any_table_width_and_block_width_go_together(lowering, pages_per_seq):
+def test_any_table_width_and_block_width_go_together(lowering, pages_per_seq):
     """A table wider than a block and no multiple of it read the wrong pages."""
     case = _decode(PLAIN, corner="first page masked", pages_per_seq=pages_per_seq, page_size=2)
     built = build(case)
@@ -141,7 +141,7 @@ def test_5_any_table_width_and_block_width_go_together(lowering, pages_per_seq):
 
 @every_lowering
 @pytest.mark.parametrize("tokens", [9, 12, 13])
-def test_5_batches_need_no_padding(lowering, tokens):
+def test_batches_need_no_padding(lowering, tokens):
     """Any number of rows, the last of which may be somebody's."""
     case = Case(spec=PLAIN, tokens=tokens, corner="few live" if tokens < 12 else "mixed")
     built = build(case)
@@ -149,7 +149,7 @@ def test_5_batches_need_no_padding(lowering, tokens):
 
 
 @every_lowering
-def test_6_every_row_of_a_windowed_chunk_has_its_own_window(lowering):
+def test_every_row_of_a_windowed_chunk_has_its_own_window(lowering):
     """The window started at the last query's, so earlier rows lost their oldest keys."""
     case = Case(spec=PLAIN.replace(window=3), phase="prefill", rows=6, corner="first page masked")
     built = build(case)
@@ -157,7 +157,7 @@ def test_6_every_row_of_a_windowed_chunk_has_its_own_window(lowering):
     assert_state(state_of(lowered(lowering, case.replace(corner="mixed")), built), built)
 
 
-def test_6_a_write_to_page_0_is_kept_when_unused_entries_are_0():
+def test_a_write_to_page_0_is_kept_when_unused_entries_are_0():
     """Zero-padded tables made a scatter with repeated page 0, which lost the write."""
     layout = paged.PageLayout(page_size=2, num_kv_heads=1, head_dim=2, dtype=jnp.float32)
     tables = [[0, 0, 0], [2, 0, 0], [1, 3, 0]]
@@ -170,7 +170,7 @@ def test_6_a_write_to_page_0_is_kept_when_unused_entries_are_0():
     np.testing.assert_array_equal(pages.values(), -want)
 
 
-def test_7_lengths_count_this_steps_own_tokens_and_the_scale_is_one_over_root_d():
+def test_lengths_count_this_steps_own_tokens_and_the_scale_is_one_over_root_d():
     """One new token of length 1 sees itself: its output is its own value, and its lse its own scaled score."""
     layout = paged.PageLayout(page_size=2, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
     attend = paged.lower(PLAIN, layout)
@@ -184,7 +184,7 @@ def test_7_lengths_count_this_steps_own_tokens_and_the_scale_is_one_over_root_d(
 
 
 @every_lowering
-def test_8_the_log_sum_exp_is_natural(lowering):
+def test_the_log_sum_exp_is_natural(lowering):
     """Two keys of score 0: log 2 in base e, 1 in base 2."""
     built = build(_decode(PLAIN, corner="exact pages"))
     state = lowered(lowering, _decode(PLAIN)).state(jnp.zeros_like(built.q), built.pages, built.batch)
@@ -192,7 +192,7 @@ def test_8_the_log_sum_exp_is_natural(lowering):
 
 
 @every_lowering
-def test_8_alibi_after_a_cap_is_neither_capped_nor_scaled(lowering):
+def test_alibi_after_a_cap_is_neither_capped_nor_scaled(lowering):
     """q = 0 leaves the bias alone: lse is the log of the sum of its exponentials."""
     spec = PLAIN.replace(soft_cap=0.5, scale=0.01, scores=(paged.ALiBi((2.0, 1.0, 0.5, 0.25)),))
     built = build(_decode(spec, corner="exact pages"))
@@ -205,7 +205,7 @@ def test_8_alibi_after_a_cap_is_neither_capped_nor_scaled(lowering):
 
 @every_lowering
 @pytest.mark.parametrize("size", [1e4, 1e15, -1e15])
-def test_8_no_finite_sentinel_hides_a_valid_row(lowering, size):
+def test_no_finite_sentinel_hides_a_valid_row(lowering, size):
     """Scores far below any sentinel, -1e30 or the least float16: the softmax only sees differences."""
     spec = PLAIN.replace(scale=1.0)
     built = build(_decode(spec, corner="one token"))
@@ -217,7 +217,7 @@ def test_8_no_finite_sentinel_hides_a_valid_row(lowering, size):
 
 
 @every_lowering
-def test_9_a_page_that_is_full_in_the_mask_still_ends_at_the_length(lowering):
+def test_a_page_that_is_full_in_the_mask_still_ends_at_the_length(lowering):
     """Blocks that a mask calls full skipped the length test, and read past the sequence."""
     spec = PLAIN.replace(causal=False)
     for corner in ("one past a page", "one token", "first page masked"):

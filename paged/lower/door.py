@@ -60,7 +60,7 @@ def lower(
 
     ``schedule`` goes before what the context says (`schedules`), that before what `tune` has stored, and that before
     the lowering's own choice. With ``check`` every call checks the batch's values with `paged.check`; without, faults
-    of the caller give the results that the semantics name, and never a crash.
+    of the caller give the results that `docs/semantics.md` lists under "Edges", and never a crash.
     ``interpret`` runs kernels on any machine, slowly: True, or the interpreter's own settings
     (``jax.experimental.pallas.tpu.InterpretParams``).
 

@@ -15,7 +15,7 @@ from .state import AttentionState, add_sinks, log_add_exp
 def reference(
     spec: AttentionSpec, q: Float[Array, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch, sinks: Any = None
 ) -> Float[Array, "tokens q_heads value_dim"]:
-    """Attention as SEMANTICS defines it, by materialising every score; for tests and for understanding.
+    """Attention as `docs/semantics.md` defines it, with every score in memory; for tests and for understanding.
 
     Takes and gives what a lowered call does: ``q`` float[tokens, q_heads, head_dim], output in ``q``'s dtype, 0 for
     empty rows and for rows of no sequence. Computes in float32, or in float64 when ``q`` is float64 (with

@@ -1,6 +1,6 @@
-"""Faults of others that must not come back, through the entry points: numbered as in `tests/test_field.py`.
+"""Faults that other paged-attention kernels have had, asked of the entry points: see `tests/test_field.py`.
 
-On XLA always, and with ``-m "slow or not slow"`` by kernels for TPUs, in an interpreter that sees races.
+Every test runs on XLA. With ``-m "slow or not slow"`` it also runs on the TPU kernels, interpreted, races detected.
 """
 
 import functools
@@ -63,7 +63,7 @@ def assert_apart(name, out, built, spec):
 
 
 @pytest.mark.parametrize("name", ["page", "prefill", "v2", "v3"])
-def test_1_a_window_a_cap_and_a_scale_each_change_a_step(target, name):
+def test_a_window_a_cap_and_a_scale_each_change_a_step(target, name):
     """The output was the same with a window and without; a cap raised; one entry point had no scale."""
     case = case_of(target, name, corner="first page masked")
     # Built without the window, so that what it hides is there to be seen.
@@ -75,13 +75,13 @@ def test_1_a_window_a_cap_and_a_scale_each_change_a_step(target, name):
 
 
 @every_entry
-def test_1_length_0_gives_0_and_not_a_mean_of_other_requests_values(target, name):
+def test_length_0_gives_0_and_not_a_mean_of_other_requests_values(target, name):
     built = built_for(name, case_of(target, name, corner="empty"))
     assert not out_of(target, name, built).any()
 
 
 @slow
-def test_1_the_page_order_is_not_guessed_from_divisibility(target):
+def test_the_page_order_is_not_guessed_from_divisibility(target):
     """Four pages of two heads, or two pages of four: it is the first axis that counts heads."""
     size = target.page_size
     q, k, v = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 4, 8), *[(4, 2, size, 8)] * 2]))
@@ -92,7 +92,7 @@ def test_1_the_page_order_is_not_guessed_from_divisibility(target):
 
 
 @every_entry
-def test_2_what_lies_in_unwritten_slots_and_other_pages_changes_no_bit(target, name):
+def test_what_lies_in_unwritten_slots_and_other_pages_changes_no_bit(target, name):
     """NaN times a weight of 0. All slots without a token are poison, drawn anew, and pages lie elsewhere."""
     case = case_of(target, name, corner="one token")
     outs = [out_of(target, name, built_for(name, case, physical_seed=seed)) for seed in range(2)]
@@ -100,14 +100,14 @@ def test_2_what_lies_in_unwritten_slots_and_other_pages_changes_no_bit(target, n
     np.testing.assert_array_equal(*outs)
 
 
-def test_3_an_empty_sequence_does_not_show_the_row_before_it(target):
+def test_an_empty_sequence_does_not_show_the_row_before_it(target):
     built = built_for("page", case_of(target, "page", corner="mixed"))
     out = out_of(target, "page", built)
     assert int(built.batch.lengths[2]) == 0 and np.abs(out[1]).max() > 0.1 and not out[2].any()
 
 
 @pytest.mark.parametrize("length", [10**6, 2**31 - 1])
-def test_3_a_length_past_the_table_reads_nothing_of_the_next_sequence(target, length):
+def test_a_length_past_the_table_reads_nothing_of_the_next_sequence(target, length):
     built = built_for("page", case_of(target, "page", corner="exact pages"))
     assert int(built.batch.lengths[3]) == 4 * target.page_size
     want = out_of(target, "page", built)
@@ -116,20 +116,20 @@ def test_3_a_length_past_the_table_reads_nothing_of_the_next_sequence(target, le
     np.testing.assert_array_equal(out_of(target, "page", long), want)
 
 
-def test_3_float32_pages_are_not_rounded_to_bfloat16(target):
+def test_float32_pages_are_not_rounded_to_bfloat16(target):
     built = built_for("page", case_of(target, "page", corner="exact pages"))
     error = np.abs(out_of(target, "page", built) - by_loops("page", built)).max()
     assert error < 1e-5 < np.abs(by_loops("page", built)).max() * 2.0**-9
 
 
 @pytest.mark.parametrize("corner", ["mixed", "exact pages", "first page masked", "one past a page", "one token"])
-def test_4_a_chunk_is_the_last_rows_of_its_sequence_whatever_divides_what(target, corner):
+def test_a_chunk_is_the_last_rows_of_its_sequence_whatever_divides_what(target, corner):
     """Its start was a multiple of the chunk, trailing pages were dropped, and padding ids had to be valid."""
     built = built_for("prefill", case_of(target, "prefill", corner=corner))
     assert_close("prefill", out_of(target, "prefill", built), built)
 
 
-def test_5_a_first_block_that_is_wholly_masked_gives_no_nan(target):
+def test_a_first_block_that_is_wholly_masked_gives_no_nan(target):
     built = built_for("v2", case_of(target, "v2", corner="first page masked"))
     assert all(row[0] >= target.page_size for row in built.visible[:1] if row is not None)
     assert_close("v2", out_of(target, "v2", built), built)
@@ -137,7 +137,7 @@ def test_5_a_first_block_that_is_wholly_masked_gives_no_nan(target):
 
 @slow
 @pytest.mark.parametrize("pages_per_seq", [3, 5, 7])
-def test_5_any_table_width_and_block_width_go_together(target, pages_per_seq):
+def test_any_table_width_and_block_width_go_together(target, pages_per_seq):
     built = built_for("v2", case_of(target, "v2", SPEC, corner="first page masked", pages_per_seq=pages_per_seq))
     blocks = 2 if isinstance(target, Xla) else 16
     assert_close("v2", out_of(target, "v2", built, num_kv_pages_per_block=blocks), built)
@@ -145,13 +145,13 @@ def test_5_any_table_width_and_block_width_go_together(target, pages_per_seq):
 
 @slow
 @pytest.mark.parametrize("tokens", [12, 13])
-def test_5_batches_need_no_padding(target, tokens):
+def test_batches_need_no_padding(target, tokens):
     built = built_for("v2", case_of(target, "v2", SPEC, tokens=tokens))
     assert_close("v2", out_of(target, "v2", built), built)
 
 
 @slow
-def test_5_sums_are_not_in_bfloat16():
+def test_sums_are_not_in_bfloat16():
     """A sum of 512 equal weights in bfloat16 stops at 256, and the mean would be twice too large."""
     kv_pages = jnp.ones((64, 8, 2, 8), jnp.bfloat16)
     table = jnp.arange(64)[None]
@@ -159,7 +159,7 @@ def test_5_sums_are_not_in_bfloat16():
     np.testing.assert_array_equal(np.asarray(out, np.float32), np.ones((1, 2, 8)))
 
 
-def test_6_every_row_of_a_windowed_chunk_has_its_own_window(target):
+def test_every_row_of_a_windowed_chunk_has_its_own_window(target):
     """It started at the last query's, so that earlier rows lost their oldest keys."""
     built = built_for("v3", case_of(target, "v3", corner="first page masked"))
     rows = [row.tolist() for row in build(built.case).visible if row is not None][-8:]
@@ -167,7 +167,7 @@ def test_6_every_row_of_a_windowed_chunk_has_its_own_window(target):
     assert_close("v3", out_of(target, "v3", built), built)
 
 
-def test_6_a_write_to_page_0_is_kept_when_unused_entries_are_0(target):
+def test_a_write_to_page_0_is_kept_when_unused_entries_are_0(target):
     """Tables padded with zeros made a scatter write page 0 again and again, as it was before."""
     built = built_for("v3", case_of(target, "v3", corner="one token"))
     tables = np.zeros(built.batch.block_tables.shape, np.int32)
@@ -182,7 +182,7 @@ def test_6_a_write_to_page_0_is_kept_when_unused_entries_are_0(target):
 
 
 @slow
-def test_6_decode_does_not_make_scores_of_all_positions_with_all():
+def test_decode_does_not_make_scores_of_all_positions_with_all():
     shape = jax.ShapeDtypeStruct
     i32, f32 = jnp.int32, jnp.float32
     new, ints = shape((4, 2, 8), f32), [shape(s, i32) for s in ((4,), (4 * 64,), (5,), (3,))]
@@ -191,7 +191,7 @@ def test_6_decode_does_not_make_scores_of_all_positions_with_all():
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096
 
 
-def test_7_lengths_count_this_steps_own_tokens(target):
+def test_lengths_count_this_steps_own_tokens(target):
     """A sequence of one token sees itself; were its length that before the step, it would see nothing."""
     built = built_for("v3", case_of(target, "v3", corner="one token"))
     out = out_of(target, "v3", built)
@@ -200,7 +200,7 @@ def test_7_lengths_count_this_steps_own_tokens(target):
 
 
 @pytest.mark.parametrize("ends", [(0, 0), (0, 5), (2, 3), (5, 5)])
-def test_7_of_a_distribution_only_the_number_of_sequences_matters(target, ends):
+def test_of_a_distribution_only_the_number_of_sequences_matters(target, ends):
     built = built_for("v3", case_of(target, "v3", corner="mixed"))
     want = target.run("v3", built)
     args = arrays_of("v3", built)
@@ -211,7 +211,7 @@ def test_7_of_a_distribution_only_the_number_of_sequences_matters(target, ends):
 
 
 @slow
-def test_7_the_default_scale_is_one_over_the_root_of_the_head_dimension(target):
+def test_the_default_scale_is_one_over_the_root_of_the_head_dimension(target):
     for name in ENTRIES:
         built = built_for(name, case_of(target, name, SPEC))
         out = out_of(target, name, built)

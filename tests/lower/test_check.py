@@ -146,7 +146,7 @@ def test_layers_of_one_mask_trace_one_callback(arrays):
     assert str(jax.make_jaxpr(model)(q, pages, _batch())).count("pure_callback[") == 1
 
 
-# Without check: what the rows of the semantics say, and never a crash or another sequence's data.
+# Without check: the results that the edges of docs/semantics.md list, and never a crash or another sequence's data.
 SILENT = {
     "num_seqs over": ("num_seqs over", _batch(num_seqs=4, lengths=[5, 9, 4, 0], query_starts=[0, 2, 5, 6, 6])),
     "num_seqs under": ("num_seqs under", _batch(num_seqs=0)),

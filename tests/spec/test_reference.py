@@ -1,4 +1,4 @@
-"""`reference` against an oracle of scalar loops that was written from the semantics alone."""
+"""`reference` against an oracle of scalar loops that was written from `docs/semantics.md` alone."""
 
 import jax
 import jax.numpy as jnp

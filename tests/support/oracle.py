@@ -1,4 +1,4 @@
-"""An oracle of scalar loops in float64, written from the semantics alone: it shares no code with the library."""
+"""An oracle of scalar loops in float64, written from `docs/semantics.md` alone: it shares no code with the library."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The edges of the semantics on the TPU decode kernel: faults of the caller, unseen things, updates, gradients."""
+"""The edges of `docs/semantics.md` on the TPU decode kernel: faults of the caller, unseen data, updates, gradients."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
-"""Faults of others that must not come back, on kernels: those of `tests/test_field.py` that entry points cannot ask.
+"""Faults that other paged-attention kernels have had, asked of the TPU kernels: the ones that no entry point can show.
 
-The others are in `tests/compat/test_faults.py`; one semaphore for all transfers is among the planted bugs.
+The others are in `tests/compat/test_faults.py`. One semaphore for all transfers is among the planted bugs.
 """
 
 import re
@@ -42,7 +42,7 @@ def _owned(built):
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("q_dtype", ["float16", "bfloat16", "float32"])
-def test_1_the_output_has_the_queries_dtype_with_scales_or_without(phase, q_dtype):
+def test_the_output_has_the_queries_dtype_with_scales_or_without(phase, q_dtype):
     for facts in ({}, {"dtype": "int8", "scales": "head"}):
         case, schedule = _case(phase, q_dtype=q_dtype, **facts)
         built = build(case)
@@ -53,7 +53,7 @@ def test_1_the_output_has_the_queries_dtype_with_scales_or_without(phase, q_dtyp
 @pytest.mark.slow
 @each_slow
 @pytest.mark.parametrize("poison", [np.inf, -np.inf])
-def test_2_one_bad_value_in_an_unwritten_slot_poisons_no_row(phase, poison):
+def test_one_bad_value_in_an_unwritten_slot_poisons_no_row(phase, poison):
     """NaN is in all of them, in every test."""
     case, _ = _case(phase, corner="one token")
     built, attend = build(case), interpreted(*_case(phase))
@@ -64,7 +64,7 @@ def test_2_one_bad_value_in_an_unwritten_slot_poisons_no_row(phase, poison):
 
 
 @every_phase
-def test_5_sums_over_blocks_are_float32(phase):
+def test_sums_over_blocks_are_float32(phase):
     """One key weighs 1 and the others exp(-9) each: in bfloat16 a block of these would be lost beside the first."""
     spec = PLAIN.replace(scores=(paged.Bias(lambda p, j, h: jnp.where(j == 0, 0.0, -9.0)),))
     facts = {"dtype": "bfloat16", "q_dtype": "bfloat16"}
@@ -76,7 +76,7 @@ def test_5_sums_over_blocks_are_float32(phase):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_6_no_kernel_holds_scores_of_the_whole_table(phase):
+def test_no_kernel_holds_scores_of_the_whole_table(phase):
     """Its buffers in vector memory are the same for tables of 16 and of 64 thousand tokens."""
     few, many = (_buffers(phase, pages_per_seq) for pages_per_seq in (1024, 4096))
     assert few == many
@@ -98,7 +98,7 @@ def _buffers(phase, pages_per_seq):
 
 
 @every_phase
-def test_8_the_log_sum_exp_is_natural(phase):
+def test_the_log_sum_exp_is_natural(phase):
     """Of scores of 0: the natural log of how many there are."""
     built = build(_case(phase, corner="exact pages")[0])
     state = _state(interpreted(*_case(phase)), built, jnp.zeros_like(built.q))
@@ -108,7 +108,7 @@ def test_8_the_log_sum_exp_is_natural(phase):
 
 @pytest.mark.slow
 @each_slow
-def test_8_alibi_after_a_cap_is_neither_capped_nor_scaled(phase):
+def test_alibi_after_a_cap_is_neither_capped_nor_scaled(phase):
     """q = 0 leaves the bias alone: lse is the log of the sum of its exponentials."""
     slopes = (2.0, 1.0, 0.5, 0.25)
     spec = PLAIN.replace(soft_cap=0.5, scale=0.01, scores=(paged.ALiBi(slopes),))
@@ -122,7 +122,7 @@ def test_8_alibi_after_a_cap_is_neither_capped_nor_scaled(phase):
 @pytest.mark.slow
 @each_slow
 @pytest.mark.parametrize("size", [1e15, -1e15])
-def test_8_no_finite_sentinel_hides_a_valid_row(phase, size):
+def test_no_finite_sentinel_hides_a_valid_row(phase, size):
     """Scores far below any sentinel: a row that sees one token has its value."""
     spec = PLAIN.replace(scale=1.0)
     built = build(_case(phase, spec, corner="one token")[0])
@@ -138,7 +138,7 @@ def test_8_no_finite_sentinel_hides_a_valid_row(phase, size):
 
 @pytest.mark.slow
 @each_slow
-def test_9_a_page_that_is_full_in_the_mask_still_ends_at_the_length(phase):
+def test_a_page_that_is_full_in_the_mask_still_ends_at_the_length(phase):
     spec = PLAIN.replace(causal=False)
     attend = interpreted(*_case(phase, spec))
     for corner in ("one past a page", "one token", "first page masked"):

@@ -1,4 +1,4 @@
-"""The edges of the semantics on the TPU lowering for mixed batches: faults of the caller, unseen things, long ones."""
+"""Edges of `docs/semantics.md` on the TPU lowering for mixed batches: faults of the caller, unseen data, length."""
 
 import jax.numpy as jnp
 import numpy as np
