@@ -10,7 +10,7 @@ import pytest
 
 import paged
 from paged.lower import Program
-from paged.lower.tpu.terms import split_terms
+from paged.lower.program import kernel_terms
 from paged.spec import SoftCap
 
 ROWS, KEYS, UNIT = 8, 128, math.log2(math.e)
@@ -52,7 +52,7 @@ def _same_bucket(p, j):
 
 def _of_products(program: Program, products: np.ndarray) -> tuple[np.ndarray, list[str], float]:
     """Scores of products of queries and keys by the terms, the operations in them, and the factor before them."""
-    terms = split_terms(program, ROWS, KEYS, UNIT)
+    terms = kernel_terms(program, ROWS, KEYS, UNIT)
     p = j = jnp.zeros(products.shape, jnp.int32)
     arrays = terms.early(jnp.zeros((ROWS, 1), jnp.int32))
 
@@ -100,7 +100,7 @@ def test_constants_whose_product_is_no_number_stay_apart(constant, largest):
 
 def test_what_comes_of_positions_is_left_as_it_is():
     program = _program(scores=(Buckets(),), mask=paged.Where(_same_bucket))
-    terms = split_terms(program, ROWS, KEYS)
+    terms = kernel_terms(program, ROWS, KEYS)
     p = j = jnp.zeros((ROWS, KEYS), jnp.int32)
 
     def divisors(fn, *args):
@@ -108,4 +108,4 @@ def test_what_comes_of_positions_is_left_as_it_is():
         return [float(eqn.invars[1].val) for eqn in eqns if eqn.primitive.name == "div"]
 
     assert divisors(lambda s, p, j: terms.scores((), s, p, j), p * 1.0, p, j) == [41.0]
-    assert divisors(lambda p, j: terms.mask((), p, j), p, j) == [41.0, 41.0]
+    assert divisors(lambda p, j: terms.visible((), p, j, 1), p, j) == [41.0, 41.0]

@@ -2,8 +2,6 @@
 
 from .call import COMMON as COMMON
 from .call import Call as Call
-from .closures import TileTerms as TileTerms
-from .closures import hoist as hoist
 from .program import Program as Program
 from .sequences import Sequences as Sequences
 from .simplify import implies as implies
@@ -11,6 +9,10 @@ from .simplify import normal_form as normal_form
 from .softmax import Running as Running
 from .softmax import raise_top as raise_top
 from .softmax import select_values as select_values
+from .terms import Terms as Terms
+from .terms import kernel_terms as kernel_terms
+from .terms import plain_terms as plain_terms
+from .terms import refused_operations as refused_operations
 from .visits import Visits as Visits
 from .visits import most_pages_seen as most_pages_seen
 from .visits import page_coverage as page_coverage

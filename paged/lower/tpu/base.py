@@ -10,10 +10,9 @@ from jaxtyping import Array
 from paged.spec import PageLayout, Pages, RaggedBatch
 
 from ..base import Lowering, Schedule
-from ..program import Call, Program
+from ..program import Call, Program, refused_operations
 from ..xla import XLA_BLOCKS
 from .chips import LANES, SUBLANES, Chip, this_chip
-from .terms import refused_operations
 from .write.kernels import refuses_write, write_rows
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
 
 from ..base import Lowering, Schedule
-from ..program import Call, Program, Sequences, hoist
+from ..program import Call, Program, Sequences, plain_terms
 from .alternatives import alternatives
 from .forward import attend
 from .walk import FEW_ROWS, Operands, Walk
@@ -61,10 +61,10 @@ class XlaBlocks(Lowering):
         states = []
         for rows, is_member in _phases(schedule, batch, seqs, q.shape[0]):
             keys = schedule.pages_per_block * pages.layout.page_size
-            terms, constants = hoist(program, program.num_kv_heads, program.group * rows, keys)
+            terms = plain_terms(program, program.num_kv_heads, program.group * rows, keys)
             blocks_per_step = schedule.blocks_per_step if program.group * rows <= FEW_ROWS else 1
             walk = Walk(program, terms, rows, schedule.pages_per_block, blocks_per_step, schedule.lanes)
-            states.append(attend(walk, Operands(q, pages, constants, seqs, is_member)))
+            states.append(attend(walk, Operands(q, pages, terms.early(), seqs, is_member)))
         # Each row belongs to one phase; in the other it is the empty state, so that the merge is exact.
         return states[0] if len(states) == 1 else merge(*states)
 

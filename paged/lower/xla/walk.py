@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paged.spec import Pages
 
-from ..program import Program, Sequences, TileTerms, Visits, visible_pages
+from ..program import Program, Sequences, Terms, Visits, visible_pages
 from .blocks import Block
 
 # Up to this many rows, keys are the left operand of the product: XLA:CPU then need not repack the larger side. And up
@@ -49,7 +49,7 @@ class Walk:
     """
 
     program: Program
-    terms: TileTerms
+    terms: Terms
     rows: int
     pages_per_block: int
     blocks_per_step: int
@@ -102,7 +102,7 @@ class Walk:
     def visible(self, tile: Tile, block: Block, constants: Any) -> Bool[Array, "1 group_rows keys"]:
         """Which pairs of the tile are visible."""
         p, is_row = self.positions(block), jnp.tile(block.is_row, self.program.group).reshape(1, -1, 1)
-        return self.terms.mask(constants, p, tile.j) & (tile.j < block.length) & tile.is_visit & is_row
+        return self.terms.visible(constants, p, tile.j, block.length) & tile.is_visit & is_row
 
     def scores(
         self, q: Array, k: Array, constants: Any, p: Int[Array, "1 group_rows 1"], j: Int[Array, "1 1 keys"]

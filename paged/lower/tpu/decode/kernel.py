@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...program import Running
+from ...program import Running, Terms
 from ..pages import Stream, Views, Work, dot
-from ..terms import Terms
 
 Ref = Any
 # Tiles whose scores are held at once: their products overlap, and more would not fit the registers.
@@ -260,7 +259,7 @@ class Decode:
             j = views.positions(lambda at: jnp.where(at < pages, refs.work.index[base + at], views.nowhere))
         visible = views.is_own_key()
         if is_masked:
-            seen = terms.mask(tuple(ref[0] for ref in refs.arrays), p, j) & (j < refs.work.length[item])
+            seen = terms.visible(tuple(ref[0] for ref in refs.arrays), p, j, refs.work.length[item])
             visible = seen if visible is None else seen & visible
         if not self._scales_tokens:
             return Seen(p, j, visible, None)

@@ -14,10 +14,9 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionState, Pages, merge
 
-from ...program import Program
+from ...program import Program, kernel_terms
 from ..chips import Chip
 from ..pages import Stream, Transfers, Views, Work, pools_of
-from ..terms import split_terms
 from .kernel import ROWS_IN_FLIGHT, Decode, Refs
 from .update import Staging, Targets, Write
 
@@ -51,7 +50,7 @@ class Launch:
         """The state of the work's rows, float32; other rows hold anything. With ``new`` rows these are written first,
         in place where the pages are donated; there must be one item a sequence then."""
         views, items = self.views, work.begin.shape[0]
-        bodies = tuple((part, split_terms(self.program, part.tile_rows, part.columns)) for part in views.parts())
+        bodies = tuple((part, kernel_terms(self.program, part.tile_rows, part.columns)) for part in views.parts())
         arrays = self._arrays(bodies[-1][1])
         scales = self._head_scales(pages)
         decode = Decode(bodies, self.splits, self.items_at_once)

@@ -12,11 +12,10 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionState, PageLayout, Pages
 
-from ...program import Program, Running
+from ...program import Program, Running, kernel_terms
 from ..chips import Chip
 from ..decode.launch import padded_bytes
 from ..pages import Stream, Transfers, Views, Work, pools_of
-from ..terms import split_terms
 from .kernel import Prefill
 from .refs import LANES, SUBLANES, Body, Refs, Strides
 from .shape import TileShape
@@ -143,8 +142,8 @@ class PrefillLaunch:
         mask_rows = min(_MASK_ROWS, shape.positions)
         bodies = []
         for views in self._bodies():
-            scores = split_terms(self.program, shape.rows, views.columns, unit=_LOG2E)
-            mask = split_terms(self.program, mask_rows, views.columns)
+            scores = kernel_terms(self.program, shape.rows, views.columns, unit=_LOG2E)
+            mask = kernel_terms(self.program, mask_rows, views.columns)
             bodies.append(Body(views, scores, mask, mask_rows, bool(self.program.score_ops)))
         unrolled = MOST_UNROLLED if shape.positions == self.positions else MOST_UNROLLED // 4
         return Tile(shape, self.strides, tuple(bodies), unrolled, fetches_beside=not self._copies_by_strides)

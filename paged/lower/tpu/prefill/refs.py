@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+from ...program import Terms
 from ..pages import Stream, Views
-from ..terms import Terms
 
 Ref = Any
 LANES, SUBLANES = 128, 8

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ...program import raise_top
+from ...program import Terms, raise_top
 from ..pages import Stream, dot
-from ..terms import Terms
 from .refs import LANES, SUBLANES, Block, Body, Refs, Strides
 from .shape import TileShape
 
@@ -231,7 +230,7 @@ class Tile:
         def some(turn):
             first = turn * body.mask_rows
             p = work.position[item] + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            seen = body.mask.mask(arrays, p, j) & (j < work.length[item])
+            seen = body.mask.visible(arrays, p, j, work.length[item])
             refs.seen[pl.ds(first, body.mask_rows), pl.ds(0, body.keys)] = seen.astype(jnp.int32)
 
         _loop(self.shape.positions // body.mask_rows, some)

@@ -1,0 +1,202 @@
+"""A program's scores and visibility at one shape of tile, with all that its terms close over as an argument.
+
+A user's term may close over arrays, and loops, gradients and kernels cannot see into a closure. So the terms are traced
+once, at the tile's shape, and the trace is cut in two. The *early* part runs once, before any tile, and its results
+become operands. The *late* part runs on tiles. `plain_terms` only makes the closed-over arrays early. `kernel_terms`
+makes everything early that depends on the query head alone, because kernels compute elementwise arithmetic only.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jaxtyping import Array
+
+from .factors import merge_factors, variables
+from .program import Program
+
+# What a kernel may compute of a tile: elementwise arithmetic, and changes of shape that cost nothing.
+_ELEMENTWISE = """
+abs add and atan2 ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt integer_pow
+is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
+broadcast_in_dim iota squeeze reshape
+"""
+_NESTED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint")
+_LENGTH = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+class Terms(NamedTuple):
+    """A program's scores and visibility at one shape of tile.
+
+    * ``early(*heads)`` gives the arrays that the other two functions need. Call it once, before any tile.
+    * ``scores(arrays, s, p, j, *heads)`` gives a tile's scores. ``s`` is ``factor`` times the products of queries and
+      keys.
+    * ``visible(arrays, p, j, length)`` tells which pairs of a tile are visible: `Program.visible`.
+    * ``scores_use_positions`` is False where scores depend on the products and the head alone.
+
+    The query heads are an argument of ``early`` in `kernel_terms`, and of ``scores`` in `plain_terms`.
+    """
+
+    factor: float
+    early: Callable[..., tuple[Array, ...]]
+    scores: Callable[..., Array]
+    visible: Callable[..., Array]
+    scores_use_positions: bool
+
+
+class _Cut(NamedTuple):
+    """A traced function cut in two. ``late(early(*known), *unknown)`` is its value, if the first unknown comes
+    multiplied by ``factor``. ``used`` tells which unknowns are read, and ``refused`` names what a kernel cannot do."""
+
+    early: Callable[..., tuple[Array, ...]]
+    late: Callable[..., Array]
+    factor: float = 1.0
+    used: tuple[bool, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def plain_terms(program: Program, heads: int, rows: int, keys: int) -> Terms:
+    """Terms for plain JAX code: gradients flow through them to what they close over.
+
+    A tile is ``s [heads, rows, keys]``, already scaled, with ``p [1, rows, 1]``, ``j [1, 1, keys]`` and
+    ``h [heads, rows, 1]``. A program of built-in terms closes over nothing: its functions are called as they are.
+    """
+    if not (program.mask.is_opaque or any(op.is_opaque for op in program.score_ops)):
+        scores = _Cut(lambda: (), lambda _, *tile: program.scores(*tile))
+        return _terms(scores, _Cut(lambda: (), lambda _, *tile: program.visible(*tile)), 0)
+    s = jax.ShapeDtypeStruct((heads, rows, keys), jnp.float32)
+    p, j, h = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, rows, 1), (1, 1, keys), (heads, rows, 1)))
+    scores, visible = _close(program.scores, s, p, j, h), _close(program.visible, p, j, _LENGTH)
+    return _terms(scores, visible, len(scores.early()))
+
+
+def kernel_terms(program: Program, rows: int, keys: int, unit: float = 1.0) -> Terms:
+    """Terms for kernels, which have no gradient of their own.
+
+    A tile is ``[rows, keys]``: products ``s``, and positions ``p`` and ``j`` of every pair; ``h [rows, 1]`` are its
+    heads. Scores come out multiplied by ``unit``: log2(e) where weights are powers of two.
+    """
+    scores, visible = _cuts(program, rows, keys, unit)
+    num_scores = len(jax.eval_shape(scores.early, jax.ShapeDtypeStruct((rows, 1), jnp.int32)))
+    return _terms(scores, visible, num_scores)
+
+
+def refused_operations(program: Program) -> tuple[str, ...]:
+    """Operations in the program's terms that a kernel has no rule for, such as a gather by position."""
+    scores, visible = _cuts(program, 8, 128)
+    return tuple(dict.fromkeys((*scores.refused, *visible.refused)))
+
+
+def _terms(scores: _Cut, visible: _Cut, num_scores: int) -> Terms:
+    """Both functions as one, with the arrays of scores, ``num_scores`` of them, before those of visibility."""
+    return Terms(
+        factor=scores.factor,
+        early=lambda *heads: (*scores.early(*heads), *visible.early()),
+        scores=lambda arrays, *tile: scores.late(arrays[:num_scores], *tile),
+        visible=lambda arrays, *tile: visible.late(arrays[num_scores:], *tile),
+        scores_use_positions=any(scores.used[1:]),
+    )
+
+
+def _close(fn: Callable[..., Array], *tile: Any) -> _Cut:
+    """``fn`` with only the arrays that it closes over early. Nested functions keep their own rules for gradients."""
+    closed = jax.make_jaxpr(fn)(*tile)
+
+    def late(arrays: tuple[Array, ...], *tile: Array) -> Array:
+        (value,) = jax.core.eval_jaxpr(closed.jaxpr, arrays, *tile)
+        return value
+
+    return _Cut(lambda: tuple(jnp.asarray(constant) for constant in closed.consts), late)
+
+
+def _cuts(program: Program, rows: int, keys: int, unit: float = 1.0) -> tuple[_Cut, _Cut]:
+    s = jax.ShapeDtypeStruct((rows, keys), jnp.float32)
+    position = jax.ShapeDtypeStruct((rows, keys), jnp.int32)
+    head = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+
+    def scores_of(h: Any, products: Any, p: Any, j: Any) -> Any:
+        scores = program.scores(products * program.scale, p, j, h)
+        return scores if unit == 1 else scores * unit
+
+    scores = _cut(scores_of, (head,), (s, position, position), merges=True)
+    return scores, _cut(program.visible, (), (position, position, _LENGTH))
+
+
+def _cut(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, ...], merges: bool = False) -> _Cut:
+    """``fn`` with everything early that depends on ``known`` alone and has no axis of keys.
+
+    With ``merges``, successive constant factors of the first unknown are merged.
+    """
+    closed = jax.make_jaxpr(fn)(*known, *unknown)
+    jaxpr, consts = closed.jaxpr, closed.consts
+    is_known = {*jaxpr.constvars, *jaxpr.invars[: len(known)]}
+    early, late = [], []
+    for eqn in jaxpr.eqns:
+        spans_keys = any(v.aval.size > max(v.aval.shape[:1], default=1) for v in eqn.outvars)
+        if all(isinstance(v, jex.Literal) or v in is_known for v in eqn.invars) and not spans_keys:
+            early.append(eqn)
+            is_known.update(eqn.outvars)
+        else:
+            late.append(eqn)
+    unknowns, factor = list(jaxpr.invars[len(known) :]), 1.0
+    if merges:
+        late, unknowns[0], factor = merge_factors(late, unknowns[0], jaxpr.outvars)
+    reads = variables([*(v for eqn in late for v in eqn.invars), *jaxpr.outvars])
+    crossing = list(dict.fromkeys(v for v in reads if v in is_known))
+
+    def run_early(*args: Array) -> tuple[Array, ...]:
+        env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=False))
+        _evaluate(early, env)
+        return tuple(jnp.asarray(env[v]) for v in crossing)
+
+    def run_late(arrays: tuple[Array, ...], *args: Array) -> Array:
+        env = dict(zip(crossing, arrays, strict=True)) | dict(zip(unknowns, args, strict=True))
+        _evaluate(late, env)
+        return _read(env, jaxpr.outvars[0])
+
+    return _Cut(run_early, run_late, factor, tuple(v in reads for v in unknowns), tuple(_refused(late)))
+
+
+def _evaluate(eqns: Any, env: dict[Any, Any]) -> None:
+    """Compute equations as a kernel can: nested functions inlined, and no broadcast of Booleans."""
+    for eqn in eqns:
+        values = [_read(env, v) for v in eqn.invars]
+        if eqn.primitive.name in _NESTED:
+            closed = _nested_jaxpr(eqn)
+            inner = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+            inner |= dict(zip(closed.jaxpr.invars, values, strict=True))
+            _evaluate(closed.jaxpr.eqns, inner)
+            results = [_read(inner, v) for v in closed.jaxpr.outvars]
+        elif eqn.primitive.name == "broadcast_in_dim" and jnp.issubdtype(jnp.result_type(values[0]), jnp.bool_):
+            # Kernels broadcast numbers, not masks.
+            bind = functools.partial(eqn.primitive.bind, **eqn.params)
+            results = [bind(jnp.asarray(values[0]).astype(jnp.int32)) != 0]
+        else:
+            results = eqn.primitive.bind(*values, **eqn.params)
+            results = results if eqn.primitive.multiple_results else [results]
+        env.update(zip(eqn.outvars, results, strict=True))
+
+
+def _read(env: dict[Any, Any], v: Any) -> Any:
+    return np.asarray(v.val)[()] if isinstance(v, jex.Literal) else env[v]
+
+
+def _refused(eqns: Any) -> list[str]:
+    names = []
+    for eqn in eqns:
+        if eqn.primitive.name in _NESTED:
+            names += _refused(_nested_jaxpr(eqn).jaxpr.eqns)
+        elif eqn.primitive.name not in _ELEMENTWISE.split():
+            names.append(eqn.primitive.name)
+    return names
+
+
+def _nested_jaxpr(eqn: Any) -> Any:
+    nested = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return nested if hasattr(nested, "consts") else jex.ClosedJaxpr(nested, ())
