@@ -1,0 +1,109 @@
+"""Delay slots of branches where every branch encodes its own number, which only the assembly shows: tpu7x.
+
+The assembly holds the code of all kernels, cut into overlays: pieces that are loaded into the instruction memory one
+at a time. Each line begins with its overlay's number and its address in the overlay. A kernel may begin in one overlay
+and go on in the next. Where it is cut, a branch across the cut leads to a stub that loads the other overlay, so that
+its distance is another one than in the bundles; everything else of the code is the same.
+
+So the branches are matched piece by piece, each piece within one overlay. Two things can be compared bundle by bundle:
+whether a bundle is empty, and the predicate register of its branch.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from .bundles import Bundle, predicate
+
+_LINE = re.compile(r"^(\d+):(0x[0-9a-f]+)\s*:\s*\{(.*)\}")
+_BRANCH = re.compile(r"sbr\.(\w+)\s+(?:@(!?\w+)\s+)?(?:\$[+-]\d+(?:, \$(\d+))?)?")
+_EMPTY, _CODE = "", "code"  # marks of bundles without a branch
+
+
+@dataclasses.dataclass
+class _Overlay:
+    marks: list[str]  # of each bundle, as `_mark` makes them
+    slots: dict[int, int]  # delay slots by a branch's address
+
+
+def delay_slots(bundles: Sequence[Bundle], fixed: int | None, assembly: str | None) -> dict[int, int]:
+    """Delay slots of each branch, by its bundle's index: ``fixed``, or as the assembly encodes them.
+
+    Raises ``ValueError`` where a branch is in no overlay: with a guess the program would run another way.
+    """
+    branches = [bundle.index for bundle in bundles if _is_branch(bundle)]
+    if fixed is not None or not branches:
+        return {index: fixed or 0 for index in branches}
+    if assembly is None:
+        raise ValueError("the delay slots of this generation's branches are in the assembly, and there is no assembly")
+    overlays = _overlays(assembly)
+    marks = [_mark(bundle) for bundle in bundles]
+    found: dict[int, int] = {}
+    for index in branches:
+        if index not in found:
+            number, offset, end = _piece(marks, index, max(found, default=-1) + 1, overlays)
+            found |= {i: overlays[number].slots[i + offset] for i in branches if index <= i < end}
+    return found
+
+
+def _piece(marks: list[str], index: int, begin: int, overlays: Mapping[str, _Overlay]) -> tuple[str, int, int]:
+    """The longest stretch of code around the branch at ``index`` that one overlay holds too.
+
+    ``(overlay, what to add to an index for the address, end of the stretch)``; it doesn't reach back before ``begin``.
+    """
+    best, longest = None, 0
+    for number, overlay in overlays.items():
+        for address in overlay.slots:
+            offset = address - index
+            if overlay.marks[address] == marks[index]:
+                first, end = _stretch(marks, overlay.marks, index, begin, offset)
+                if end - first > longest:
+                    best, longest = (number, offset, end), end - first
+    if best is None:
+        raise ValueError(f"no overlay of the assembly holds the branch in bundle {index:#x}")
+    return best
+
+
+def _stretch(marks: list[str], others: list[str], index: int, begin: int, offset: int) -> tuple[int, int]:
+    """How far to both sides of ``index`` the marks are the same in both."""
+    first, end = index, index + 1
+    while first > max(begin, -offset) and marks[first - 1] == others[first - 1 + offset]:
+        first -= 1
+    while end < min(len(marks), len(others) - offset) and marks[end] == others[end + offset]:
+        end += 1
+    return first, end
+
+
+def _overlays(assembly: str) -> dict[str, _Overlay]:
+    overlays: dict[str, _Overlay] = {}
+    for line in assembly.splitlines():
+        found = _LINE.match(line)
+        if not found:
+            continue
+        number, address, code = found.groups()
+        overlay = overlays.setdefault(number, _Overlay([], {}))
+        if int(address, 16) != len(overlay.marks):
+            raise ValueError(f"overlay {number} of the assembly has no line for {len(overlay.marks):#x}")
+        branch = _BRANCH.search(code)
+        if branch and branch.group(1) == "rel":
+            overlay.slots[len(overlay.marks)] = int(branch.group(3) or 0)
+            overlay.marks.append(f"branch {branch.group(2) or ''}")
+        else:
+            overlay.marks.append(f"other branch {code}" if branch else _CODE if code else _EMPTY)
+    return overlays
+
+
+def _mark(bundle: Bundle) -> str:
+    """What is compared of a bundle: nothing, some code, or a branch and its predicate register."""
+    if not bundle.instructions:
+        return _EMPTY
+    for instruction in bundle.instructions:
+        if instruction.opcode == "sbr.rel":
+            register, _, is_negated, _ = predicate(instruction.text)
+            name = register.rpartition("_")[2] if register else ""
+            return f"branch {'!' if is_negated else ''}{name}"
+    return _CODE
+
+
+def _is_branch(bundle: Bundle) -> bool:
+    return any(instruction.opcode == "sbr.rel" for instruction in bundle.instructions)

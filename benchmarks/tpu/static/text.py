@@ -1,0 +1,79 @@
+"""A report as text."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from .loops import Loop
+from .report import Kernel, Report
+from .run import Run
+
+_MIB, _KIB = 2**20, 2**10
+
+
+def described(report: Report) -> str:
+    """Every figure of a report that a reader may want, a kernel after the other. All of them are modelled."""
+    if not report.ok:
+        return f"{report.target} on {report.generation}: not compiled: {report.error}"
+    versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
+    arguments = f" {report.kwargs}" if report.kwargs else ""
+    lines = [
+        f"{report.target}{arguments} on {report.generation}: modelled, compiled in {report.compile_seconds:.1f} s"
+        f" ({versions})"
+    ]
+    for kernel in report.kernels:
+        lines += _kernel(kernel)
+    if report.other_operations:
+        others = ", ".join(f"{name} ({bundles})" for name, bundles in report.other_operations)
+        lines.append(f"other operations (bundles), in no figure: {others}")
+    return "\n".join(lines)
+
+
+def _kernel(kernel: Kernel) -> Iterator[str]:
+    slots = ", ".join(map(str, kernel.delay_slots))
+    yield (
+        f"kernel {kernel.name}: {kernel.bundles} bundles, VMEM {kernel.vmem_bytes / _MIB:.2f} MiB"
+        f" ({kernel.vmem_spill_bytes / _KIB:.0f} KiB of spills), {kernel.smem_spills} scalars spilled,"
+        f" {kernel.transfer_starts} transfers, {kernel.bounds_checks} bounds checks, delay slots {slots or 'none'}"
+    )
+    if kernel.estimated_cycles is not None:
+        yield f"  libtpu's own estimate: {kernel.estimated_cycles} cycles"
+    yield f"  uses of units: {_pairs(kernel.units.items())}"
+    for loop in kernel.loops:
+        yield "  " * loop.depth + _loop(loop)
+    for run in kernel.runs:
+        yield from _run(run, kernel.capacity)
+
+
+def _loop(loop: Loop) -> str:
+    fullest = sorted(loop.occupancy.items(), key=lambda item: -item[1])[:5]
+    return (
+        f"loop {loop.name} [{loop.start:#x} to {loop.end:#x}]: {loop.own_bundles} own bundles, {loop.empty} empty,"
+        f" path {loop.path_min} to {loop.path_max}, {loop.transfer_starts} transfers, {loop.transfer_waits} waits,"
+        f" {loop.units['VLOAD:FILL']} fills, {loop.units['VSTORE:SPILL']} spills; occupancy {_pairs(fullest)};"
+        f" lines {_pairs(loop.top_lines[:5])}"
+    )
+
+
+def _run(run: Run, capacity: Mapping[str, int]) -> Iterator[str]:
+    occupied = {unit: f"{n / (capacity.get(unit, 1) * run.issue_cycles):.2f}" for unit, n in run.units.items() if n}
+    spent = sorted(run.loops.items(), key=lambda item: -item[1][1])[:6]
+    yield (
+        f"  run on core {run.core}: {run.issue_cycles} cycles issued, {run.model_cycles:.0f} with"
+        f" {run.stall_cycles:.0f} of waits for transfers, matrix unit busy {run.matrix_cycles:.0f},"
+        f" bytes at the public peak {run.hbm_cycles:.0f}"
+    )
+    yield (
+        f"    {run.transfers} transfers, {run.hbm_read_bytes / _MIB:.2f} MiB read, {run.hbm_written_bytes / _MIB:.2f} MiB"
+        f" written; by bytes: {_pairs(run.hbm_sizes[:5])}; started in {run.transfer_bundles} bundles"
+    )
+    yield f"    loops (iterations, cycles): {', '.join(f'{name} ({n}, {cycles})' for name, (n, cycles) in spent)}"
+    yield f"    bundles: {_pairs(run.kinds.items())}; occupancy {_pairs(occupied.items())}"
+    yield f"    vector instructions: {_pairs(sorted(run.classes.items(), key=lambda item: -item[1]))}"
+    yield f"    lines: {_pairs(run.top_lines[:8])}"
+    if run.top_waits:
+        yield f"    waits: {_pairs(run.top_waits[:4])}"
+    if run.unmodelled:
+        yield f"    NOT MODELLED: {'; '.join(run.unmodelled)}"
+
+
+def _pairs(items: Iterable[tuple[object, object]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in items if value)
