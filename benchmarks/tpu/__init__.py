@@ -4,14 +4,12 @@ from .command import GENERATIONS as GENERATIONS
 from .command import described as described
 from .command import measured as measured
 from .command import parser as parser
-from .command import prepare as prepare
 from .command import rows_of as rows_of
 from .command import write as write
 from .measure import measure as measure
 from .model import BUILD as BUILD
 from .model import model as model
 from .model import print_row as print_row
-from .model import tool as tool
 from .own import PAGED as PAGED
 from .own import paged_call as paged_call
 from .peers import Call as Call

@@ -2,9 +2,7 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import os
 import pathlib
 import signal
 import sys
@@ -13,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from .measure import measure
-from .model import TOOL
 from .row import Row
 
 GENERATIONS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -30,19 +27,7 @@ def parser(prog: str, about: str | None, quick: str, shapes: Sequence[str], name
     made.add_argument("--candidates", nargs="+", choices=list(names), metavar="NAME", help=f"of {'; '.join(names)}")
     made.add_argument("--timeout", type=float, default=600, help="seconds a row may take (default 600)")
     made.add_argument("--json", type=pathlib.Path, help="write every row here")
-    made.add_argument("--tool", type=pathlib.Path, help=f"path of {TOOL}.py, when it isn't importable")
     return made
-
-
-def prepare(options: argparse.Namespace) -> None:
-    """Make the tool importable, here and in the workers, or say that it isn't."""
-    if options.tool is not None:
-        path = [str(options.tool.resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(path)
-        sys.path.insert(0, path[0])
-    if importlib.util.find_spec(TOOL) is None:
-        raise SystemExit(f"{TOOL}.py is not importable: name it by --tool PATH, or put its folder into PYTHONPATH.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that the child in hand is ended too
 
 
 def measured(
@@ -53,6 +38,7 @@ def measured(
     outcome: Callable[[RowT], str],
 ) -> list[RowT]:
     """Every row that was asked for, announced on stderr and kept as it comes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that the child in hand is ended too
     rows = []
     for i, key in enumerate(points):
         start = time.perf_counter()

@@ -23,12 +23,10 @@ def measure(row: type[RowT], benchmark: str, key: tuple[str, str, str], timeout:
     End it, with everything that it started, when it takes longer than ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="tpu_benchmark_") as scratch:
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "TMPDIR": scratch, "PYTHONPATH": path}
         child = subprocess.Popen(
             [sys.executable, "-m", f"{benchmark}.worker", *key, str(timeout)],
-            cwd=ROOT,  # the tool imports the builders from here
-            env=environment,
+            cwd=ROOT,  # where the benchmarks are imported from
+            env={**os.environ, "TMPDIR": scratch},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,28 +1,21 @@
 """The child process' part: compile one call, run its scalar program, add its kernels up."""
 
 import dataclasses
-import importlib
 import json
 import re
-from typing import Any
 
+from . import static
 from .row import Row
 
-TOOL = "tpu_static"
 BUILD = "candidates:build"  # what every benchmark names its builder, `build(candidate, shape, generation)`
 _SPILL_UNITS = ("VLOAD:FILL", "VSTORE:SPILL")
 _ERROR_LENGTH = 300
 
 
-def tool() -> Any:
-    """The modelling tool's module."""
-    return importlib.import_module(TOOL)
-
-
 def model(row: Row, benchmark: str, timeout: float, *, is_run: bool = True) -> None:
-    """Fill in what the tool says of the row's call, or the error; without ``is_run`` only what compiling it shows."""
+    """Fill in what is modelled of the row's call, or the error; without ``is_run`` only what compiling it shows."""
     kwargs = {"candidate": row.candidate, "shape": row.shape, "generation": row.generation}
-    report = tool().measure(f"{benchmark}.{BUILD}", row.generation, kwargs, run=is_run, timeout=timeout)
+    report = static.model(f"{benchmark}.{BUILD}", row.generation, kwargs, is_run=is_run, timeout=timeout)
     row.versions = report.versions
     if not report.ok:
         row.error = _short(report.error)
@@ -37,29 +30,29 @@ def print_row(row: Row) -> None:
     print(json.dumps(dataclasses.asdict(row)), flush=True)
 
 
-def _fill(row: Row, report: Any) -> None:
+def _fill(row: Row, report: static.Report) -> None:
     """Add up the call's kernels, which run one after the other; of the cores, which run together, the slower counts."""
     unmodelled: list[str] = []
     for kernel in report.kernels:
         runs = kernel.runs
-        row.cycles += max((max(run.model_cycles, run.mxu_cycles) for run in runs), default=0)
+        row.cycles += max((max(run.model_cycles, run.matrix_cycles) for run in runs), default=0)
         row.model_cycles += max((run.model_cycles for run in runs), default=0)
-        row.mxu_cycles += max((run.mxu_cycles for run in runs), default=0)
+        row.mxu_cycles += max((run.matrix_cycles for run in runs), default=0)
         row.bundles += max((run.issue_cycles for run in runs), default=0)
         row.all_bundles += sum(run.issue_cycles for run in runs)
         row.read_bytes += sum(run.hbm_read_bytes for run in runs)
-        row.written_bytes += sum(run.hbm_write_bytes for run in runs)
-        row.transfers += sum(run.dma_starts for run in runs)
+        row.written_bytes += sum(run.hbm_written_bytes for run in runs)
+        row.transfers += sum(run.transfers for run in runs)
         row.spills += sum(run.units.get(unit, 0) for run in runs for unit in _SPILL_UNITS)
         row.cores = max(row.cores, sum(run.hbm_read_bytes > 0 for run in runs))
         row.vmem_bytes = max(row.vmem_bytes, kernel.vmem_bytes)
         unmodelled += [text for run in runs for text in run.unmodelled]
-    row.compile_seconds, row.kernels = report.compile_s, [kernel.name for kernel in report.kernels]
-    row.other_operations = report.other_ops
+    row.compile_seconds, row.kernels = report.compile_seconds, [kernel.name for kernel in report.kernels]
+    row.other_operations = report.other_operations
     row.note = "; ".join(dict.fromkeys(unmodelled))[:_ERROR_LENGTH]
 
 
 def _short(error: str) -> str:
-    """One line that names the error, without the tool's notes on where it was raised."""
+    """One line that names the error, without notes on where it was raised."""
     text = " ".join(re.sub(r"\s*\[[\w.]+\.py:\d+ .*$", "", error, flags=re.S).split())
     return text if len(text) <= _ERROR_LENGTH else f"{text[:_ERROR_LENGTH]} ..."

@@ -1,14 +1,12 @@
 """The candidate ``paged``: this library's call on a shape."""
 
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import paged
-from paged.lower.tpu import transforms
 
 from .peers import Call
 from .shape import Shape
@@ -38,9 +36,7 @@ def paged_call(shape: Shape) -> Call:
     sinks = [jax.ShapeDtypeStruct((shape.q_heads,), jnp.float32)] if shape.has_sinks else []
 
     def function(lengths: Any, tables: Any, starts: Any, q: Any, pool: Any, sinks: Any) -> Any:
-        # The tool follows a kernel's scalars through its callers, but not through what says how to `jax.vmap` them.
-        with mock.patch.object(transforms, "in_turn", lambda run: run):
-            return attend(q, layout.wrap(*pool), _batch(shape, lengths, tables, starts), *sinks)
+        return attend(q, layout.wrap(*pool), _batch(shape, lengths, tables, starts), *sinks)
 
     return function, (np.asarray(shape.lengths, np.int32), shape.tables(), shape.query_starts(), q, pool, sinks)
 

@@ -19,7 +19,6 @@ def main() -> None:
     """Parse, run, print."""
     quick = "two shapes, two generations, no slow peers: 2 minutes"
     options = tpu.parser("python -m benchmarks.tpu_decode", __doc__, quick, list(SHAPES), names()).parse_args()
-    tpu.prepare(options)
     start = time.perf_counter()
     rows = tpu.measured(Row, __package__ or "", _points(options), options, _outcome)
     print(f"All figures are *modelled*: {tpu.described(rows)}; {time.perf_counter() - start:.0f} s.\n")

@@ -1,6 +1,6 @@
-"""The candidates: each a builder from a shape to ``(function, arguments)``, which is what the tool compiles.
+"""The candidates: each a builder from a shape to ``(function, arguments)``, which is what is compiled.
 
-Integer arguments, lengths and tables, are concrete, because the tool runs the kernel's scalar program with them; float
+Integer arguments, lengths and tables, are concrete, because the kernel's scalar program is run with them; float
 arguments are shapes.
 """
 
@@ -25,7 +25,7 @@ def is_for(candidate: str, shape: Shape) -> bool:
 
 
 def build(candidate: str, shape: str, generation: str) -> Call:
-    """What the tool calls, in a process of its own."""
+    """The worker that compiles calls this, in a process of its own."""
     found = SHAPES[shape]
     if candidate == CEILING:
         return ceiling(found, 2 if generation in TWO_CORES else 1)

@@ -3,6 +3,7 @@
 import sys
 
 from benchmarks import tpu
+from benchmarks.tpu.static import CHIPS
 
 from .row import Row
 from .shapes import SHAPES
@@ -13,7 +14,7 @@ def main(shape: str, generation: str, candidate: str, timeout: str) -> None:
     row, found = Row(shape, generation, candidate), SHAPES[shape]
     tpu.model(row, __package__ or "", float(timeout))
     row.tokens, row.visible_bytes = found.visible_pairs, found.visible_bytes
-    row.needed_cycles = found.visible_bytes / tpu.tool().CHIPS[generation].bytes_per_cycle
+    row.needed_cycles = found.visible_bytes / CHIPS[generation].bytes_per_cycle
     tpu.print_row(row)
 
 

@@ -28,7 +28,6 @@ def main() -> None:
         rows = _sorted(tpu.rows_of(Row, options.show))
         took = "as it was kept"
     else:
-        tpu.prepare(options)
         rows = tpu.measured(Row, __package__ or "", _points(options), options, _outcome)
         took = f"{time.perf_counter() - start:.0f} s"
     print(f"All figures are *modelled*: {tpu.described(rows)}; {took}.\n")

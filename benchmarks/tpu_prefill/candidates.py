@@ -1,6 +1,6 @@
-"""The candidates: each a builder from a shape to ``(function, arguments)``, which is what the tool compiles.
+"""The candidates: each a builder from a shape to ``(function, arguments)``, which is what is compiled.
 
-Integer arguments, lengths, starts and tables, are concrete, because the tool runs the kernel's scalar program with
+Integer arguments, lengths, starts and tables, are concrete, because the kernel's scalar program is run with
 them; float arguments are shapes.
 """
 
@@ -23,7 +23,7 @@ def is_for(candidate: str, shape: Shape) -> bool:
 
 
 def build(candidate: str, shape: str, generation: str) -> Call:
-    """What the tool calls, in a process of its own. No candidate needs to be told the generation: it is the device."""
+    """The worker that compiles calls this, in a process of its own. The generation is that process' device."""
     del generation
     found = SHAPES[shape]
     return paged_call(found) if candidate == PAGED else peers.BUILDERS[candidate](found)

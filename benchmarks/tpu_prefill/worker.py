@@ -1,21 +1,21 @@
 """The child process: one row as a JSON line on standard output."""
 
 import sys
-from typing import Any
 
 from benchmarks import tpu
+from benchmarks.tpu.static import CHIPS, Chip
 
 from .row import Row
 from .shapes import SHAPES, Shape
 
-_TOO_LONG, _HANGS = "emulation limit", "would hang"  # in the tool's notes
+_TOO_LONG, _HANGS = "emulation limit", "would hang"  # in the notes of a run
 
 
 def main(shape: str, generation: str, candidate: str, timeout: str) -> None:
     """Compile, run the scalar program, print."""
     row, found = Row(shape, generation, candidate), SHAPES[shape]
     tpu.model(row, __package__ or "", float(timeout), is_run=found.is_emulated)
-    chip = tpu.tool().CHIPS[generation]
+    chip = CHIPS[generation]
     row.pairs, row.visible_bytes = found.q_heads * found.visible_pairs, found.needed_bytes
     row.floor_cycles = row.pairs * cycles_a_pair(found, chip)
     row.needed_cycles = found.needed_bytes / chip.bytes_per_cycle
@@ -25,7 +25,7 @@ def main(shape: str, generation: str, candidate: str, timeout: str) -> None:
     tpu.print_row(row)
 
 
-def cycles_a_pair(shape: Shape, chip: Any) -> float:
+def cycles_a_pair(shape: Shape, chip: Chip) -> float:
     """Matrix-unit cycles of a (query row, KV token) pair of one query head: its score and its share of the output.
 
     Either product has the head's dim as a side of the stationary tile, which is as deep as the unit whatever of it is

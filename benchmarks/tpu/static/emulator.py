@@ -96,7 +96,10 @@ class Emulator:
 
 
 def _tiled(array: np.ndarray) -> np.ndarray:
-    """An array's words in the order of memory: tiles of (8, 128), or of fewer rows, a power of two, where it has fewer."""
+    """An array's words in the order of memory: tiles of 8 rows of 128, or of fewer rows where the array has fewer.
+
+    The number of rows of a tile is a power of two.
+    """
     if array.ndim < 2:
         return array.reshape(-1)
     flat = array.reshape(-1, array.shape[-1])

@@ -21,14 +21,14 @@ class Estimate:
 
     @property
     def ratio(self) -> float:
-        """Of compute to memory."""
+        """Compute cycles over the cycles that the bytes take."""
         return self.compute_cycles / self.hbm_cycles
 
 
 def estimate_run(kernel: Kernel, generation: str, *, tokens: int, bytes_per_token: float) -> Estimate:
     """The estimate of a kernel that was run on ``tokens`` KV tokens of ``bytes_per_token`` bytes, keys and values.
 
-    Cores of one device work side by side, so that the slower one counts. Raises ``ValueError`` of a kernel without runs.
+    Cores of one device work side by side, so the slower one counts. Raises ``ValueError`` where the kernel was not run.
     """
     if not kernel.runs:
         raise ValueError(f"{kernel.name} was not run: there are no cycles to divide by the tokens")

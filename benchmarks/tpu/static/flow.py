@@ -22,7 +22,10 @@ class Branch(NamedTuple):
 
 @dataclasses.dataclass
 class Span:
-    """A loop's bundles from ``start`` to ``end``, both included, delay slots too; ``backs`` are its backward branches."""
+    """A loop's bundles from ``start`` to ``end``, both included, and the backward branches at its end.
+
+    ``end`` is the last delay slot of the last of them.
+    """
 
     start: int
     end: int

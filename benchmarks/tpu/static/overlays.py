@@ -86,7 +86,9 @@ def _overlays(assembly: str) -> dict[str, _Overlay]:
             raise ValueError(f"overlay {number} of the assembly has no line for {len(overlay.marks):#x}")
         branch = _BRANCH.search(code)
         if branch and branch.group(1) == "rel":
-            overlay.slots[len(overlay.marks)] = int(branch.group(3) or 0)
+            if branch.group(3) is None:
+                raise ValueError(f"the branch at {number}:{address} of the assembly encodes no delay slots: {code}")
+            overlay.slots[len(overlay.marks)] = int(branch.group(3))
             overlay.marks.append(f"branch {branch.group(2) or ''}")
         else:
             overlay.marks.append(f"other branch {code}" if branch else _CODE if code else _EMPTY)

@@ -106,7 +106,9 @@ def model(
         compiled = compile_with_dumps(
             target, generation, kwargs or {}, folder, scalars=is_run, simulate=simulate, flags=flags, timeout=timeout
         )
-        found = read_dumps(folder, generation, is_run=is_run, only=only, transfers=transfers) if compiled.ok else ([], [])
+        found = (
+            read_dumps(folder, generation, is_run=is_run, only=only, transfers=transfers) if compiled.ok else ([], [])
+        )
     finally:
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)

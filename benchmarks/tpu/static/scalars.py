@@ -6,9 +6,10 @@ follows from concrete arguments alone is evaluated, on the CPU; the rest of the 
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jcore
 
@@ -27,25 +28,33 @@ _CALLS = {
 }
 
 
-def kernel_scalars(function: Callable[..., Any], args: Any) -> list[tuple[str, dict[int, np.ndarray]]]:
-    """``(name, {operand's index: value})`` of each ``pallas_call``, in the order of the calls.
+class Scalars(NamedTuple):
+    """One kernel's integer operands by index: those whose values follow from the arguments, and the other ones."""
+
+    kernel: str
+    values: dict[int, np.ndarray]
+    unknown: list[int]
+
+
+def kernel_scalars(function: Callable[..., Any], args: Any) -> list[Scalars]:
+    """The integer operands of each ``pallas_call``, in the order of the calls.
 
     **Arguments:**
 
     - `function`: what is called with `args`.
     - `args`: a pytree of arrays, which are followed, and of `jax.ShapeDtypeStruct`, which are not.
 
-    **Returns:** operands that are integers and follow from concrete arguments; a call inside a loop has none.
+    **Returns:** one entry for each call. A call inside a loop has none, and the loop's results are not known.
     """
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
     leaves = jax.tree.leaves(args, is_leaf=is_shape)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args, is_leaf=is_shape)
-    found: list[tuple[str, dict[int, np.ndarray]]] = []
+    found: list[Scalars] = []
     _follow(jax.make_jaxpr(function)(*shapes), [None if is_shape(leaf) else leaf for leaf in leaves], found)
     return found
 
 
-def _follow(closed: Any, inputs: Sequence[Any], found: list[tuple[str, dict[int, np.ndarray]]]) -> list[Any]:
+def _follow(closed: Any, inputs: Sequence[Any], found: list[Scalars]) -> list[Any]:
     """The values of a jaxpr's results, ``None`` where they are not known."""
     jaxpr = getattr(closed, "jaxpr", closed)
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=False))
@@ -57,12 +66,13 @@ def _follow(closed: Any, inputs: Sequence[Any], found: list[tuple[str, dict[int,
     return [read(variable) for variable in jaxpr.outvars]
 
 
-def _results(equation: Any, values: list[Any], found: list[tuple[str, dict[int, np.ndarray]]]) -> Sequence[Any]:
+def _results(equation: Any, values: list[Any], found: list[Scalars]) -> Sequence[Any]:
     name, params = equation.primitive.name, equation.params
     unknown = [None] * len(equation.outvars)
     if name == "pallas_call":
-        arrays = {i: np.asarray(value) for i, value in enumerate(values) if value is not None}
-        found.append((_kernel_name(params), {i: a for i, a in arrays.items() if np.issubdtype(a.dtype, np.integer)}))
+        integers = [i for i, v in enumerate(equation.invars) if jnp.issubdtype(v.aval.dtype, jnp.integer)]
+        arrays = {i: np.asarray(values[i]) for i in integers if values[i] is not None}
+        found.append(Scalars(_kernel_name(params), arrays, [i for i in integers if i not in arrays]))
         return unknown
     if name in _CALLS:
         return _follow(params[_CALLS[name]], values, found)
@@ -71,7 +81,7 @@ def _results(equation: Any, values: list[Any], found: list[tuple[str, dict[int, 
     size = sum(int(np.prod(variable.aval.shape)) for variable in equation.outvars)
     if any(value is None for value in values) or equation.effects or size >= _LARGEST:
         return unknown
-    with contextlib.suppress(Exception):  # what cannot be evaluated here is not known; the report names operands without one
+    with contextlib.suppress(Exception):  # not known then: a run names the operands that have no value
         results = equation.primitive.bind(*values, **params)
         return [np.asarray(x) for x in (results if equation.primitive.multiple_results else [results])]
     return unknown

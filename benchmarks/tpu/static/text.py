@@ -56,18 +56,20 @@ def _loop(loop: Loop) -> str:
 def _run(run: Run, capacity: Mapping[str, int]) -> Iterator[str]:
     occupied = {unit: f"{n / (capacity.get(unit, 1) * run.issue_cycles):.2f}" for unit, n in run.units.items() if n}
     spent = sorted(run.loops.items(), key=lambda item: -item[1][1])[:6]
+    read, written = run.hbm_read_bytes / _MIB, run.hbm_written_bytes / _MIB
     yield (
         f"  run on core {run.core}: {run.issue_cycles} cycles issued, {run.model_cycles:.0f} with"
         f" {run.stall_cycles:.0f} of waits for transfers, matrix unit busy {run.matrix_cycles:.0f},"
         f" bytes at the public peak {run.hbm_cycles:.0f}"
     )
     yield (
-        f"    {run.transfers} transfers, {run.hbm_read_bytes / _MIB:.2f} MiB read, {run.hbm_written_bytes / _MIB:.2f} MiB"
-        f" written; by bytes: {_pairs(run.hbm_sizes[:5])}; started in {run.transfer_bundles} bundles"
+        f"    {run.transfers} transfers, {read:.2f} MiB read, {written:.2f} MiB written;"
+        f" by bytes: {_pairs(run.hbm_sizes[:5])}; started in {run.transfer_bundles} bundles"
     )
     yield f"    loops (iterations, cycles): {', '.join(f'{name} ({n}, {cycles})' for name, (n, cycles) in spent)}"
     yield f"    bundles: {_pairs(run.kinds.items())}; occupancy {_pairs(occupied.items())}"
-    yield f"    vector instructions: {_pairs(sorted(run.classes.items(), key=lambda item: -item[1]))}"
+    classes = sorted(run.classes, key=lambda name: -run.classes[name])
+    yield f"    vector instructions: {_pairs((name, run.classes[name]) for name in classes)}"
     yield f"    lines: {_pairs(run.top_lines[:8])}"
     if run.top_waits:
         yield f"    waits: {_pairs(run.top_waits[:4])}"

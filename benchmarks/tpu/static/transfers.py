@@ -51,7 +51,7 @@ class Transfers:
         return self.flags[flag]
 
     def reached(self, flag: int, amount: int, now: float) -> float | None:
-        """When a semaphore reaches a value, ``now`` or later; ``None`` if no transfer that was started brings it there."""
+        """When a semaphore reaches a value, ``now`` or later; ``None`` where no transfer under way brings it there."""
         time, queue = now, self._under_way[flag]
         if self.flag(flag, now) < amount:
             while queue and self.flags[flag] < amount:

@@ -7,7 +7,7 @@ theirs, and SMEM by address. Vector instructions are left out: control flow and 
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,7 @@ class Translator:
         self.spaces: dict[int, str] = {}  # an operand's memory space
         self._blocks: dict[int, Block] = {}
         self._symbols: dict[str, int] = {}
+        self._from_vectors = _from_vectors(program.bundles)
 
     def block(self, start: int) -> Block:
         """The block that begins at a bundle."""
@@ -176,7 +177,10 @@ class Translator:
     def _expression(self, opcode: str, text: str) -> str:
         """What a scalar instruction computes."""
         if opcode in ("spop", "spop.sfrf"):
-            return f"machine.popped.get({text.strip().lstrip('%')!r}, 0)"
+            name = text.strip().lstrip("%")
+            if name in self._from_vectors:
+                self.notes["scalar taken from a vector (zero)"] += 1
+            return f"machine.popped.get({name!r}, 0)"
         if opcode.startswith("spop.drf"):
             part = 1 if "rem" in opcode else 0
             return f"machine.popped.get({text.strip().lstrip('%')!r}, (0, 0))[{part}]"
@@ -223,6 +227,13 @@ class Translator:
             elif part:
                 parts.append(str(int(part[1:], 0)) if part[0] == "$" else self._value(part))
         return f"({' + '.join(parts or ['0'])})"
+
+
+def _from_vectors(bundles: Sequence[Bundle]) -> set[str | None]:
+    """What is pushed from vectors for scalars to pop, but for what another core sent: the cookie of a barrier."""
+    instructions = [instruction for bundle in bundles for instruction in bundle.instructions]
+    sent = {f"%{i.result}" for i in instructions if i.opcode == "vpop.ccrf"}
+    return {i.result for i in instructions if i.opcode == "vpush" and predicate(i.text).rest.strip() not in sent}
 
 
 def _in_order(bundle: Bundle) -> list[Instruction]:

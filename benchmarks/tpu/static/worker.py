@@ -76,7 +76,9 @@ def _compile(task: dict[str, Any], result: dict[str, Any]) -> None:
     result["ok"] = True
     if task["scalars"]:
         found = kernel_scalars(function, args)
-        keyed = {f"{i}:{name}|{k}": v for i, (name, values) in enumerate(found) for k, v in values.items()}
+        keyed: dict[str, Any] = {
+            f"{i}:{name}|{k}": v for i, (name, values, _) in enumerate(found) for k, v in values.items()
+        }
         np.savez(task["scalars"], **keyed)
 
 
