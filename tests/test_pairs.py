@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged.spec import ALiBi, AttentionSpec, AttentionState, Bias, Chunk, Prefix, Where
+from paged.spec import PAGE_ORDERS, ALiBi, AttentionSpec, AttentionState, Bias, Chunk, Prefix, Where
 from tests.support import (
     PHASES,
     Case,
@@ -36,7 +36,7 @@ FACTORS = {
     "page_size": (1, 4, 16, 3),
     "sinks": (None, "q_heads", "kv_heads, group", "kv_heads, n"),
     "scores": tuple(SCORES),
-    "order": ("packed", "joined", "split", "interleaved"),
+    "order": PAGE_ORDERS,
     "phase": tuple(PHASES),
     "q_dtype": ("float32", "bfloat16", "float16"),
     "soft_cap": (None, 7.0),

@@ -37,12 +37,11 @@ def layout(dtype: Any, page_size: int, order: Any = "packed") -> PageLayout:
 def pool(layout: PageLayout, num_pages: int) -> Pages:
     """A pool without a zero in it: 64 random pages, again and again."""
     rng = np.random.default_rng(0)
-    page_axis = 1 if layout.order == "split" else 0
     arrays = []
     for shape in layout.array_shapes(_FEW_PAGES):
         few = rng.standard_normal(shape, np.float32) * (40 if layout.is_quantised else 1)
         few = jnp.asarray(np.clip(few, -127, 127)).astype(layout.dtype)
-        arrays.append(_repeat(few, num_pages, page_axis))
+        arrays.append(_repeat(few, num_pages, layout.page_axis))
     k_scale, v_scale = (jnp.full(KV_HEADS, 0.025) if layout.is_quantised else None for _ in range(2))
     return layout.wrap(*arrays, k_scale=k_scale, v_scale=v_scale)
 

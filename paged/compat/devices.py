@@ -63,9 +63,8 @@ class Devices:
         in_specs = dict(self.in_specs)
         if "pages" in in_specs and "q" in in_specs and self.repeats(layout.num_kv_heads) > 1:
             # The caller's heads are too few to be shared; those of the cache with repeats are as the queries'.
-            axis = 0 if layout.order == "split" else 2
             entries = [*in_specs["pages"], *[None] * 4]
-            entries[axis] = (*in_specs["q"], None, None)[1]
+            entries[layout.head_axis] = (*in_specs["q"], None, None)[1]
             in_specs["pages"] = P(*entries)
         given = {"in_specs": in_specs, "out_specs": self.out_specs}
         attend = lower(spec, layout, target, mesh=self.mesh, axes=self.axes, interpret=interpret, **given)

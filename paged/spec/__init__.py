@@ -9,8 +9,6 @@ from .batch import RaggedBatch as RaggedBatch
 from .coverage import Coverage as Coverage
 from .export import register_module as register_module
 from .layout import FLOAT_DTYPES as FLOAT_DTYPES
-from .layout import PAGE_ORDERS as PAGE_ORDERS
-from .layout import SCALE_KINDS as SCALE_KINDS
 from .layout import PageLayout as PageLayout
 from .layout import Pages as Pages
 from .masks import And as And
@@ -24,6 +22,10 @@ from .masks import Or as Or
 from .masks import Prefix as Prefix
 from .masks import Where as Where
 from .masks import Window as Window
+from .orders import PAGE_ORDERS as PAGE_ORDERS
+from .orders import SCALE_KINDS as SCALE_KINDS
+from .orders import PageOrder as PageOrder
+from .orders import ScaleKind as ScaleKind
 from .scores import ALiBi as ALiBi
 from .scores import Bias as Bias
 from .scores import ScoreOp as ScoreOp

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, assert_never
 
 import equinox as eqx
 import jax
@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-PageOrder = Literal["packed", "joined", "split", "interleaved"]
-ScaleKind = Literal["tensor", "head", "token"]
+from .orders import ARRAY_AXES, PAGE_ORDERS, SCALE_AXES, SCALE_KINDS, PageOrder, ScaleKind
 
-PAGE_ORDERS: tuple[PageOrder, ...] = ("packed", "joined", "split", "interleaved")
 _LANES = 128  # of a TPU's registers
-SCALE_KINDS: tuple[ScaleKind, ...] = ("tensor", "head", "token")
 FLOAT_DTYPES = tuple(jnp.dtype(d) for d in ("float16", "bfloat16", "float32"))
 QUANTISED_DTYPES = tuple(jnp.dtype(d) for d in ("int8", "float8_e4m3fn", "float8_e5m2"))
 
@@ -95,21 +92,96 @@ class PageLayout:
         """Bytes of one page's keys and values, scales not counted."""
         return sum(math.prod(shape) for shape in self.array_shapes(1)) * self.dtype.itemsize
 
+    @property
+    def array_axes(self) -> tuple[tuple[str, ...], ...]:
+        """The names of each array's axes, see `paged.spec.orders`."""
+        return ARRAY_AXES[self.order]
+
+    @property
+    def scale_axes(self) -> tuple[str, ...] | None:
+        """The names of the axes of ``k_scale`` and of ``v_scale``; None for float pages."""
+        return None if self.scales is None else SCALE_AXES[self.scales]
+
+    @property
+    def page_axis(self) -> int:
+        """The axis of every array that counts pages."""
+        return self.array_axes[0].index("page")
+
+    @property
+    def offset_axis(self) -> int:
+        """The axis of every array that counts the tokens of one page."""
+        return self.array_axes[0].index("offset")
+
+    @property
+    def head_axis(self) -> int:
+        """The axis of every array that counts KV heads; in ``"interleaved"`` order it has two entries for each head."""
+        axes = self.array_axes[0]
+        return axes.index("head" if "head" in axes else "kv_head")
+
     def array_shapes(self, num_pages: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the pool's arrays for ``num_pages`` pages."""
-        heads, size, dim = self.num_kv_heads, self.page_size, self.head_dim
-        if self.order == "packed":
-            return ((num_pages, 2, heads, size, dim),)
-        if self.order == "joined":
-            return ((num_pages, heads, size, 2 * self.value_lane),)
-        if self.order == "interleaved":
-            return ((num_pages, size, 2 * heads, dim),)
-        return ((heads, num_pages, size, dim), (heads, num_pages, size, self.value_dim))
+        sizes = self._sizes(num_pages)
+        return tuple(tuple(sizes[axis] for axis in axes) for axes in self.array_axes)
 
     def scale_shape(self, num_pages: int) -> tuple[int, ...] | None:
         """Shape of ``k_scale`` and of ``v_scale``; None for float pages."""
-        heads = self.num_kv_heads
-        return {None: None, "tensor": (), "head": (heads,), "token": (num_pages, heads, self.page_size)}[self.scales]
+        sizes = self._sizes(num_pages)
+        return None if self.scale_axes is None else tuple(sizes[axis] for axis in self.scale_axes)
+
+    def _sizes(self, num_pages: int) -> dict[str, int]:
+        return {
+            "page": num_pages,
+            "head": self.num_kv_heads,
+            "offset": self.page_size,
+            "kv": 2,
+            "kv_head": 2 * self.num_kv_heads,
+            "dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "lanes": 2 * self.value_lane,
+        }
+
+    def stack(
+        self, k: Float[Array, "*tokens kv_heads head_dim"], v: Float[Array, "*tokens kv_heads value_dim"]
+    ) -> tuple[Array, ...]:
+        """Keys and values of tokens as the pool's arrays hold them: of each array, all axes but pages and offsets.
+
+        >>> layout = PageLayout(page_size=16, num_kv_heads=8, head_dim=128)
+        >>> [rows.shape for rows in layout.stack(jnp.ones((5, 8, 128)), jnp.zeros((5, 8, 128)))]
+        [(5, 2, 8, 128)]
+        """
+        match self.order:
+            case "packed":
+                return (jnp.stack([k, v], axis=-3),)
+            case "joined":
+                padding = [(0, 0)] * (k.ndim - 1) + [(0, self.value_lane - self.head_dim)]
+                return (jnp.concatenate([jnp.pad(k, padding), jnp.pad(v, padding)], axis=-1),)
+            case "split":
+                return k, v
+            case "interleaved":
+                return (jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], 2 * self.num_kv_heads, self.head_dim),)
+            case _:
+                assert_never(self.order)
+
+    def unstack(self, arrays: tuple[Array, ...]) -> tuple[Array, Array]:
+        """Keys and values of tokens, from what `stack` gives for them."""
+        axes = tuple(tuple(axis for axis in axes if axis not in ("page", "offset")) for axes in self.array_axes)
+        return self._half(arrays, axes, 0), self._half(arrays, axes, 1)
+
+    def _half(self, arrays: tuple[Array, ...], axes: tuple[tuple[str, ...], ...], which: int) -> Array:
+        """The keys (0) or the values (1) of arrays whose last axes have these names; ``kv_head`` becomes ``head``."""
+        match self.order:
+            case "packed":
+                after_kv = len(axes[0]) - axes[0].index("kv") - 1
+                return arrays[0][(..., which, *[slice(None)] * after_kv)]
+            case "joined":
+                first = which * self.value_lane
+                return arrays[0][..., first : first + self.head_dim]
+            case "split":
+                return arrays[which]
+            case "interleaved":
+                return arrays[0][..., which::2, :]
+            case _:
+                assert_never(self.order)
 
     def init(self, num_pages: int) -> "Pages":
         """A pool of ``num_pages`` zeroed pages, with scales of 1."""
@@ -126,12 +198,11 @@ class PageLayout:
 
         Raises ``ValueError`` or ``TypeError`` naming the array when its shape or dtype is not this layout's.
         """
-        names = ("k", "v") if self.order == "split" else ("kv",)
+        names = ("kv",) if len(self.array_axes) == 1 else ("k", "v")
         if len(arrays) != len(names):
             raise TypeError(f'order "{self.order}" wraps {" and ".join(names)}; got {len(arrays)} arrays.')
-        page_axis = 1 if self.order == "split" else 0
         first = np.shape(arrays[0])
-        num_pages = first[page_axis] if len(first) > page_axis else 1
+        num_pages = first[self.page_axis] if len(first) > self.page_axis else 1
         for name, array, shape in zip(names, arrays, self.array_shapes(num_pages), strict=True):
             _require_array(name, array, shape, self.dtype, f'order "{self.order}" with {num_pages} pages')
         shape = self.scale_shape(num_pages)
@@ -162,7 +233,7 @@ class Pages(eqx.Module):
     @property
     def num_pages(self) -> int:
         """Pages in the pool."""
-        return self.arrays[0].shape[1 if self.layout.order == "split" else 0]
+        return self.arrays[0].shape[self.layout.page_axis]
 
     def keys(self) -> Float[Array, "pages kv_heads page_size head_dim"]:
         """All keys, dequantised to float32: a copy of the pool, for inspection and tests."""
@@ -173,17 +244,10 @@ class Pages(eqx.Module):
         return self._dequantised(1, self.v_scale)
 
     def _dequantised(self, which: int, scale: Array | None) -> Array:
-        order, array = self.layout.order, self.arrays[0]
-        if order == "packed":
-            raw = array[:, which]
-        elif order == "joined":
-            first = which * self.layout.value_lane
-            raw = array[..., first : first + self.layout.head_dim]
-        elif order == "split":
-            raw = jnp.swapaxes(self.arrays[which], 0, 1)
-        else:
-            raw = jnp.swapaxes(array[:, :, which::2], 1, 2)
-        raw = raw.astype(jnp.float32)
+        layout = self.layout
+        axes = ["head" if axis == "kv_head" else axis for axis in layout.array_axes[0] if axis != "kv"]
+        raw = layout._half(self.arrays, layout.array_axes, which)
+        raw = jnp.transpose(raw, [*map(axes.index, ("page", "head", "offset")), 3]).astype(jnp.float32)
         if scale is None:
             return raw
         return raw * (scale[..., None] if scale.ndim == 3 else scale.reshape(-1, 1, 1))

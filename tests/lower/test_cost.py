@@ -12,6 +12,7 @@ import pytest
 
 import paged
 from paged.lower.jax_version import HAS_BIT_UPDATES_IN_PLACE
+from paged.spec import PAGE_ORDERS
 
 HEADS, GROUP, DIM, PAGE, SLOTS = 2, 4, 16, 8, 3
 SPEC = paged.AttentionSpec(num_q_heads=HEADS * GROUP, num_kv_heads=HEADS, head_dim=DIM)
@@ -51,7 +52,7 @@ def temporaries(*args, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ["packed", "joined", "split", "interleaved"])
+@pytest.mark.parametrize("order", PAGE_ORDERS)
 @pytest.mark.parametrize("what", ["write", "update"])
 def test_donated_pages_are_written_in_place(what, order, dtype):
     """The pool is aliased to the result, and nothing of the pool's size is allocated."""
@@ -65,7 +66,7 @@ def test_donated_pages_are_written_in_place(what, order, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ["packed", "joined", "split", "interleaved"])
+@pytest.mark.parametrize("order", PAGE_ORDERS)
 def test_attention_neither_copies_nor_converts_the_pool(order, dtype):
     few, many = (temporaries("attend", order, dtype, num_pages=n) for n in (64, 1024))
     assert many <= few + 1024
@@ -89,12 +90,13 @@ def test_the_gradient_keeps_nothing_of_the_size_of_the_scores():
 
 SPLITS = """
 from paged.lower.xla.walk import Walk
+from paged.spec import PAGE_ORDERS
 from tests.lower.test_cost import compiled
 
 def count(what, order):
     return compiled.__wrapped__(what, order, num_pages=1024).as_text().count('outer_dimension_partitions":["')
 
-print(*(count("update", order) for order in ("packed", "joined", "split", "interleaved")))
+print(*(count("update", order) for order in PAGE_ORDERS))
 Walk.has_buffers = False
 print(count("attend", "packed"))
 """
@@ -108,5 +110,5 @@ def test_decode_splits_no_gather_over_threads():
     command = [sys.executable, "-c", SPLITS]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=True)
     with_buffers, without = child.stdout.splitlines()[-2:]
-    assert with_buffers.split() == ["0"] * 4
+    assert with_buffers.split() == ["0"] * len(PAGE_ORDERS)
     assert int(without) > 0, "the count counts nothing"

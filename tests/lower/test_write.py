@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 import paged
-from paged.spec import PageLayout, RaggedBatch
+from paged.spec import PAGE_ORDERS, PageLayout, RaggedBatch
 from tests.support import CORNERS, build, case_of
 from tests.support.arrays import Built
-
-ORDERS = ("packed", "joined", "split", "interleaved")
 
 
 def _bits(array):
@@ -18,17 +16,10 @@ def _bits(array):
     return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
 
 
-def _by_slot(pages, order):
+def _by_slot(pages):
     """Raw bits of each slot as ``[pages, page_size, bytes of keys and values]``, whatever the order."""
-    arrays = [_bits(a) for a in pages.arrays]
-    if order == "packed":
-        moved = [np.moveaxis(arrays[0], 3, 1)]
-    elif order == "joined":
-        moved = [np.moveaxis(arrays[0], 2, 1)]
-    elif order == "split":
-        moved = [np.moveaxis(a, 0, 2) for a in arrays]
-    else:
-        moved = arrays
+    axes = pages.layout.page_axis, pages.layout.offset_axis
+    moved = [np.moveaxis(_bits(a), axes, (0, 1)) for a in pages.arrays]
     return np.concatenate([m.reshape(*m.shape[:2], -1) for m in moved], axis=-1)
 
 
@@ -42,13 +33,13 @@ def _written(built: Built):
     return flags
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", PAGE_ORDERS)
 @pytest.mark.parametrize("corner", CORNERS)
 def test_touches_its_own_slots_and_not_a_bit_elsewhere(order, corner):
     """Dead rows, positions before the first token and padding are dropped; every other slot keeps its NaN's bits."""
     built = build(case_of("plain", "ragged", order=order, corner=corner), hold_new=False)
     pages = paged.write(built.k, built.v, built.pages, built.batch)
-    before, after, written = _by_slot(built.pages, order), _by_slot(pages, order), _written(built)
+    before, after, written = _by_slot(built.pages), _by_slot(pages), _written(built)
     np.testing.assert_array_equal(before[~written], after[~written])
     assert (before[written] != after[written]).any(axis=-1).all()
     for row, owner in enumerate(built.row_of):
@@ -58,7 +49,7 @@ def test_touches_its_own_slots_and_not_a_bit_elsewhere(order, corner):
             np.testing.assert_array_equal(pages.values()[page, :, slot], built.v[row])
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", PAGE_ORDERS)
 @pytest.mark.parametrize("hole", [-1, -5, 23, 10**6, -(2**31), 2**31 - 1])
 def test_a_hole_drops_its_tokens_and_touches_nothing(order, hole):
     """Nor page 0, nor the last page: a wrapped or clamped index would hit these."""
@@ -67,7 +58,7 @@ def test_a_hole_drops_its_tokens_and_touches_nothing(order, hole):
     tables[2, 2:] = hole  # sequence 2 writes six tokens, 7 to 12, over pages 1 to 3
     whole = RaggedBatch(built.batch.lengths, tables, built.batch.query_starts, built.batch.num_seqs)
     pages = paged.write(built.k, built.v, built.pages, whole)
-    before, after, written = _by_slot(built.pages, order), _by_slot(pages, order), _written(built)
+    before, after, written = _by_slot(built.pages), _by_slot(pages), _written(built)
     written[np.array(built.batch.block_tables)[2, 2:]] = False
     np.testing.assert_array_equal(before[~written], after[~written])
     assert (before[written] != after[written]).any(axis=-1).all()

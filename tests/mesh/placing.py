@@ -40,8 +40,7 @@ def placed(
     at = attend.shardings
     q, k, v = (jnp.concatenate([getattr(b, name) for b in builts]) for name in "qkv")
     pools = [widened(attend.adopt(b.pages), attend.shares.context) for b in builts]
-    page_axis = 1 if attend.layout.order == "split" else 0
-    arrays = [jnp.concatenate(parts, page_axis) for parts in zip(*(p.arrays for p in pools), strict=True)]
+    arrays = [jnp.concatenate(parts, attend.layout.page_axis) for parts in zip(*(p.arrays for p in pools), strict=True)]
     scales = {}
     if attend.layout.scales is not None:
         for name in ("k_scale", "v_scale"):
@@ -59,7 +58,7 @@ def placed(
 
 def widened(pages: Pages, devices: int) -> Pages:
     """A pool with pages of poison at its end, until devices can share it evenly."""
-    more, page_axis = -pages.num_pages % devices, 1 if pages.layout.order == "split" else 0
+    more = -pages.num_pages % devices
 
     def widen(x: jax.Array, axis: int) -> jax.Array:
         widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
@@ -68,7 +67,7 @@ def widened(pages: Pages, devices: int) -> Pages:
     k_scale, v_scale = pages.k_scale, pages.v_scale
     if pages.layout.scales == "token":
         k_scale, v_scale = widen(k_scale, 0), widen(v_scale, 0)
-    return Pages(tuple(widen(a, page_axis) for a in pages.arrays), k_scale, v_scale, pages.layout)
+    return Pages(tuple(widen(a, pages.layout.page_axis) for a in pages.arrays), k_scale, v_scale, pages.layout)
 
 
 @functools.cache

@@ -7,8 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import paged
-from paged.spec import RaggedBatch
-from paged.spec.layout import PAGE_ORDERS
+from paged.spec import PAGE_ORDERS, RaggedBatch
 from tests.support.specs import PLAIN
 
 from .placing import mesh_of, needs_devices

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged.spec import PageLayout, RaggedBatch
+from paged.spec import PAGE_ORDERS, PageLayout, RaggedBatch
 
 FACTS = {"page_size": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": jnp.float32}
 SHAPES = {
@@ -28,24 +28,49 @@ def test_init_has_the_documented_shapes_and_wrap_is_no_copy(order):
     assert pages.keys().shape == pages.values().shape == (5, 2, 4, 8)
 
 
-@pytest.mark.parametrize("order", SHAPES)
-def test_one_mark_is_one_key_or_value(order):
-    """A number put at a page, head and slot by the documented order is found by `values` there alone."""
+# By the documentation: in which array, and where in it, a key (kv = 0) or a value (kv = 1) lies.
+PLACES = {
+    "packed": lambda kv, page, head, offset: (0, (page, kv, head, offset)),
+    "joined": lambda kv, page, head, offset: (0, (page, head, offset, slice(64 * kv, 64 * kv + 8))),
+    "split": lambda kv, page, head, offset: (kv, (head, page, offset)),
+    "interleaved": lambda kv, page, head, offset: (0, (page, offset, 2 * head + kv)),
+}
+
+
+def _assembled(order, k, v):
+    """Arrays of ``[pages, kv_heads, page_size, dim]`` keys and values, put in place one vector at a time."""
+    arrays = [np.zeros(shape, np.float32) for shape in SHAPES[order]]
+    for page, head, offset in np.ndindex(*k.shape[:3]):
+        for kv, x in enumerate((k, v)):
+            which, where = PLACES[order](kv, page, head, offset)
+            arrays[which][where] = x[page, head, offset]
+    return arrays
+
+
+def test_every_order_is_tested_here():
+    assert tuple(SHAPES) == tuple(PLACES) == PAGE_ORDERS
+
+
+@pytest.mark.parametrize("order", PAGE_ORDERS)
+def test_keys_values_stack_and_unstack_follow_the_documented_order(order):
     layout = PageLayout(order=order, **FACTS)
-    arrays = list(layout.init(5).arrays)
-    where = {
-        "packed": (3, 1, 1, 2),
-        "joined": (3, 1, 2, slice(64, 72)),
-        "split": (1, 3, 2),
-        "interleaved": (3, 2, 2 * 1 + 1),
-    }[order]
-    which = 1 if order == "split" else 0
-    arrays[which] = arrays[which].at[where].set(7.0)
-    pages = layout.wrap(*arrays)
-    want = np.zeros((5, 2, 4, 8))
-    want[3, 1, 2] = 7.0
-    np.testing.assert_array_equal(pages.values(), want)
-    assert not np.asarray(pages.keys()).any()
+    k, v = np.arange(2 * 320, dtype=np.float32).reshape(2, 5, 2, 4, 8)
+    arrays = _assembled(order, k, v)
+    pages = layout.wrap(*map(jnp.asarray, arrays))
+    np.testing.assert_array_equal(pages.keys(), k)
+    np.testing.assert_array_equal(pages.values(), v)
+    tokens = layout.stack(*(jnp.asarray(x.swapaxes(1, 2)) for x in (k, v)))
+    for array, rows in zip(arrays, tokens, strict=True):
+        np.testing.assert_array_equal(np.moveaxis(rows, (0, 1), (layout.page_axis, layout.offset_axis)), array)
+    for x, back in zip((k, v), layout.unstack(tokens), strict=True):
+        np.testing.assert_array_equal(back, x.swapaxes(1, 2))
+
+
+def test_split_pages_may_have_values_of_another_dimension():
+    layout = PageLayout(order="split", value_dim=4, **FACTS)
+    k, v = jnp.ones((3, 2, 8)), jnp.ones((3, 2, 4))
+    assert [x.shape for x in layout.stack(k, v)] == [x.shape for x in layout.unstack((k, v))] == [k.shape, v.shape]
+    assert layout.init(3).values().shape == (3, 2, 4, 4)
 
 
 @pytest.mark.parametrize(("scales", "shape"), [("tensor", ()), ("head", (2,)), ("token", (5, 2, 4))])

@@ -7,6 +7,7 @@ import pytest
 
 import paged
 from paged.spec import (
+    PAGE_ORDERS,
     ALiBi,
     AttentionSpec,
     Bias,
@@ -70,9 +71,9 @@ def test_takes_every_shape_of_sinks(shape):
     ("dtype", "scales"),
     [("int8", "tensor"), ("int8", "head"), ("int8", "token"), ("float8_e4m3fn", "token"), ("float8_e5m2", "head")],
 )
-@pytest.mark.parametrize("order", ["packed", "joined", "split", "interleaved"])
+@pytest.mark.parametrize("order", PAGE_ORDERS)
 def test_reads_every_page_order_and_scale(order, dtype, scales):
-    """The pages here were assembled by hand in each order, so this is the test of `Pages.keys` and `values` too."""
+    """Pages of one content in every order, and stored as every dtype with scales, are one attention."""
     spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=4)
     built = build(Case(spec=spec, order=order, dtype=dtype, scales=scales, page_size=2))
     same = build(Case(spec=spec, page_size=2))

@@ -214,18 +214,8 @@ class _Pool:
     def pages(self) -> tuple[Pages, np.ndarray, np.ndarray]:
         """The pages in the case's order, and their dequantised keys and values as ``[pages, kv_heads, slot, dim]``."""
         layout, (k, v) = self.case.layout, self.raw
-        if layout.order == "packed":
-            arrays = (np.stack([k, v], axis=1),)
-        elif layout.order == "joined":
-            both = np.zeros(layout.array_shapes(k.shape[0])[0], k.dtype)
-            both[..., : layout.head_dim], both[..., layout.value_lane :][..., : layout.head_dim] = k, v
-            arrays = (both,)
-        elif layout.order == "split":
-            arrays = (k.swapaxes(0, 1), v.swapaxes(0, 1))
-        else:
-            both = np.empty((k.shape[0], k.shape[2], 2 * k.shape[1], k.shape[3]), k.dtype)
-            both[:, :, 0::2], both[:, :, 1::2] = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            arrays = (both,)
+        tokens = layout.stack(*(jnp.asarray(x.swapaxes(1, 2)) for x in (k, v)))  # [pages, page_size, ..]
+        arrays = [np.moveaxis(np.asarray(x), (0, 1), (layout.page_axis, layout.offset_axis)) for x in tokens]
         k, v = (x.astype(np.float64) for x in (k, v))
         scales: dict[str, Any] = {}
         if self.scales is not None:

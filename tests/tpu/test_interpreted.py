@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from paged.lower import Schedule
-from paged.spec import ALiBi, AttentionSpec, Bias, Chunk, Prefix, Where
+from paged.spec import PAGE_ORDERS, ALiBi, AttentionSpec, Bias, Chunk, Prefix, Where
 from tests.support import CORNERS, Case, build
 from tests.support.pairs import assert_every_level, assert_every_pair_meets, covering_rows, named
 from tests.support.specs import not_fifth
@@ -44,7 +44,7 @@ FACTORS = {
     "terms": tuple(TERMS),
     "pool": ("float32", "bfloat16", "int8 tensor", "int8 head", "int8 token", "float8_e4m3fn head"),
     "heads": ((2, 2), (3, 1), (8, 2), (10, 2), (8, 1), (16, 1)),
-    "order": ("packed", "joined", "split", "interleaved"),
+    "order": PAGE_ORDERS,
     "head_dim": (8, 64, 80, 128),
     "q_dtype": ("float32", "bfloat16", "float16"),
     "page_size": (8, 16, 32),

@@ -17,7 +17,7 @@ from paged.lower.tpu.write import kernels as write_module
 from paged.lower.tpu.write.granules import GRANULE, Granules
 from paged.lower.tpu.write.kernels import Partial, Whole, write_rows
 from paged.lower.xla import XLA_BLOCKS
-from paged.spec import PageLayout, Pages, RaggedBatch
+from paged.spec import PAGE_ORDERS, PageLayout, Pages, RaggedBatch
 
 from .interpreter import MODES, KernelFault, params, watched
 
@@ -130,7 +130,7 @@ POINTS = {
 }
 SLOW_POINTS = {
     f"{order}, {dtype}, {scales}, pages of {size}, {mode}": (_layout(order, dtype, scales, size), generation, mode)
-    for order in ("packed", "joined", "split", "interleaved")
+    for order in PAGE_ORDERS
     for dtype, scales, size, generation, mode in (
         ("float32", None, 8, "v4", "eager"),
         ("bfloat16", None, 16, "v6e", "on_wait"),

@@ -67,16 +67,19 @@ def repeated(pages: Pages, layout: PageLayout) -> Pages:
     repeats = layout.num_kv_heads // pages.layout.num_kv_heads
     if repeats == 1:
         return pages
-    axis = {"packed": 2, "joined": 1, "split": 0, "interleaved": 2}[layout.order]
 
     def of_array(x: Array) -> Array:
-        if layout.order != "interleaved":
+        axis = layout.head_axis
+        entries = x.shape[axis] // pages.layout.num_kv_heads
+        if entries == 1:
             return jnp.repeat(x, repeats, axis)
-        pairs = x.reshape(*x.shape[:2], -1, 2, x.shape[-1])  # a head's key, and its value
-        return jnp.repeat(pairs, repeats, axis).reshape(*x.shape[:2], -1, x.shape[-1])
+        # The entries of one head, its key and its value, stay next to each other.
+        by_head = x.reshape(*x.shape[:axis], -1, entries, *x.shape[axis + 1 :])
+        return jnp.repeat(by_head, repeats, axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
     def of_scale(x: Array | None) -> Array | None:
-        return x if x is None or x.ndim == 0 else jnp.repeat(x, repeats, 0 if x.ndim == 1 else 1)
+        axes = layout.scale_axes or ()
+        return jnp.repeat(x, repeats, axes.index("head")) if x is not None and "head" in axes else x
 
     return Pages(tuple(map(of_array, pages.arrays)), of_scale(pages.k_scale), of_scale(pages.v_scale), layout)
 

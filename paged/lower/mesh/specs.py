@@ -57,7 +57,7 @@ def axes_of(in_specs: Mapping[str, P], out_specs: P | None, layout: PageLayout) 
             f"of their first array; got {dict(in_specs)}."
         )
     rows, heads = (*q, None, None)[:2]
-    shares_pages = names_of((*pages, *[None] * 5)[_page_axis(layout)])
+    shares_pages = names_of((*pages, *[None] * 5)[layout.page_axis])
     own = names_of(rows)
     if shares_pages[: len(own)] != own:
         raise ValueError(
@@ -90,20 +90,15 @@ def require_names(in_specs: Mapping[str, P]) -> None:
 
 
 def _pages(axes: Axes, layout: PageLayout) -> Pages:
-    page, head = axes.pages, axes.kv_heads
-    array = {
-        "packed": P(page, None, head),
-        "joined": P(page, head),
-        "split": P(head, page),
-        "interleaved": P(page, None, head),
-    }[layout.order]
-    scale = {None: None, "tensor": P(), "head": P(head), "token": P(page, head)}[layout.scales]
-    arrays: Any = (array,) * len(layout.array_shapes(1))
-    return Pages(arrays, scale, scale, layout)  # pyright: ignore
+    shared = {"page": axes.pages, "head": axes.kv_heads, "kv_head": axes.kv_heads}
 
+    def spec_of(names: tuple[str, ...]) -> P:
+        last = max((i for i, name in enumerate(names) if name in shared), default=-1)
+        return P(*(shared.get(name) for name in names[: last + 1]))
 
-def _page_axis(layout: PageLayout) -> int:
-    return 1 if layout.order == "split" else 0
+    arrays: Any = tuple(map(spec_of, layout.array_axes))
+    scale: Any = None if layout.scale_axes is None else spec_of(layout.scale_axes)
+    return Pages(arrays, scale, scale, layout)
 
 
 def _entries(spec: P) -> tuple[tuple[str, ...], ...]:

@@ -73,13 +73,12 @@ def synthetic(spec: AttentionSpec, layout: PageLayout, shape: Shape, q_dtype: An
 
 
 def _pool(layout: PageLayout, num_pages: int, rng: np.random.Generator) -> Pages:
-    axis = 1 if layout.order == "split" else 0
     scale = layout.scale_shape(num_pages)
     arrays = []
     for shape in layout.array_shapes(min(num_pages, _FEW_PAGES)):
         few = rng.standard_normal(shape, np.float32) * (40 if layout.is_quantised else 1)
         few = jnp.asarray(np.clip(few, -127, 127)).astype(layout.dtype)
-        which = jnp.arange(num_pages) % few.shape[axis]
-        arrays.append(jax.jit(lambda few, which: jnp.take(few, which, axis=axis))(few, which))
+        which = jnp.arange(num_pages) % few.shape[layout.page_axis]
+        arrays.append(jax.jit(lambda few, which: jnp.take(few, which, axis=layout.page_axis))(few, which))
     scales = [None if scale is None else jnp.full(scale, 1 / 40) for _ in range(2)]
     return layout.wrap(*arrays, k_scale=scales[0], v_scale=scales[1])

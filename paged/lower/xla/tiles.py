@@ -6,7 +6,7 @@ is slower where keys and values take turns, and halves of a tile into a carried 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -59,19 +59,22 @@ def gather(pages: Pages, ids: Int[Array, " block"], step: Any) -> tuple[Tile, Ti
     """
     layout = pages.layout
     pools = tuple(as_bits(pool, step) for pool in pages.arrays)
-    if layout.order == "packed":
-        # Keys and values of page i are rows 2i and 2i + 1 of one array.
-        rows = pools[0].reshape(-1, *pools[0].shape[2:])
-        raw = _take(rows, 2 * ids, axis=0), _take(rows, 2 * ids + 1, axis=0)
-    elif layout.order == "joined":
-        both = _take(pools[0], ids, axis=0)
-        raw = both[..., : layout.head_dim], both[..., layout.value_lane : layout.value_lane + layout.value_dim]
-    elif layout.order == "split":
-        raw = _take(pools[0], ids, axis=1), _take(pools[1], ids, axis=1)
-    else:
-        heads = 2 * jnp.arange(layout.num_kv_heads)[:, None]
-        pool = pools[0].at[ids, :, heads], pools[0].at[ids, :, heads + 1]
-        raw = tuple(half.get(mode="promise_in_bounds") for half in pool)
+    match layout.order:
+        case "packed":
+            # Keys and values of page i are rows 2i and 2i + 1 of one array.
+            rows = pools[0].reshape(-1, *pools[0].shape[2:])
+            raw = _take(rows, 2 * ids, axis=0), _take(rows, 2 * ids + 1, axis=0)
+        case "joined":
+            both = _take(pools[0], ids, axis=0)
+            raw = both[..., : layout.head_dim], both[..., layout.value_lane : layout.value_lane + layout.value_dim]
+        case "split":
+            raw = _take(pools[0], ids, axis=1), _take(pools[1], ids, axis=1)
+        case "interleaved":
+            heads = 2 * jnp.arange(layout.num_kv_heads)[:, None]
+            pool = pools[0].at[ids, :, heads], pools[0].at[ids, :, heads + 1]
+            raw = tuple(half.get(mode="promise_in_bounds") for half in pool)
+        case _:
+            assert_never(layout.order)
     scales = (pages.k_scale, pages.v_scale)
     k, v = (_dequantise(x, layout, scale, ids) for x, scale in zip(raw, scales, strict=True))
     return k, v
@@ -83,17 +86,19 @@ def scatter_add(
     """The transpose of `gather` for float pages: add tiles to pool-shaped float32 accumulators."""
     heads = jnp.arange(layout.num_kv_heads)[:, None]
     k, v = (tile.reshape(layout.num_kv_heads, ids.shape[0], layout.page_size, -1) for tile in (k, v))
-    if layout.order == "packed":
-        (pool,) = pools
-        return (pool.at[ids, 0, heads].add(k).at[ids, 1, heads].add(v),)
-    if layout.order == "joined":
-        (pool,) = pools
-        first, last = layout.value_lane, layout.value_lane + layout.value_dim
-        return (pool.at[ids, heads, :, : layout.head_dim].add(k).at[ids, heads, :, first:last].add(v),)
-    if layout.order == "split":
-        return tuple(pool.at[heads, ids].add(tile) for pool, tile in zip(pools, (k, v), strict=True))
-    (pool,) = pools
-    return (pool.at[ids, :, 2 * heads].add(k).at[ids, :, 2 * heads + 1].add(v),)
+    pool = pools[0]
+    match layout.order:
+        case "packed":
+            return (pool.at[ids, 0, heads].add(k).at[ids, 1, heads].add(v),)
+        case "joined":
+            first, last = layout.value_lane, layout.value_lane + layout.value_dim
+            return (pool.at[ids, heads, :, : layout.head_dim].add(k).at[ids, heads, :, first:last].add(v),)
+        case "split":
+            return tuple(pool.at[heads, ids].add(tile) for pool, tile in zip(pools, (k, v), strict=True))
+        case "interleaved":
+            return (pool.at[ids, :, 2 * heads].add(k).at[ids, :, 2 * heads + 1].add(v),)
+        case _:
+            assert_never(layout.order)
 
 
 def _fill(buffer: Tile | None, take: Callable[[int, int], Tile], pages: int) -> Tile:

@@ -13,10 +13,6 @@ from ..jax_version import HAS_BIT_UPDATES_IN_PLACE
 from ..program import Sequences
 from .bits import as_bits, from_bits
 
-# Which axes of a pool's array count pages, and slots within one. The others are what one token has.
-_SCALE_AXES = (0, 2)
-_TOKEN_AXES = {"packed": (0, 3), "joined": (0, 2), "split": (1, 2), "interleaved": (0, 1)}
-
 
 class Slots(NamedTuple):
     """Where each row of a step goes: page and slot, in range, and whether it goes anywhere."""
@@ -35,16 +31,18 @@ def write(
     """The pages with each row's key and value at its position; rows of no sequence, and holes, are dropped."""
     rows, count = token_rows(k, v, pages), len(pages.arrays)
     slots = _slots(batch, k.shape[0], pages)
-    arrays: Any = _put(_TOKEN_AXES[pages.layout.order], rows[:count], pages.arrays, slots)
+    axes = pages.layout.page_axis, pages.layout.offset_axis
+    arrays: Any = _put(axes, rows[:count], pages.arrays, slots)
     return Pages(tuple(arrays), *write_scales(rows[count:], pages, batch), layout=pages.layout)
 
 
 def write_scales(rows: tuple[Array, ...], pages: Pages, batch: RaggedBatch) -> tuple[Array | None, Array | None]:
     """The pages' scales, with those of each row [tokens, kv_heads] at its position where tokens have their own."""
-    scales = pages.k_scale, pages.v_scale
-    if pages.layout.scales != "token":
+    scales, names = (pages.k_scale, pages.v_scale), pages.layout.scale_axes
+    if names is None or "offset" not in names:
         return scales
-    k_scale, v_scale = _put(_SCALE_AXES, rows, scales, _slots(batch, rows[0].shape[0], pages))  # pyright: ignore
+    axes = names.index("page"), names.index("offset")
+    k_scale, v_scale = _put(axes, rows, scales, _slots(batch, rows[0].shape[0], pages))  # pyright: ignore
     return k_scale, v_scale
 
 
@@ -52,7 +50,7 @@ def token_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
     """Each token's part of every array of the pages, as it is stored; then its scales, if it has its own."""
     k, k_row_scale = _stored(k, pages.layout, pages.k_scale)
     v, v_row_scale = _stored(v, pages.layout, pages.v_scale)
-    rows = _rows(pages.layout, k, v)
+    rows = pages.layout.stack(k, v)
     return rows if k_row_scale is None or v_row_scale is None else (*rows, k_row_scale, v_row_scale)
 
 
@@ -132,18 +130,6 @@ def _slots(batch: RaggedBatch, tokens: int, pages: Pages) -> Slots:
     page = seqs.tables[seq, position // size]
     is_mapped = is_live & (page >= 0) & (page < pages.num_pages)
     return Slots(jnp.where(is_mapped, page, 0), position % size, is_mapped)
-
-
-def _rows(layout: PageLayout, k: Array, v: Array) -> tuple[Array, ...]:
-    """Keys and values as one token's part of each of the pool's arrays."""
-    if layout.order == "packed":
-        return (jnp.stack([k, v], axis=1),)
-    if layout.order == "joined":
-        padding = ((0, 0), (0, 0), (0, layout.value_lane - layout.head_dim))
-        return (jnp.concatenate([jnp.pad(k, padding), jnp.pad(v, padding)], axis=-1),)
-    if layout.order == "split":
-        return k, v
-    return (jnp.stack([k, v], axis=2).reshape(k.shape[0], 2 * layout.num_kv_heads, -1),)
 
 
 def _stored(x: Array, layout: PageLayout, scale: Array | None) -> tuple[Array, Array | None]:

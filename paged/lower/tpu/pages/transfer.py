@@ -28,8 +28,7 @@ class Pool(NamedTuple):
 
 def pools_of(layout: PageLayout) -> tuple[Pool, ...]:
     """The pool's arrays, then its scales a token."""
-    page_axis = 1 if layout.order == "split" else 0
-    shapes = layout.array_shapes(1)
+    page_axis, shapes = layout.page_axis, layout.array_shapes(1)
     pools = [Pool(page_axis, tuple(n for i, n in enumerate(s) if i != page_axis), layout.dtype) for s in shapes]
     if layout.scales == "token":
         pools += [Pool(0, (layout.num_kv_heads, layout.page_size), jnp.dtype("float32"), is_scale=True)] * 2
@@ -81,8 +80,10 @@ class Transfers(NamedTuple):
     def _values(self, slot: Any, at: Any) -> tuple[Ref, int]:
         """The part of a page that holds its values (in joined and interleaved order the keys as well), and its token
         axis."""
-        if self.layout.order == "packed":
-            return self.buffers[0].at[slot, at, 1], 1
-        if self.layout.order == "split":
-            return self.buffers[1].at[slot, at], 1
-        return self.buffers[0].at[slot, at], 1 if self.layout.order == "joined" else 0
+        axes = [axis for axis in self.layout.array_axes[-1] if axis != "page"]
+        buffer = self.buffers[len(self.layout.array_axes) - 1]
+        if "kv" not in axes:
+            return buffer.at[slot, at], axes.index("offset")
+        values = [slice(None)] * axes.index("kv")
+        axes.remove("kv")
+        return buffer.at[(slot, at, *values, 1)], axes.index("offset")

@@ -11,7 +11,7 @@ With many, a block is `set_apart`: laid out anew, so that every head's keys and 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -176,12 +176,18 @@ class Views:
 
     def _part(self, buffers: tuple[Ref, ...], slot: Any, tile: int, which: int) -> Array:
         pages = pl.ds(0, self.pages_per_block)
-        if self.layout.order == "packed":
-            return buffers[0][slot, pages, which, tile]
-        if self.layout.order == "joined":
-            first = which * self.layout.value_lane if self._is_parted else 0
-            return buffers[0][slot, pages, tile, :, pl.ds(first, self.key_lanes)]
-        return buffers[which][slot, pages, tile] if self.layout.order == "split" else buffers[0][slot, pages]
+        match self.layout.order:
+            case "packed":
+                return buffers[0][slot, pages, which, tile]
+            case "joined":
+                first = which * self.layout.value_lane if self._is_parted else 0
+                return buffers[0][slot, pages, tile, :, pl.ds(first, self.key_lanes)]
+            case "split":
+                return buffers[which][slot, pages, tile]
+            case "interleaved":
+                return buffers[0][slot, pages]
+            case _:
+                assert_never(self.layout.order)
 
     def _flat(self, x: Array) -> Array:
         """``[pages, .., dim]`` as ``[columns, dim]``: free where the axis before the last fills whole tiles."""

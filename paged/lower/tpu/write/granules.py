@@ -30,7 +30,8 @@ def token_axis(layout: PageLayout, pool: Pool) -> int:
     """The axis of a page that counts its slots."""
     if pool.is_scale:
         return 1
-    return {"packed": 2, "joined": 1, "split": 1, "interleaved": 0}[layout.order]
+    # A page of a pool has no page axis, so the axes after that have moved one to the left.
+    return layout.offset_axis - (layout.offset_axis > layout.page_axis)
 
 
 def granule_shape(layout: PageLayout, pool: Pool) -> tuple[int, ...]:
