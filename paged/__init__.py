@@ -1,19 +1,31 @@
 """Attention over a paged KV cache, in pure JAX: one declaration, lowered to each target."""
 
+from typing import TYPE_CHECKING
+
+from . import lower as lower
+from ._version import __version__ as __version__
+from .lower import CHIPS as CHIPS
+from .lower import ArraySpecs as ArraySpecs
 from .lower import Attend as Attend
 from .lower import Axes as Axes
+from .lower import Chip as Chip
+from .lower import Compiled as Compiled
+from .lower import CompileError as CompileError
+from .lower import DecodeSchedule as DecodeSchedule
 from .lower import Explanation as Explanation
 from .lower import Program as Program
+from .lower import RaggedSchedule as RaggedSchedule
 from .lower import Schedule as Schedule
 from .lower import ShardedAttend as ShardedAttend
 from .lower import Timing as Timing
+from .lower import Trial as Trial
 from .lower import Tuned as Tuned
 from .lower import TuningFile as TuningFile
 from .lower import TuningWarning as TuningWarning
+from .lower import XlaSchedule as XlaSchedule
 from .lower import check as check
 from .lower import compile_for as compile_for
 from .lower import dense_attention as dense_attention
-from .lower import lower as lower
 from .lower import schedules as schedules
 from .lower import tune as tune
 from .lower import write as write
@@ -38,3 +50,6 @@ from .spec import Window as Window
 from .spec import merge as merge
 from .spec import presets as presets
 from .spec import reference as reference
+
+if TYPE_CHECKING:  # at run time `paged.lower` is the package, which is called like this function
+    from .lower import lower as lower

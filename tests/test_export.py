@@ -95,7 +95,7 @@ def test_one_program_for_two_platforms():
 
 def _for_tpu(generation, rows):
     """A donating step for that generation, read back on this machine, and the shapes of its arguments."""
-    attend = paged.lower(SPEC, LARGE, "tpu").on_chip(CHIPS[generation])
+    attend = paged.lower(SPEC, LARGE, "tpu").on_chip(generation)
     shape, tokens = jax.ShapeDtypeStruct, 4 * rows
     pages = LARGE.wrap(*(shape(dims, LARGE.dtype) for dims in LARGE.array_shapes(4096)))
     batch = paged.RaggedBatch.decode(shape((4,), jnp.int32), shape((4, 8), jnp.int32), query_rows=rows)

@@ -93,7 +93,9 @@ def test_gradients_are_the_references(lowering, name, corner):
 def test_gradients_of_the_other_page_orders_are_the_references(lowering, order):
     case = _case("window, cap, sinks", order=order, value_dim=3 if order == "split" else 0)
     built = build(case)
-    attend = lowered(lowering, case, pages_per_block=1, query_rows=3, lanes=2 if order == "split" else 1)
+    attend = lowered(
+        lowering, case, pages_per_block=1, rows_per_tile=3, row_blocks_at_once=2 if order == "split" else 1
+    )
     _assert_close(_got(built, lambda: attend), _exact(built, lambda: case.spec))
 
 

@@ -111,7 +111,8 @@ def _public_names():
     while pending:
         path, wanted = pending.pop()
         tree = ast.parse(path.read_text())
-        for node in tree.body:
+        conditional = [node for branch in tree.body if isinstance(branch, ast.If) for node in branch.body]
+        for node in (*tree.body, *conditional):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == wanted and not _is_overload(node):
                 seen.append((path, node))
             elif isinstance(node, ast.ImportFrom) and node.level:

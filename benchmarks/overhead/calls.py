@@ -51,7 +51,7 @@ def _native() -> dict[str, Pair]:
         q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, *integers: jax.Array
     ) -> tuple[jax.Array, ...]:
         batch = paged.RaggedBatch(*integers, query_rows=1)
-        lowering, schedule = attend.choose(Call.of(q, LAYOUT.wrap(pool), batch))
+        lowering, schedule, _ = attend.choice(Call.of(q, LAYOUT.wrap(pool), batch))
         state, pages = lowering.update(attend.program, schedule, q, k, v, LAYOUT.wrap(pool), batch)
         return *state, pages.arrays[0]
 

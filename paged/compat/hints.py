@@ -55,13 +55,13 @@ class Hints(NamedTuple):
             return cls()
         hints = (
             _positive("num_kv_pages_per_block", "pages_per_block", num_kv_pages_per_block),
-            _positive("num_queries_per_block", "query_rows", num_queries_per_block),
+            _positive("num_queries_per_block", "rows_per_tile", num_queries_per_block),
         )
         return cls(_said(*hints), _positive("vmem_limit_bytes", "", vmem_limit_bytes).value)
 
     def narrowed(self, lowering: Lowering) -> Lowering:
         """The lowering with no more vector memory than the limit."""
-        return lowering if self.vmem_limit_bytes is None else lowering.within_vmem(self.vmem_limit_bytes)
+        return lowering if self.vmem_limit_bytes is None else lowering.within_memory(self.vmem_limit_bytes)
 
     def schedule(self, attend: Attend, call: Call) -> tuple[Lowering, Schedule | None]:
         """What runs in this call, with its schedule where hints had a say.
@@ -69,7 +69,7 @@ class Hints(NamedTuple):
         Raises ``ValueError`` naming the argument, where a kernel runs that cannot honour it.
         """
         program, layout = attend.program, attend.layout
-        lowering, _ = attend.choose(call)
+        lowering = attend.choice(call).lowering
         if lowering.target != _KERNELS:
             return lowering, None
         lowering = self.narrowed(lowering)
@@ -77,8 +77,9 @@ class Hints(NamedTuple):
         if reason is not None:
             raise ValueError(f"vmem_limit_bytes={self.vmem_limit_bytes} is too little: {reason}.")
         own = lowering.schedule(program, layout, call)
+        fields = {field.name for field in dataclasses.fields(own)}
         for hint in self.given:
-            if hint.field not in lowering.choices:
+            if hint.field not in fields:
                 raise ValueError(
                     f"{hint.argument}={hint.value!r} cannot be honoured: the kernel {lowering.name}, which takes this "
                     f"call, has no {hint.field}. Leave it out."

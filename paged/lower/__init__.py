@@ -1,4 +1,12 @@
-"""How an attention runs: spec to `Program` to `Schedule` to a pure function, per target."""
+"""How an attention runs: spec to `Program` to `Schedule` to a pure function, per target.
+
+The package is also the function: ``paged.lower(spec, layout)`` is `paged.lower.lower`, so that ``paged.lower.Program``
+and ``import paged.lower.tpu`` are what they say.
+"""
+
+import inspect
+import sys
+import types
 
 from ._compile_for import Compiled as Compiled
 from ._compile_for import CompileError as CompileError
@@ -26,10 +34,25 @@ from .schedule import TuningFile as TuningFile
 from .schedule import TuningWarning as TuningWarning
 from .schedule import in_force as in_force
 from .schedule import schedules as schedules
+from .tpu import CHIPS as CHIPS
+from .tpu import Chip as Chip
+from .tpu import DecodeSchedule as DecodeSchedule
+from .tpu import RaggedSchedule as RaggedSchedule
 from .tuning import Shape as Shape
 from .tuning import Timing as Timing
 from .tuning import Trial as Trial
 from .tuning import Tuned as Tuned
 from .tuning import synthetic as synthetic
 from .tuning import tune as tune
+from .xla import XlaSchedule as XlaSchedule
 from .xla import dense_attention as dense_attention
+
+
+class _CallableModule(types.ModuleType):
+    """A module that is called as the function `lower`."""
+
+    __call__ = staticmethod(lower)
+    __signature__ = inspect.signature(lower)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -77,8 +77,8 @@ def compile_for(
     tpu-decode(pages_per_block=3, buffers=8)
     """
     chip = chip_named(generation)
-    attend = attend.on_chip(chip)
-    lowering, schedule = attend.choose(Call.of(q, pages, batch))
+    attend = attend.on_chip(generation)
+    lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
     args = (q, pages, batch, sinks) if new is None else (q, *new, pages, batch, sinks)
     function = jax.jit(attend.__call__) if new is None else jax.jit(attend.update, donate_argnums=3)
     try:

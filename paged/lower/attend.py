@@ -14,8 +14,8 @@ from ._explain import Explanation, explain
 from .base import Lowering, Schedule
 from .checks import check, require_new_tokens, require_pages, require_queries, require_sinks
 from .program import Call, Program, Sequences
+from .registry import device_kinds
 from .schedule import NO_ADVICE, Advice, Choice, choose, choose_for_any_call
-from .tpu import Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +58,18 @@ class Attend:
         """The caller's schedule, or a context's, or else what the lowering would choose for a common call."""
         return self.choice().schedule
 
-    def on_chip(self, chip: Chip) -> "Attend":
-        """This attention as it would be lowered on a chip, whatever this process has."""
-        lowerings = tuple(lowering.on_chip(chip) for lowering in self.lowerings)
-        return dataclasses.replace(self, lowerings=lowerings, advice=self.advice.on(chip.device_kinds))
+    def on_chip(self, generation: str) -> "Attend":
+        """This attention as it would be lowered for a chip, whatever this process has: ``"v5e"``, for example.
 
-    def choose(self, call: Call) -> tuple[Lowering, Schedule]:
-        """What runs in a call of these shapes. Raises ``ValueError`` when no lowering takes it, or when the caller's
-        schedule cannot be honoured."""
-        return self.choice(call)[:2]
+        Raises ``ValueError`` for an unknown generation, with those that are known.
+        """
+        kinds = device_kinds(generation)
+        lowerings = tuple(lowering.on_chip(generation) for lowering in self.lowerings)
+        return dataclasses.replace(self, lowerings=lowerings, advice=self.advice.on(kinds))
 
     def choice(self, call: Call | None = None) -> Choice:
-        """`choose`, and who chose; without a call, for a common one."""
+        """The lowering that runs a call of these shapes, its schedule, and who picked that; without a call, for a
+        common one. Raises ``ValueError`` when no lowering takes the call, or when the caller's schedule cannot run."""
         if call is None:
             return choose_for_any_call(self.program, self.layout, self.lowering, self.pinned, self.advice)
         return choose(self.program, self.layout, self.lowerings, self.pinned, self.advice, call)
@@ -133,7 +133,7 @@ class Attend:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _state(attend: Attend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
-    lowering, schedule = attend.choose(Call.of(q, pages, batch))
+    lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
     state = lowering.state(attend.program, schedule, q, pages, batch)
     return finish(attend.spec, state, q, pages.layout.page_size, batch, sinks)
 
@@ -142,7 +142,7 @@ def _state(attend: Attend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Ar
 def _update(
     attend: Attend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
 ) -> tuple[AttentionState, Pages]:
-    lowering, schedule = attend.choose(Call.of(q, pages, batch))
+    lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
     state, pages = lowering.update(attend.program, schedule, q, k, v, pages, batch)
     return finish(attend.spec, state, q, pages.layout.page_size, batch, sinks), pages
 

@@ -1,10 +1,10 @@
-"""`Lowering`, the interface between a program and a target, and `Schedule`, the choices that it leaves open."""
+"""The interface between a program and a target: `Lowering`, and `Schedule`, the choices that a lowering leaves open."""
 
 import abc
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Self
 
 from jaxtyping import Array
 
@@ -12,122 +12,122 @@ from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch
 
 from .program import Call, Program
 
-SEQUENCES = ("inline", "grid")
+# Every lowering's class of schedules, by the lowering's name.
+_CLASSES: dict[str, type["Schedule"]] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a lowering cuts its work. Any schedule gives the same attention; only speed and memory differ.
+    """How a lowering divides its work. Any schedule gives the same attention; only speed and memory differ.
 
-    * ``lowering``: the name of the lowering it is for. A lowering heeds some of the fields below, and refuses a
-      schedule that sets others.
-    * ``pages_per_block``: pages taken in one step of the online softmax.
-    * ``query_rows``: the most query rows of one sequence that are worked on together.
-    * ``lanes``: how many such blocks of rows the forward pass works on side by side; the gradient takes one at a time.
-    * ``blocks_per_step``: how many blocks of pages one step of the forward pass takes where query rows are few.
-    * ``sequence``: where a kernel's loop over sequences is, ``"inline"`` in its body or on its ``"grid"``.
-    * ``buffers``: blocks of pages in a kernel's memory at once: one is worked on while the others arrive.
-    * ``kv_splits``: parts that each sequence's pages are split into, worked on as if they were sequences, and merged.
-    * ``cores``: cores of one device ("megacore") that share the sequences.
+    Every lowering has a class of its own: `XlaSchedule`, `DecodeSchedule`, `RaggedSchedule`. A schedule can be printed,
+    saved as JSON, passed to `lower`, and tuned. ``lowering`` is the name of the lowering that a schedule is for.
 
-    >>> schedule = Schedule(lowering="xla-blocks", pages_per_block=8, query_rows=64)
+    A new class is made by ``class MySchedule(Schedule, lowering="my-lowering")``. Its fields are whole numbers of at
+    least 1 (or ``metadata={"least": n}``), one of several strings (``metadata={"one_of": (...)}``), or a schedule.
+
+    >>> schedule = paged.XlaSchedule(pages_per_block=8, rows_per_tile=64)
     >>> Schedule.from_json(schedule.to_json()) == schedule
     True
     >>> print(schedule)
-    xla-blocks(pages_per_block=8, query_rows=64)
+    xla-blocks(pages_per_block=8, rows_per_tile=64)
     """
 
-    lowering: str
-    pages_per_block: int
-    query_rows: int = 1
-    lanes: int = 1
-    blocks_per_step: int = 1
-    sequence: Literal["inline", "grid"] = "inline"
-    buffers: int = 2
-    kv_splits: int = 1
-    cores: int = 1
+    lowering: ClassVar[str]
+
+    def __init_subclass__(cls, *, lowering: str, **options: Any):
+        super().__init_subclass__(**options)
+        cls.lowering = lowering
+        _CLASSES[lowering] = cls
 
     def __post_init__(self):
-        if not isinstance(self.lowering, str):
-            raise TypeError(f"lowering must be a lowering's name; got {self.lowering!r}.")
-        if self.sequence not in SEQUENCES:
-            raise ValueError(f"sequence must be one of {SEQUENCES}; got {self.sequence!r}.")
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 2 if field.name == "buffers" else 1
-            if field.name in ("lowering", "sequence"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            value, rules = getattr(self, field.name), field.metadata
+            if "one_of" in rules:
+                if value not in rules["one_of"]:
+                    raise ValueError(f"{field.name} must be one of {rules['one_of']}; got {value!r}.")
+            elif "schedule" in rules:
+                if value is not None and type(value) is not rules["schedule"]:
+                    raise TypeError(f"{field.name} must be a {rules['schedule'].__name__} or None; got {value!r}.")
+            elif isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{field.name} must be a Python int; got {value!r}.")
-            if value < least:
-                raise ValueError(f"{field.name} must be at least {least}; got {value}.")
+            elif value < rules.get("least", 1):
+                raise ValueError(f"{field.name} must be at least {rules.get('least', 1)}; got {value}.")
 
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, without the lowering's name."""
-        fields = [field for field in dataclasses.fields(self) if field.name != "lowering"]
-        return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
-
-    def replace(self, **changes: Any) -> "Schedule":
+    def replace(self, **changes: Any) -> Self:
         """This schedule with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(dataclasses.asdict(self))
+        """One line of JSON: the lowering's name and every field."""
+        return json.dumps(_as_json(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> "Schedule":
+    @staticmethod
+    def from_json(text: str) -> "Schedule":
         """The schedule that `to_json` wrote. Raises ``ValueError`` for anything else, naming what is wrong."""
-        values = json.loads(text)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            got = sorted(values) if isinstance(values, dict) else values
-            raise ValueError(f"A schedule's JSON has the fields {sorted(names)}; got {got}.")
-        return cls(**values)
+        return _from_json(json.loads(text))
 
     def __str__(self) -> str:
-        return f"{self.lowering}({', '.join(f'{name}={value}' for name, value in self.chosen.items())})"
+        fields = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        shown = (f"{name}={value}" for name, (value, default) in fields.items() if value != default)
+        return f"{self.lowering}({', '.join(shown)})"
+
+
+def _as_json(value: Any) -> Any:
+    if not isinstance(value, Schedule):
+        return value
+    fields = {field.name: _as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"lowering": value.lowering, **fields}
+
+
+def _from_json(values: Any) -> Schedule:
+    lowering = values.get("lowering") if isinstance(values, dict) else None
+    if not isinstance(lowering, str) or lowering not in _CLASSES:
+        raise ValueError(f'A schedule\'s JSON names its "lowering", one of {sorted(_CLASSES)}; got {values!r}.')
+    cls, fields = _CLASSES[lowering], {name: value for name, value in values.items() if name != "lowering"}
+    names = {field.name for field in dataclasses.fields(cls)}
+    if set(fields) != names:
+        raise ValueError(f"The JSON of a schedule for {lowering} has the fields {sorted(names)}; got {sorted(fields)}.")
+    return cls(**{name: _from_json(value) if isinstance(value, dict) else value for name, value in fields.items()})
 
 
 class Lowering(abc.ABC):
-    """One way to run a program. It owns data movement only, and says beforehand what it does not take."""
+    """One way to run a program. It owns data movement only, and says beforehand what it refuses.
+
+    ``target`` is what `lower` calls it by; ``schedule_type`` is its class of schedules. Everything is decided from
+    static facts: the program, the page layout, and the shapes of a call. ``generations`` lists the chips that it can be
+    lowered for by name, with JAX's names of their devices.
+    """
+
+    target: ClassVar[str]
+    schedule_type: ClassVar[type[Schedule]]
+    generations: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @property
-    @abc.abstractmethod
     def name(self) -> str:
-        """What a schedule, a refusal and `explain` call it."""
-
-    @property
-    @abc.abstractmethod
-    def target(self) -> str:
-        """The target it runs on."""
-
-    @property
-    @abc.abstractmethod
-    def choices(self) -> frozenset[str]:
-        """The fields of a `Schedule` that it heeds."""
+        """The name that schedules, refusals and `explain` use."""
+        return self.schedule_type.lowering
 
     @abc.abstractmethod
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
-        """Why it does not take this program over this layout, or None when it does. Decided from static facts: those
-        of one call where it is given, and else what holds for any."""
+        """Why this program over this layout is refused, or None. Without a call: the reasons that hold for any call."""
 
     @abc.abstractmethod
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
-        """The schedule it would choose; without a call, for a common one."""
+        """The heuristic: the schedule that the lowering proposes for a call; without one, for a common call."""
 
     def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> str | None:
-        """Why this schedule cannot run in this call, or None when it can."""
+        """Why this schedule cannot run in this call, or None."""
         del program, layout, call, schedule
         return None
 
     def alternatives(self, program: Program, layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
-        """Schedules that might be faster than its ``own`` choice in this call: few, and not all of them need run."""
+        """A few schedules that might be faster than the heuristic's ``own`` in this call; some may not run."""
         del program, layout, call, own
         yield from ()
 
     def candidates(self, program: Program, layout: PageLayout, call: Call) -> tuple[Schedule, ...]:
-        """What is worth timing in this call: its own choice first, then the alternatives that it can honour."""
+        """The schedules worth timing in this call: the heuristic's first, then the alternatives that can run."""
         own = self.schedule(program, layout, call)
         others = self.alternatives(program, layout, call, own)
         honoured = (one for one in others if self.cannot_honour(program, layout, call, one) is None)
@@ -135,20 +135,20 @@ class Lowering(abc.ABC):
 
     @property
     def is_interpreted(self) -> bool:
-        """Whether it has kernels that are interpreted, so that its times say nothing."""
+        """Whether kernels are interpreted. Their times say nothing about a chip."""
         return False
 
     def interpreted(self, interpret: Any) -> "Lowering":
         """This lowering with its kernels interpreted as told. Raises ``ValueError`` where there are no kernels."""
         raise ValueError(f'interpret={interpret!r} is for kernels, and the lowering "{self.name}" has none.')
 
-    def on_chip(self, chip: Any) -> "Lowering":
-        """This lowering as it would be on another chip than this process's."""
-        del chip
+    def on_chip(self, generation: str) -> "Lowering":
+        """This lowering for another chip than this process's. A lowering without chips stays as it is."""
+        del generation
         return self
 
-    def within_vmem(self, limit: int) -> "Lowering":
-        """This lowering with kernels that take no more than ``limit`` bytes of vector memory, where it has any."""
+    def within_memory(self, limit: int) -> "Lowering":
+        """This lowering with kernels that use at most ``limit`` bytes of a core's memory, where there are kernels."""
         del limit
         return self
 
@@ -178,13 +178,3 @@ class Lowering(abc.ABC):
         """`write`, then `state` over what was written."""
         pages = self.write(k, v, pages, batch)
         return self.state(program, schedule, q, pages, batch), pages
-
-
-def ignores(lowering: Lowering, schedule: Schedule) -> str | None:
-    """What a schedule asks for that its lowering would ignore, as a reason not to run it; or None."""
-    ignored = [name for name in schedule.chosen if name not in lowering.choices]
-    if not ignored:
-        return None
-    return (
-        f'it sets {ignored}, which the lowering "{lowering.name}" has no use for; it heeds {sorted(lowering.choices)}.'
-    )

@@ -4,7 +4,7 @@ import jax
 
 from paged.spec import PageLayout
 
-from .base import Lowering, Schedule, ignores
+from .base import Lowering, Schedule
 from .program import Call, Program
 from .tpu import TPU_DECODE, TPU_RAGGED
 from .xla import XLA_BLOCKS
@@ -36,9 +36,6 @@ def select(program: Program, layout: PageLayout, target: str, schedule: Schedule
                 f'The schedule is for the lowering "{schedule.lowering}", which target "{target}" does not have; it '
                 f"has {names or 'none'}."
             )
-        reason = ignores(candidates[0], schedule)
-        if reason is not None:
-            raise ValueError(f"The schedule cannot be honoured: {reason}")
     takers = tuple(low for low in candidates if low.refuses(program, layout) is None)
     if takers:
         return takers
@@ -56,6 +53,14 @@ def select_write(layout: PageLayout, target: str) -> Lowering:
     why = "; ".join(f"{low.name}: {low.refuses_write(layout)}" for low in candidates)
     others = sorted({low.target for low in LOWERINGS if low.refuses_write(layout) is None})
     raise ValueError(f'No lowering writes these pages on target "{target}": {why}. Targets that do: {others}.')
+
+
+def device_kinds(generation: str) -> tuple[str, ...]:
+    """JAX's names for the devices of a generation of chips. Raises ``ValueError`` that lists the known generations."""
+    known = {name: kinds for low in LOWERINGS for name, kinds in low.generations.items()}
+    if generation not in known:
+        raise ValueError(f"generation must be one of {sorted(known)}; got {generation!r}.")
+    return known[generation]
 
 
 def _candidates(target: str) -> list[Lowering]:

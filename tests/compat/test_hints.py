@@ -26,7 +26,7 @@ def decode(num_splits=0, blocks=None, megacore=None, inline=True):
 
 def scheduled(hints, call, generation="v5e", target="tpu"):
     """The schedule that runs on a chip."""
-    attend = paged.lower(SPEC, LAYOUT, target).on_chip(CHIPS[generation])
+    attend = paged.lower(SPEC, LAYOUT, target).on_chip(generation)
     lowering, schedule = hints.schedule(attend, call)
     return schedule or lowering.schedule(attend.program, LAYOUT, call)
 
@@ -36,7 +36,7 @@ HONOURED = {
     "pages_per_compute_block": (decode(blocks=5), DECODE, "pages_per_block", 5),
     "inline_seq_dim": (decode(inline=False), DECODE, "sequence", "grid"),
     "num_kv_pages_per_block": (Hints.of_ragged(None, 8), RAGGED, "pages_per_block", 8),
-    "num_queries_per_block": (Hints.of_ragged(None, None, 32), RAGGED, "query_rows", 32),
+    "num_queries_per_block": (Hints.of_ragged(None, None, 32), RAGGED, "rows_per_tile", 32),
 }
 
 
@@ -59,7 +59,7 @@ def test_the_memory_limit_shrinks_what_a_kernel_holds():
 
 def test_the_limit_is_told_to_the_compiler_too():
     attend = lowered("tpu", False, Hints.of_ragged(2**22), SPEC, LAYOUT, RAGGED)
-    assert attend.lowering.the_chip.vmem_bytes == 2**22  # pyright: ignore
+    assert attend.lowering.target_chip.vmem_bytes == 2**22  # pyright: ignore
 
 
 @pytest.mark.parametrize("generation", ["v4", "v5e"])

@@ -42,9 +42,9 @@ ERRORS = {
         r"target must be one of .*'tpu', 'xla'.*got 'gpu'",
     ),
     "schedule": (
-        lambda: paged.lower(SPEC, LAYOUT, schedule=Schedule(lowering="magic", pages_per_block=1, query_rows=1)),
+        lambda: paged.lower(SPEC, LAYOUT, "xla", schedule=paged.DecodeSchedule(pages_per_block=1)),
         ValueError,
-        'schedule is for the lowering "magic".*xla-blocks',
+        'schedule is for the lowering "tpu-decode".*xla-blocks',
     ),
     "q rank": (
         lambda: ATTEND(Q[0], PAGES, BATCH),
@@ -110,21 +110,26 @@ ERRORS = {
         "pages_per_block must be at least 1; got 0",
     ),
     "schedule type": (
-        lambda: ATTEND.schedule.replace(query_rows=2.0),
+        lambda: ATTEND.schedule.replace(rows_per_tile=2.0),
         TypeError,
-        r"query_rows must be a Python int; got 2\.0",
+        r"rows_per_tile must be a Python int; got 2\.0",
     ),
-    "schedule name": (
-        lambda: ATTEND.schedule.replace(lowering=3),
+    "schedule in a schedule": (
+        lambda: paged.RaggedSchedule(pages_per_block=1, rows_per_tile=16, single_rows=ATTEND.schedule),
         TypeError,
-        "lowering must be a lowering's name; got 3",
+        "single_rows must be a DecodeSchedule or None; got XlaSchedule",
     ),
     "json": (
+        lambda: Schedule.from_json('{"lowering": "tpu-decode", "lanes": 1}'),
+        ValueError,
+        r"for tpu-decode has the fields .*pages_per_block.*got \['lanes'\]",
+    ),
+    "json of nothing known": (
         lambda: Schedule.from_json('{"lowering": "x"}'),
         ValueError,
-        r"has the fields .*pages_per_block.*got \['lowering'\]",
+        r"names its \"lowering\", one of .*xla-blocks.*got {'lowering': 'x'}",
     ),
-    "json list": (lambda: Schedule.from_json("[1]"), ValueError, r"has the fields .*got \[1\]"),
+    "json list": (lambda: Schedule.from_json("[1]"), ValueError, r"names its \"lowering\".*got \[1\]"),
     "not json": (lambda: Schedule.from_json("{"), ValueError, ""),
 }
 

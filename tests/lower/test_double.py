@@ -6,7 +6,7 @@ import pytest
 
 import paged
 
-SCHEDULES = {"several blocks a step": None, "one": paged.Schedule(lowering="xla-blocks", pages_per_block=1)}
+SCHEDULES = {"several blocks a step": None, "one": paged.XlaSchedule(pages_per_block=1)}
 BATCHES = {
     "decode": lambda: paged.RaggedBatch.decode(lengths=[9, 0], block_tables=[[5, 1, 2], [-1, -1, -1]]),
     "ragged": lambda: paged.RaggedBatch([7, 2], [[5, 1, 2], [3, -1, -1]], [0, 1, 2]),

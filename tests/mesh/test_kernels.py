@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 
 import paged
-from paged.lower import Schedule
+from paged.lower import DecodeSchedule, RaggedSchedule
 from paged.lower._compile_for import _topology
 from paged.lower.tpu import CHIPS
 from paged.spec import ALiBi, RaggedBatch
@@ -21,8 +21,8 @@ from tests.tpu.interpreter import interpreted, state_of
 from .placing import SIZES, built, collectives, mesh_of, needs_devices, placed, rows_of
 
 SCHEDULES = {
-    "decode": Schedule(lowering="tpu-decode", pages_per_block=2, buffers=3),
-    "ragged": Schedule(lowering="tpu-ragged", pages_per_block=2, query_rows=16, buffers=2),
+    "decode": DecodeSchedule(pages_per_block=2, buffers=3),
+    "ragged": RaggedSchedule(pages_per_block=2, rows_per_tile=16, buffers=2),
 }
 
 
@@ -67,7 +67,7 @@ def test_the_tpu_compiler_takes_a_step_on_four_chips(field):
     devices = np.array(_topology(chip.topology).devices)
     mesh, axes = Mesh(devices, (SIZES[field],)), paged.Axes(**{field: SIZES[field]})
     layout = paged.PageLayout(page_size=16, num_kv_heads=8, head_dim=128)
-    attend = paged.lower(spec, layout, "tpu", mesh=mesh, axes=axes).on_chip(chip)
+    attend = paged.lower(spec, layout, "tpu", mesh=mesh, axes=axes).on_chip(chip.generation)
     at = attend.shardings
 
     def abstract(tree, sharding):

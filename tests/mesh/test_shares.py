@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.lower import Schedule
+from paged.lower import XlaSchedule
 from paged.spec import ALiBi, Bias
 from tests.support import Case, assert_state, exact_state
 from tests.support.specs import PHASES, RICH, table_bias
@@ -18,7 +18,7 @@ from .placing import built, collectives, mesh_of, needs_devices, placed, rows_of
 pytestmark = needs_devices
 # A window, a soft cap and sinks; and two operations that depend on which head it is, among all.
 SPEC = RICH.replace(scores=(ALiBi(), Bias(table_bias)))
-SCHEDULE = Schedule(lowering="xla-blocks", pages_per_block=1, query_rows=4)
+SCHEDULE = XlaSchedule(pages_per_block=1, rows_per_tile=4)
 ALL = {"sequences": 2, "kv_heads": 2, "context": 2}
 INT8 = {"dtype": "int8"}
 

@@ -17,7 +17,7 @@ from .cases import Case
 ALL_LOWERINGS: dict[str, Lowering] = {lowering.name: lowering for lowering in LOWERINGS if lowering.target != "tpu"}
 
 # Tests' sequences have a few pages, so a schedule for real ones would take them in one step: these make several.
-SMALL_SCHEDULES = {"xla-blocks": {"pages_per_block": 2, "query_rows": 4, "blocks_per_step": 1}}
+SMALL_SCHEDULES = {"xla-blocks": {"pages_per_block": 2, "rows_per_tile": 4, "blocks_per_step": 1}}
 
 # What differs by phase: prefill takes one block a step, decode several, and a ragged batch several steps of several.
 PHASE_SCHEDULES = {

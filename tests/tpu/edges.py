@@ -26,7 +26,7 @@ def with_scalar_memory(case, smem_bytes, schedule):
     """The case's attention on a chip with little memory for lists of pages."""
     attend = interpreted(case, schedule)
     chip = dataclasses.replace(CHIPS["v4"], smem_bytes=int(smem_bytes))
-    lowerings = tuple(low.on_chip(chip).interpreted(params("on_wait")) for low in attend.lowerings)
+    lowerings = tuple(dataclasses.replace(low, chip=chip, interpret=params("on_wait")) for low in attend.lowerings)
     return dataclasses.replace(attend, lowerings=lowerings)
 
 

@@ -17,7 +17,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 import paged
 from paged.lower import Attend, Schedule
-from paged.lower.tpu import CHIPS
 from paged.lower.tpu.decode.plan import compute_dtype
 from paged.spec import AttentionState
 from tests.support import ROUNDED_WEIGHTS, Built, Case, assert_state
@@ -52,7 +51,7 @@ def params(mode: str = "on_wait", cores: int = 1) -> pltpu.InterpretParams:
 def interpreted(case: Case, schedule: Schedule | None = None, mode: str = "on_wait", generation: str = "v4") -> Attend:
     """The case's attention by a TPU kernel, interpreted as if on that chip (v4: the one with the least memory, and two
     cores)."""
-    attend = paged.lower(case.spec, case.layout, "tpu", schedule=schedule).on_chip(CHIPS[generation])
+    attend = paged.lower(case.spec, case.layout, "tpu", schedule=schedule).on_chip(generation)
     settings = params(mode, attend.schedule.cores)
     return dataclasses.replace(attend, lowerings=tuple(low.interpreted(settings) for low in attend.lowerings))
 

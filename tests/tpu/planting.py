@@ -98,7 +98,9 @@ def attend_with(planted, case, schedule, mode):
     """The case's attention on a chip of its own name, so that no trace of another is taken for it."""
     attend = interpreted(case.replace(corner="mixed"), schedule, mode)
     chip = dataclasses.replace(CHIPS["v4"], generation=planted)
-    lowerings = tuple(low.on_chip(chip).interpreted(params(mode, schedule.cores)) for low in attend.lowerings)
+    lowerings = tuple(
+        dataclasses.replace(low, chip=chip, interpret=params(mode, schedule.cores)) for low in attend.lowerings
+    )
     return dataclasses.replace(attend, lowerings=lowerings)
 
 

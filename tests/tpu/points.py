@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.lower import Call, CompileError, Schedule, compile_for
+from paged.lower import LOWERINGS, Call, CompileError, compile_for
 from paged.lower.tpu import CHIPS
 
 needs_libtpu = pytest.mark.skipif(
@@ -75,7 +75,8 @@ def abstract_call(
         batch, tokens = paged.RaggedBatch.decode(lengths, tables, query_rows=rows), slots * rows
     q = jax.ShapeDtypeStruct((tokens, spec.num_q_heads, head_dim), jnp.dtype(q_dtype))
     sinks = jax.ShapeDtypeStruct((spec.num_q_heads,), jnp.float32) if spec.sinks else None
-    chosen = None if schedule is None else Schedule(lowering=lowering, **schedule)
+    classes = {low.name: low.schedule_type for low in LOWERINGS}
+    chosen = None if schedule is None else classes[lowering](**schedule)
     attend = paged.lower(spec, layout, "tpu", schedule=chosen)
     new = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), jnp.dtype(q_dtype))
     return attend, (q, layout.wrap(*arrays, **(scales or {})), batch, sinks), {"new": (new, new)} if update else {}
@@ -105,7 +106,7 @@ def assert_takes_back_its_own(call, generation):
     """What is chosen fits the chip by the lowering's own rule: a default never needs more memory than there is."""
     attend, args, _ = call
     abstract = Call.of(*args[:3])
-    lowering = attend.lowering.on_chip(CHIPS[generation])
+    lowering = attend.lowering.on_chip(generation)
     schedule = lowering.schedule(attend.program, attend.layout, abstract)
     assert lowering.cannot_honour(attend.program, attend.layout, abstract, schedule) is None
     assert lowering.refuses(attend.program, attend.layout, abstract) is None
@@ -116,7 +117,7 @@ def assert_refused_with_the_nearest(call, own, match):
     attend, args, _ = call
     with pytest.raises(ValueError, match=match) as error:
         compile_for(attend, "v4", *args)
-    nearest = own[0].on_chip(CHIPS["v4"]).choose(Call.of(*args[:3]))[1]
+    nearest = own[0].on_chip("v4").choice(Call.of(*args[:3]))[1]
     assert f"The nearest that can: {nearest}." in str(error.value)
 
 

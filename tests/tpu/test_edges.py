@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged.lower import Schedule
+from paged.lower import DecodeSchedule
 from paged.lower.tpu.decode.launch import Launch
 from tests.support import CORNERS, Case, assert_bitwise, build, exact_state
 from tests.support.specs import PLAIN
@@ -24,7 +24,7 @@ from .interpreter import assert_equals_reference, interpreted, state_of
 
 # One kernel for most of this file: two query rows, blocks of two pages of at most four.
 CASE = Case(spec=PLAIN, page_size=8, phase="decode", rows=2)
-SCHEDULE = Schedule(lowering="tpu-decode", pages_per_block=2)
+SCHEDULE = DecodeSchedule(pages_per_block=2)
 
 
 def _attend():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.lower import Schedule
+from paged.lower import DecodeSchedule, RaggedSchedule
 from paged.spec import AttentionState
 from tests.support import Case, assert_bitwise, build
 from tests.support.specs import PLAIN
@@ -19,8 +19,8 @@ from tests.support.specs import PLAIN
 from .interpreter import assert_equals_reference, interpreted, state_of, watched
 
 PHASES = {
-    "decode": ({"page_size": 8, "phase": "decode"}, Schedule(lowering="tpu-decode", pages_per_block=2)),
-    "ragged": ({"page_size": 64}, Schedule(lowering="tpu-ragged", pages_per_block=2, query_rows=16)),
+    "decode": ({"page_size": 8, "phase": "decode"}, DecodeSchedule(pages_per_block=2)),
+    "ragged": ({"page_size": 64}, RaggedSchedule(pages_per_block=2, rows_per_tile=16)),
 }
 every_phase = pytest.mark.parametrize("phase", ["decode", pytest.param("ragged", marks=pytest.mark.slow)])
 each_slow = pytest.mark.parametrize("phase", PHASES)
@@ -84,9 +84,8 @@ def test_no_kernel_holds_scores_of_the_whole_table(phase):
 
 
 def _buffers(phase, pages_per_seq):
-    name = PHASES[phase][1].lowering
     layout = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128, dtype=jnp.float32)
-    schedule = Schedule(lowering=name, pages_per_block=8, query_rows=16 if phase == "ragged" else 1)
+    schedule = PHASES[phase][1].replace(pages_per_block=8)
     attend = paged.lower(
         paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=128), layout, "tpu", schedule=schedule
     )

@@ -7,7 +7,7 @@ The first rows, which hold half of all pairs, run always; with ``-m "slow or not
 import jax.numpy as jnp
 import pytest
 
-from paged.lower import Schedule
+from paged.lower import DecodeSchedule, Schedule
 from paged.spec import PAGE_ORDERS, ALiBi, AttentionSpec, Bias, Chunk, Prefix, Where
 from tests.support import CORNERS, Case, build
 from tests.support.pairs import assert_every_level, assert_every_pair_meets, covering_rows, named
@@ -88,7 +88,7 @@ def case_of_row(row, phase="decode", rows=0) -> Case:
 def schedule_of_row(row) -> Schedule:
     """The schedule that a row stands for."""
     names = ("pages_per_block", "kv_splits", "buffers", "sequence", "cores")
-    return Schedule(lowering="tpu-decode", **{name: row[name] for name in names})
+    return DecodeSchedule(**{name: row[name] for name in names})
 
 
 def marked(rows, is_fast):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from paged.lower import Schedule
+from paged.lower import DecodeSchedule
 from paged.lower.tpu.decode import launch as launch_module
 from paged.lower.tpu.decode.kernel import ROWS_IN_FLIGHT, Decode
 from paged.lower.tpu.decode.launch import Launch
@@ -39,7 +39,7 @@ _FULL = PLAIN.replace(causal=False)
 
 
 def _schedule(pages_per_block, buffers=2, **rest):
-    return Schedule(lowering="tpu-decode", pages_per_block=pages_per_block, buffers=buffers, **rest)
+    return DecodeSchedule(pages_per_block=pages_per_block, buffers=buffers, **rest)
 
 
 # name: case, schedule, how transfers run. Without a causal mask the length is all that hides what lies past it.

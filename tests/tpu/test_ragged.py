@@ -6,7 +6,7 @@ A row of the table is one kernel and runs on a few corners of a batch's values. 
 
 import pytest
 
-from paged.lower import Schedule
+from paged.lower import DecodeSchedule, RaggedSchedule
 from tests.support import build
 from tests.support.pairs import assert_every_level, assert_every_pair_meets, covering_rows
 
@@ -38,11 +38,16 @@ ROWS = covering_rows(FACTORS, is_allowed=is_taken)
 _LEAST_PAGES = {8: 16, 24: 16, 64: 2, 128: 1}
 
 
-def schedule_of_row(row) -> Schedule:
+def schedule_of_row(row) -> RaggedSchedule:
     """The schedule that a row stands for."""
-    names = ("query_rows", "buffers", "cores")
     pages = row["blocks"] * _LEAST_PAGES[row["page_size"]]
-    return Schedule(lowering="tpu-ragged", pages_per_block=pages, **{name: row[name] for name in names})
+    return RaggedSchedule(
+        pages_per_block=pages,
+        single_rows=DecodeSchedule(pages_per_block=2),
+        rows_per_tile=row["query_rows"],
+        buffers=row["buffers"],
+        cores=row["cores"],
+    )
 
 
 @pytest.mark.parametrize("row", marked(ROWS, lambda i: i < FAST_ROWS or i == ALSO_FAST))

@@ -135,9 +135,9 @@ POINTS = {
     "update, interleaved": {"order": "interleaved", "update": True, **_SMALL},
     "update, int8": int8("head", update=True, **_SMALL),
     "update, int8, token": int8("token", update=True, page_size=128, **_SMALL),
-    "one block of 128": {"schedule": {"pages_per_block": 8, "query_rows": 64, "buffers": 2}, **_SMALL},
-    "tiles of 16 rows": {"schedule": {"pages_per_block": 16, "query_rows": 16, "buffers": 3}},
-    "large tiles": {"schedule": {"pages_per_block": 16, "query_rows": 1024, "buffers": 2}, **_SMALL},
+    "one block of 128": {"schedule": {"pages_per_block": 8, "rows_per_tile": 64, "buffers": 2}, **_SMALL},
+    "tiles of 16 rows": {"schedule": {"pages_per_block": 16, "rows_per_tile": 16, "buffers": 3}},
+    "large tiles": {"schedule": {"pages_per_block": 16, "rows_per_tile": 1024, "buffers": 2}, **_SMALL},
 }
 FAST = (
     ("small", "v4"),
@@ -182,12 +182,12 @@ def test_the_heuristic_is_a_schedule_that_it_would_take_back(name, generation):
 
 
 def test_a_schedule_too_large_for_the_chip_is_refused_with_the_nearest_that_fits():
-    large = _call(schedule={"pages_per_block": 64, "query_rows": 1024, "buffers": 4})
-    match = r"its buffers take \d+ bytes .*on v4: lower query_rows, pages_per_block"
+    large = _call(schedule={"pages_per_block": 64, "rows_per_tile": 1024, "buffers": 4})
+    match = r"its buffers take \d+ bytes .*on v4: lower rows_per_tile, pages_per_block"
     assert_refused_with_the_nearest(large, _call(), match)
 
 
 @needs_libtpu
 def test_a_compile_error_carries_the_schedule_and_the_compilers_words(monkeypatch):
-    large = _call(page_size=128, schedule={"pages_per_block": 4, "query_rows": 16, "buffers": 64}, **_SMALL)
+    large = _call(page_size=128, schedule={"pages_per_block": 4, "rows_per_tile": 16, "buffers": 64}, **_SMALL)
     assert_error_carries_the_compilers_words(large, monkeypatch)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.lower import Schedule
+from paged.lower import DecodeSchedule, RaggedSchedule
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.prefill.launch import PrefillLaunch
 from paged.spec import AttentionSpec
@@ -25,7 +25,15 @@ from .interpreter import assert_equals_reference, interpreted, state_of
 
 
 def _schedule(**choices):
-    return Schedule(lowering="tpu-ragged", **{"pages_per_block": 2, "query_rows": 16, "buffers": 2, **choices})
+    return RaggedSchedule(
+        **{
+            "pages_per_block": 2,
+            "rows_per_tile": 16,
+            "buffers": 2,
+            "single_rows": DecodeSchedule(pages_per_block=2),
+            **choices,
+        }
+    )
 
 
 # One pair of kernels, of prefill and decode, for most of this file: a window that hides first pages wholly, blocks of
@@ -159,7 +167,7 @@ SLOW_WHOLE = {
         WHOLE.replace(spec=PLAIN.replace(num_q_heads=3, num_kv_heads=3)), {"buffers": 3}, "on_wait",
     ),
     "eight parts in turns": (
-        WHOLE.replace(spec=PLAIN.replace(num_q_heads=8, num_kv_heads=8)), {"query_rows": 64}, "on_wait",
+        WHOLE.replace(spec=PLAIN.replace(num_q_heads=8, num_kv_heads=8)), {"rows_per_tile": 64}, "on_wait",
     ),
     "scales a token": (WHOLE.replace(dtype="int8", scales="token"), {"buffers": 3}, "on_wait"),
     "interleaved": (WHOLE.replace(order="interleaved"), {"buffers": 3}, "eager"),
@@ -185,8 +193,11 @@ def test_places_without_a_page_are_past_every_length_in_large_pages_too(lowering
     spec, facts = PLAIN.replace(num_q_heads=1, num_kv_heads=1), {"phase": "prefill", "rows": 16}
     facts = {"phase": "decode"} if lowering == "tpu-decode" else facts
     case = Case(spec=spec, page_size=2048, corner=Corner(((2, 40),) * 5, (1,) * 5), **facts)
-    choices = {} if lowering == "tpu-decode" else {"query_rows": 16}
-    schedule = Schedule(lowering=lowering, pages_per_block=4, buffers=2, **choices)
+    schedule = (
+        DecodeSchedule(pages_per_block=4, buffers=2)
+        if lowering == "tpu-decode"
+        else RaggedSchedule(pages_per_block=4, buffers=2, rows_per_tile=16)
+    )
     assert_equals_reference(interpreted(case, schedule, generation="v5e"), build(case))
 
 
@@ -201,7 +212,7 @@ def test_tiles_of_every_size(query_rows):
     rows = (*TILE_ROWS[query_rows][:4], query_rows + TILE_ROWS[query_rows][2])
     tokens = -(-sum(rows) // 64) * 64
     case = CASE.replace(spec=PLAIN.replace(num_q_heads=2, num_kv_heads=1), tokens=tokens, page_size=128)
-    attend = interpreted(case, _schedule(query_rows=query_rows, pages_per_block=1, buffers=3))
+    attend = interpreted(case, _schedule(rows_per_tile=query_rows, pages_per_block=1, buffers=3))
     for corner in (
         Corner(((1, 1), (4, 0), (2, 0), (3, -1), (4, 0)), rows),
         Corner(((0, 5), (3, 0), (1, 7), (4, -1), (2, 9)), rows[::-1]),

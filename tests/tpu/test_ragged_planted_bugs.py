@@ -6,7 +6,7 @@ import inspect
 import jax.numpy as jnp
 import pytest
 
-from paged.lower import Schedule
+from paged.lower import RaggedSchedule
 from paged.lower.tpu.pages import QueryTiles
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
@@ -44,7 +44,7 @@ def _case(**facts):
 
 
 def _schedule(pages_per_block=1, buffers=3):
-    return Schedule(lowering="tpu-ragged", pages_per_block=pages_per_block, query_rows=16, buffers=buffers)
+    return RaggedSchedule(pages_per_block=pages_per_block, rows_per_tile=16, buffers=buffers)
 
 
 # name: case, schedule, how transfers run. Two parts a tile; two tiles a sequence, of 16 rows and of one. Without a

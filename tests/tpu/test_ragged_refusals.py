@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import paged
-from paged.lower import Call, Schedule
+from paged.lower import Call, DecodeSchedule, RaggedSchedule
 from paged.lower.tpu import CHIPS, TPU_RAGGED
 from paged.spec import AttentionSpec, PageLayout, RaggedBatch
 
@@ -17,19 +17,19 @@ BATCH = RaggedBatch([40, 9], [[0, 1, 2], [3, 4, 5]], [0, 5, 6])
 
 
 def _call(spec, layout, schedule=None, chip="v4", batch=BATCH):
-    attend = paged.lower(spec, layout, "tpu", schedule=schedule).on_chip(CHIPS[chip])
+    attend = paged.lower(spec, layout, "tpu", schedule=schedule).on_chip(chip)
     pages = layout.wrap(*(jax.ShapeDtypeStruct(s, layout.dtype) for s in layout.array_shapes(32)))
     q = jax.ShapeDtypeStruct((int(batch.query_starts[-1]), spec.num_q_heads, spec.head_dim), jnp.bfloat16)
-    return attend.choose(Call.of(q, pages, batch))
+    return attend.choice(Call.of(q, pages, batch))[:2]
 
 
 # What is chosen besides 8 pages of 16 a block; the chip; and what is said of it.
 SCHEDULES = {
-    "not a power of two": ({"query_rows": 48}, "v4", "it has query_rows=48, which must be a power of two, and at"),
-    "few rows": ({"query_rows": 8}, "v4", "it has query_rows=8, which must be a power of two, and at least 16"),
+    "not a power of two": ({"rows_per_tile": 48}, "v4", "it has rows_per_tile=48, which must be a power of two,"),
+    "few rows": ({"rows_per_tile": 8}, "v4", "it has rows_per_tile=8, which must be a power of two, and at least 16"),
     "part of a register": ({"pages_per_block": 12}, "v4", "its blocks of 192 tokens must be a multiple of 128: change"),
     "vector memory": (
-        {"query_rows": 2048, "pages_per_block": 32}, "v4", r"its buffers take \d+ bytes .*on v4: lower query_rows",
+        {"rows_per_tile": 2048, "pages_per_block": 32}, "v4", r"its buffers take \d+ bytes .*: lower rows_per_tile",
     ),
     "cores": ({"cores": 2}, "v5e", "it has cores=2, and a device of v5e has 1"),
 }  # fmt: skip
@@ -38,17 +38,17 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_that_cannot_run_are_refused_with_the_nearest_that_can(name):
     choices, chip, reason = SCHEDULES[name]
-    schedule = Schedule(lowering="tpu-ragged", **{"pages_per_block": 8, "query_rows": 64, **choices})
+    schedule = RaggedSchedule(**{"pages_per_block": 8, "rows_per_tile": 64, **choices})
     with pytest.raises(ValueError, match=f"cannot run: {reason}.* The nearest that can: tpu-ragged") as error:
         _call(SPEC, LAYOUT, schedule, chip)
     assert str(schedule) in str(error.value)
 
 
-@pytest.mark.parametrize(("field", "value"), [("kv_splits", 2), ("sequence", "grid"), ("lanes", 2)])
-def test_fields_that_the_kernel_does_not_heed_are_refused(field, value):
-    schedule = Schedule(lowering="tpu-ragged", pages_per_block=8, **{field: value})
-    with pytest.raises(ValueError, match=rf"sets \['{field}'\], which the lowering \"tpu-ragged\" has no use for"):
-        paged.lower(SPEC, LAYOUT, "tpu", schedule=schedule)
+def test_a_schedule_of_single_rows_that_cannot_run_is_refused():
+    single_rows = DecodeSchedule(pages_per_block=8, kv_splits=99)
+    schedule = RaggedSchedule(pages_per_block=8, rows_per_tile=64, single_rows=single_rows)
+    with pytest.raises(ValueError, match=r"its single_rows=tpu-decode.*kv_splits=99.* The nearest"):
+        _call(SPEC, LAYOUT, schedule)
 
 
 def test_pages_too_large_for_vector_memory_are_refused_by_both_lowerings():
@@ -68,7 +68,7 @@ def test_pages_too_large_for_vector_memory_are_refused_by_both_lowerings():
 @pytest.mark.parametrize("page_size", [12, 20, 4])
 def test_pages_of_no_whole_tiles_are_refused(page_size):
     layout = dataclasses.replace(LAYOUT, page_size=page_size)
-    schedule = Schedule(lowering="tpu-ragged", pages_per_block=32)
+    schedule = RaggedSchedule(pages_per_block=32, rows_per_tile=16)
     with pytest.raises(ValueError, match=f"tpu-ragged: pages of {page_size} tokens are no whole tiles"):
         paged.lower(SPEC, layout, "tpu", schedule=schedule)
 
@@ -80,7 +80,7 @@ def test_what_is_taken_gets_a_schedule_that_can_run(page_size, chip):
     for heads, kv_heads, head_dim in ((8, 2, 128), (64, 8, 128), (16, 8, 256), (128, 128, 64), (1, 1, 8)):
         spec = AttentionSpec(num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
         layout = PageLayout(page_size=page_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.bfloat16)
-        program, low = paged.lower(spec, layout, "xla").program, TPU_RAGGED.on_chip(CHIPS[chip])
+        program, low = paged.lower(spec, layout, "xla").program, TPU_RAGGED.on_chip(chip)
         for rows in (None, 1, 3, 100, 4096):
             call = Call(4096, 4, 64, 512, rows, jnp.dtype("bfloat16"))
             schedule = low.schedule(program, layout, call)

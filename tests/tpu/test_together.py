@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from paged.lower import Call, Schedule
+from paged.lower import Call, DecodeSchedule
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.decode import kernel as decode
 from paged.lower.tpu.decode.plan import plan_schedule
@@ -31,7 +31,7 @@ CASE = Case(
     phase="decode",
     sink_shape=(8,),
 )
-SCHEDULE = Schedule(lowering="tpu-decode", pages_per_block=3, buffers=4)
+SCHEDULE = DecodeSchedule(pages_per_block=3, buffers=4)
 
 
 def _counted(monkeypatch, name):

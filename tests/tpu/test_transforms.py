@@ -7,8 +7,7 @@ import pytest
 from jax import export
 
 import paged
-from paged.lower import Schedule
-from paged.lower.tpu import CHIPS
+from paged.lower import DecodeSchedule, RaggedSchedule
 from tests.support import Case, assert_bitwise, build, layers_of
 from tests.support.specs import PLAIN
 
@@ -16,8 +15,8 @@ from .interpreter import interpreted, watched
 
 # v5e: one core, on which decode writes and attends in one kernel.
 CASES = {
-    "decode": (Case(spec=PLAIN, page_size=8, phase="decode"), Schedule(lowering="tpu-decode", pages_per_block=2)),
-    "ragged": (Case(spec=PLAIN, page_size=64), Schedule(lowering="tpu-ragged", pages_per_block=2, query_rows=16)),
+    "decode": (Case(spec=PLAIN, page_size=8, phase="decode"), DecodeSchedule(pages_per_block=2)),
+    "ragged": (Case(spec=PLAIN, page_size=64), RaggedSchedule(pages_per_block=2, rows_per_tile=16)),
 }
 
 
@@ -59,7 +58,7 @@ def _abstract(rows):
     pages = layout.wrap(*(shape(dims, layout.dtype) for dims in layout.array_shapes(64)))
     batch = paged.RaggedBatch.decode(np.full(4, 100), np.zeros((4, 8), int), query_rows=rows)
     q, kv = (shape((4 * rows, heads, 128), jnp.bfloat16) for heads in (8, 2))
-    return paged.lower(spec, layout, "tpu").on_chip(CHIPS["v5e"]), (q, kv, kv, pages, batch)
+    return paged.lower(spec, layout, "tpu").on_chip("v5e"), (q, kv, kv, pages, batch)
 
 
 def _kernels(function, *args):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.lower import Schedule
+from paged.lower import DecodeSchedule
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.decode.update import Targets, Write
 from paged.spec import RaggedBatch
@@ -17,7 +17,7 @@ from tests.support.specs import PLAIN
 
 from .interpreter import KernelFault, interpreted, params, watched
 
-SCHEDULE = Schedule(lowering="tpu-decode", pages_per_block=2, buffers=3)
+SCHEDULE = DecodeSchedule(pages_per_block=2, buffers=3)
 # What differs from one row a sequence into packed float32 pages of 16: in the case, in the schedule; and the mode.
 CASES = {
     "joined": ({"order": "joined"}, {}, "eager"),
@@ -55,7 +55,7 @@ def _neighbours(cores=1, sequence="inline", planted="v5p"):
     xla = paged.lower(PLAIN, layout, "xla")
     tpu = paged.lower(PLAIN, layout, "tpu", schedule=SCHEDULE.replace(cores=cores, sequence=sequence))
     chip = dataclasses.replace(CHIPS["v5p"], generation=planted)
-    lowerings = tuple(low.on_chip(chip).interpreted(params("on_wait", cores)) for low in tpu.lowerings)
+    lowerings = tuple(dataclasses.replace(low, chip=chip, interpret=params("on_wait", cores)) for low in tpu.lowerings)
     tpu = dataclasses.replace(tpu, lowerings=lowerings)
     return watched(tpu.update, q, k, k + 1, pages, batch, patience=20.0), xla.update(q, k, k + 1, pages, batch)
 

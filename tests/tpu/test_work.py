@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged.lower import Program, Schedule, Sequences
+from paged.lower import Program, Sequences
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.pages import QueryTiles, chunks
 from paged.lower.tpu.pages.work import Visited, _bounds
@@ -69,8 +69,8 @@ def test_cores_share_the_items_evenly(cores, items):
 @pytest.mark.parametrize("kv_splits", [1, 8])
 def test_chunks_cover_the_tables_once_and_fit(tables, kv_splits):
     """What is left of scalar memory is for the compiler."""
-    chip, schedule = CHIPS["v5e"], Schedule(lowering="tpu-decode", pages_per_block=8, kv_splits=kv_splits)
-    pieces = list(chunks(tables, schedule, chip))
+    chip = CHIPS["v5e"]
+    pieces = list(chunks(tables, chip, kv_splits))
     rows = sorted({(a.start, a.stop) for a, _ in pieces})
     entries = sorted({(b.start, b.stop) for _, b in pieces})
     assert len(pieces) == len(rows) * len(entries)

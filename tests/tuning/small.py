@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import paged
-from paged.lower import Call, Key, Schedule
+from paged.lower import Call, Key, XlaSchedule
 from paged.lower.schedule import Entry
 
 SPEC = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=9)
@@ -17,7 +17,7 @@ Q = jnp.asarray(np.random.default_rng(1).normal(0, 3, (2, 4, 8)), jnp.float32)
 CALL = Call.of(Q, PAGES, BATCH)
 
 # Four that differ from each other and from the heuristic's.
-EXPLICIT, CONTEXT, FILE, OTHER = (Schedule(lowering="xla-blocks", pages_per_block=n) for n in (1, 2, 3, 4))
+EXPLICIT, CONTEXT, FILE, OTHER = (XlaSchedule(pages_per_block=n) for n in (1, 2, 3, 4))
 
 
 def key(spec=SPEC, call=CALL, **changes):

@@ -16,7 +16,7 @@ from paged.lower.xla import XLA_BLOCKS
 from .small import BATCH, CALL, LAYOUT, PAGES, SPEC, Q, chosen, entry, key, stored
 
 ATTEND = paged.lower(SPEC, LAYOUT)
-OWN = ATTEND.choose(CALL)[1]
+OWN = ATTEND.choice(CALL)[1]
 A, B, C = (OWN.replace(pages_per_block=pages, blocks_per_step=1) for pages in (1, 2, 4))
 
 

@@ -19,7 +19,6 @@ from ..attend import Attend, finish
 from ..checks import check, require_layout, require_new_tokens, require_pages, require_queries, require_sinks
 from ..jax_version import on_devices
 from ..program import Call, Program
-from ..tpu import Chip
 from .axes import Axes, Shares
 from .context import dealt, merge_over, with_own_pages
 from .heads import own_new_heads, repeated, repeats_of, share_of
@@ -74,9 +73,9 @@ class ShardedAttend:
     def _repeats(self) -> int:
         return self.layout.num_kv_heads // self.spec.num_kv_heads
 
-    def on_chip(self, chip: Chip) -> "ShardedAttend":
-        """This attention as it would be lowered on a chip, whatever this process has."""
-        return self.with_local(lambda attend: attend.on_chip(chip))
+    def on_chip(self, generation: str) -> "ShardedAttend":
+        """This attention as it would be lowered for a chip, whatever this process has."""
+        return self.with_local(lambda attend: attend.on_chip(generation))
 
     def with_local(self, change: Callable[[Attend], Attend]) -> "ShardedAttend":
         """With what each device runs changed."""
@@ -273,7 +272,7 @@ def _state_of_share(
 ) -> AttentionState:
     """What one device computes, of its own shares of the arrays."""
     pages, batch = _of_share(attend, q, pages, batch)
-    lowering, schedule = attend.local.choose(Call.of(q, pages, batch))
+    lowering, schedule, _ = attend.local.choice(Call.of(q, pages, batch))
     state = lowering.state(attend.every.program, schedule, q, pages, batch)
     return _whole(attend, state, q, batch, sinks)
 
@@ -285,7 +284,7 @@ def _update_of_share(
     pages, batch = _of_share(attend, q, pages, batch)
     kv_heads = attend.local.layout.num_kv_heads
     k, v = (own_new_heads(x, kv_heads, attend._repeats, attend.axes.kv_heads) for x in (k, v))
-    lowering, schedule = attend.local.choose(Call.of(q, pages, batch))
+    lowering, schedule, _ = attend.local.choice(Call.of(q, pages, batch))
     state, pages = lowering.update(attend.every.program, schedule, q, k, v, pages, batch)
     out = _whole(attend, state, q, batch, sinks).out
     return out, dataclasses.replace(pages, layout=attend.layout)

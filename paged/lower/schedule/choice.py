@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from paged.spec import PageLayout
 
-from ..base import Lowering, Schedule, ignores
+from ..base import Lowering, Schedule
 from ..program import Call, Program
 from .advice import Advice, Proposal
 from .warning import warn_once
@@ -41,9 +41,7 @@ def choose(
         lowering = takers.get(proposal.schedule.lowering)
         if lowering is None:
             continue
-        reason = ignores(lowering, proposal.schedule) or lowering.cannot_honour(
-            program, layout, call, proposal.schedule
-        )
+        reason = lowering.cannot_honour(program, layout, call, proposal.schedule)
         if reason is None:
             return Choice(lowering, proposal.schedule, proposal.source)
         told = f"The schedule {proposal.schedule} cannot run: {reason}"

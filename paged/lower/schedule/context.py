@@ -28,7 +28,7 @@ def schedules(source: "Schedule | TuningFile | str | os.PathLike[str] | None") -
 
     >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
     >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8)
-    >>> with schedules(Schedule(lowering="xla-blocks", pages_per_block=4)):
+    >>> with schedules(paged.XlaSchedule(pages_per_block=4)):
     ...     attend = lower(spec, layout, "xla")
     >>> print(attend.schedule, attend.explain().source)
     xla-blocks(pages_per_block=4) context

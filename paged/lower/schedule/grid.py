@@ -2,16 +2,19 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from ..base import Schedule
 
+AnySchedule = TypeVar("AnySchedule", bound=Schedule)
 
-def grid(own: Schedule, **fields: Iterable[int | str]) -> Iterator[Schedule]:
+
+def grid(own: AnySchedule, **fields: Iterable[int | str]) -> Iterator[AnySchedule]:
     """``own`` with every combination of these values.
 
-    >>> own = Schedule(lowering="xla-blocks", pages_per_block=8)
-    >>> [str(one) for one in grid(own, pages_per_block=(4, 8), lanes=(2,))]
-    ['xla-blocks(pages_per_block=4, lanes=2)', 'xla-blocks(pages_per_block=8, lanes=2)']
+    >>> own = paged.XlaSchedule(pages_per_block=8)
+    >>> [str(one) for one in grid(own, pages_per_block=(4, 8), row_blocks_at_once=(2,))]
+    ['xla-blocks(pages_per_block=4, row_blocks_at_once=2)', 'xla-blocks(pages_per_block=8, row_blocks_at_once=2)']
     """
     for values in itertools.product(*fields.values()):
         yield own.replace(**dict(zip(fields, values, strict=True)))

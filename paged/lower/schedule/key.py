@@ -9,13 +9,11 @@ from collections.abc import Sequence
 
 import jax
 
+from paged._version import __version__
 from paged.spec import PageLayout
 
 from ..program import Call, Program
 from .text import program_text
-
-# A schedule tuned with one version says nothing of another: its kernels may differ. The same as in pyproject.toml.
-VERSION = "0.1.0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -37,7 +35,7 @@ class Key:
     ) -> "Key":
         """The key of a call, by lowerings of these names, in this process, or on another device."""
         return cls(
-            paged=VERSION,
+            paged=__version__,  # kernels of another version may differ
             jax=jax.__version__,
             device=device_kind() if device is None else device,
             lowerings=", ".join(lowerings),

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from paged.spec import Pages, RaggedBatch
 
 from ..attend import Attend
-from ..base import Lowering, Schedule, ignores
+from ..base import Lowering, Schedule
 from ..program import Call
 from ..schedule import Entry, Key, TuningFile, warn_once
 from .result import Trial, Tuned
@@ -75,7 +75,7 @@ def tune(
 
 def _require_tunable(attend: Attend, arrays: Any) -> None:
     if not isinstance(attend, Attend):
-        raise TypeError(f"tune takes one device's attention, a paged.lower.Attend; got {type(attend).__name__}.")
+        raise TypeError(f"tune takes one device's attention, a paged.Attend; got {type(attend).__name__}.")
     if attend.pinned is not None:
         raise ValueError(
             f"There is nothing to tune: this attention was lowered with the schedule {attend.pinned}. Tune one that "
@@ -93,7 +93,7 @@ def _candidates(attend: Attend, call: Call) -> list[tuple[Lowering, Schedule]]:
     """Those of the lowering of choice, the heuristic's first; and what the others that take the call would choose."""
     takers = [low for low in attend.lowerings if low.refuses(attend.program, attend.layout, call) is None]
     if not takers:
-        attend.choose(call)  # raises, with every reason
+        attend.choice(call)  # raises, with every reason
     first, *others = takers
     found = [(first, schedule) for schedule in first.candidates(attend.program, attend.layout, call)]
     return found + [(low, low.schedule(attend.program, attend.layout, call)) for low in others]
@@ -113,7 +113,7 @@ def _known(file: TuningFile, key: Key, attend: Attend, call: Call) -> tuple[Entr
     if lowering is None:
         reason: str | None = f'there is no lowering "{schedule.lowering}" here.'
     else:
-        reason = ignores(lowering, schedule) or lowering.cannot_honour(attend.program, attend.layout, call, schedule)
+        reason = lowering.cannot_honour(attend.program, attend.layout, call, schedule)
     if reason is not None:
         warn_once(f"The schedule {schedule} of the {file} is tuned again: {reason}")
         return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 from jaxtyping import Array, Bool, Float
@@ -12,6 +13,7 @@ from ..base import Lowering, Schedule
 from ..program import Call, Program, Sequences, plain_terms
 from .alternatives import alternatives
 from .forward import attend
+from .schedule import XlaSchedule
 from .walk import FEW_ROWS, Operands, Walk
 from .write import write
 
@@ -20,38 +22,35 @@ from .write import write
 class XlaBlocks(Lowering):
     """Decode, prefill and ragged batches on any platform: every term, page order and dtype, and gradients."""
 
-    name: str = "xla-blocks"
-    target: str = "xla"
-
-    choices: frozenset[str] = frozenset({"pages_per_block", "query_rows", "lanes", "blocks_per_step"})
+    target: ClassVar[str] = "xla"
+    schedule_type: ClassVar[type[Schedule]] = XlaSchedule
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
         """Nothing is refused: any spec and any layout that are valid in themselves lower to XLA."""
         del program, layout, call
         return None
 
-    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> Schedule:
+    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> XlaSchedule:
         """By platform. On CPU, one block of rows at a time, and blocks of 128 tokens, which with all their heads stay
-        in a core's cache while they are used, four a step (measured: benchmarks/xla_cpu). Elsewhere, lanes to fill the
-        machine and larger blocks to take fewer steps (not measured)."""
+        in a core's cache while they are used, four a step (measured: benchmarks/xla_cpu). Elsewhere, many row
+        blocks at once to fill the machine, and larger page blocks to take fewer steps (not measured)."""
         del program, call
         is_cpu = jax.default_backend() == "cpu"
-        return Schedule(
-            lowering=self.name,
+        return XlaSchedule(
             pages_per_block=max(1, (128 if is_cpu else 256) // layout.page_size),
-            query_rows=64 if is_cpu else 128,
-            lanes=1 if is_cpu else 32,
+            rows_per_tile=64 if is_cpu else 128,
+            row_blocks_at_once=1 if is_cpu else 32,
             blocks_per_step=4 if is_cpu else 1,
         )
 
-    def alternatives(self, program: Program, layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
+    def alternatives(self, program: Program, layout: PageLayout, call: Call, own: XlaSchedule) -> Iterator[XlaSchedule]:
         """Sizes around its own choice, those that matter in this call."""
         return alternatives(program, layout, call, own)
 
     def state(
         self,
         program: Program,
-        schedule: Schedule,
+        schedule: XlaSchedule,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
         batch: RaggedBatch,
@@ -63,7 +62,7 @@ class XlaBlocks(Lowering):
             keys = schedule.pages_per_block * pages.layout.page_size
             terms = plain_terms(program, program.num_kv_heads, program.group * rows, keys)
             blocks_per_step = schedule.blocks_per_step if program.group * rows <= FEW_ROWS else 1
-            walk = Walk(program, terms, rows, schedule.pages_per_block, blocks_per_step, schedule.lanes)
+            walk = Walk(program, terms, rows, schedule.pages_per_block, blocks_per_step, schedule.row_blocks_at_once)
             states.append(attend(walk, Operands(q, pages, terms.early(), seqs, is_member)))
         # Each row belongs to one phase; in the other it is the empty state, so that the merge is exact.
         return states[0] if len(states) == 1 else merge(*states)
@@ -74,7 +73,7 @@ class XlaBlocks(Lowering):
 
 
 def _phases(
-    schedule: Schedule, batch: RaggedBatch, seqs: Sequences, tokens: int
+    schedule: XlaSchedule, batch: RaggedBatch, seqs: Sequences, tokens: int
 ) -> list[tuple[int, Bool[Array, " seqs"]]]:
     """Query rows a block, and which sequences are cut into such blocks.
 
@@ -82,9 +81,9 @@ def _phases(
     which would waste a larger block, and the others. A phase without members costs nothing.
     """
     if batch.query_rows is not None or tokens == 1:
-        rows = min(batch.query_rows or 1, schedule.query_rows)
+        rows = min(batch.query_rows or 1, schedule.rows_per_tile)
         return [(rows, seqs.counts > 0)]
-    rows = min(schedule.query_rows, tokens)
+    rows = min(schedule.rows_per_tile, tokens)
     return [(1, seqs.counts == 1), (rows, seqs.counts > 1)] if rows > 1 else [(1, seqs.counts > 0)]
 
 

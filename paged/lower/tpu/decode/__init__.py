@@ -2,3 +2,4 @@
 
 from .lowering import TPU_DECODE as TPU_DECODE
 from .lowering import TpuDecode as TpuDecode
+from .schedule import DecodeSchedule as DecodeSchedule

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -12,12 +13,13 @@ from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
 from ...base import Schedule
 from ...program import Call, Program, Sequences
 from ...xla import token_rows
-from ..base import KernelRules, TpuLowering
+from ..base import TpuLowering
 from ..pages import QueryTiles, Visited, Work, chunks, pools_of
 from ..transforms import state_with_gradient, update_with_gradient
 from ..write.granules import row_shape
 from .launch import New
-from .plan import decode_alternatives, fits, launch_of, plan_schedule, refuses_call, vmem_bytes
+from .plan import alternatives, fits, launch_of, plan_schedule, refuses_call, vmem_bytes
+from .schedule import DecodeSchedule
 from .update import Targets
 
 
@@ -25,16 +27,32 @@ from .update import Targets
 class TpuDecode(TpuLowering):
     """Decode on TPUs, one or a few query rows a sequence; every term that is elementwise, every page order."""
 
-    rules: ClassVar[KernelRules] = KernelRules(refuses_call, plan_schedule, fits, decode_alternatives)
-    name: str = "tpu-decode"
-    choices: frozenset[str] = frozenset({"pages_per_block", "sequence", "buffers", "kv_splits", "cores"})
+    schedule_type: ClassVar[type[Schedule]] = DecodeSchedule
+
+    def _refuses_call(self, program: Program, layout: PageLayout, call: Call) -> str | None:
+        return refuses_call(program, layout, call, self.target_chip)
+
+    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> DecodeSchedule:
+        """What fits the chip, with page blocks large enough to hide transfers behind work."""
+        return plan_schedule(program, layout, call, self.target_chip)
+
+    def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule) -> str | None:
+        """A schedule must fit the chip's memory, and have no more cores than it."""
+        return fits(program, layout, call, schedule, self.target_chip)
+
+    def alternatives(
+        self, program: Program, layout: PageLayout, call: Call, own: DecodeSchedule
+    ) -> Iterator[DecodeSchedule]:
+        """Half and twice as much of each field."""
+        del program, layout
+        return alternatives(call, own)
 
     def describe(
-        self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int
+        self, program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, bytes_visited: int
     ) -> list[str]:
         """Memory of the kernel, how many kernels there are, and the time of its transfers alone."""
-        chip, mebibytes = self.the_chip, vmem_bytes(program, layout, call, schedule) / 2**20
-        kernels = len(list(chunks((call.slots, call.pages_per_seq), schedule, chip)))
+        chip, mebibytes = self.target_chip, vmem_bytes(program, layout, call, schedule) / 2**20
+        kernels = len(list(chunks((call.slots, call.pages_per_seq), chip, schedule.kv_splits)))
         microseconds = 1e6 * bytes_visited / chip.hbm_bytes_per_second
         lines = [
             f"{kernels} kernel(s) on {chip.generation}, each with {schedule.buffers} buffers of "
@@ -51,7 +69,7 @@ class TpuDecode(TpuLowering):
     def state(
         self,
         program: Program,
-        schedule: Schedule,
+        schedule: DecodeSchedule,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
         batch: RaggedBatch,
@@ -60,7 +78,7 @@ class TpuDecode(TpuLowering):
         return state_with_gradient(_state, self, program, schedule, q, pages, batch)
 
     def update(
-        self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
+        self, program: Program, schedule: DecodeSchedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
     ) -> tuple[AttentionState, Pages]:
         """The write and the attention in one kernel. `write` goes first where a sequence is split, where one kernel
         cannot hold the lists of pages, and on chips with two cores: one might read a page while the other writes it."""
@@ -68,26 +86,33 @@ class TpuDecode(TpuLowering):
 
 
 def _state(
-    lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: RaggedBatch
+    lowering: TpuDecode, program: Program, schedule: DecodeSchedule, q: Array, pages: Pages, batch: RaggedBatch
 ) -> AttentionState:
     call, layout = Call.of(q, pages, batch), pages.layout
     seqs = Sequences.of(batch, call.tokens, layout.page_size)
-    launch = launch_of(program, layout, call, schedule, lowering.the_chip, lowering.interpret)
+    launch = launch_of(program, layout, call, schedule, lowering.target_chip, lowering.interpret)
     visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
     states = []
-    for part in chunks(seqs.tables.shape, schedule, launch.chip):
+    for part in chunks(seqs.tables.shape, launch.chip, schedule.kv_splits):
         work = visited.work(*part, **_cut(schedule))
         states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.rows))
     return functools.reduce(merge, states)
 
 
 def _update(
-    lowering: TpuDecode, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: Any
+    lowering: TpuDecode,
+    program: Program,
+    schedule: DecodeSchedule,
+    q: Array,
+    k: Array,
+    v: Array,
+    pages: Pages,
+    batch: Any,
 ) -> tuple[AttentionState, Pages]:
     call, layout = Call.of(q, pages, batch), pages.layout
     seqs = Sequences.of(batch, call.tokens, layout.page_size)
-    launch = launch_of(program, layout, call, schedule, lowering.the_chip, lowering.interpret)
-    parts = list(chunks(seqs.tables.shape, schedule, launch.chip))
+    launch = launch_of(program, layout, call, schedule, lowering.target_chip, lowering.interpret)
+    parts = list(chunks(seqs.tables.shape, launch.chip, schedule.kv_splits))
 
     if schedule.cores > 1 or schedule.kv_splits > 1 or len(parts) > 1:
         pages = lowering.write(k, v, pages, batch)
@@ -112,7 +137,7 @@ def _own_rows(state: AttentionState, work: Work, most: int) -> AttentionState:
     return AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf))
 
 
-def _cut(schedule: Schedule) -> dict[str, int]:
+def _cut(schedule: DecodeSchedule) -> dict[str, int]:
     return {"splits": schedule.kv_splits, "pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
 
 

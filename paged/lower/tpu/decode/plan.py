@@ -7,13 +7,13 @@ from typing import Any
 
 from paged.spec import PageLayout
 
-from ...base import Schedule
 from ...program import COMMON, Call, Program, most_pages_seen
 from ...schedule import around, grid
 from ..chips import SUBLANES, Chip
 from ..pages import Views, compute_dtype
 from .kernel import ITEMS_AT_ONCE
 from .launch import Launch
+from .schedule import DecodeSchedule
 
 _MOST_QUERY_ROWS = 128
 # Tokens a block: with fewer, the steps between blocks show beside the work; more hold memory for nothing (modelled).
@@ -34,7 +34,7 @@ _BUFFER_SHARE = 0.6
 
 
 def launch_of(
-    program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip, interpret: Any = False
+    program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, chip: Chip, interpret: Any = False
 ) -> Launch:
     """The kernel that a schedule describes."""
     views = _views(program, layout, call, schedule.pages_per_block)
@@ -43,7 +43,7 @@ def launch_of(
     return Launch(program, views, *cut, chip, interpret)
 
 
-def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | None, chip: Chip) -> Schedule:
+def plan_schedule(program: Program, layout: PageLayout, call: Call | None, chip: Chip) -> DecodeSchedule:
     """The heuristic. Blocks are as long as most sequences are seen, up to `_TOKENS`, and shorter where memory ends."""
     call = call or COMMON
     rows = dataclasses.replace(_views(program, layout, call, 1), is_paired=False)
@@ -56,8 +56,7 @@ def plan_schedule(name: str, program: Program, layout: PageLayout, call: Call | 
     buffers = 2 + math.ceil(in_flight / (pages * layout.bytes_per_page))
     # Short sequences are worked on some at once, while as many more are on their way.
     buffers = max(buffers, 2 * ITEMS_AT_ONCE) if seen <= pages else buffers
-    schedule = Schedule(
-        lowering=name,
+    schedule = DecodeSchedule(
         pages_per_block=pages,
         buffers=min(_MOST_BUFFERS, buffers),
         kv_splits=splits,
@@ -83,7 +82,7 @@ def refuses_call(program: Program, layout: PageLayout, call: Call, chip: Chip) -
             f"it decodes: {call.query_rows} query rows a sequence are {rows} rows a KV head, of at most "
             f"{_MOST_QUERY_ROWS}"
         )
-    smallest = plan_schedule("", program, layout, call, chip)
+    smallest = plan_schedule(program, layout, call, chip)
     if vmem_bytes(program, layout, call, smallest) > vmem_budget(chip):
         return (
             f"two pages of {layout.bytes_per_page} bytes, with queries and results, do not fit the {chip.generation} "
@@ -92,7 +91,7 @@ def refuses_call(program: Program, layout: PageLayout, call: Call, chip: Chip) -
     return None
 
 
-def fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip) -> str | None:
+def fits(program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, chip: Chip) -> str | None:
     """Why a schedule does not fit the chip, or None."""
     taken, budget = vmem_bytes(program, layout, call, schedule), vmem_budget(chip)
     if taken > budget:
@@ -107,9 +106,8 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, c
     return None
 
 
-def decode_alternatives(layout: PageLayout, call: Call, own: Schedule) -> Iterator[Schedule]:
+def alternatives(call: Call, own: DecodeSchedule) -> Iterator[DecodeSchedule]:
     """Blocks and buffers together; then the other place for the loop over sequences, and more or fewer splits."""
-    del layout
     pages = around(own.pages_per_block)
     buffers = sorted({2, own.buffers, max(2, own.buffers // 2), min(8, 2 * own.buffers)})
     yield from grid(own, pages_per_block=pages, buffers=buffers)
@@ -124,7 +122,7 @@ def _round_up(pages: int, page_size: int) -> int:
     return 2 ** (pages * page_size - 1).bit_length() // page_size
 
 
-def vmem_bytes(program: Program, layout: PageLayout, call: Call, schedule: Schedule) -> int:
+def vmem_bytes(program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule) -> int:
     """Vector memory of the kernel's buffers."""
     views = _views(program, layout, call, schedule.pages_per_block)
     return Launch.vmem_bytes(views, schedule.buffers)
@@ -142,5 +140,5 @@ def _views(program: Program, layout: PageLayout, call: Call, pages_per_block: in
     return dataclasses.replace(views, is_paired=views.can_pair and views.columns <= _PAIRED_COLUMNS)
 
 
-def _fits(program: Program, layout: PageLayout, call: Call, schedule: Schedule, chip: Chip) -> bool:
+def _fits(program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, chip: Chip) -> bool:
     return vmem_bytes(program, layout, call, schedule) <= vmem_budget(chip)

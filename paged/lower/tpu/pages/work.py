@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ...base import Schedule
 from ...program import Program, Sequences, page_coverage
 from ..chips import Chip
 
@@ -150,9 +149,9 @@ def _bounds(blocks: Int[Array, " items"], cores: int) -> Int[Array, " cores_plus
     return jnp.stack([jnp.int32(0), *cuts, jnp.int32(items)])
 
 
-def chunks(tables: tuple[int, ...], schedule: Schedule, chip: Chip) -> Iterator[tuple[slice, slice]]:
+def chunks(tables: tuple[int, ...], chip: Chip, splits: int = 1) -> Iterator[tuple[slice, slice]]:
     """Sequences and table entries of each kernel, so that its lists fit scalar memory: usually one kernel for all."""
-    rows, entries = rows_and_entries((tables[0], tables[1]), schedule, chip)
+    rows, entries = rows_and_entries((tables[0], tables[1]), chip, splits)
     for first_row in range(0, tables[0], rows):
         for first_entry in range(0, tables[1], entries):
             yield (
@@ -161,10 +160,10 @@ def chunks(tables: tuple[int, ...], schedule: Schedule, chip: Chip) -> Iterator[
             )
 
 
-def rows_and_entries(tables: tuple[int, int], schedule: Schedule, chip: Chip) -> tuple[int, int]:
+def rows_and_entries(tables: tuple[int, int], chip: Chip, splits: int = 1) -> tuple[int, int]:
     """How many tables, and how many entries of each, one kernel can list in scalar memory."""
     seqs, width = tables
     budget = int(_SMEM_SHARE * chip.smem_bytes)
-    per_item = _BYTES_AN_ITEM * schedule.kv_splits
+    per_item = _BYTES_AN_ITEM * splits
     entries = max(1, min(width, (budget - per_item) // _BYTES_AN_ENTRY))
     return max(1, min(seqs, budget // (entries * _BYTES_AN_ENTRY + per_item))), entries

@@ -2,3 +2,4 @@
 
 from .lowering import TPU_RAGGED as TPU_RAGGED
 from .lowering import TpuRagged as TpuRagged
+from .schedule import RaggedSchedule as RaggedSchedule
