@@ -70,7 +70,7 @@ def test_a_layer_and_its_pool_are_one_program():
 
     def step(x, pool, pages):
         pool, _ = pool.extend(jnp.ones(2, jnp.int32))
-        y, pages = layer.attend_pages(x, pool.decode_batch(jnp.ones(2, bool)), pages)
+        y, pages = layer.attend_pages(x, pages, pool.decode_batch(jnp.ones(2, bool)))
         return y, pool, pages
 
     args = (jax.random.normal(jax.random.key(1), (2, EMBED)), PagePool.init(8, 2, 4, 4), LAYOUT.init(8))

@@ -8,22 +8,27 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from paged.lower import check
 from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
 
+from ._scheduler import Request, Scheduler
 from .pool import PagePool
 from .sampling import Sampler, sample
-from .scheduler import Request, Scheduler
 
 Model = Callable[[Int[Array, " tokens"], RaggedBatch, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What became of one prompt. ``tokens`` are the generated ones; where ``finish_reason`` is ``"eos"`` they end with
-    it. ``preemptions`` counts how often the sequence gave up its pages and was prefilled again."""
+    """The result for one prompt.
+
+    * ``prompt``: its token ids.
+    * ``tokens``: the generated ids. Where ``finish_reason`` is ``"eos"``, the last one is an ``eos`` token.
+    * ``finish_reason``: ``"eos"``, or ``"length"`` where ``max_new_tokens`` were drawn.
+    * ``preemptions``: how often the sequence gave up its pages and was prefilled again.
+    """
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -33,8 +38,13 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """One device step, as ``on_step`` sees it: its kind, how many tokens it cached and how many it drew for good, and
-    the pages in use and sequences running and waiting while it ran."""
+    """One step of the model, as ``on_step`` sees it.
+
+    * ``kind``: ``"prefill"``, a chunk of one sequence, or ``"decode"``, one row for each decoding sequence.
+    * ``tokens``: how many tokens the step put into pages.
+    * ``new_tokens``: how many generated tokens it added to sequences.
+    * ``pages_in_use``, ``running``, ``waiting``: pages, running sequences and waiting ones while it ran.
+    """
 
     kind: Literal["prefill", "decode"]
     tokens: int
@@ -61,30 +71,40 @@ def generate(
     donate_state: bool = False,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> list[Generation]:
-    """Generate from each prompt; one `Generation` a prompt, in order.
+    """Generate from a list of prompts of any lengths, by continuous batching over one page pool.
 
-    ``logits, state = model(tokens, batch, state)`` is any callable pytree that keeps its `Pages` in the state, such as
-    a stack of `PagedAttention` layers: ``tokens`` int32[rows], ``logits`` float[rows, vocab]. It is compiled twice, for
-    chunks of ``chunk_size`` rows of one sequence and for decode steps of one row a slot, whatever the prompts' lengths.
-    Chunks and decode steps take turns, so that a long prompt does not hold up sequences that decode.
+    Chunks of prompts and decode steps take turns, so that a long prompt does not hold up the sequences that decode.
+    When the pool has no page left, the sequence that was admitted last gives up its pages, and is prefilled again
+    later. The model is compiled twice, for chunks and for decode steps, whatever the lengths of the prompts.
 
-    * ``max_new_tokens``: for all prompts, or one for each. The last token is never cached, so a request needs room for
-      ``len(prompt) + max_new_tokens - 1``.
-    * ``num_slots``: how many sequences may run together.
-    * ``num_pages``, ``page_size``: the pool's; left out, those of the state's pages.
-    * ``pages_per_seq``: width of block tables; left out, the least power of two that fits every request.
-    * ``sampler``: greedy if left out. A random one needs ``key``, and each draw depends on the key, the prompt's index
-      and the token's index only: scheduling is invisible, up to what rounding does to the logits.
-    * ``eos``: token id(s) that end a sequence.
-    * ``donate_state``: give up ``state``, so that there is one cache and not two. Otherwise a copy is worked on.
-    * ``on_step``: called after each step with a `StepReport`.
+    **Arguments:**
 
-    When pages run out the most recently admitted sequence is preempted and prefilled again later. Batch values are
-    checked on the host before each step, for any mask, so that layers with ``check`` do not do it again.
-    Raises ``ValueError`` or ``TypeError`` before anything runs: for a request that could never fit or an empty prompt,
-    naming it, for a pool that is not what the state's pages can hold, and for a missing key.
+    - `model`: a callable pytree, ``logits, state = model(tokens, batch, state)``, that keeps its `Pages` in the state,
+      such as a stack of `PagedAttention` layers. ``tokens`` is int32[rows], ``logits`` float[rows, vocab].
+    - `state`: the model's Equinox state.
+    - `prompts`: token ids of each prompt, at least one.
+    - `max_new_tokens`: the most tokens to generate, one number for all prompts or one for each. The last token is
+      never cached, so a prompt needs room for ``len(prompt) + max_new_tokens - 1`` tokens.
+    - `num_slots`: how many sequences may run at once; rows of a decode step.
+    - `num_pages`: pages of the pool. None: as many as the state's pages have.
+    - `page_size`: tokens per page. None: the page size of the state's pages.
+    - `pages_per_seq`: width of block tables. None: the least power of two that fits every prompt.
+    - `chunk_size`: rows of a prefill step.
+    - `sampler`: how tokens are drawn. None: the likeliest.
+    - `key`: a PRNG key, needed by a sampler that draws at random. A draw depends on the key, the prompt's index and
+      the token's index only. So scheduling changes no draw, except by what rounding changes of the logits.
+    - `eos`: the token id, or several, that ends a sequence. None: only ``max_new_tokens`` ends it.
+    - `donate_state`: whether the memory of ``state`` is used for the steps, after which ``state`` is gone. By default
+      the state is copied, so that there are two caches.
+    - `on_step`: called after each step with a `StepReport`.
 
-    >>> class Parrot(eqx.Module):  # likes the token that it was given
+    **Returns:** one `Generation` per prompt, in order; no prompts give an empty list.
+
+    Before each step the values of its batch are checked on the host, for any mask, so that layers with ``check`` do
+    not check them again. Raises ``ValueError`` or ``TypeError`` before anything runs: for an empty prompt or one that
+    could never fit, naming it, for a pool that the state's pages cannot hold, and for a missing key.
+
+    >>> class Parrot(eqx.Module):  # the likeliest next token is the token itself
     ...     def __call__(self, tokens, batch, state):
     ...         return jax.nn.one_hot(tokens, 10), state
     >>> model, state = eqx.nn.make_with_state(Parrot)()
@@ -107,7 +127,7 @@ def generate(
 
 @dataclasses.dataclass
 class _Serve:
-    """The loop of one `generate`: the scheduler decides, device steps compute, results come back."""
+    """The loop of one `generate`: the scheduler decides, the device computes, drawn tokens go back."""
 
     model: Model
     state: eqx.nn.State
@@ -139,14 +159,13 @@ class _Serve:
         scheduler.extend_prefill(slot, len(chunk))
         tokens = np.zeros(self.chunk_size, np.int32)
         tokens[: len(chunk)] = chunk
-        # As arrays: Python ints would be static, and compile a step for each slot and length.
-        batch = _prefill_batch(scheduler.pool, jnp.asarray(slot), jnp.asarray(len(chunk)))
-        drawn = self._step(batch, tokens, [len(chunk) - 1], [request])
+        drawn = self._step(scheduler.prefill_batch(slot, len(chunk)), tokens, [len(chunk) - 1], [request])
+        # Only the last chunk's row has seen the whole prompt: what the others draw is dropped.
         finished = [slot] if request.cached == len(request.known) else []
         self._finish("prefill", len(chunk), finished, drawn)
 
     def _decode(self) -> None:
-        """One row for every slot; those of slots that do not decode are empty."""
+        """One row for every slot; the rows of slots that do not decode are empty."""
         scheduler = self.scheduler
         slots = scheduler.extend_decoding()
         if not slots:
@@ -156,9 +175,7 @@ class _Serve:
         for slot in slots:
             requests[slot] = scheduler.running[slot]
             tokens[slot] = scheduler.running[slot].known[-1]
-        is_decoding = np.isin(np.arange(scheduler.pool.num_slots), slots)
-        batch = _decode_batch(scheduler.pool, jnp.asarray(is_decoding))
-        drawn = self._step(batch, tokens, range(len(requests)), requests)
+        drawn = self._step(scheduler.decode_batch(slots), tokens, range(len(requests)), requests)
         self._finish("decode", len(slots), slots, drawn[slots])
 
     def _step(self, batch: RaggedBatch, tokens: Any, rows: Any, requests: Sequence[Request | None]) -> np.ndarray:
@@ -186,26 +203,18 @@ class _Serve:
             self.on_step(report)
 
 
+# All but the state are one argument, because Equinox donates either every argument or all but the first: the state is
+# donated, so that pages are updated in place, and the parameters are not.
 @eqx.filter_jit(donate="all-except-first")
 def _model_step(inputs: tuple, state: eqx.nn.State) -> tuple[Int[Array, " requests"], eqx.nn.State]:
-    """The one device step: attend, write, and draw a token from each of ``rows``. The state is updated in place."""
+    """The one step on the device: run the model, and draw a token from the logits of each of ``rows``."""
     model, tokens, batch, rows, draws, key, sampler = inputs
     logits, state = model(tokens, batch, state)
     keys = jax.vmap(lambda draw: jax.random.fold_in(jax.random.fold_in(key, draw[0]), draw[1]))(draws)
     return sample(logits[rows], sampler, keys), state
 
 
-@eqx.filter_jit
-def _prefill_batch(pool: PagePool, slot: Int[Array, ""], rows: Int[Array, ""]) -> RaggedBatch:
-    return pool.prefill_batch(slot, rows)
-
-
-@eqx.filter_jit
-def _decode_batch(pool: PagePool, is_decoding: Bool[Array, " seqs"]) -> RaggedBatch:
-    return pool.decode_batch(is_decoding)
-
-
-# A batch that is sound for every key is sound for any layer's mask.
+# A batch that is sound where every key is visible is sound for the mask of any layer.
 _SEES_EVERYTHING = AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=1, causal=False)
 
 
@@ -218,15 +227,15 @@ def _any_pages(pool: PagePool) -> Pages:
 def _require_key(sampler: Sampler, key: PRNGKeyArray | None) -> PRNGKeyArray:
     if key is None and not sampler.is_greedy:
         raise ValueError(f"key is missing: {sampler} draws at random. Pass key=jax.random.key(seed).")
-    return jax.random.key(0) if key is None else key  # a greedy step takes one too, and does not use it
+    return jax.random.key(0) if key is None else key  # a greedy step is traced with a key as well, and ignores it
 
 
 def _pool_size(state: eqx.nn.State, num_pages: int | None, page_size: int | None) -> tuple[int, int]:
-    """The pool's pages and their size, which every `Pages` in the state must hold: else writes would be dropped."""
+    """The pool's number of pages and page size. All `Pages` in the state must hold them: else writes would be dropped."""
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages))
     held = [(_num_pages(x), x.layout.page_size) for x in leaves if isinstance(x, Pages)]
     if not held and (num_pages is None or page_size is None):
-        raise ValueError("The state holds no Pages to take num_pages and page_size from: pass both.")
+        raise ValueError("The state holds no Pages that would say num_pages and page_size: pass both.")
     num_pages = min(held)[0] if num_pages is None else num_pages
     page_size = held[0][1] if page_size is None else page_size
     for pages, size in held:
@@ -239,7 +248,7 @@ def _pool_size(state: eqx.nn.State, num_pages: int | None, page_size: int | None
 
 
 def _num_pages(pages: Pages) -> int:
-    """Pages of one layer, also where the layers' pages are stacked on leading axes."""
+    """How many pages one layer has, also where the pages of layers are stacked on leading axes."""
     shape = pages.layout.array_shapes(-1)[0]
     return pages.arrays[0].shape[pages.arrays[0].ndim - len(shape) + shape.index(-1)]
 
@@ -255,7 +264,7 @@ def _requests(prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[i
     for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         ids = tuple(int(token) for token in prompt)
         if not ids:
-            raise ValueError(f"prompts[{index}] is empty: a token is drawn after at least one; begin it with a bos.")
+            raise ValueError(f"prompts[{index}] is empty, so no token can follow it: begin it with a bos token.")
         if limit < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {limit} for prompts[{index}].")
         requests.append(Request(index, ids, int(limit), list(ids)))

@@ -1,4 +1,4 @@
-"""`PagedAttention`: a whole attention layer, with projections, rotary embedding and a paged cache as Equinox state."""
+"""`PagedAttention`: an attention layer with projections, rotary embedding, and pages in Equinox state."""
 
 from typing import Any
 
@@ -15,14 +15,15 @@ from .rotary import Rotary
 
 
 class PagedAttention(eqx.Module):
-    """Self-attention that remembers its keys and values in pages; for models that have ``eqx.nn.MultiheadAttention``.
+    """Self-attention that keeps its keys and values in pages, in place of ``eqx.nn.MultiheadAttention``.
 
-    ``y, state = layer(x, batch, state)`` serves; ``layer.dense(x)`` is the same function of the same parameters for
-    training, without a cache; ``layer.attend_pages`` is the pure core for ``jax.lax.scan`` over stacked layers.
+    * ``y, state = layer(x, batch, state)`` serves, from pages in the state.
+    * ``layer.dense(x)`` trains: the same function of the same parameters, without pages.
+    * ``layer.attend_pages(x, pages, batch)`` serves with pages passed and returned, for ``jax.lax.scan`` over layers.
 
-    Projections are named as in ``eqx.nn.MultiheadAttention``: ``query_proj``, ``key_proj``, ``value_proj``,
-    ``output_proj``. Where the spec has sinks the layer owns them, as ``sinks`` float32[q_heads], learnt from 0.
-    With ``qk_norm``, queries and keys are RMS-normalised a head before the rotary embedding (Qwen 3,
+    Projections have the names of ``eqx.nn.MultiheadAttention``: ``query_proj``, ``key_proj``, ``value_proj``,
+    ``output_proj``. Where the spec has sinks the layer owns them: ``sinks`` float32[q_heads], learnt from 0. With
+    ``qk_norm`` the queries and keys of each head are RMS-normalised before the rotary embedding (Qwen 3,
     arXiv:2505.09388; Gemma 3, arXiv:2503.19786).
 
     >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=16)
@@ -67,15 +68,17 @@ class PagedAttention(eqx.Module):
     ):
         """**Arguments:**
 
-        - `spec`: what the attention means; its heads and head_dim size the projections.
-        - `layout`, `num_pages`: the cache's pages. `layout.dtype` may differ from `dtype`.
+        - `spec`: what the attention means. Its heads and head_dim size the projections.
+        - `layout`: how the pages lie in memory. Its dtype may differ from the parameters'.
+        - `num_pages`: how many pages the state holds.
         - `embed_dim`: features of a token, in and out.
         - `rotary`: a `Rotary` of the spec's head_dim, or None for no position embedding.
-        - `qk_norm`, `qk_norm_eps`: RMS-normalise queries and keys a head, with learnt weights.
-        - `use_query_bias`, `use_key_bias`, `use_value_bias`, `use_output_bias`: biases of the projections.
-        - `target`, `schedule`, `check`: as for `PagedCache`.
-        - `dtype`: of the parameters.
-        - `key`: a PRNG key for the parameters. (Keyword only argument.)
+        - `qk_norm`: whether the queries and keys of each head are RMS-normalised, with learnt weights.
+        - `qk_norm_eps`: what the norm adds to the mean square before it takes the root.
+        - `use_query_bias`, `use_key_bias`, `use_value_bias`, `use_output_bias`: whether that projection has a bias.
+        - `target`, `schedule`, `check`: see `PagedCache`; ``check`` is True by default.
+        - `dtype`: dtype of the parameters.
+        - `key`: a PRNG key, from which the parameters are drawn.
 
         Raises ``ValueError`` where the rotary embedding, the layout and the spec do not fit together.
         """
@@ -110,33 +113,50 @@ class PagedAttention(eqx.Module):
     def __call__(
         self, x: Float[Array, "tokens embed_dim"], batch: RaggedBatch, state: eqx.nn.State
     ) -> tuple[Float[Array, "tokens embed_dim"], eqx.nn.State]:
-        """Attend with the rows of a batch, after adding their keys and values to the cache.
+        """Add the keys and values of a step's rows to the pages, then attend.
 
-        Row ``i`` of a sequence with ``n`` rows has the position ``lengths - n + i``, for the mask and the rotary
-        embedding alike. Rows of no sequence, and those that see no key, come out as the output projection of 0.
+        Row ``i`` of a sequence with ``n`` rows has the position ``lengths - n + i``, for the mask and for the rotary
+        embedding.
+
+        **Arguments:**
+
+        - `x`: features of this step's tokens, one row per token of the batch.
+        - `batch`: whose rows these are, and where the tokens of their sequences lie.
+        - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
+
+        **Returns:** the output, and the new state. A row of no sequence and a row that sees no key give what the output
+        projection makes of 0.
+
+        Raises ``ValueError`` unless ``x`` is [tokens, embed_dim], and with ``check`` for values of the batch.
         """
-        y, pages = self.attend_pages(x, batch, state.get(self.cache.index))
+        y, pages = self.attend_pages(x, state.get(self.cache.index), batch)
         return y, state.set(self.cache.index, pages)
 
     def attend_pages(
-        self, x: Float[Array, "tokens embed_dim"], batch: RaggedBatch, pages: Pages
+        self, x: Float[Array, "tokens embed_dim"], pages: Pages, batch: RaggedBatch
     ) -> tuple[Float[Array, "tokens embed_dim"], Pages]:
-        """The pure core of a call: the pages passed and returned instead of state.
+        """A call with pages passed and returned instead of state.
 
-        Layers that are built together by ``eqx.filter_vmap`` have their parameters and, in the state, their pages
-        stacked on a leading axis; ``jax.lax.scan`` over both runs them one after the other.
+        Layers that ``eqx.filter_vmap`` builds together have their parameters stacked on a leading axis, and in the
+        state their pages. ``jax.lax.scan`` over both runs the layers one after the other.
         """
         self._require_features(x, "[tokens, embed_dim]", 2)
         tokens = x.shape[0]
         _, positions, _ = Sequences.of(batch, tokens, self.layout.page_size).positions(tokens)
         q, k, v = self._project(x, positions)
-        out, pages = self.cache.attend_pages(q, k, v, batch, pages, self.sinks)
+        out, pages = self.cache.attend_pages(q, k, v, pages, batch, self.sinks)
         return jax.vmap(self.output_proj)(out.reshape(tokens, -1)), pages
 
     def dense(self, x: Float[Array, "batch tokens embed_dim"]) -> Float[Array, "batch tokens embed_dim"]:
-        """The training-time twin: whole sequences at positions ``0 .. tokens - 1``, no cache, differentiable.
+        """Attend over whole sequences without pages, for training: differentiable.
 
-        Equals serving the same tokens, up to rounding and to what the pages' dtype rounds of keys and values.
+        Equals serving the same tokens, up to rounding and up to what the pages' dtype rounds of keys and values.
+
+        **Arguments:**
+
+        - `x`: features of whole sequences, whose tokens are at positions ``0 .. tokens - 1``.
+
+        **Returns:** the output, in the shape of ``x``. Raises ``ValueError`` unless ``x`` is [batch, tokens, embed_dim].
         """
         self._require_features(x, "[batch, tokens, embed_dim]", 3)
         positions = jnp.arange(x.shape[1])

@@ -1,4 +1,4 @@
-"""`PagedCache`: attention over a cache of its own, without projections; the cache lives in Equinox state."""
+"""`PagedCache`: attention with pages of its own, without projections; the pages live in Equinox state."""
 
 import equinox as eqx
 from jaxtyping import Array, Float
@@ -8,15 +8,10 @@ from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
 
 
 class PagedCache(eqx.Module):
-    """A lowered attention with its pages, for models that make queries, keys and values themselves.
+    """A lowered attention together with its pages, for models that compute queries, keys and values themselves.
 
-    ``PagedCache(spec, layout, num_pages, *, target="auto", schedule=None, check=True)``. The pages are held behind an
-    ``eqx.nn.StateIndex``: build the model with ``eqx.nn.make_with_state``, and thread the state through.
-
-    With ``check``, the default, every call checks the values of its batch as `paged.check` does: at once with concrete
-    arrays, through a host callback under ``jax.jit``. A batch that `paged.check` has already passed, for a mask that
-    sees at least as much, is not checked again: in a model of many layers, check once before the first. Raises what
-    `paged.lower` raises.
+    The pages are behind an ``eqx.nn.StateIndex``: build the model with ``eqx.nn.make_with_state``, and pass the state
+    through every call.
 
     >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
     >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
@@ -41,6 +36,20 @@ class PagedCache(eqx.Module):
         schedule: Schedule | None = None,
         check: bool = True,
     ):
+        """**Arguments:**
+
+        - `spec`: what the attention means.
+        - `layout`: how the pages lie in memory.
+        - `num_pages`: how many pages the state holds, zeroed at first.
+        - `target`, `schedule`: see `paged.lower`.
+        - `check`: whether every call checks the values of its batch with `paged.check`: at once for concrete arrays,
+          through a host callback under ``jax.jit``. True by default in the runtime, where a wrong table is a bug of
+          the server, and False in `paged.lower`, whose programs call no host unless asked to. A batch that
+          `paged.check` has passed already, for a mask that sees at least as much, is not checked again: a model of
+          many layers checks once, before the first.
+
+        Raises what `paged.lower` raises, and ``ValueError`` for ``num_pages`` below 1.
+        """
         self.attend = lower(spec, layout, target, schedule=schedule, check=check)
         self.index = eqx.nn.StateIndex(layout.init(num_pages))
 
@@ -53,11 +62,20 @@ class PagedCache(eqx.Module):
         state: eqx.nn.State,
         sinks: Float[Array, " q_heads"] | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], eqx.nn.State]:
-        """Write this step's keys and values, then attend; ``out`` in ``q``'s dtype, 0 in empty rows.
+        """Write this step's keys and values into the pages, then attend.
 
-        The pages are updated in place under a jit to which the state is donated.
+        **Arguments:**
+
+        - `q`, `k`, `v`: this step's queries, keys and values, one row per token of the batch.
+        - `batch`: whose rows these are, and where the tokens of their sequences lie.
+        - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
+        - `sinks`: logits of the sinks, given exactly when the spec has them.
+
+        **Returns:** the output in ``q``'s dtype, 0 in empty rows and in rows of no sequence, and the new state.
+
+        Raises ``ValueError`` or ``TypeError`` for shapes and dtypes that do not fit, and with ``check`` for values.
         """
-        out, pages = self.attend_pages(q, k, v, batch, state.get(self.index), sinks)
+        out, pages = self.attend_pages(q, k, v, state.get(self.index), batch, sinks)
         return out, state.set(self.index, pages)
 
     def attend_pages(
@@ -65,9 +83,12 @@ class PagedCache(eqx.Module):
         q: Float[Array, "tokens q_heads head_dim"],
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
-        batch: RaggedBatch,
         pages: Pages,
+        batch: RaggedBatch,
         sinks: Float[Array, " q_heads"] | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
-        """The functional core: the same with the pages passed and returned, for ``jax.lax.scan`` over layers."""
+        """A call with pages passed and returned instead of state, for ``jax.lax.scan`` over layers.
+
+        The same as ``cache.attend.update``, argument for argument.
+        """
         return self.attend.update(q, k, v, pages, batch, sinks)

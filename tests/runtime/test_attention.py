@@ -108,12 +108,12 @@ def test_scan_over_stacked_layers_equals_a_loop():
     @jax.jit
     def scanned(x, parameters, pages):
         def body(x, layer):
-            y, pages = eqx.combine(layer[0], static).attend_pages(x, batch, layer[1])
+            y, pages = eqx.combine(layer[0], static).attend_pages(x, layer[1], batch)
             return x + y, pages
 
         return jax.lax.scan(body, x, (parameters, pages))
 
-    step_pages = eqx.filter_jit(lambda layer, x, pages: layer.attend_pages(x, batch, pages))
+    step_pages = eqx.filter_jit(lambda layer, x, pages: layer.attend_pages(x, pages, batch))
     y, new_pages = scanned(x, parameters, pages)
     for i in range(3):
         layer = eqx.combine(jax.tree.map(lambda leaf, i=i: leaf[i], parameters), static)
@@ -143,7 +143,7 @@ def test_dense_and_paged_gradients_agree():
     layer, state = build(LOCAL)
     x, batch, pages = tokens(6), paged.RaggedBatch.prefill(6, [2, 0], 6), state.get(layer.cache.index)
     batch = paged.check(batch, pages, 6, LOCAL)
-    losses = (lambda m: jnp.sum(m.attend_pages(x, batch, pages)[0] ** 2), lambda m: jnp.sum(m.dense(x[None]) ** 2))
+    losses = (lambda m: jnp.sum(m.attend_pages(x, pages, batch)[0] ** 2), lambda m: jnp.sum(m.dense(x[None]) ** 2))
     served, dense = (eqx.filter_jit(eqx.filter_grad(loss))(layer) for loss in losses)
     chex.assert_trees_all_close(
         eqx.filter(served, eqx.is_inexact_array), eqx.filter(dense, eqx.is_inexact_array), rtol=1e-3, atol=1e-2
@@ -203,7 +203,7 @@ def test_rotary_scaling_and_bfloat16_pages_serve():
         (lambda: build(LOCAL.replace(head_dim=16)), "rotary.head_dim must equal spec.head_dim = 16; got 8"),
         (lambda: build(LOCAL)[0].dense(jnp.ones((3, EMBED))), r"x must be \[batch, tokens, embed_dim\].*got \(3, 16\)"),
         (
-            lambda: build(LOCAL)[0].attend_pages(jnp.ones((3, 7)), paged.RaggedBatch.decode([1] * 3, [[0]] * 3), None),
+            lambda: build(LOCAL)[0].attend_pages(jnp.ones((3, 7)), None, paged.RaggedBatch.decode([1] * 3, [[0]] * 3)),
             r"x must be \[tokens, embed_dim\] with embed_dim = 16; got \(3, 7\)",
         ),
     ],

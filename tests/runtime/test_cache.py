@@ -38,7 +38,7 @@ def test_functional_core_is_the_call():
     cache, state = make()
     q, k, v = arrays(5)
     batch = paged.RaggedBatch.prefill(5, [1, 3], 5)
-    out, pages = cache.attend_pages(q, k, v, batch, state.get(cache.index))
+    out, pages = cache.attend_pages(q, k, v, state.get(cache.index), batch)
     expected, state = cache(q, k, v, batch, state)
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(pages.arrays[0], state.get(cache.index).arrays[0])
@@ -80,12 +80,12 @@ def test_a_checked_batch_is_not_checked_again_under_jit():
     batch = paged.RaggedBatch.prefill(5, [1, 3], 5)
 
     def text(batch):
-        return str(jax.make_jaxpr(lambda q: cache.attend_pages(q, k, v, batch, state.get(cache.index))[0])(q))
+        return str(jax.make_jaxpr(lambda q: cache.attend_pages(q, k, v, state.get(cache.index), batch)[0])(q))
 
     everything = SPEC.replace(causal=False, window=None)
     checked = paged.check(batch, state.get(cache.index), 5, everything)
     lowered = [
-        jax.jit(cache.attend_pages).lower(q, k, v, b, state.get(cache.index)).as_text() for b in (batch, checked)
+        jax.jit(cache.attend_pages).lower(q, k, v, state.get(cache.index), b).as_text() for b in (batch, checked)
     ]
     assert ["callback" in program for program in lowered] == [True, False]
 

@@ -167,7 +167,7 @@ def test_stacked_layers_under_scan_serve():
             parameters, static = eqx.partition(self.layers, eqx.is_array)
 
             def body(x, layer):
-                y, pages = eqx.combine(layer[0], static).attend_pages(x, batch, layer[1])
+                y, pages = eqx.combine(layer[0], static).attend_pages(x, layer[1], batch)
                 return x + y, pages
 
             index = self.layers.cache.index

@@ -1,7 +1,7 @@
 """`Scheduler`: order of admission, who is preempted, and what its request and slots then are."""
 
 from paged.runtime import PagePool
-from paged.runtime.scheduler import Request, Scheduler
+from paged.runtime._scheduler import Request, Scheduler
 
 
 def build(lengths, num_pages=6, num_slots=3):

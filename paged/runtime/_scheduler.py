@@ -1,0 +1,136 @@
+"""The host's side of `generate`: which sequence waits, prefills or decodes, who gets pages and who gives them up."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from paged.spec import RaggedBatch
+
+from .pool import PagePool
+
+# The operations of a pool, each compiled once for the pool's shapes.
+_reserve = eqx.filter_jit(PagePool.reserve)
+_extend = eqx.filter_jit(PagePool.extend)
+_release = eqx.filter_jit(PagePool.release)
+_prefill_batch = eqx.filter_jit(PagePool.prefill_batch)
+_decode_batch = eqx.filter_jit(PagePool.decode_batch)
+
+
+@dataclasses.dataclass
+class Request:
+    """One prompt on its way through the server.
+
+    * ``index``: the prompt's place among those of the call.
+    * ``prompt``: its token ids.
+    * ``max_new_tokens``: the most tokens to draw.
+    * ``known``: the prompt and every token drawn so far.
+    * ``cached``: how many of the known tokens have their keys and values in pages.
+    * ``preemptions``: how often the sequence gave up its pages.
+
+    A running sequence that lacks one known token decodes: that token is its row, and the next token its result. A
+    sequence that lacks more than one prefills.
+    """
+
+    index: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    known: list[int]
+    cached: int = 0
+    preemptions: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        """How many tokens have been drawn."""
+        return len(self.known) - len(self.prompt)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but the last known token are cached."""
+        return len(self.known) - self.cached == 1
+
+
+class Scheduler:
+    """Requests, sequence slots and the page pool. It decides what the next step is, and runs nothing.
+
+    Requests are admitted in order, each when a slot is free and the pool has pages for all of its known tokens. When
+    the pool has no pages for a decode step, the sequence that was admitted last is preempted: it gives back its pages
+    and waits at the head of the queue, to be prefilled again with the tokens drawn so far. So the oldest sequence
+    always advances, and a request that fits an empty pool always finishes.
+    """
+
+    def __init__(self, pool: PagePool, requests: Sequence[Request]):
+        self.pool = pool
+        self.waiting = collections.deque(requests)
+        self.running: dict[int, Request] = {}  # by slot, in order of admission
+
+    def admit(self) -> None:
+        """Start waiting requests, in order, until one does not fit."""
+        while self.waiting and len(self.running) < self.pool.num_slots:
+            slot = next(s for s in range(self.pool.num_slots) if s not in self.running)
+            pool, ok = _reserve(self.pool, self._per_slot({slot: len(self.waiting[0].known)}))
+            if not ok[slot]:
+                return
+            self.pool = pool
+            self.running[slot] = self.waiting.popleft()
+
+    def next_prefill(self) -> int | None:
+        """The slot of the oldest sequence that lacks more than one token, or None."""
+        return next((slot for slot, request in self.running.items() if not request.is_decoding), None)
+
+    def decoding(self) -> list[int]:
+        """The slots of all sequences that lack one token, in order of admission."""
+        return [slot for slot, request in self.running.items() if request.is_decoding]
+
+    def extend_prefill(self, slot: int, tokens: int) -> None:
+        """Count the next ``tokens`` of a slot as cached. Their pages were reserved at admission."""
+        self.pool, _ = _extend(self.pool, self._per_slot({slot: tokens}))
+        self.running[slot].cached += tokens
+
+    def extend_decoding(self) -> list[int]:
+        """Make room for one more token in every decoding sequence, preempting the newest until there is room.
+
+        Returns the slots of the sequences that go on, in order of admission.
+        """
+        while slots := self.decoding():
+            pool, ok = _extend(self.pool, self._per_slot(dict.fromkeys(slots, 1)))
+            if np.asarray(ok)[slots].all():
+                self.pool = pool
+                for slot in slots:
+                    self.running[slot].cached += 1
+                return slots
+            self._preempt_newest()
+        return []
+
+    def prefill_batch(self, slot: int, rows: int) -> RaggedBatch:
+        """A step of the last ``rows`` cached tokens of a slot."""
+        # As arrays: Python ints would be static, and every slot and every length would compile a program.
+        return _prefill_batch(self.pool, jnp.asarray(slot), jnp.asarray(rows))
+
+    def decode_batch(self, slots: Sequence[int]) -> RaggedBatch:
+        """A step of one row for every slot, of which those in ``slots`` are live."""
+        return _decode_batch(self.pool, self._is_in(slots))
+
+    def release(self, slots: Sequence[int]) -> None:
+        """The sequences in these slots are done: free their pages and slots."""
+        self.pool = _release(self.pool, self._is_in(slots))
+        for slot in slots:
+            del self.running[slot]
+
+    def _preempt_newest(self) -> None:
+        slot, request = next(reversed(self.running.items()))
+        self.release([slot])
+        request.cached = 0
+        request.preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _per_slot(self, counts: dict[int, int]) -> Int[Array, " seqs"]:
+        """Counts for some slots, 0 for the others."""
+        return jnp.asarray([counts.get(slot, 0) for slot in range(self.pool.num_slots)], jnp.int32)
+
+    def _is_in(self, slots: Sequence[int]) -> Bool[Array, " seqs"]:
+        return jnp.asarray(np.isin(np.arange(self.pool.num_slots), list(slots)))
