@@ -231,7 +231,7 @@ def _require_key(sampler: Sampler, key: PRNGKeyArray | None) -> PRNGKeyArray:
 
 
 def _pool_size(state: eqx.nn.State, num_pages: int | None, page_size: int | None) -> tuple[int, int]:
-    """The pool's number of pages and page size. All `Pages` in the state must hold them: else writes would be dropped."""
+    """The pool's number of pages and page size. All `Pages` in the state must have them: else writes are dropped."""
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages))
     held = [(_num_pages(x), x.layout.page_size) for x in leaves if isinstance(x, Pages)]
     if not held and (num_pages is None or page_size is None):

@@ -156,7 +156,9 @@ class PagedAttention(eqx.Module):
 
         - `x`: features of whole sequences, whose tokens are at positions ``0 .. tokens - 1``.
 
-        **Returns:** the output, in the shape of ``x``. Raises ``ValueError`` unless ``x`` is [batch, tokens, embed_dim].
+        **Returns:** the output, in the shape of ``x``.
+
+        Raises ``ValueError`` unless ``x`` is [batch, tokens, embed_dim].
         """
         self._require_features(x, "[batch, tokens, embed_dim]", 3)
         positions = jnp.arange(x.shape[1])

@@ -1,4 +1,4 @@
-"""`PagePool`: which pages are free, and which sequence slot holds which; pure state of fixed shapes."""
+"""`PagePool`: which pages are free, and which sequence slot holds which; arrays of fixed shapes."""
 
 from typing import Any
 
@@ -12,16 +12,17 @@ from paged.spec import RaggedBatch, register_module
 
 
 class PagePool(eqx.Module):
-    """The book-keeping of ``N`` pages shared by ``S`` sequence slots. It holds integers only; tokens live in `Pages`.
+    """Book-keeping of the pages that sequence slots share: integers only, the tokens themselves live in `Pages`.
 
-    * ``ref_counts`` i32[N]: users of each page, 0 for a free one. They alone say what is free.
-    * ``block_tables`` i32[S, pages_per_seq]: the pages of each slot in token order, -1 past them.
-    * ``lengths`` i32[S]: tokens of each slot; 0 for an empty one.
-    * ``page_size``, static: tokens in a page.
+    * ``ref_counts`` i32[pages]: how many slots hold each page. A page is free where its count is 0, and only free pages
+      are handed out. Counts are 0 or 1 as yet: no operation gives a page a second holder.
+    * ``block_tables`` i32[seqs, pages_per_seq]: the pages of each slot in token order, -1 past them.
+    * ``lengths`` i32[seqs]: how many tokens each slot has; 0 for an empty slot.
+    * ``page_size``, static: tokens per page.
 
-    Every operation is a pure function that works on all slots at once, traces once under ``jax.jit`` and returns a new
-    pool. Running out of pages is a result to branch on: a slot that cannot be served fully is left exactly as it was,
-    and its ``ok`` is False. A page is handed out only while its count is 0, so no two slots ever write to one.
+    Every operation is a pure function that works on all slots at once and returns a new pool. It is traced once under
+    ``jax.jit``, whatever the values. Running out of pages raises nothing: a slot that cannot have all that was asked
+    for stays as it was, and its entry of ``ok`` is False, to branch on.
 
     >>> pool = PagePool.init(num_pages=4, num_slots=2, pages_per_seq=3, page_size=2)
     >>> pool, ok = pool.extend(jnp.array([5, 3]))
@@ -41,8 +42,15 @@ class PagePool(eqx.Module):
     def init(cls, num_pages: int, num_slots: int, pages_per_seq: int, page_size: int) -> "PagePool":
         """A pool in which every page is free and every slot empty.
 
-        Raises ``TypeError`` or ``ValueError`` unless all four are positive integers and a full table's tokens can be
-        counted in int32.
+        **Arguments:**
+
+        - `num_pages`: how many pages there are, as many as the `Pages` that the tables will be used with.
+        - `num_slots`: how many sequences may run at once.
+        - `pages_per_seq`: the most pages of one sequence; the width of the tables.
+        - `page_size`: tokens per page.
+
+        Raises ``TypeError`` or ``ValueError`` unless all four are positive integers, and a full table has no more
+        tokens than int32 can count.
         """
         sizes = {"num_pages": num_pages, "num_slots": num_slots, "pages_per_seq": pages_per_seq, "page_size": page_size}
         for name, value in sizes.items():
@@ -89,16 +97,26 @@ class PagePool(eqx.Module):
 
     @property
     def pages_in_use(self) -> Int[Array, ""]:
-        """How many pages are not free, i32[]; a page with several users counts once."""
+        """How many pages are not free, i32[]."""
         return self.num_pages - self.num_free
 
     def reserve(self, tokens: Int[Array, " seqs"]) -> tuple["PagePool", Bool[Array, " seqs"]]:
-        """Make sure that each slot has pages for at least ``tokens[s]`` tokens in all; lengths stay as they are.
+        """Give slots free pages, until each has room for a number of tokens. Lengths stay as they are.
 
-        Slots are served in order, each fully or not at all; one that does not fit does not stop the next.
-        ``ok[s]`` is False, and the slot unchanged, where too few pages are free, and where ``tokens[s]`` is negative or
-        more than `capacity`. Asking for what a slot already has costs nothing and is always ok.
+        Slots are served in order. A slot that does not fit does not stop the next one.
+
+        **Arguments:**
+
+        - `tokens`: for how many tokens in all each slot shall have pages. A slot that has them already is ok.
+
+        **Returns:** the new pool, and ``ok`` bool[seqs]. Where too few pages are free, or ``tokens[s]`` is negative or
+        above `capacity`, ``ok[s]`` is False and the slot unchanged.
+
         Raises ``ValueError`` or ``TypeError`` unless ``tokens`` is int32[seqs].
+
+        >>> pool, ok = PagePool.init(4, num_slots=2, pages_per_seq=3, page_size=2).reserve(jnp.array([5, 3]))
+        >>> ok.tolist(), pool.block_tables.tolist(), pool.lengths.tolist()
+        ([True, False], [[0, 1, 2], [-1, -1, -1]], [0, 0])
         """
         tokens = self._per_slot("tokens", tokens, jnp.integer)
         fits = (tokens >= 0) & (tokens <= self.capacity)
@@ -108,10 +126,15 @@ class PagePool(eqx.Module):
         return self._take(held, jnp.where(ok, needed, held), first), ok
 
     def extend(self, tokens: Int[Array, " seqs"]) -> tuple["PagePool", Bool[Array, " seqs"]]:
-        """`reserve` room for ``tokens[s]`` more tokens in each slot and, where that is ok, add them to its length.
+        """Add tokens to slots: `reserve` pages for them and, where that is ok, count them in the lengths.
 
-        The new lengths are what a batch wants: they count the tokens that this step is about to write. Zero tokens are
-        always ok; a negative number never is.
+        A step that writes these tokens needs its batch to be made after this, since a batch's lengths count them.
+
+        **Arguments:**
+
+        - `tokens`: how many tokens to add to each slot. 0 is always ok, a negative number never.
+
+        **Returns:** the new pool and ``ok`` bool[seqs], and raises, as `reserve` does.
         """
         tokens = self._per_slot("tokens", tokens, jnp.integer)
         # Compared before the addition, which could overflow; -1 is what reserve refuses.
@@ -121,10 +144,16 @@ class PagePool(eqx.Module):
         return pool._replace_lengths(jnp.where(ok, total, self.lengths)), ok
 
     def release(self, is_released: Bool[Array, " seqs"]) -> "PagePool":
-        """Give back the pages of the slots where ``is_released``: each loses one user and is free without any.
+        """Empty some slots: their pages have one holder less, and are free without any.
 
-        Those slots become empty, their tables all -1, so that nothing points to a page that it does not hold, and
-        releasing them again does nothing. Raises ``ValueError`` or ``TypeError`` unless ``is_released`` is bool[seqs].
+        Their tables become -1, so that nothing leads to a page that the slot no longer holds. Releasing an empty slot
+        does nothing.
+
+        **Arguments:**
+
+        - `is_released`: which slots.
+
+        **Returns:** the new pool. Raises ``ValueError`` or ``TypeError`` unless ``is_released`` is bool[seqs].
         """
         is_released = self._per_slot("is_released", is_released, jnp.bool_)[:, None]
         given_back = jnp.where(is_released & (self.block_tables >= 0), self.block_tables, self.num_pages)
@@ -136,9 +165,14 @@ class PagePool(eqx.Module):
         )
 
     def ragged_batch(self, query_rows: Int[Array, " seqs"]) -> RaggedBatch:
-        """A step in which slot ``s`` has the last ``query_rows[s]`` of its tokens as rows, packed in slot order.
+        """A step in which every slot has some query rows, packed in slot order.
 
-        Slots with 0 rows take no part. Rows of the step past the last slot's are padding: they are 0 and write nothing.
+        **Arguments:**
+
+        - `query_rows`: how many rows each slot has, its last tokens. A slot with 0 rows takes no part.
+
+        **Returns:** the batch. A step may have more rows than these: such rows give 0 and write nothing. Raises
+        ``ValueError`` or ``TypeError`` unless ``query_rows`` is int32[seqs].
 
         >>> pool, _ = PagePool.init(4, num_slots=3, pages_per_seq=2, page_size=2).extend(jnp.array([3, 0, 1]))
         >>> pool.ragged_batch(jnp.array([2, 0, 1])).query_starts.tolist()
@@ -149,9 +183,14 @@ class PagePool(eqx.Module):
         return RaggedBatch(self.lengths, self.block_tables, starts)
 
     def decode_batch(self, is_decoding: Bool[Array, " seqs"] | None = None) -> RaggedBatch:
-        """A step with one row for every slot, its last token. Row ``s`` is slot ``s``, so live slots may lie anywhere.
+        """A step in which row ``s`` is the last token of slot ``s``.
 
-        Empty slots, and those not ``is_decoding``, get length 0: their rows are 0 and write nothing.
+        **Arguments:**
+
+        - `is_decoding`: which slots take part; None for all.
+
+        **Returns:** the batch. Empty slots and slots that take no part have length 0: their rows give 0 and write
+        nothing. Raises ``ValueError`` or ``TypeError`` unless ``is_decoding`` is bool[seqs].
 
         >>> pool, _ = PagePool.init(4, num_slots=3, pages_per_seq=2, page_size=2).extend(jnp.array([3, 0, 1]))
         >>> pool.decode_batch(jnp.array([False, True, True])).lengths.tolist()
@@ -163,9 +202,15 @@ class PagePool(eqx.Module):
         return RaggedBatch.decode(lengths, self.block_tables)
 
     def prefill_batch(self, slot: Int[Array, ""] | int, query_rows: Int[Array, ""] | int) -> RaggedBatch:
-        """A step of one sequence: the last ``query_rows`` tokens of ``slot``, which may both be traced.
+        """A step of one sequence.
 
-        Rows of the step past ``query_rows`` are padding, so one compiled step takes every chunk up to its size.
+        **Arguments:**
+
+        - `slot`: the sequence's slot; may be traced.
+        - `query_rows`: how many of its last tokens are rows; may be traced.
+
+        **Returns:** a batch of one slot. A step may have more rows than ``query_rows``: such rows give 0 and write
+        nothing, so that one compiled step serves every chunk up to its size.
 
         >>> pool, _ = PagePool.init(4, num_slots=2, pages_per_seq=2, page_size=2).extend(jnp.array([0, 3]))
         >>> batch = pool.prefill_batch(slot=1, query_rows=2)
@@ -176,7 +221,7 @@ class PagePool(eqx.Module):
         return RaggedBatch(self.lengths[slot][None], self.block_tables[slot][None], starts)
 
     def _take(self, held: Array, wanted: Array, first: Array) -> "PagePool":
-        """Fill table entries ``held[s] .. wanted[s] - 1`` with free pages, from number ``first[s]`` of them onward."""
+        """Fill table entries ``held[s] .. wanted[s] - 1`` with free pages, from number ``first[s]`` of those on."""
         free = jnp.nonzero(self.ref_counts == 0, size=self.num_pages, fill_value=self.num_pages)[0].astype(jnp.int32)
         entry = jnp.arange(self.pages_per_seq)
         is_new = (entry >= held[:, None]) & (entry < wanted[:, None])
@@ -193,7 +238,7 @@ class PagePool(eqx.Module):
         return PagePool(self.ref_counts, self.block_tables, lengths, self.page_size)
 
     def _per_slot(self, name: str, value: Any, kind: Any) -> Array:
-        """The argument as an array with one entry a slot. A wider one would be cut silently by a scatter."""
+        """The argument as an array, one entry per slot. A scatter would silently cut a wider one."""
         value = jnp.asarray(value)
         if value.shape != (self.num_slots,):
             raise ValueError(f"{name} must be [seqs] = [{self.num_slots}], one for each slot; got {value.shape}.")
@@ -206,7 +251,7 @@ class PagePool(eqx.Module):
 def _serve_in_order(
     extra: Int[Array, " seqs"], fits: Bool[Array, " seqs"], num_free: Int[Array, ""]
 ) -> tuple[Bool[Array, " seqs"], Int[Array, " seqs"]]:
-    """Which slots get their ``extra`` pages, in slot order, and the number of pages handed out before each."""
+    """Which slots get their ``extra`` pages, and how many pages are handed out before each slot's."""
 
     def serve(used, request):
         more, may = request

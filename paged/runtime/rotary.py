@@ -12,20 +12,11 @@ from .rotary_scaling import RotaryScaling, plain_frequencies
 
 
 class Rotary(eqx.Module):
-    """Rotary position embedding (Su et al., RoFormer, arXiv:2104.09864): pairs of a head's features are turned by an
-    angle proportional to the position, so that ``<q, k>`` depends on the distance only.
+    """Rotary position embedding (Su et al., RoFormer, arXiv:2104.09864).
 
-    ``Rotary(head_dim, theta=10000.0, *, rotary_dim=None, scaling=None, is_interleaved=False)``:
-
-    * ``theta``: the base; pair ``i`` of ``rotary_dim // 2`` turns ``theta ** (-2 i / rotary_dim)`` radians a position.
-    * ``rotary_dim``: how many of the first features are turned, the others pass unchanged; all by default.
-    * ``scaling``: a `RotaryScaling` for contexts longer than the trained one: `LinearScaling`, `NtkScaling`,
-      `Llama3Scaling`, `YarnScaling`.
-    * ``is_interleaved``: pair feature ``2 i`` with ``2 i + 1`` (the paper, GPT-J), and not ``i`` with
-      ``i + rotary_dim // 2`` (GPT-NeoX, Llama and most released weights), which is the default.
-
-    It has no parameters: everything is static, and two equal ones are one under ``jax.jit``. Raises ``ValueError`` or
-    ``TypeError`` for dimensions that cannot be paired.
+    Each pair of a head's features is turned by an angle proportional to the position, so that ``<q, k>`` depends on the
+    distance between query and key only. There are no parameters: all fields are static, and equal ones are the same
+    value under ``jax.jit``.
 
     >>> rotary = Rotary(head_dim=2)
     >>> east = jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]])
@@ -48,6 +39,19 @@ class Rotary(eqx.Module):
         scaling: RotaryScaling | None = None,
         is_interleaved: bool = False,
     ):
+        """**Arguments:**
+
+        - `head_dim`: features of a head.
+        - `theta`: the base. Pair ``i`` turns by ``theta ** (-2 i / rotary_dim)`` radians per position.
+        - `rotary_dim`: how many of the first features are turned, an even number. The others pass unchanged. None: all.
+        - `scaling`: a `RotaryScaling` for contexts longer than those of training (`LinearScaling`, `NtkScaling`,
+          `Llama3Scaling`, `YarnScaling`), or None.
+        - `is_interleaved`: True pairs feature ``2 i`` with ``2 i + 1`` (the paper, GPT-J). False pairs feature ``i``
+          with ``i + rotary_dim // 2`` (GPT-NeoX, Llama and most released weights).
+
+        Raises ``ValueError`` or ``TypeError`` for dimensions that cannot be paired, a ``theta`` that is not above 1,
+        and a ``scaling`` of another type.
+        """
         self.head_dim = head_dim
         self.theta = float(theta)
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
@@ -69,7 +73,7 @@ class Rotary(eqx.Module):
 
     @property
     def frequencies(self) -> np.ndarray:
-        """float64[rotary_dim // 2]: radians a position of each pair, scaling included."""
+        """float64[rotary_dim // 2]: radians per position of each pair, with the scaling."""
         if self.scaling is None:
             return plain_frequencies(self.theta, self.rotary_dim)
         return self.scaling.frequencies(self.theta, self.rotary_dim)
@@ -77,10 +81,16 @@ class Rotary(eqx.Module):
     def __call__(
         self, x: Float[Array, "tokens heads head_dim"], positions: Int[Array, " tokens"]
     ) -> Float[Array, "tokens heads head_dim"]:
-        """Turn each row of ``x`` to its absolute position. Angles in float32, output in ``x``'s dtype.
+        """Turn each row of queries or keys by its position.
 
-        A negative position, as rows without a token have, turns backwards and is harmless. Raises ``ValueError`` for
-        shapes that do not fit.
+        **Arguments:**
+
+        - `x`: queries or keys.
+        - `positions`: the absolute position of each row. A negative one, which rows of no sequence have, turns the
+          other way and does no harm.
+
+        **Returns:** the turned rows in ``x``'s dtype; angles are float32. Raises ``ValueError`` for shapes that do not
+        fit.
         """
         if x.ndim != 3 or x.shape[-1] != self.head_dim or positions.shape != x.shape[:1]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Rotary scalings: how a model trained on short contexts turns its frequencies for longer ones."""
+"""Rotary scalings: how the rotary frequencies of a model change for contexts longer than those of its training."""
 
 import abc
 import dataclasses
@@ -9,23 +9,31 @@ import numpy as np
 
 
 class RotaryScaling(abc.ABC):
-    """A change of the rotary frequencies, decided when traced: a frozen dataclass, hashable, in float64 numpy.
+    """A change of the rotary frequencies, computed in float64 when traced. A subclass is a frozen dataclass.
 
-    A new one has `frequencies`, and `magnitude` where it also scales the rotated vectors.
+    A subclass defines `frequencies`, and `magnitude` if it also scales the rotated vectors.
     """
 
     @abc.abstractmethod
     def frequencies(self, theta: float, rotary_dim: int) -> np.ndarray:
-        """float64[rotary_dim // 2]: radians a position, fastest first."""
+        """Radians per position of each pair, fastest first.
+
+        **Arguments:**
+
+        - `theta`: the base of the `Rotary`.
+        - `rotary_dim`: how many features are turned.
+
+        **Returns:** float64[rotary_dim // 2].
+        """
 
     @property
     def magnitude(self) -> float:
-        """What the rotated queries and keys are multiplied by, 1 for most."""
+        """The factor of rotated queries and keys; 1 unless a subclass says otherwise."""
         return 1.0
 
 
 def plain_frequencies(theta: float, rotary_dim: int) -> np.ndarray:
-    """float64[rotary_dim // 2]: ``theta ** (-2 i / rotary_dim)`` (RoFormer, arXiv:2104.09864, section 3.2.2).
+    """Unscaled frequencies float64[rotary_dim // 2]: ``theta ** (-2 i / rotary_dim)`` (arXiv:2104.09864, 3.2.2).
 
     >>> plain_frequencies(10000.0, 4).tolist()
     [1.0, 0.01]
@@ -35,7 +43,13 @@ def plain_frequencies(theta: float, rotary_dim: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling(RotaryScaling):
-    """Position interpolation: every position divided by ``factor`` (Chen et al., arXiv:2306.15595).
+    """Position interpolation: every position is divided by a factor (Chen et al., arXiv:2306.15595).
+
+    **Arguments:**
+
+    - `factor`: how many times longer contexts become, at least 1.
+
+    Raises ``ValueError`` for a factor below 1.
 
     >>> LinearScaling(4.0).frequencies(10000.0, 4).tolist()
     [0.25, 0.0025]
@@ -52,11 +66,21 @@ class LinearScaling(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class NtkScaling(RotaryScaling):
-    """NTK-aware scaling: a larger base, ``theta * factor ** (d / (d - 2))``, that divides the slowest frequency by
-    ``factor`` and leaves the fastest (arXiv:2309.00071, section 3.1).
+    """NTK-aware scaling: a larger base, ``theta * factor ** (d / (d - 2))`` (arXiv:2309.00071, section 3.1).
 
-    "Dynamic" NTK recomputes the factor from the length at hand. Keys in a cache are already rotated, so a base that
-    changes while a sequence grows would make them disagree: choose the length once, with `at_length`.
+    It divides the slowest frequency by ``factor`` and keeps the fastest.
+
+    "Dynamic" NTK computes the factor anew as a sequence grows. A cache holds keys that were rotated with an older base,
+    so the base must not change: choose the length once, with `at_length`.
+
+    **Arguments:**
+
+    - `factor`: how many times longer contexts become, at least 1.
+
+    Raises ``ValueError`` for a factor below 1.
+
+    >>> NtkScaling(4.0).frequencies(10000.0, 4).tolist()
+    [1.0, 0.0025]
     """
 
     factor: float
@@ -66,7 +90,15 @@ class NtkScaling(RotaryScaling):
 
     @classmethod
     def at_length(cls, factor: float, length: int, original_context: int) -> "NtkScaling":
-        """The dynamic rule at one length: ``factor * length / original_context - (factor - 1)``, and 1 within it.
+        """The factor of the dynamic rule for one length: ``factor * length / original_context - (factor - 1)``.
+
+        **Arguments:**
+
+        - `factor`: the factor of the dynamic rule.
+        - `length`: the longest context to serve.
+        - `original_context`: the context of training. A shorter ``length`` gives the factor 1.
+
+        **Returns:** the scaling.
 
         >>> NtkScaling.at_length(2.0, length=8192, original_context=4096)
         NtkScaling(factor=3.0)
@@ -75,17 +107,29 @@ class NtkScaling(RotaryScaling):
 
     def frequencies(self, theta, rotary_dim):
         if rotary_dim == 2:
-            return plain_frequencies(theta, rotary_dim)  # one frequency, the fastest, which stays
+            return plain_frequencies(theta, rotary_dim)  # the only pair is the fastest, which is kept
         return plain_frequencies(theta * self.factor ** (rotary_dim / (rotary_dim - 2)), rotary_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling(RotaryScaling):
-    """Llama 3.1's rule: long wavelengths are slowed by ``factor``, short ones kept, those between blended.
+    """Llama 3.1's rule: pairs of long wavelengths are slowed by a factor, short ones are kept, others are blended.
 
-    A wavelength is long above ``original_context / low_freq_factor`` tokens and short below
-    ``original_context / high_freq_factor``. Defaults are those of the released Llama 3.1 models
-    (Meta's reference code).
+    The defaults are those of the released Llama 3.1 models, and so is the rule (Meta's reference code).
+
+    **Arguments:**
+
+    - `factor`: how many times longer contexts become, at least 1.
+    - `low_freq_factor`: wavelengths above ``original_context / low_freq_factor`` tokens are long.
+    - `high_freq_factor`: wavelengths below ``original_context / high_freq_factor`` tokens are short.
+    - `original_context`: the context of training, in tokens.
+
+    Raises ``ValueError`` unless all are positive and finite, and ``high_freq_factor`` is the greater one.
+
+    >>> scaled = Llama3Scaling(factor=8.0, original_context=8192).frequencies(500000.0, 128)
+    >>> plain = Rotary(128, theta=500000.0).frequencies
+    >>> bool(scaled[0] == plain[0]), bool(np.isclose(scaled[-1], plain[-1] / 8))
+    (True, True)
     """
 
     factor: float = 8.0
@@ -112,13 +156,21 @@ class Llama3Scaling(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling(RotaryScaling):
-    """YaRN: interpolate the pairs that turn fewer than ``beta_slow`` times in the original context, keep those that
-    turn more than ``beta_fast`` times, and blend linearly in the pair's number (Peng et al., arXiv:2309.00071,
-    section 3.2).
+    """YaRN: pairs that turn often are kept, pairs that turn rarely are slowed by a factor, others are blended linearly
+    in the pair's number (Peng et al., arXiv:2309.00071, section 3.2).
 
-    The band's ends are pair numbers, rounded outward where ``is_rounded`` (the authors' code; gpt-oss does not round).
-    ``attention_factor`` multiplies rotated queries and keys each, so scores by its square; left out, it is the
-    paper's ``0.1 ln(factor) + 1`` (section 3.4).
+    **Arguments:**
+
+    - `factor`: how many times longer contexts become, at least 1.
+    - `original_context`: the context of training, in tokens.
+    - `beta_fast`: pairs that turn more than this often in the original context are kept.
+    - `beta_slow`: pairs that turn less than this often are slowed by ``factor``.
+    - `attention_factor`: multiplies rotated queries and rotated keys, so that scores grow by its square. None: the
+      paper's ``0.1 ln(factor) + 1`` (section 3.4).
+    - `is_rounded`: whether the blended band begins and ends at whole pair numbers, rounded outward. True in the
+      authors' code, False in gpt-oss.
+
+    Raises ``ValueError`` unless numbers are positive and finite, and ``beta_fast`` is greater than ``beta_slow``.
 
     >>> round(YarnScaling(factor=32.0, original_context=4096).magnitude, 4)
     1.3466
@@ -160,7 +212,7 @@ class YarnScaling(RotaryScaling):
         return slowed * plain / self.factor + (1 - slowed) * plain
 
     def _pair_that_turns(self, turns: float, theta: float, rotary_dim: int) -> float:
-        """The (fractional) number of the pair that turns this often in the original context."""
+        """The number of the pair that turns this often in the original context; a fraction between two pairs."""
         return rotary_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 

@@ -10,12 +10,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How a token is drawn from logits; hashable, so that a jitted step is compiled for it.
+    """How a token is drawn from logits. Hashable: a jitted step is compiled for its sampler.
 
-    In this order: ``logits / temperature``; the ``top_k`` largest; of those, with their probabilities adding up to 1
-    again, the fewest that reach the mass ``top_p``, largest first (nucleus sampling, arXiv:1904.09751); then one draw.
-    Equal logits rank by token id, lowest first. Temperature 0, the default, is the limit of ever smaller ones: the
-    largest logit, lowest id first. Raises ``ValueError`` or ``TypeError`` for values that mean nothing.
+    The rule, in this order: divide the logits by the temperature; keep the ``top_k`` largest; renormalise, and of the
+    tokens left keep the fewest, largest first, whose probabilities add up to ``top_p`` (nucleus sampling,
+    arXiv:1904.09751); draw one of them. Among equal logits the lower token id comes first.
+
+    **Arguments:**
+
+    - `temperature`: at least 0. At 0, the default, the token with the largest logit is taken: the limit of ever lower
+      temperatures.
+    - `top_k`: how many of the likeliest tokens may be drawn; None for all.
+    - `top_p`: the probability mass that may be drawn, in (0, 1]; None for all.
+
+    Raises ``ValueError`` or ``TypeError`` for values outside of these ranges.
 
     >>> Sampler(temperature=0.7, top_p=0.9).is_greedy, Sampler().is_greedy
     (False, True)
@@ -46,18 +54,24 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether it takes the likeliest token, without chance."""
+        """Whether the likeliest token is taken, without chance."""
         return self.temperature == 0 or self.top_k == 1
 
 
 def sample(
     logits: Float[Array, "*batch vocab"], sampler: Sampler, keys: PRNGKeyArray | None = None
 ) -> Int[Array, "*batch"]:
-    """One token id, int32, for each row of logits.
+    """Draw one token for each row of logits, in float32.
 
-    ``keys`` is one PRNG key a row, typed (``jax.random.key``), shape [*batch]; a row's draw depends on its own key and
-    logits only. A greedy sampler needs none. Computes in float32. Logits of ``-inf`` are never drawn while a row has a
-    finite one. Raises ``ValueError`` where keys are missing or of another shape.
+    **Arguments:**
+
+    - `logits`: any number of leading axes. A logit of ``-inf`` is never drawn while its row has a finite one.
+    - `sampler`: the rule.
+    - `keys`: a typed PRNG key (``jax.random.key``) per row. A row's draw depends on its own key and logits only. A
+      greedy sampler needs no keys.
+
+    **Returns:** token ids, int32. Raises ``ValueError`` for an empty vocabulary, and for keys that are missing, untyped
+    or of another shape.
 
     >>> logits = jnp.log(jnp.array([[0.1, 0.6, 0.3], [0.4, 0.4, 0.2]]))
     >>> sample(logits, Sampler()).tolist()
@@ -74,7 +88,7 @@ def sample(
     if keys is None or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != logits.shape[:-1]:
         got = "None" if keys is None else f"{keys.dtype} of shape {keys.shape}"
         raise ValueError(
-            f"keys must be one typed PRNG key a row, shape {logits.shape[:-1]}, because the sampler draws at random; "
+            f"keys must be one typed PRNG key per row, shape {logits.shape[:-1]}, because the sampler draws at random; "
             f"got {got}. Use jax.random.split(jax.random.key(seed), rows)."
         )
     vocab = logits.shape[-1]

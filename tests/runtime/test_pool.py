@@ -107,10 +107,7 @@ def test_any_program_equals_the_model(program):
         assert_invariants(pool)
 
 
-# Numbered 10: faults of others, as in `tests/test_field.py`.
-
-
-def test_10_running_out_of_pages_is_a_result_that_touches_no_slot():
+def test_running_out_of_pages_is_a_result_that_touches_no_slot():
     pool = PagePool.init(num_pages=3, num_slots=3, pages_per_seq=3, page_size=4)
     pool, ok = pool.extend(jnp.array([8, 5, 4]))
     assert ok.tolist() == [True, False, True] and int(pool.num_free) == 0
@@ -122,7 +119,7 @@ def test_10_running_out_of_pages_is_a_result_that_touches_no_slot():
     assert pool.block_tables.tolist() == [[-1, -1, -1], [0, 1, -1], [2, -1, -1]]
 
 
-def test_10_releasing_twice_frees_once():
+def test_releasing_twice_frees_once():
     pool, _ = PagePool.init(4, 2, 2, 2).extend(jnp.array([3, 1]))
     only_first = jnp.array([True, False])
     once = pool.release(only_first)
@@ -130,8 +127,8 @@ def test_10_releasing_twice_frees_once():
     assert once.ref_counts.min() == 0 and int(once.num_free) == 3
 
 
-def test_10_a_page_that_a_table_points_at_is_not_freed_and_a_shared_one_counts_once():
-    """What forks and shared prefixes will rest on."""
+def test_a_page_that_a_table_points_at_is_not_freed_and_a_shared_one_counts_once():
+    """No operation shares a page yet, but `release` counts holders for those that will."""
     pool, _ = PagePool.init(4, 2, 2, 2).extend(jnp.array([4, 0]))
     shared = PagePool(pool.ref_counts.at[0].add(1), pool.block_tables.at[1, 0].set(0), pool.lengths.at[1].set(2), 2)
     assert int(shared.pages_in_use) == 2

@@ -113,7 +113,7 @@ def test_one_trace_a_sampler():
         (
             lambda: sample(jnp.zeros((2, 3)), Sampler(temperature=1.0), jax.random.key(0)),
             ValueError,
-            r"one typed PRNG key a row, shape \(2,\)",
+            r"one typed PRNG key per row, shape \(2,\)",
         ),
         (lambda: sample(jnp.zeros((2, 0)), Sampler()), ValueError, r"got \(2, 0\)"),
     ],
