@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from paged.lower.tpu import CHIPS
+from paged.lower.tpu.references import Copies
 from tests.support import build, exact_state
 from tests.support.mutants import plant_method
 
@@ -56,6 +57,16 @@ def without_waiting(original):
             original(self, *args)
 
     return copy
+
+
+class _NeverAwaited(Copies):
+    def wait(self):
+        pass
+
+
+def never_awaited(original):
+    """A method that makes copies, which nobody waits for."""
+    return lambda self, *args, **kwargs: _NeverAwaited(original(self, *args, **kwargs).each)
 
 
 def page_too_few(original):

@@ -30,9 +30,9 @@ from .planting import (
     assert_sound,
     built_of,
     method,
+    never_awaited,
     nothing,
     page_too_few,
-    without_waiting,
 )
 
 _FULL = PLAIN.replace(causal=False)
@@ -95,9 +95,11 @@ def _none_empty(original):
 
 
 def _wrong_place(original):
-    return lambda self, refs, *args: original(
-        self, refs._replace(out_buffer=Elsewhere(refs.out_buffer, _next_item)), *args
-    )
+    def copies(self, refs, *args):
+        scratch = refs.scratch._replace(out=Elsewhere(refs.scratch.out, _next_item))
+        return original(self, refs._replace(scratch=scratch), *args)
+
+    return copies
 
 
 def _tail_lost(original):
@@ -119,12 +121,12 @@ def _parts_added_up(out, lse):
 BUGS = {
     "no wait for pages": (method(Transfers, "wait", nothing), "late", "nan"),
     "no wait for the last pages": (method(Transfers, "wait_for", nothing), "late", "nan"),
-    "no wait for queries": (method(Decode, "_copy_queries", without_waiting), "late", "nan"),
-    "no wait for results": (method(Decode, "_copy_results", without_waiting), "early", "race"),
+    "no wait for queries": (method(Decode, "_query_copies", never_awaited), "late", "nan"),
+    "no wait for results": (method(Decode, "_result_copies", never_awaited), "early", "race"),
     "one semaphore for all slots": (
         all_of(*(method(Transfers, name, _one_semaphore) for name in ("start", "wait"))), "late, one a block", "nan",
     ),
-    "results from the wrong place": (method(Decode, "_copy_results", _wrong_place), "late", "race"),
+    "results from the wrong place": (method(Decode, "_result_copies", _wrong_place), "late", "race"),
     "j <= length": (method(Decode, "_attend", _one_too_long), "late", "nan"),
     "values past the length not silenced": (method(Transfers, "silence", nothing), "late", "nan"),
     "values of empty places not silenced": (method(Stream, "silence", all_clean), "late", "nan"),

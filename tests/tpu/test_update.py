@@ -16,6 +16,7 @@ from tests.support import build, case_of
 from tests.support.specs import PLAIN
 
 from .interpreter import KernelFault, interpreted, params, watched
+from .planting import never_awaited
 
 SCHEDULE = DecodeSchedule(pages_per_block=2, buffers=3)
 # What differs from one row a sequence into packed float32 pages of 16: in the case, in the schedule; and the mode.
@@ -67,13 +68,13 @@ def test_sequences_that_write_next_to_each_other_lose_nothing(cores, sequence):
     np.testing.assert_allclose(out, want, rtol=0, atol=1e-6)
 
 
-def _without(word):
+def _not_awaited(is_write):
     def plant(original):
-        def copy(self, *args):
-            if args[-1] != word:
-                original(self, *args)
+        def copies(self, *args, **kwargs):
+            mutant = never_awaited(original) if kwargs["is_write"] == is_write else original
+            return mutant(self, *args, **kwargs)
 
-        return copy
+        return copies
 
     return plant
 
@@ -86,9 +87,9 @@ def _at_once(original):
 
 
 BUGS = {
-    "no wait for what is read": (Write, "_copy_granule", _without("await read")),
-    "no wait for what is written": (Write, "_copy_granule", _without("await write")),
-    "no wait for rows": (Write, "_copy_rows", _without("wait")),
+    "no wait for what is read": (Write, "_granule_copies", _not_awaited(is_write=False)),
+    "no wait for what is written": (Write, "_granule_copies", _not_awaited(is_write=True)),
+    "no wait for rows": (Write, "_row_copies", never_awaited),
     "neighbours at once": (Targets, "of", _at_once),
 }
 

@@ -1,9 +1,11 @@
 """Public facts of TPU generations: what a schedule has to fit, and what a model of its time divides by."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +69,14 @@ def this_chip() -> Chip:
 def chip_of(device: Any) -> Chip:
     """The chip that a device is, or `ANY_CHIP`."""
     return next((chip for chip in CHIPS.values() if device.device_kind in chip.device_kinds), ANY_CHIP)
+
+
+def padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array in vector memory, whose last two axes are padded to whole tiles.
+
+    A tile has 128 lanes, and 8 rows of 32-bit, 16 of 16-bit or 32 of 8-bit numbers.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    rows = SUBLANES * (4 // itemsize)
+    padded = (*shape[:-2], -(-shape[-2] // rows) * rows, -(-shape[-1] // LANES) * LANES)
+    return math.prod(padded) * itemsize

@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ...program import Running, Terms
+from ..chips import LANES
 from ..pages import Stream, Views, Work, dot
+from ..references import Copies, Ref
 
-Ref = Any
 # Tiles whose scores are held at once: their products overlap, and more would not fit the registers.
 _TILES_AT_ONCE = 8
 # Items of one block each that are worked on at once, at most: alone, a stage of one waits for the stage before.
@@ -28,22 +29,49 @@ _QUERIES_AHEAD = ROWS_IN_FLIGHT - ITEMS_AT_ONCE
 _SCORES_TOGETHER = 32 * 1024
 
 
+class Inputs(NamedTuple):
+    """What the kernel reads. ``new`` are the rows to write first, ``pools`` the arrays of the pages."""
+
+    k_scale: Ref | None  # f32[tiles, tile_rows, 1]
+    v_scale: Ref | None  # f32[tiles, tile_rows, 1]
+    arrays: tuple[Ref, ...]  # what the terms need: [tiles, tile_rows, 1], or one number for each tile
+    q: Ref  # [tokens, kv_heads, group, key_lanes]
+    new: tuple[Ref, ...]  # f32[tokens, *row] for each pool; none if nothing is written
+    pools: tuple[Ref, ...]
+
+
+class Outputs(NamedTuple):
+    """What the kernel writes. ``pools`` are those of the inputs, in place; none if nothing is written."""
+
+    out: Ref  # f32[splits, tokens, kv_heads, group, result_lanes]
+    lse: Ref  # f32[splits, tokens, heads * group, LANES]: lane t is tile t's
+    pools: tuple[Ref, ...]
+
+
+class Scratch(NamedTuple):
+    """What the kernel works in."""
+
+    pages: tuple[Ref, ...]  # [buffers, pages_per_block, *page] for each pool: the stream's ring
+    pages_arrived: Ref  # a semaphore for each stage of that ring
+    q: Ref  # [ROWS_IN_FLIGHT, rows, kv_heads, group, key_lanes]
+    q_arrived: Ref
+    out: Ref  # f32[ROWS_IN_FLIGHT, rows, kv_heads, group, result_lanes]
+    lse: Ref  # f32[ROWS_IN_FLIGHT, rows, heads * group, LANES]
+    out_left: Ref
+    cursor: Ref  # i32[2]
+    is_clean: Ref  # i32[buffers]
+    next_stage: Ref  # i32[1]: between the steps of a grid, the stage of the next item's first block
+    staging: Any  # memory for new rows, see `Staging`; None if nothing is written
+
+
 class Refs(NamedTuple):
-    """What the kernel reads, writes and works in."""
+    """All memory of the kernel, by what it is for, and the stream of pages."""
 
     work: Work
-    k_scale: Ref | None
-    v_scale: Ref | None
-    arrays: tuple[Ref, ...]
-    q: Ref
+    inputs: Inputs
+    outputs: Outputs
+    scratch: Scratch
     stream: Stream
-    out: Ref
-    lse: Ref
-    q_buffer: Ref
-    q_arrived: Ref
-    out_buffer: Ref
-    lse_buffer: Ref
-    out_left: Ref
 
 
 class Block(NamedTuple):
@@ -110,7 +138,7 @@ class Decode:
     def begin(self, refs: Refs, first: Any, end: Any) -> None:
         """Set the stream going."""
         for ahead in range(_QUERIES_AHEAD):
-            pl.when(first + ahead < end)(functools.partial(self._copy_queries, refs, first + ahead, "start"))
+            pl.when(first + ahead < end)(self._query_copies(refs, first + ahead).start)
         refs.stream.begin(first, end)
 
     def run_item(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
@@ -118,9 +146,9 @@ class Decode:
         q = self._queries(refs, item, end)
         start = (slot, self._start())
         slot, running = self._over_blocks(refs, item, end, q, start)
-        self._copy_results(refs, item - ROWS_IN_FLIGHT, first, "wait")
+        self._result_copies(refs, item - ROWS_IN_FLIGHT, first).wait()
         self._finish(refs, item, running)
-        self._copy_results(refs, item, first, "start")
+        self._result_copies(refs, item, first).start()
         return slot
 
     @property
@@ -155,11 +183,11 @@ class Decode:
             blocks.append(Block(one, 0, slot, q, None))
             slot = stream.after(slot)
         for one in items:
-            self._copy_results(refs, one - ROWS_IN_FLIGHT, first, "wait")
+            self._result_copies(refs, one - ROWS_IN_FLIGHT, first).wait()
         for one, running in zip(items, self._attend(refs, blocks, True, body=self._body_together), strict=True):
             self._finish(refs, one, running)
         for one in items:
-            self._copy_results(refs, one, first, "start")
+            self._result_copies(refs, one, first).start()
         # Into the slots just read; the last of them is the next turn's.
         for block in blocks[:-1]:
             stream.fetch_next(end, block.slot)
@@ -168,14 +196,14 @@ class Decode:
     def _queries(self, refs: Refs, item: Any, end: Any) -> list:
         """An item's queries, of every tile; those of a later one are sent for."""
         later, place = item + _QUERIES_AHEAD, jax.lax.rem(item, ROWS_IN_FLIGHT)
-        pl.when(later < end)(functools.partial(self._copy_queries, refs, later, "start"))
-        self._copy_queries(refs, item, "wait")
-        return [self.views.queries(refs.q_buffer.at[place], tile) for tile in range(self.views.tiles)]
+        pl.when(later < end)(self._query_copies(refs, later).start)
+        self._query_copies(refs, item).wait()
+        return [self.views.queries(refs.scratch.q.at[place], tile) for tile in range(self.views.tiles)]
 
     def drain(self, refs: Refs, first: Any, end: Any) -> None:
         """Wait for the last results to leave."""
         for behind in range(ROWS_IN_FLIGHT):
-            self._copy_results(refs, end - 1 - behind, first, "wait")
+            self._result_copies(refs, end - 1 - behind, first).wait()
 
     def _over_blocks(self, refs: Refs, item: Any, end: Any, q: list, start: Any) -> Any:
         """Fold the item's blocks: first, without a branch, those visible in full while whole blocks follow."""
@@ -259,7 +287,7 @@ class Decode:
             j = views.positions(lambda at: jnp.where(at < pages, refs.work.index[base + at], views.nowhere))
         visible = views.is_own_key()
         if is_masked:
-            seen = terms.visible(tuple(ref[0] for ref in refs.arrays), p, j, refs.work.length[item])
+            seen = terms.visible(tuple(ref[0] for ref in refs.inputs.arrays), p, j, refs.work.length[item])
             visible = seen if visible is None else seen & visible
         if not self._scales_tokens:
             return Seen(p, j, visible, None)
@@ -271,14 +299,14 @@ class Decode:
     def _weigh(self, refs: Refs, block: Block, tile: int, product: Any, seen: Seen, terms: Terms) -> Any:
         """The softmax's first half for a tile, from its products."""
         s = self._scaled(refs, tile, product * terms.factor, seen.scales)
-        s = terms.scores(tuple(ref[tile] for ref in refs.arrays), s, seen.p, seen.j)
+        s = terms.scores(tuple(ref[tile] for ref in refs.inputs.arrays), s, seen.p, seen.j)
         s = s if seen.visible is None else jnp.where(seen.visible, s, -jnp.inf)
         return Running.first(s, self.views.result_lanes) if block.running is None else block.running[tile].weigh(s)
 
     def _scaled(self, refs: Refs, tile: int, s: Any, scales: Any) -> Any:
         """Products of queries and keys, from those of stored keys."""
-        if refs.k_scale is not None:
-            s = s * refs.k_scale[tile]
+        if refs.inputs.k_scale is not None:
+            s = s * refs.inputs.k_scale[tile]
         if scales is not None:
             s = s * scales[0][tile : tile + 1]
         return s
@@ -297,37 +325,44 @@ class Decode:
     def _finish(self, refs: Refs, item: Any, running: tuple[Running, ...]) -> None:
         """Normalise. The log-sum-exp of tile ``t`` is lane ``t``."""
         views, place = self.views, jax.lax.rem(item, ROWS_IN_FLIGHT)
-        lane = jax.lax.broadcasted_iota(jnp.int32, (views.tile_rows, 128), 1)
-        lses = jnp.zeros((views.tile_rows, 128), jnp.float32)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (views.tile_rows, LANES), 1)
+        lses = jnp.zeros((views.tile_rows, LANES), jnp.float32)
         for tile in range(views.tiles):
             out, lse = running[tile].finish()
-            if refs.v_scale is not None:
-                out = out * refs.v_scale[tile]
-            views.store(refs.out_buffer.at[place], tile, out)
+            if refs.inputs.v_scale is not None:
+                out = out * refs.inputs.v_scale[tile]
+            views.store(refs.scratch.out.at[place], tile, out)
             lses = jnp.where(lane == tile, lse, lses)
-        refs.lse_buffer[place] = lses.reshape(refs.lse_buffer.shape[1:])
+        refs.scratch.lse[place] = lses.reshape(refs.scratch.lse.shape[1:])
 
-    def _copy_queries(self, refs: Refs, item: Any, verb: str) -> None:
-        place, last = jax.lax.rem(item, ROWS_IN_FLIGHT), refs.q.shape[0] - 1
-        for row in range(self.views.rows):
-            source = refs.q.at[jnp.minimum(refs.work.row[item] + row, last)]
-            copy = pltpu.make_async_copy(source, refs.q_buffer.at[place, row], refs.q_arrived.at[place])
-            getattr(copy, verb)()
+    def _query_copies(self, refs: Refs, item: Any) -> Copies:
+        """An item's query rows into memory."""
 
-    def _copy_results(self, refs: Refs, item: Any, first: Any, verb: str) -> None:
-        """Results go to the item's own rows; a row that the sequence does not have is nobody's, and so are those of
-        items before the core's first."""
-        one = jnp.maximum(item, 0)
-        rows = jnp.where(item >= first, refs.work.rows[one], 0)
-        part, place = jax.lax.rem(one, self.splits), jax.lax.rem(one, ROWS_IN_FLIGHT)
-        for row in range(self.views.rows):
+        def each(act):
+            place, last = jax.lax.rem(item, ROWS_IN_FLIGHT), refs.inputs.q.shape[0] - 1
+            for row in range(self.views.rows):
+                source = refs.inputs.q.at[jnp.minimum(refs.work.row[item] + row, last)]
+                act(pltpu.make_async_copy(source, refs.scratch.q.at[place, row], refs.scratch.q_arrived.at[place]))
 
-            @pl.when(row < rows)
-            def _(row=row):
-                for buffer, ref in ((refs.out_buffer, refs.out), (refs.lse_buffer, refs.lse)):
-                    target = ref.at[part, refs.work.row[one] + row]
-                    copy = pltpu.make_async_copy(buffer.at[place, row], target, refs.out_left.at[place])
-                    getattr(copy, verb)()
+        return Copies(each)
+
+    def _result_copies(self, refs: Refs, item: Any, first: Any) -> Copies:
+        """An item's results to its own rows. A row that its sequence does not have is not written, and nothing is for
+        an item before the core's first."""
+
+        def each(act):
+            one = jnp.maximum(item, 0)
+            rows = jnp.where(item >= first, refs.work.rows[one], 0)
+            split, place = jax.lax.rem(one, self.splits), jax.lax.rem(one, ROWS_IN_FLIGHT)
+            for row in range(self.views.rows):
+
+                @pl.when(row < rows)
+                def _(row=row):
+                    for buffer, ref in ((refs.scratch.out, refs.outputs.out), (refs.scratch.lse, refs.outputs.lse)):
+                        target = ref.at[split, refs.work.row[one] + row]
+                        act(pltpu.make_async_copy(buffer.at[place, row], target, refs.scratch.out_left.at[place]))
+
+        return Copies(each)
 
     @property
     def _scales_tokens(self) -> bool:

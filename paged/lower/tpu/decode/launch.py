@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,12 +14,11 @@ from jaxtyping import Array, Float
 from paged.spec import AttentionState, Pages, merge
 
 from ...program import Program, kernel_terms
-from ..chips import Chip
+from ..chips import LANES, Chip, padded_bytes
 from ..pages import Stream, Transfers, Views, Work, pools_of
-from .kernel import ROWS_IN_FLIGHT, Decode, Refs
-from .update import Staging, Targets, Write
-
-_LANES = 128
+from ..references import call_kernel
+from .kernel import ROWS_IN_FLIGHT, Decode, Inputs, Outputs, Refs, Scratch
+from .update import Targets, Write, WriteRefs
 
 
 class New(NamedTuple):
@@ -28,6 +26,13 @@ class New(NamedTuple):
 
     targets: Targets
     rows: tuple[Float[Array, "tokens ..."], ...]
+
+
+class Scalars(NamedTuple):
+    """What the kernel reads from scalar memory. ``targets`` is None if nothing is written."""
+
+    work: Work
+    targets: Targets | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,80 +54,49 @@ class Launch:
     ) -> tuple[AttentionState, Pages]:
         """The state of the work's rows, float32; other rows hold anything. With ``new`` rows these are written first,
         in place where the pages are donated; there must be one item a sequence then."""
-        views, items = self.views, work.begin.shape[0]
+        views = self.views
         bodies = tuple((part, kernel_terms(self.program, part.tile_rows, part.columns)) for part in views.parts())
         arrays = self._arrays(bodies[-1][1])
-        scales = self._head_scales(pages)
-        decode = Decode(bodies, self.splits, self.items_at_once)
-        pools: Any = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
-        in_memory = [pltpu.VMEM] * len(scales) + [pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays]
-        targets, rows = ((), ()) if new is None else (new.targets, new.rows)
-        scalars, operands = (*work, *targets), (*scales, *arrays, self._pad(q), *rows, *pools)
-        in_memory += [pltpu.HBM] * (1 + len(rows) + len(pools))
+        inputs = Inputs(*self._head_scales(pages), arrays, self._pad(q), new.rows if new else (), _pools(pages))
+        hbm: Any = pltpu.HBM
+        in_memory = tuple(pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays)
         # A core may be given any number of the items, so it has a step for each; those that are not its own are empty.
-        grid = (self.cores,) if self.sequence == "inline" else (self.cores, items)
-        out_shapes = self._out_shapes(q.shape[0])
-        first_pool, aliases = len(scalars) + len(operands) - len(pools), {}
-        if new is not None:
-            aliases = {first_pool + i: len(out_shapes) + i for i in range(len(pools))}
-            out_shapes += [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools]
-        out, lse, *written = pl.pallas_call(
-            self._kernel(decode, len(scales), len(arrays), len(pools), new is not None),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(scalars),
-                grid=grid,
-                in_specs=[pl.BlockSpec(memory_space=memory) for memory in in_memory],
-                out_specs=[pl.BlockSpec(memory_space=pltpu.HBM)] * len(out_shapes),
-                scratch_shapes=self._scratch(new is not None),
-            ),
-            out_shape=out_shapes,
-            input_output_aliases=aliases,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary")[: len(grid)],
-                disable_bounds_checks=True,
-                vmem_limit_bytes=self.chip.vmem_bytes,
-            ),
-            interpret=self.interpret,
+        grid = (self.cores,) if self.sequence == "inline" else (self.cores, work.begin.shape[0])
+        results: Outputs = call_kernel(
+            functools.partial(self._kernel, Decode(bodies, self.splits, self.items_at_once)),
             name=f"paged_decode_{self.sequence}",
-        )(*scalars, *operands)
-        return self._state(out, lse), _with_pools(pages, written) if written else pages
+            chip=self.chip,
+            interpret=self.interpret,
+            grid=grid,
+            scalars=Scalars(work, new.targets if new else None),
+            inputs=inputs,
+            memory=Inputs(pltpu.VMEM, pltpu.VMEM, in_memory, q=hbm, new=hbm, pools=hbm),
+            outputs=self._outputs(q.shape[0], inputs.pools if new else ()),
+            scratch=self._scratch(new is not None),
+            in_place=(lambda tree: tree.pools) if new else None,
+        )
+        return self._state(results.out, results.lse), _with_pools(pages, results.pools) if new else pages
 
-    def _kernel(self, decode: Decode, num_scales: int, num_arrays: int, num_pools: int, is_update: bool) -> Any:
-        def kernel(*refs: Any) -> None:
-            refs_left = list(refs)
+    def _kernel(self, decode: Decode, scalars: Scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+        layout, work = self.views.layout, scalars.work
+        # Pages are read where they are written, so that what was written is what is read.
+        pools = outputs.pools or inputs.pools
+        transfers = Transfers(layout, pools, scratch.pages, scratch.pages_arrived)
+        stream = Stream(work, transfers, scratch.cursor, scratch.is_clean)
+        refs = Refs(work, inputs, outputs, scratch, stream)
+        core = pl.program_id(0)
+        first, end = work.bounds[core], work.bounds[core + 1]
 
-            def take(count: int) -> tuple[Any, ...]:
-                taken, refs_left[:] = refs_left[:count], refs_left[count:]
-                return tuple(taken)
+        def write() -> None:
+            if scalars.targets is not None:
+                written = WriteRefs(work, scalars.targets, inputs.new, pools, scratch.staging)
+                Write(layout, self.views.rows).run(written, first, end)
 
-            some = num_pools if is_update else 0
-            work = Work(*take(len(Work._fields)))
-            targets = Targets(*take(len(Targets._fields))) if is_update else None
-            scales, arrays, (q,), new, pools = (take(n) for n in (num_scales, num_arrays, 1, some, num_pools))
-            (out, lse), written, buffers = take(2), take(some), take(num_pools)
-            arrived, q_buffer, q_arrived, out_buffer, lse_buffer, out_left, cursor, is_clean, place = take(9)
-            pools = written or pools
-            k_scale, v_scale = scales or (None, None)
-            stream = Stream(work, Transfers(self.views.layout, pools, buffers, arrived), cursor, is_clean)
-            bound = Refs(
-                work, k_scale, v_scale, arrays, q, stream, out, lse, q_buffer, q_arrived, out_buffer, lse_buffer,
-                out_left,
-            )  # fmt: skip
-            core = pl.program_id(0)
-            first, end = work.bounds[core], work.bounds[core + 1]
-
-            def write() -> None:
-                if targets is not None:
-                    staging = Staging(new, take(some), take(some), *take(2))
-                    Write(self.views.layout, self.views.rows).run(work, targets, staging, pools, first, end)
-
-            if self.sequence == "inline":
-                write()
-                decode.run_items(bound, first, end)
-            else:
-                _run_step(decode, bound, place, first, end, write)
-
-        return kernel
+        if self.sequence == "inline":
+            write()
+            decode.run_items(refs, first, end)
+        else:
+            _run_step(decode, refs, first, end, write)
 
     def _arrays(self, terms: Any) -> tuple[Array, ...]:
         """What the terms need, for every tile; numbers alone go to scalar memory."""
@@ -130,13 +104,15 @@ class Launch:
         arrays = jax.vmap(terms.early, out_axes=0)(h)
         return tuple(x.astype(jnp.int32) if x.dtype == bool else x for x in arrays)
 
-    def _head_scales(self, pages: Pages) -> tuple[Array, ...]:
-        """Scales a tensor or head, as one factor for every query row."""
+    def _head_scales(self, pages: Pages) -> tuple[Array | None, Array | None]:
+        """Per-tensor and per-head scales of keys and of values, as one factor for every query row; None if there are
+        none."""
         if pages.layout.scales not in ("tensor", "head"):
-            return ()
+            return None, None
         heads = pages.layout.num_kv_heads
         rows, scales = self.views.kv_head(), (jnp.asarray(pages.k_scale), jnp.asarray(pages.v_scale))
-        return tuple(jnp.broadcast_to(scale, (heads,))[rows][..., None] for scale in scales)
+        k_scale, v_scale = (jnp.broadcast_to(scale, (heads,))[rows][..., None] for scale in scales)
+        return k_scale, v_scale
 
     def _pad(self, q: Array) -> Float[Array, "tokens kv_heads group dim"]:
         """Query heads by KV head, padded to the rows of a vector register and to the lanes of a key."""
@@ -145,28 +121,29 @@ class Launch:
         padding[3] = (0, self.views.key_lanes - q.shape[-1])
         return jnp.pad(grouped.astype(self.views.compute_dtype), padding)
 
-    def _scratch(self, is_update: bool) -> list[Any]:
+    def _scratch(self, is_update: bool) -> Scratch:
         dma = pltpu.SemaphoreType.DMA
         pages, (q, out, lse) = _vmem_scratch(self.views, self.buffers)
-        return [
-            *pages,
-            dma((self.buffers,)),
-            q,
-            dma((ROWS_IN_FLIGHT,)),
-            out,
-            lse,
-            dma((ROWS_IN_FLIGHT,)),
-            pltpu.SMEM((2,), jnp.int32),
-            pltpu.SMEM((self.buffers,), jnp.int32),
-            pltpu.SMEM((1,), jnp.int32),
-            *(Write(self.views.layout, self.views.rows).scratch() if is_update else ()),
-        ]
+        return Scratch(
+            pages=pages,
+            pages_arrived=dma((self.buffers,)),
+            q=q,
+            q_arrived=dma((ROWS_IN_FLIGHT,)),
+            out=out,
+            lse=lse,
+            out_left=dma((ROWS_IN_FLIGHT,)),
+            cursor=pltpu.SMEM((2,), jnp.int32),
+            is_clean=pltpu.SMEM((self.buffers,), jnp.int32),
+            next_stage=pltpu.SMEM((1,), jnp.int32),
+            staging=Write(self.views.layout, self.views.rows).scratch() if is_update else None,
+        )
 
-    def _out_shapes(self, tokens: int) -> list[jax.ShapeDtypeStruct]:
-        views, layout = self.views, self.views.layout
+    def _outputs(self, tokens: int, pools: tuple[Array, ...]) -> Outputs:
+        views, layout, f32 = self.views, self.views.layout, jnp.float32
         out = (self.splits, tokens, layout.num_kv_heads, views.group, views.result_lanes)
-        lse = (self.splits, tokens, views.heads * views.group, _LANES)
-        return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (out, lse)]
+        lse = (self.splits, tokens, views.heads * views.group, LANES)
+        written = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools)
+        return Outputs(jax.ShapeDtypeStruct(out, f32), jax.ShapeDtypeStruct(lse, f32), written)
 
     def _state(self, out: Array, lse: Array) -> AttentionState:
         """Parts merged, padding dropped, heads in their order."""
@@ -184,41 +161,47 @@ class Launch:
         return sum(padded_bytes(x.shape, x.dtype) for x in (*pages, *rows))
 
 
-def _vmem_scratch(views: Views, buffers: int) -> tuple[list[Any], list[Any]]:
-    """Buffers of pages; and those of queries, results and log-sum-exps."""
+def _vmem_scratch(views: Views, buffers: int) -> tuple[tuple[Any, ...], tuple[Any, Any, Any]]:
+    """Vector memory for pages; and for queries, results and log-sum-exps."""
     layout, block, f32 = views.layout, views.pages_per_block, jnp.float32
-    pages = [pltpu.VMEM((buffers, block, *pool.page_shape), pool.dtype) for pool in pools_of(layout)]
+    pages = tuple(pltpu.VMEM((buffers, block, *pool.page_shape), pool.dtype) for pool in pools_of(layout))
     rows = (ROWS_IN_FLIGHT, views.rows, layout.num_kv_heads, views.group)
-    return pages, [
+    return pages, (
         pltpu.VMEM((*rows, views.key_lanes), views.compute_dtype),
         pltpu.VMEM((*rows, views.result_lanes), f32),
-        pltpu.VMEM((ROWS_IN_FLIGHT, views.rows, views.heads * views.group, _LANES), f32),
-    ]
+        pltpu.VMEM((ROWS_IN_FLIGHT, views.rows, views.heads * views.group, LANES), f32),
+    )
 
 
-def _run_step(decode: Decode, refs: Refs, place: Any, first: Any, end: Any, write: Callable[[], None]) -> None:
-    """One item a grid step, the first after all writes; the stream of pages runs on from step to step."""
-    step = pl.program_id(1)
+def _run_step(decode: Decode, refs: Refs, first: Any, end: Any, write: Callable[[], None]) -> None:
+    """One item for each grid step, the first after all writes; the stream of pages runs on from step to step."""
+    step, next_stage = pl.program_id(1), refs.scratch.next_stage
 
     @pl.when(step == 0)
     def _():
         write()
         decode.begin(refs, first, end)
-        place[0] = 0
+        next_stage[0] = 0
 
     @pl.when(first + step < end)
     def _():
-        place[0] = decode.run_item(refs, first + step, first, end, place[0])
+        next_stage[0] = decode.run_item(refs, first + step, first, end, next_stage[0])
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
         decode.drain(refs, first, end)
 
 
-def _with_pools(pages: Pages, pools: list[Array]) -> Pages:
+def _pools(pages: Pages) -> tuple[Array, ...]:
+    """The arrays that kernels copy pages from: keys and values, and per-token scales."""
+    scales = (pages.k_scale, pages.v_scale) if pages.layout.scales == "token" else ()
+    return (*pages.arrays, *scales)  # pyright: ignore
+
+
+def _with_pools(pages: Pages, pools: tuple[Array, ...]) -> Pages:
     count = len(pages.arrays)
-    scales = tuple(pools[count:]) or (pages.k_scale, pages.v_scale)
-    return Pages(tuple(pools[:count]), *scales, layout=pages.layout)  # pyright: ignore
+    scales = pools[count:] or (pages.k_scale, pages.v_scale)
+    return Pages(pools[:count], *scales, layout=pages.layout)  # pyright: ignore
 
 
 def _merge_parts(
@@ -226,11 +209,3 @@ def _merge_parts(
 ) -> AttentionState:
     """The parts of every sequence, merged."""
     return functools.reduce(merge, (AttentionState(*part) for part in zip(out, lse, strict=True)))
-
-
-def padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of an array whose last two axes are padded to tiles of 8 (32-bit) to 32 (8-bit) rows of 128 lanes."""
-    itemsize = jnp.dtype(dtype).itemsize
-    rows = 8 * (4 // itemsize)
-    padded = (*shape[:-2], -(-shape[-2] // rows) * rows, -(-shape[-1] // _LANES) * _LANES)
-    return math.prod(padded) * itemsize

@@ -4,7 +4,6 @@ Granules of many sequences are read at once, changed and written back, and all h
 read for attention.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,10 +16,10 @@ from jaxtyping import Array, Int
 from paged.spec import PageLayout
 
 from ...program import Sequences
-from ..pages import pools_of
+from ..pages import Work, pools_of
+from ..references import Copies, Ref
 from ..write.granules import GRANULE, granule_at, granule_shape, granules_per_seq, row_shape, token_axis
 
-Ref = Any
 # Vector memory that granules on their way may take, and the most of them at once.
 _STAGE_BYTES, _MOST_STAGED = 2**21, 64
 
@@ -55,17 +54,26 @@ class Targets(NamedTuple):
 
 
 class Staging(NamedTuple):
-    """Granules of several sequences, and the rows that go into them; each pool's array has its own of both."""
+    """Memory for granules of several sequences, and for the rows that go into them; for each pool one of both."""
 
-    new: tuple[Ref, ...]
     granules: tuple[Ref, ...]
     rows: tuple[Ref, ...]
     arrived: Ref
     left: Ref
 
 
+class WriteRefs(NamedTuple):
+    """What the writing part of a kernel reads, writes and works in. ``new`` are the rows to write, by pool."""
+
+    work: Work
+    targets: Targets
+    new: tuple[Ref, ...]
+    pools: tuple[Ref, ...]
+    staging: Staging
+
+
 class Write(NamedTuple):
-    """The static facts of the writing part of a kernel."""
+    """The writing part of a kernel: its static facts. ``rows`` is the most that a sequence writes."""
 
     layout: PageLayout
     rows: int
@@ -76,62 +84,73 @@ class Write(NamedTuple):
         granule = sum(math.prod(granule_shape(self.layout, pool)) * 4 for pool in pools_of(self.layout))
         return max(1, min(_MOST_STAGED, _STAGE_BYTES // (granule * granules_per_seq(self.rows))))
 
-    def scratch(self) -> list[Any]:
-        """Memory for `Staging`, without ``new``."""
-        pools, count = pools_of(self.layout), self.staged * granules_per_seq(self.rows)
+    def scratch(self) -> Staging:
+        """Memory to write with."""
+        pools, count, dma = pools_of(self.layout), self.staged * granules_per_seq(self.rows), pltpu.SemaphoreType.DMA
         granules = [pltpu.VMEM((count, *granule_shape(self.layout, pool)), pool.dtype) for pool in pools]
         rows = [pltpu.VMEM((self.staged, self.rows, *row_shape(self.layout, pool)), jnp.float32) for pool in pools]
-        return [*granules, *rows, pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA]
+        return Staging(tuple(granules), tuple(rows), arrived=dma, left=dma)
 
-    def run(self, work: Any, targets: Targets, staging: Staging, pools: tuple[Ref, ...], first: Any, end: Any) -> None:
+    def run(self, refs: WriteRefs, first: Any, end: Any) -> None:
         """Write the new rows of sequences ``first`` to ``end``, and return when they are in place."""
         per_seq = granules_per_seq(self.rows)
-        at_once = jnp.where(targets.is_shared[0] != 0, 1, self.staged)
+        at_once = jnp.where(refs.targets.is_shared[0] != 0, 1, self.staged)
 
         def write_some(turn, _):
             base = first + turn * at_once
             count = jnp.minimum(end - base, at_once)
 
-            def rows(verb):
-                jax.lax.fori_loop(0, count, lambda i, _: self._copy_rows(work, staging, base + i, i, verb), None)
+            def for_each_seq(act):
+                jax.lax.fori_loop(0, count, lambda i, _: act(base + i, i), None)
 
-            def granules(act, *args):
-                jax.lax.fori_loop(0, count * per_seq, lambda i, _: act(base * per_seq + i, i, *args), None)
+            def for_each_granule(act):
+                jax.lax.fori_loop(0, count * per_seq, lambda i, _: act(base * per_seq + i, i), None)
 
-            move = functools.partial(self._copy_granule, targets, staging, pools)
-            rows("start")
-            granules(move, "read")
-            rows("wait")
-            granules(move, "await read")
-            granules(lambda granule, i: self._put(work, targets, staging, granule, i))
-            granules(move, "write")
-            granules(move, "await write")
+            # All reads are on their way before any is awaited, and both kinds share one semaphore: it counts bytes, so
+            # only when every wait has returned is any of this memory certain to have arrived.
+            for_each_seq(lambda seq, i: self._row_copies(refs, seq, i).start())
+            for_each_granule(lambda granule, i: self._granule_copies(refs, granule, i, is_write=False).start())
+            for_each_seq(lambda seq, i: self._row_copies(refs, seq, i).wait())
+            for_each_granule(lambda granule, i: self._granule_copies(refs, granule, i, is_write=False).wait())
+            for_each_granule(lambda granule, i: self._put(refs, granule, i))
+            for_each_granule(lambda granule, i: self._granule_copies(refs, granule, i, is_write=True).start())
+            # Before the next turn: it reads into this memory, and of a shared granule it must read what is written
+            # here. After the last turn the pages are read for attention.
+            for_each_granule(lambda granule, i: self._granule_copies(refs, granule, i, is_write=True).wait())
 
         jax.lax.fori_loop(0, jax.lax.div(end - first + at_once - 1, at_once), write_some, None)
 
-    def _copy_rows(self, work: Any, staging: Staging, seq: Any, i: Any, verb: str) -> None:
-        for row in range(self.rows):
-            for new, buffer in zip(staging.new, staging.rows, strict=True):
-                source = new.at[jnp.minimum(work.row[seq] + row, new.shape[0] - 1)]
-                getattr(pltpu.make_async_copy(source, buffer.at[i, row], staging.arrived), verb)()
+    def _row_copies(self, refs: WriteRefs, seq: Any, i: Any) -> Copies:
+        """A sequence's new rows, to place ``i`` of the staging memory."""
 
-    def _copy_granule(
-        self, targets: Targets, staging: Staging, pools: tuple[Ref, ...], granule: Any, i: Any, what: str
-    ) -> None:
-        page, slot = targets.page[granule], targets.slot[granule]
+        def each(act):
+            for row in range(self.rows):
+                for new, buffer in zip(refs.new, refs.staging.rows, strict=True):
+                    source = new.at[jnp.minimum(refs.work.row[seq] + row, new.shape[0] - 1)]
+                    act(pltpu.make_async_copy(source, buffer.at[i, row], refs.staging.arrived))
 
-        @pl.when(page >= 0)
-        def _():
-            for pool, ref, buffer in zip(pools_of(self.layout), pools, staging.granules, strict=True):
-                place, here = granule_at(self.layout, pool, ref, page, slot), buffer.at[i]
-                if what.endswith("read"):
-                    copy = pltpu.make_async_copy(place, here, staging.arrived)
-                else:
-                    copy = pltpu.make_async_copy(here, place, staging.left)
-                copy.wait() if what.startswith("await") else copy.start()
+        return Copies(each)
 
-    def _put(self, work: Any, targets: Targets, staging: Staging, granule: Any, i: Any) -> None:
+    def _granule_copies(self, refs: WriteRefs, granule: Any, i: Any, *, is_write: bool) -> Copies:
+        """A granule between its page and place ``i`` of the staging memory; nothing where nothing is written."""
+
+        def each(act):
+            page, slot = refs.targets.page[granule], refs.targets.slot[granule]
+
+            @pl.when(page >= 0)
+            def _():
+                for pool, ref, buffer in zip(pools_of(self.layout), refs.pools, refs.staging.granules, strict=True):
+                    in_page, staged = granule_at(self.layout, pool, ref, page, slot), buffer.at[i]
+                    if is_write:
+                        act(pltpu.make_async_copy(staged, in_page, refs.staging.left))
+                    else:
+                        act(pltpu.make_async_copy(in_page, staged, refs.staging.arrived))
+
+        return Copies(each)
+
+    def _put(self, refs: WriteRefs, granule: Any, i: Any) -> None:
         """Put a sequence's rows into one of its granules."""
+        work, targets, staging = refs.work, refs.targets, refs.staging
         seq, local = (jax.lax.div(x, granules_per_seq(self.rows)) for x in (granule, i))
 
         @pl.when(targets.page[granule] >= 0)

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 from paged.spec import AttentionState, PageLayout, Pages
 
 from ...program import Program, Running, kernel_terms
-from ..chips import Chip
-from ..decode.launch import padded_bytes
+from ..chips import Chip, padded_bytes
 from ..pages import Stream, Transfers, Views, Work, pools_of
 from .kernel import Prefill
 from .refs import LANES, SUBLANES, Body, Refs, Strides
