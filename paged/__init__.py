@@ -1,5 +1,7 @@
 """Attention over a paged KV cache, in pure JAX: one declaration, lowered to each target."""
 
+import importlib
+import types
 from typing import TYPE_CHECKING
 
 from . import lower as lower
@@ -53,3 +55,10 @@ from .spec import reference as reference
 
 if TYPE_CHECKING:  # at run time `paged.lower` is the package, which is called like this function
     from .lower import lower as lower
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    """`paged.runtime` and `paged.compat`, imported when they are first used."""
+    if name in ("compat", "runtime"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

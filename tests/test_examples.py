@@ -65,6 +65,13 @@ def test_the_demo_notices_a_wrong_token(monkeypatch, capsys):
     assert "NOT EQUAL" in capsys.readouterr().out
 
 
-def test_importing_paged_touches_no_device():
-    code = "import paged\nfrom jax._src import xla_bridge\nassert not xla_bridge._backends, xla_bridge._backends"
+def test_importing_paged_touches_no_device_and_imports_the_runtime_when_it_is_used():
+    code = """
+import sys, paged
+assert not {"paged.runtime", "paged.compat"} & set(sys.modules)
+assert callable(paged.runtime.generate) and callable(paged.compat.page_attention)
+assert not hasattr(paged, "runtimes")
+from jax._src import xla_bridge
+assert not xla_bridge._backends, xla_bridge._backends
+"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
