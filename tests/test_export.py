@@ -59,7 +59,7 @@ def test_pages_of_another_layout_are_not_taken():
 def test_a_batch_marked_for_a_mask_is_refused_by_name():
     built = build(case_of("plain", "decode"))
     attend = paged.lower(built.case.spec, built.case.layout, "xla")
-    batch = paged.check(built.batch, built.pages, built.q.shape[0], built.case.spec)
+    batch = paged.check(built.case.spec, built.pages, built.batch, built.q.shape[0])
     with pytest.raises(ValueError, match=r"RaggedBatch.checked_for cannot be written down.*not marked"):
         export.export(jax.jit(attend.__call__))(built.q, built.pages, batch).serialize()
 

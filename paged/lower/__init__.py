@@ -8,6 +8,8 @@ import inspect
 import sys
 import types
 
+from ._check import check as check
+from ._check import check_values as check_values
 from ._compile_for import Compiled as Compiled
 from ._compile_for import CompileError as CompileError
 from ._compile_for import compile_for as compile_for
@@ -15,7 +17,6 @@ from ._explain import Explanation as Explanation
 from .attend import Attend as Attend
 from .base import Lowering as Lowering
 from .base import Schedule as Schedule
-from .checks import check as check
 from .door import lower as lower
 from .door import write as write
 from .mesh import ArraySpecs as ArraySpecs

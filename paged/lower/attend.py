@@ -10,11 +10,12 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, add_sinks, sinks_per_head
 
+from ._check import check
 from ._explain import Explanation, explain
 from .base import Lowering, Schedule
-from .checks import check, require_new_tokens, require_pages, require_queries, require_sinks
 from .program import Call, Program, Sequences
 from .registry import device_kinds
+from .require import require_new_tokens, require_pages, require_queries, require_sinks
 from .schedule import NO_ADVICE, Advice, Choice, choose, choose_for_any_call
 
 
@@ -96,7 +97,7 @@ class Attend:
         require_pages(self.layout, pages)
         require_sinks(self.spec, sinks)
         if self.check:
-            batch = check(batch, pages, q.shape[0], self.spec)
+            batch = check(self.spec, pages, batch, q.shape[0])
         return _state(self, q, pages, batch, sinks)
 
     def update(
@@ -114,7 +115,7 @@ class Attend:
         require_sinks(self.spec, sinks)
         require_new_tokens(self.layout, k, v, q.shape[0])
         if self.check:
-            batch = check(batch, pages, q.shape[0], self.spec)
+            batch = check(self.spec, pages, batch, q.shape[0])
         state, pages = _update(self, q, k, v, pages, batch, sinks)
         return state.out, pages
 

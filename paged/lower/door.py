@@ -12,10 +12,10 @@ from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
 
 from .attend import Attend
 from .base import Lowering, Schedule
-from .checks import require_layout, require_new_tokens, require_pages
 from .mesh import Axes, ShardedAttend, on_mesh
 from .program import Program
 from .registry import select, select_write
+from .require import require_layout, require_new_tokens, require_pages
 from .schedule import Advice
 
 

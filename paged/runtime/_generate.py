@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from paged.lower import check
-from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
+from paged.lower import check_values
+from paged.spec import Everything, Pages, RaggedBatch
 
 from ._scheduler import Request, Scheduler
 from .pool import PagePool
@@ -180,8 +180,10 @@ class _Serve:
 
     def _step(self, batch: RaggedBatch, tokens: Any, rows: Any, requests: Sequence[Request | None]) -> np.ndarray:
         """Run the model, and draw one token for each of ``requests`` from the logits of its row."""
-        pages = _any_pages(self.scheduler.pool)
-        batch = check(batch, pages, len(tokens), _SEES_EVERYTHING)
+        pool = self.scheduler.pool
+        # A batch that is sound where every key is visible is sound for any layer's mask.
+        sizes = {"page_size": pool.page_size, "num_pages": pool.num_pages}
+        batch = check_values(batch, **sizes, tokens=len(tokens), mask=Everything())
         draws = np.asarray([(r.index, r.num_generated) if r else (0, 0) for r in requests], np.int32)
         tokens, rows, draws = jnp.asarray(tokens), jnp.asarray(rows, jnp.int32), jnp.asarray(draws)
         drawn, self.state = _model_step((self.model, tokens, batch, rows, draws, self.key, self.sampler), self.state)
@@ -212,16 +214,6 @@ def _model_step(inputs: tuple, state: eqx.nn.State) -> tuple[Int[Array, " reques
     logits, state = model(tokens, batch, state)
     keys = jax.vmap(lambda draw: jax.random.fold_in(jax.random.fold_in(key, draw[0]), draw[1]))(draws)
     return sample(logits[rows], sampler, keys), state
-
-
-# A batch that is sound where every key is visible is sound for the mask of any layer.
-_SEES_EVERYTHING = AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=1, causal=False)
-
-
-def _any_pages(pool: PagePool) -> Pages:
-    """Pages of the pool's number and size, without memory: all that a check asks of them."""
-    layout = PageLayout(page_size=pool.page_size, num_kv_heads=1, head_dim=1)
-    return jax.eval_shape(lambda: layout.init(pool.num_pages))
 
 
 def _require_key(sampler: Sampler, key: PRNGKeyArray | None) -> PRNGKeyArray:

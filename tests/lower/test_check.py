@@ -70,7 +70,7 @@ def test_a_fault_is_named_eagerly(name, arrays):
     q, k, v, pages = arrays
     attend = paged.lower(SPEC, LAYOUT, check=True)
     for act in (
-        lambda: paged.check(batch, pages, TOKENS, SPEC),
+        lambda: paged.check(SPEC, pages, batch, TOKENS),
         lambda: attend(q, pages, batch),
         lambda: attend.update(q, k, v, pages, batch),
     ):
@@ -108,30 +108,30 @@ def test_pages_that_the_mask_hides_need_no_page(arrays):
     """With a window the first page of a long sequence may be gone; without, it is a fault."""
     pages = arrays[3]
     batch = RaggedBatch.decode([12], [[-1, -1, 3]])
-    paged.check(batch, pages, 1, SPEC.replace(window=4))
+    paged.check(SPEC.replace(window=4), pages, batch, 1)
     with pytest.raises(ValueError, match=r"block_tables\[0, 1\] = -1"):
-        paged.check(batch, pages, 1, SPEC.replace(window=5))
+        paged.check(SPEC.replace(window=5), pages, batch, 1)
 
 
 def test_a_checked_batch_is_not_checked_again_for_a_spec_that_sees_no_more(arrays):
     """And is for one that sees more. The mark is static, so a model's layers share one check."""
     pages = arrays[3]
     batch = RaggedBatch.decode([12], [[-1, -1, 3]])
-    checked = paged.check(batch, pages, 1, SPEC.replace(window=4))
-    again = paged.check(checked, pages, 1, SPEC.replace(window=3))
+    checked = paged.check(SPEC.replace(window=4), pages, batch, 1)
+    again = paged.check(SPEC.replace(window=3), pages, checked, 1)
     assert again is checked
     with pytest.raises(ValueError, match=r"block_tables\[0, 0\] = -1"):
-        paged.check(checked, pages, 1, SPEC)
+        paged.check(SPEC, pages, checked, 1)
 
 
 def test_a_checked_batch_is_checked_again_for_another_pool(arrays):
     """A smaller pool, or fewer query rows, make faults of what was sound."""
     pages = arrays[3]
-    checked = paged.check(_batch(), pages, TOKENS, SPEC)
+    checked = paged.check(SPEC, pages, _batch(), TOKENS)
     with pytest.raises(ValueError, match=r"block_tables\[1, 1\] = 3 .*\[0, 3\)"):
-        paged.check(checked, LAYOUT.init(3), TOKENS, SPEC)
+        paged.check(SPEC, LAYOUT.init(3), checked, TOKENS)
     with pytest.raises(ValueError, match="past the 5 query rows"):
-        paged.check(checked, pages, 5, SPEC)
+        paged.check(SPEC, pages, checked, 5)
 
 
 def test_layers_of_one_mask_trace_one_callback(arrays):
@@ -140,7 +140,7 @@ def test_layers_of_one_mask_trace_one_callback(arrays):
     attend = paged.lower(SPEC, LAYOUT, check=True)
 
     def model(q, pages, batch):
-        batch = paged.check(batch, pages, TOKENS, SPEC)
+        batch = paged.check(SPEC, pages, batch, TOKENS)
         return attend(attend(q, pages, batch), pages, batch)
 
     assert str(jax.make_jaxpr(model)(q, pages, _batch())).count("pure_callback[") == 1

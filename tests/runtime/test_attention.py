@@ -102,7 +102,7 @@ def test_scan_over_stacked_layers_equals_a_loop():
     pages = state.get(stacked.cache.index)
     assert pages.arrays[0].shape == (3, *LAYOUT.array_shapes(4)[0])
     x, batch = tokens(6), paged.RaggedBatch.prefill(6, [2, 0], 6)
-    batch = paged.check(batch, LAYOUT.init(4), 6, GLOBAL)
+    batch = paged.check(GLOBAL, LAYOUT.init(4), batch, 6)
     parameters, static = eqx.partition(stacked, eqx.is_array)
 
     @jax.jit
@@ -142,7 +142,7 @@ def test_gradients_flow_through_dense_to_every_parameter():
 def test_dense_and_paged_gradients_agree():
     layer, state = build(LOCAL)
     x, batch, pages = tokens(6), paged.RaggedBatch.prefill(6, [2, 0], 6), state.get(layer.cache.index)
-    batch = paged.check(batch, pages, 6, LOCAL)
+    batch = paged.check(LOCAL, pages, batch, 6)
     losses = (lambda m: jnp.sum(m.attend_pages(x, pages, batch)[0] ** 2), lambda m: jnp.sum(m.dense(x[None]) ** 2))
     served, dense = (eqx.filter_jit(eqx.filter_grad(loss))(layer) for loss in losses)
     chex.assert_trees_all_close(
@@ -176,7 +176,7 @@ def test_drop_in_under_filter_jit_with_one_trace_while_lengths_vary():
 
 def test_donated_state_is_updated_in_place():
     layer, state = build(LOCAL, num_pages=64)
-    batch = paged.check(paged.RaggedBatch.decode([3, 9], [[0, 1, 2], [3, 4, 5]]), LAYOUT.init(64), 2, LOCAL)
+    batch = paged.check(LOCAL, LAYOUT.init(64), paged.RaggedBatch.decode([3, 9], [[0, 1, 2], [3, 4, 5]]), 2)
     where = state.get(layer.cache.index).arrays[0].unsafe_buffer_pointer()
     step = eqx.filter_jit(lambda inputs, state: inputs[0](*inputs[1:], state), donate="all-except-first")
     _, state = step((layer, tokens(2), batch), state)

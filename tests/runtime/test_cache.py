@@ -83,7 +83,7 @@ def test_a_checked_batch_is_not_checked_again_under_jit():
         return str(jax.make_jaxpr(lambda q: cache.attend_pages(q, k, v, state.get(cache.index), batch)[0])(q))
 
     everything = SPEC.replace(causal=False, window=None)
-    checked = paged.check(batch, state.get(cache.index), 5, everything)
+    checked = paged.check(everything, state.get(cache.index), batch, 5)
     lowered = [
         jax.jit(cache.attend_pages).lower(q, k, v, state.get(cache.index), b).as_text() for b in (batch, checked)
     ]

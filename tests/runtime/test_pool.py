@@ -142,10 +142,10 @@ def test_batches_pass_the_check():
     spec = paged.AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=1, causal=False)
     pages = layout.init(8)
     ragged = pool.ragged_batch(jnp.array([2, 0, 5, 1]))
-    assert paged.check(ragged, pages, 10, spec).query_starts.tolist() == [0, 2, 2, 7, 8]
-    decode = paged.check(pool.decode_batch(), pages, 4, spec)
+    assert paged.check(spec, pages, ragged, 10).query_starts.tolist() == [0, 2, 2, 7, 8]
+    decode = paged.check(spec, pages, pool.decode_batch(), 4)
     assert decode.query_rows == 1 and decode.lengths.tolist() == [3, 0, 6, 1]
-    prefill = paged.check(pool.prefill_batch(slot=2, query_rows=4), pages, 8, spec)
+    prefill = paged.check(spec, pages, pool.prefill_batch(slot=2, query_rows=4), 8)
     assert prefill.lengths.tolist() == [6] and prefill.block_tables[0].tolist() == pool.block_tables[2].tolist()
 
 

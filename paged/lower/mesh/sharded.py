@@ -14,11 +14,12 @@ from jaxtyping import Array, Float, Int
 
 from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, sinks_per_head
 
+from .._check import check_values
 from .._explain import Explanation, explain
 from ..attend import Attend, finish
-from ..checks import check, require_layout, require_new_tokens, require_pages, require_queries, require_sinks
 from ..jax_version import on_devices
 from ..program import Call, Program
+from ..require import require_layout, require_new_tokens, require_pages, require_queries, require_sinks
 from .axes import Axes, Shares
 from .context import dealt, merge_over, with_own_pages
 from .heads import own_new_heads, repeated, repeats_of, share_of
@@ -181,7 +182,7 @@ class ShardedAttend:
         if not self.check or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
             return batch
         one, group = self._one_shard(q, pages)
-        parts = [check(part, group, one.shape[0], self.spec) for part in self._shards(batch)]
+        parts = [_checked(self, part, one.shape[0], group.num_pages) for part in self._shards(batch)]
         return parts[0] if self.axes.sequences is None else RaggedBatch.stack(parts)
 
     def _require(self, q: Any, pages: Any, batch: RaggedBatch) -> None:
@@ -296,11 +297,16 @@ def _of_share(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch)
     if attend.axes.sequences is not None:
         batch = jax.tree.map(lambda x: x[0], batch)
     if attend.check:
-        group = _abstract_pages(attend.layout, pages.num_pages * attend.shares.context)
-        batch = check(batch, group, q.shape[0], attend.spec)
+        batch = _checked(attend, batch, q.shape[0], pages.num_pages * attend.shares.context)
     if attend.axes.context is not None:
         batch = with_own_pages(batch, pages.num_pages, attend.axes.context)
     return pages, batch
+
+
+def _checked(attend: ShardedAttend, batch: RaggedBatch, tokens: int, num_pages: int) -> RaggedBatch:
+    """One shard's batch, with its values checked over the pages of all devices that share its contexts."""
+    size = attend.layout.page_size
+    return check_values(batch, page_size=size, num_pages=num_pages, tokens=tokens, mask=attend.spec.visibility)
 
 
 def _whole(

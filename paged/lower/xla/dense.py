@@ -5,8 +5,8 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionSpec, AttentionState, add_sinks, sinks_per_head
 
-from ..checks import require_sinks
 from ..program import Program
+from ..require import require_sinks
 
 
 def dense_attention(

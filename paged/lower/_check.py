@@ -1,0 +1,143 @@
+"""`check`: the values of a batch, looked at when it runs. `require` is for shapes and dtypes, when it is traced."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from paged.spec import AttentionSpec, Mask, Pages, RaggedBatch
+
+from .program import implies, normal_form
+
+
+def check(spec: AttentionSpec, pages: Pages, batch: RaggedBatch, tokens: int) -> RaggedBatch:
+    """Raise ``ValueError`` where the *values* of a batch are at fault, naming the array, the sequence and the value.
+
+    **Arguments:**
+
+    - `spec`: the attention that the batch is for. Its mask decides which pages are needed.
+    - `pages`: the pages that the batch is for. Only the page size and the number of pages matter.
+    - `batch`: the batch, concrete or traced.
+    - `tokens`: the number of query rows, ``q.shape[0]``.
+
+    **Returns:** the batch, marked as checked. A marked batch is not checked again for a spec that sees no more, over
+    as many rows and as many pages of this size. So a model of many layers checks once.
+
+    **Raises** ``ValueError`` unless, for every live sequence:
+
+    - ``num_seqs`` is in ``[0, seqs]``;
+    - ``query_starts`` begins at 0, does not decrease, and ends within ``tokens``;
+    - ``lengths`` is in ``[0, pages_per_seq * page_size]``, and at least the number of query rows;
+    - every page that holds a visible token, or one that this step writes, is in ``[0, num_pages)``;
+    - no place in the pages is written by two tokens.
+
+    With concrete arrays the error comes at once. Under ``jax.jit`` it comes when the returned batch is used, as JAX's
+    runtime error with the same text, through a host callback. A lowering itself never adds a callback.
+
+    >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4)
+    >>> batch = RaggedBatch.decode(lengths=[3], block_tables=[[0, 7]])
+    >>> spec = AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=4)
+    >>> check(spec, layout.init(num_pages=4), batch, tokens=1)
+    Traceback (most recent call last):
+        ...
+    ValueError: block_tables[0, 1] = 7 (sequence 0) is no page of the pool: it holds tokens 2 to 2, must be in [0, 4).
+    """
+    size = pages.layout.page_size
+    return check_values(batch, page_size=size, num_pages=pages.num_pages, tokens=tokens, mask=spec.visibility)
+
+
+def check_values(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask) -> RaggedBatch:
+    """`check`, from the facts that it needs."""
+    facts = _Facts(page_size, num_pages, tokens, normal_form(mask))
+    if batch.checked_for is not None:
+        *sizes, checked_mask = batch.checked_for
+        if sizes == [*facts[:-1]] and implies(facts.mask, checked_mask):
+            return batch
+    values = (batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs)
+    if any(isinstance(value, jax.core.Tracer) for value in values):
+
+        def raise_on_fault(*arrays: Any) -> np.ndarray:
+            _raise_on_fault(_Values(*map(np.asarray, arrays)), facts)
+            return np.zeros((), np.int32)
+
+        zero = jax.pure_callback(raise_on_fault, jax.ShapeDtypeStruct((), jnp.int32), *values, vmap_method="sequential")
+        # Everything that reads the batch now waits for the verdict.
+        values = (values[0] + zero, values[1], values[2] + zero, values[3])
+    else:
+        _raise_on_fault(_Values(*map(np.asarray, values)), facts)
+    return RaggedBatch(*values, query_rows=batch.query_rows, checked_for=tuple(facts))
+
+
+class _Values(NamedTuple):
+    lengths: np.ndarray
+    tables: np.ndarray
+    starts: np.ndarray
+    num_seqs: np.ndarray
+
+
+class _Facts(NamedTuple):
+    page_size: int
+    num_pages: int
+    tokens: int
+    mask: Mask
+
+
+def _raise_on_fault(values: _Values, facts: _Facts) -> None:
+    lengths, tables, starts, num_seqs = values
+    page_size = facts.page_size
+    slots, capacity, live = tables.shape[0], tables.shape[1] * page_size, int(num_seqs)
+    if not 0 <= live <= slots:
+        raise ValueError(f"num_seqs = {live} is out of range: there are {slots} slots, so it must be in [0, {slots}].")
+    if starts[0] != 0:
+        raise ValueError(f"query_starts[0] = {starts[0]} (sequence 0) must be 0: rows are packed from the first.")
+    for s in range(live):
+        start, stop, length = int(starts[s]), int(starts[s + 1]), int(lengths[s])
+        if stop < start:
+            raise ValueError(f"query_starts[{s + 1}] = {stop} (sequence {s}) decreases: it follows {start}.")
+        if stop > facts.tokens:
+            raise ValueError(f"query_starts[{s + 1}] = {stop} (sequence {s}) is past the {facts.tokens} query rows.")
+        if not 0 <= length <= capacity:
+            raise ValueError(
+                f"lengths[{s}] = {length} (sequence {s}) is out of range: its {tables.shape[1]} table entries of "
+                f"{page_size} tokens hold [0, {capacity}]."
+            )
+        if stop - start > length > 0:
+            raise ValueError(
+                f"lengths[{s}] = {length} (sequence {s}) is less than its {stop - start} query rows: lengths count "
+                "this step's own tokens."
+            )
+        _require_pages_in_pool(s, length, stop - start, tables[s], facts)
+    _require_distinct_slots(lengths[:live], tables[:live], np.diff(starts[: live + 1]), page_size)
+
+
+def _require_pages_in_pool(s: int, length: int, rows: int, table: np.ndarray, facts: _Facts) -> None:
+    """Every page that holds a token which sequence ``s`` may see or writes must be in the pool."""
+    page_size, num_pages = facts.page_size, facts.num_pages
+    first = np.arange(-(-length // page_size)) * page_size
+    some = facts.mask.coverage(length - rows, length, first, first + page_size).some
+    is_needed = (some | (first + page_size > length - rows)) & (rows > 0)
+    entry = table[: len(first)]
+    for i in np.flatnonzero(is_needed & ((entry < 0) | (entry >= num_pages))):
+        last = min(length, first[i] + page_size) - 1
+        raise ValueError(
+            f"block_tables[{s}, {i}] = {entry[i]} (sequence {s}) is no page of the pool: it holds tokens {first[i]} to "
+            f"{last}, must be in [0, {num_pages})."
+        )
+
+
+def _require_distinct_slots(lengths: np.ndarray, tables: np.ndarray, rows: np.ndarray, page_size: int) -> None:
+    """No two tokens of this step may be written to one place in the pages."""
+    seq = np.repeat(np.arange(len(rows)), rows)
+    position = np.concatenate([np.arange(length - n, length) for length, n in zip(lengths, rows, strict=True)] or [[]])
+    seq, position = seq[position >= 0], position[position >= 0].astype(int)
+    page = tables[seq, position // page_size]
+    order = np.lexsort((seq, position % page_size, page))
+    same = (np.diff(page[order]) == 0) & (np.diff(position[order] % page_size) == 0)
+    for i in np.flatnonzero(same):
+        a, b = order[i], order[i + 1]
+        raise ValueError(
+            f"block_tables[{seq[b]}, {position[b] // page_size}] = {page[b]} (sequence {seq[b]}) is stale: slot "
+            f"{position[b] % page_size} of that page is also written by sequence {seq[a]} in this step."
+        )

@@ -1,0 +1,81 @@
+"""Errors of shape and dtype, raised when a call is traced. `check` is for values, when it runs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged.spec import FLOAT_DTYPES, AttentionSpec, PageLayout, Pages, RaggedBatch, sinks_per_head
+
+
+def require_layout(spec: AttentionSpec, layout: PageLayout) -> None:
+    """Raise ``ValueError`` when pages of this layout cannot hold this spec's keys."""
+    for name in ("num_kv_heads", "head_dim"):
+        if getattr(spec, name) != getattr(layout, name):
+            raise ValueError(
+                f"layout.{name} must equal spec.{name} = {getattr(spec, name)}; got {getattr(layout, name)}."
+            )
+
+
+def require_queries(spec: AttentionSpec, q: Any, batch: RaggedBatch) -> None:
+    """Raise unless ``q`` is [tokens, q_heads, head_dim] in a float dtype, with the rows its batch says."""
+    _require_rows("q", q, (spec.num_q_heads, spec.head_dim), "q_heads and head_dim from the spec")
+    if len(batch.lengths.shape) != 1:
+        raise ValueError(
+            f"batch must be of one shard; got lengths of shape {batch.lengths.shape}. Stacked batches are for an "
+            "attention lowered with mesh= and axes=Axes(sequences=...)."
+        )
+    expected = None if batch.query_rows is None else batch.query_rows * batch.num_slots
+    if expected is not None and q.shape[0] != expected:
+        raise ValueError(
+            f"q must have {expected} rows, {batch.query_rows} for each of the batch's {batch.num_slots} slots; got "
+            f"{q.shape[0]}. For rows of varying number build RaggedBatch(lengths, block_tables, query_starts)."
+        )
+
+
+def require_pages(layout: PageLayout | None, pages: Any) -> None:
+    """Raise unless ``pages`` were made by this layout; by any layout when it is None."""
+    if not isinstance(pages, Pages):
+        raise TypeError(f"pages must come from layout.init(...) or layout.wrap(...); got {type(pages).__name__}.")
+    if layout is not None and pages.layout != layout:
+        raise ValueError(f"pages must have the layout that was lowered for, {layout}; got {pages.layout}.")
+
+
+def require_new_tokens(layout: PageLayout, k: Any, v: Any, tokens: int | None = None) -> None:
+    """Raise unless ``k`` and ``v`` are a step's keys and values for pages of this layout."""
+    _require_rows("k", k, (layout.num_kv_heads, layout.head_dim), "kv_heads and head_dim from the layout")
+    _require_rows("v", v, (layout.num_kv_heads, layout.value_dim), "kv_heads and value_dim from the layout")
+    tokens = k.shape[0] if tokens is None else tokens
+    if k.shape[0] != tokens or v.shape[0] != tokens:
+        raise ValueError(f"k and v must have one row a query token, {tokens}; got {k.shape[0]} and {v.shape[0]}.")
+
+
+def require_sinks(spec: AttentionSpec, sinks: Any) -> None:
+    """Raise unless sinks are given exactly when the spec has them, in one of the accepted shapes."""
+    if spec.sinks and sinks is None:
+        raise ValueError(
+            f"sinks is missing: the spec says sinks=True, so the call needs float32[{spec.num_q_heads}], one learnt "
+            "logit a query head."
+        )
+    if sinks is None:
+        return
+    if not spec.sinks:
+        raise ValueError("sinks were given, but the spec says sinks=False: use spec.replace(sinks=True).")
+    if not jnp.issubdtype(jnp.result_type(sinks), jnp.floating):
+        raise TypeError(f"sinks must be floating point; got {jnp.result_type(sinks).name}.")
+    jax.eval_shape(lambda s: sinks_per_head(spec, s), jax.ShapeDtypeStruct(np.shape(sinks), jnp.float32))
+
+
+def _require_rows(name: str, array: Any, tail: tuple[int, int], why: str) -> None:
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+    if shape is None or dtype is None:
+        raise TypeError(f"{name} must be an array; got {type(array).__name__}.")
+    if len(shape) != 3 or tuple(shape[1:]) != tail or shape[0] < 1:
+        heads = "q_heads" if name == "q" else "kv_heads"
+        dim = "value_dim" if name == "v" else "head_dim"
+        raise ValueError(
+            f"{name} must be [tokens, {heads}, {dim}] = [at least 1, {tail[0]}, {tail[1]}] ({why}); got {tuple(shape)}."
+        )
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32; got {dtype.name}.")
