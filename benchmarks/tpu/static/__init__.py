@@ -1,4 +1,4 @@
-"""What a Pallas TPU kernel costs, modelled without a TPU from the real compiler's final program."""
+"""Models the cost of Pallas TPU kernels without a TPU, from the final program that the real compiler makes."""
 
 from .bundles import parse_bundles as parse_bundles
 from .chips import CHIPS as CHIPS

@@ -58,7 +58,7 @@ class Bundle:
 
 
 class Predicate(NamedTuple):
-    """What an instruction is conditional on; ``register`` is ``None`` where it is not. ``rest`` are its operands."""
+    """An instruction's condition, and its operands in ``rest``. ``register`` is ``None`` where there is no condition."""
 
     register: str | None
     otherwise: str | None  # the value that the result has when the instruction doesn't execute
@@ -67,7 +67,10 @@ class Predicate(NamedTuple):
 
 
 def parse_bundles(text: str) -> list[Bundle]:
-    """Every bundle of one program. Raises ``ValueError`` where their numbers have a gap."""
+    """Every bundle of one program, from the text of its dump ``*-final_bundles.txt``.
+
+    Raises ``ValueError`` where the bundles' numbers have a gap.
+    """
     bundles: list[Bundle] = []
     for index, body in _bodies(text):
         if index != len(bundles):
@@ -81,7 +84,7 @@ def parse_bundles(text: str) -> list[Bundle]:
 
 
 def count_bundles(text: str) -> int:
-    """Bundles of one program, without parsing them."""
+    """The number of bundles of one program, without parsing them."""
     return sum(_HEAD.match(line) is not None for line in text.split("\n"))
 
 

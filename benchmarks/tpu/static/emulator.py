@@ -62,7 +62,7 @@ class Emulator:
         if kind == "general":  # strides of several levels: the direction is in the pointers
             spaces = self.translator.spaces
             kind = "_to_".join(spaces.get(located(end).symbol - 1, "vmem") for end in (source, destination))
-        if kind.endswith("to_smem"):
+        if kind.endswith("to_smem"):  # filled at once: the program reads it only after a wait
             self._copy_to_smem(source, destination, granules)
         self.transfers.start(kind, granules, flag, self.time + cycle)
 

@@ -43,7 +43,7 @@ _HIGH_PRODUCT = re.compile(r"^smul\.[us]32.*hi")
 
 
 def of_predicates(opcode: str, values: Sequence[str]) -> str | None:
-    """The expression of an instruction on predicates; ``None`` of others."""
+    """The expression of an instruction on predicates; ``None`` for other instructions."""
     template = _OF_PREDICATES.get(opcode)
     return template.format(*values, "False") if template else None
 

@@ -59,7 +59,7 @@ class Program:
         self.loops = self._find_loops()
 
     def path_lengths(self, loop: Span) -> tuple[int, int]:
-        """Bundles of the shortest and the longest way through one iteration, nested loops counted as none."""
+        """Bundles of the shortest and of the longest way through one iteration. Nested loops count as no bundles."""
         inner = [other for other in self.loops if loop.holds(other)]
         free = {index for other in inner for index in range(other.start, other.end + 1)}
         passed = {index for other in inner for index in other.backs}

@@ -27,7 +27,15 @@ class _Overlay:
 
 
 def delay_slots(bundles: Sequence[Bundle], fixed: int | None, assembly: str | None) -> dict[int, int]:
-    """Delay slots of each branch, by its bundle's index: ``fixed``, or as the assembly encodes them.
+    """Delay slots of each branch, by its bundle's index.
+
+    **Arguments:**
+
+    - `bundles`: a kernel's final bundles.
+    - `fixed`: the generation's number of delay slots; ``None`` where each branch encodes its own.
+    - `assembly`: the text of the dump ``*-assembly.txt``. It is read only where there is no fixed number.
+
+    **Returns:** ``{index: delay slots}``; empty for a kernel without branches.
 
     Raises ``ValueError`` where a branch is in no overlay: with a guess the program would run another way.
     """
@@ -65,7 +73,7 @@ def _piece(marks: list[str], index: int, begin: int, overlays: Mapping[str, _Ove
 
 
 def _stretch(marks: list[str], others: list[str], index: int, begin: int, offset: int) -> tuple[int, int]:
-    """How far to both sides of ``index`` the marks are the same in both."""
+    """The stretch around ``index``, ``(first, end)``, in which both have the same marks."""
     first, end = index, index + 1
     while first > max(begin, -offset) and marks[first - 1] == others[first - 1 + offset]:
         first -= 1
@@ -96,7 +104,7 @@ def _overlays(assembly: str) -> dict[str, _Overlay]:
 
 
 def _mark(bundle: Bundle) -> str:
-    """What is compared of a bundle: nothing, some code, or a branch and its predicate register."""
+    """A bundle as it is compared: empty, some code, or a branch with its predicate register."""
     if not bundle.instructions:
         return _EMPTY
     for instruction in bundle.instructions:

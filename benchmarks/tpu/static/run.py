@@ -62,8 +62,20 @@ def run_program(
 ) -> list[Run]:
     """Run a program on each core of a device.
 
-    It runs twice: first with instantaneous transfers, which gives the bundles and tells how many cores read from HBM
-    and so share its bandwidth, then with the model of transfers, which gives the time.
+    **Arguments:**
+
+    - `program`: the kernel's bundles with their control flow.
+    - `rows`: uses of the units by each bundle, from `parse_utilization`.
+    - `loops`: the kernel's loops, from `loops_of`.
+    - `inputs`: integer operands by index. An operand without a value counts as zeros, and a note says so.
+    - `chip`: the generation's constants.
+    - `model`: the model of transfers; by default libtpu's own for the generation.
+    - `limit`: bundles after which a run is stopped, which a note says too.
+
+    **Returns:** one run for each core that the kernel asks for: one, or both of a device that has two.
+
+    A program runs twice: first with instantaneous transfers, which gives the bundles and tells how many cores read
+    from HBM and so share its bandwidth, then with the model of transfers, which gives the time.
     """
     translator = Translator(program, inputs)
     asks_for_core = any("core id" in i.comment for bundle in program.bundles for i in bundle.instructions)
@@ -113,7 +125,7 @@ def _counted(
 
 
 def _bundle_counts(emulator: Emulator) -> list[int]:
-    """How often each bundle issued."""
+    """The number of times that each bundle issued."""
     counts = [0] * len(emulator.translator.program.bundles)
     for start, count in emulator.counts.items():
         for index in range(start, emulator.translator.block(start).end + 1):

@@ -10,7 +10,7 @@ _MIB, _KIB = 2**20, 2**10
 
 
 def described(report: Report) -> str:
-    """Every figure of a report that a reader may want, a kernel after the other. All of them are modelled."""
+    """A report's figures, one kernel after the other."""
     if not report.ok:
         return f"{report.target} on {report.generation}: not compiled: {report.error}"
     versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())

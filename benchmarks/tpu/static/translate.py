@@ -80,6 +80,7 @@ class Translator:
         for i in range(start, end + 1):
             for instruction in _in_order(program.bundles[i]):
                 if instruction.opcode == "sbr.rel":
+                    # Read the condition here: a delay slot may set its register anew before the branch is taken.
                     branch, taken = program.branches[i], "taken"
                     lines.append(f"taken = {_condition(branch.predicate, branch.is_negated)}")
                 elif instruction.opcode == "vdelay":
@@ -124,7 +125,7 @@ class Translator:
         return _assign(result, self._expression(opcode, text), when, otherwise)
 
     def _effect(self, instruction: Instruction, text: str, cycle: int, place: str) -> str | None:
-        """A transfer, a wait or a semaphore's change; ``None`` of other instructions."""
+        """A transfer, a wait or a semaphore's change; ``None`` for other instructions."""
         opcode = instruction.opcode
         if instruction.starts_transfer:
             given = operands(text)
@@ -175,7 +176,7 @@ class Translator:
         return _assign(instruction.result, value, when, other or otherwise)
 
     def _expression(self, opcode: str, text: str) -> str:
-        """What a scalar instruction computes."""
+        """The Python expression of a scalar instruction."""
         if opcode in ("spop", "spop.sfrf"):
             name = text.strip().lstrip("%")
             if name in self._from_vectors:
@@ -201,7 +202,7 @@ class Translator:
         return made or "0"
 
     def _value(self, token: str) -> str:
-        """An operand's value."""
+        """The Python expression of an operand."""
         token = token.strip()
         if token.startswith("%"):
             return f"values.get({token[1:]!r}, 0)"
@@ -217,7 +218,7 @@ class Translator:
         return "0"
 
     def _address(self, token: str) -> str:
-        """Such as ``[smem:[#allocation8 + %s4]]`` or ``[#allocation12 + $0x1]``."""
+        """The Python expression of an address such as ``[smem:[#allocation8 + %s4]]`` or ``[#allocation12 + $0x1]``."""
         parts = []
         for part in _SPACE.sub("", token.strip()).replace("[", "").replace("]", "").split("+"):
             part = part.strip()
@@ -230,14 +231,20 @@ class Translator:
 
 
 def _from_vectors(bundles: Sequence[Bundle]) -> set[str | None]:
-    """What is pushed from vectors for scalars to pop, but for what another core sent: the cookie of a barrier."""
+    """Names of the values that vectors push for scalars to pop.
+
+    A value that another core sent is none of them: kernels compare it with a barrier's cookie, and do no more with it.
+    """
     instructions = [instruction for bundle in bundles for instruction in bundle.instructions]
     sent = {f"%{i.result}" for i in instructions if i.opcode == "vpop.ccrf"}
     return {i.result for i in instructions if i.opcode == "vpush" and predicate(i.text).rest.strip() not in sent}
 
 
 def _in_order(bundle: Bundle) -> list[Instruction]:
-    """A bundle's instructions, each after those whose results it uses; phis, which read old registers, come first."""
+    """A bundle's instructions, each after those whose results it uses.
+
+    Phis come first: they read registers that the bundle's other instructions may set.
+    """
     first = [i for i in bundle.instructions if i.opcode.endswith("phi")]
     rest = [i for i in bundle.instructions if not i.opcode.endswith("phi")]
     rest.sort(key=lambda i: (i.opcode.startswith("int_to_ptr"), i.opcode == "sst"))
@@ -259,7 +266,7 @@ def _in_order(bundle: Bundle) -> list[Instruction]:
 
 
 def _assign(result: str | None, expression: str, when: str | None, otherwise: str | None) -> list[str]:
-    """Set a value and its register; where the condition doesn't hold they keep what they had."""
+    """Set a value and its register, or leave them as they are where the condition doesn't hold."""
     if result is None:
         return []
     targets = f"values[{result!r}] = registers[{_register(result)!r}]"
@@ -280,7 +287,7 @@ def _condition(register: str | None, is_negated: bool) -> str:
 
 
 def _truth(token: str) -> str:
-    """A predicate operand."""
+    """The Python expression of a predicate operand."""
     token = token.strip()
     if token.lstrip("!").startswith("%"):
         value = f"values.get({token.lstrip('!%')!r}, False)"

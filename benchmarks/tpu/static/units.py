@@ -66,7 +66,7 @@ def total(rows: Sequence[Sequence[int]], counts: Sequence[int]) -> dict[str, int
 
 
 def bundle_kind(bundle: Bundle) -> str:
-    """What a bundle issues for: vector work, bounds checks, scalar work alone, or nothing (latency)."""
+    """The work of a bundle: vector work, bounds checks, scalar work alone, or nothing (latency)."""
     instructions = bundle.instructions
     if not instructions:
         return "empty"
@@ -77,7 +77,7 @@ def bundle_kind(bundle: Bundle) -> str:
 
 
 def opcode_class(opcode: str) -> str | None:
-    """A coarse class of a vector instruction; ``None`` of others."""
+    """A coarse class of a vector instruction; ``None`` for other instructions."""
     width = "32" if ".f32" in opcode else "16"
     short = opcode.split(".")[0][1:]
     if opcode.startswith(("vmatmul", "vmatpush")):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _POINTER = 1 << 60
 _SYMBOL_BITS = 40  # of a pointer's offset
-_IS_POINTER = 1 << 58  # anything from here on, also after shifts to the right
+_IS_POINTER = 1 << 58  # the smallest pointer, also after a shift to the right by two
 _MASK = 0xFFFFFFFF
 
 
@@ -33,14 +33,14 @@ def located(address: int) -> Location:
 
 
 def wrap(x: int) -> int:
-    """A signed word; pointers stay."""
+    """``x`` as a signed word of 32 bits; a pointer is left as it is."""
     if -0x80000000 <= x <= 0x7FFFFFFF or x >= _IS_POINTER:
         return x
     return ((x + 0x80000000) & _MASK) - 0x80000000
 
 
 def unsigned(x: int) -> int:
-    """A word read as unsigned; pointers stay."""
+    """A word read as unsigned; a pointer is left as it is."""
     return x if x >= _IS_POINTER else x & _MASK
 
 
@@ -50,7 +50,7 @@ def shift_left(a: int, b: int) -> int:
 
 
 def shift_left_ones(a: int, b: int) -> int:
-    """``a << b``, ones shifted in: masks of the first ``b`` of something."""
+    """``a << b``, ones shifted in. Kernels make masks of the first ``b`` sublanes with it."""
     return wrap(((a & _MASK) << (b & 31)) | ((1 << (b & 31)) - 1))
 
 
@@ -65,11 +65,11 @@ def shift_right_sign(a: int, b: int) -> int:
 
 
 def both(a: int, b: int) -> int:
-    """``a & b``. Masks of pointers are alignments, which every symbol has."""
+    """``a & b``. A pointer is left as it is: its masks are alignments, which every symbol has."""
     return max(a, b) if a >= _IS_POINTER or b >= _IS_POINTER else wrap(a & b & _MASK)
 
 
 def quotient_and_remainder(a: int, b: int) -> tuple[int, int]:
-    """Of unsigned words; by zero ``(-1, a)``."""
+    """Quotient and remainder of unsigned words; ``(-1, a)`` where ``b`` is 0."""
     a, b = unsigned(a), unsigned(b)
     return (wrap(a // b), wrap(a % b)) if b else (-1, wrap(a))
