@@ -58,7 +58,7 @@ class Bundle:
 
 
 class Predicate(NamedTuple):
-    """An instruction's condition, and its operands in ``rest``. ``register`` is ``None`` where there is no condition."""
+    """An instruction's condition, and its operands in ``rest``. Without a condition ``register`` is ``None``."""
 
     register: str | None
     otherwise: str | None  # the value that the result has when the instruction doesn't execute
