@@ -12,11 +12,13 @@ from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
 from paged.lower.tpu.pages.work import Visited
 from paged.lower.tpu.prefill import lowering as ragged_module
-from paged.lower.tpu.prefill import tile as prefill_module
-from paged.lower.tpu.prefill.kernel import Prefill
+from paged.lower.tpu.prefill import tile as tile_module
+from paged.lower.tpu.prefill.block import Block, BlockKernel
+from paged.lower.tpu.prefill.kernel import PrefillKernel
 from paged.lower.tpu.prefill.launch import PrefillLaunch
-from paged.lower.tpu.prefill.refs import Block
-from paged.lower.tpu.prefill.tile import Tile
+from paged.lower.tpu.prefill.shape import TileShape
+from paged.lower.tpu.prefill.tile import TileKernel
+from paged.lower.tpu.references import Copies
 from paged.spec import AttentionState
 from tests.support import Case, Corner
 from tests.support.specs import PLAIN
@@ -32,7 +34,6 @@ from .planting import (
     method,
     nothing,
     page_too_few,
-    without_waiting,
 )
 
 _MHA = PLAIN.replace(num_q_heads=2)
@@ -47,8 +48,8 @@ def _schedule(pages_per_block=1, buffers=3):
     return RaggedSchedule(pages_per_block=pages_per_block, rows_per_tile=16, buffers=buffers)
 
 
-# name: case, schedule, how transfers run. Two parts a tile; two tiles a sequence, of 16 rows and of one. Without a
-# causal mask the length is all that hides what lies past it.
+# name: case, schedule, how transfers run. Two strip groups per tile, and two tiles per sequence, of 16 rows and of one.
+# Without a causal mask the length is all that hides what lies past it.
 SUITE = {
     "late": (_case(spec=_MHA.replace(causal=False)), _schedule(), "on_wait"),
     "early": (_case(), _schedule(), "eager"),
@@ -58,9 +59,19 @@ SUITE = {
 }
 
 
+def _never_awaited(original):
+    """A method that returns `Copies`, which are started and not waited for."""
+
+    class Started(Copies):
+        def wait(self):
+            pass
+
+    return lambda *args: Started(original(*args).each)
+
+
 def _not_waiting_before_results(original):
-    def run(self, *args, before_results):
-        return original(self, *args, before_results=lambda: None)
+    def run(self, refs, item, end, half, before_results, stage):
+        return original(self, refs, item, end, half, lambda: None, stage)
 
     return run
 
@@ -82,29 +93,29 @@ def _impatient(patch):
 
 
 def _one_too_long(original):
-    def mask(self, refs, *args):
+    def find_visible(self, refs, *args):
         work = refs.stream.work._replace(length=Shifted(refs.stream.work.length, 1))
         original(self, refs._replace(stream=dataclasses.replace(refs.stream, work=work)), *args)
 
-    return mask
+    return find_visible
 
 
-def _in_the_first_place(stage):
-    """A stage of a part, which takes and leaves scores in place 0 whichever is asked for."""
-    at = list(inspect.signature(stage).parameters).index("place")
-    return lambda *args, **kwargs: stage(*args[:at], 0, *args[at + 1 :], **kwargs)
+def _in_the_first_half(original):
+    """`BlockKernel.score` or `weigh` with the scores in half 0, whichever half is asked for."""
+    at = list(inspect.signature(original).parameters).index("half")
+    return lambda *args, **kwargs: original(*args[:at], 0, *args[at + 1 :], **kwargs)
 
 
 def _of_the_other_head(original):
-    return lambda self, refs, body, block, head, which: original(self, refs, body, block, 1 - head, which)
+    return lambda self, refs, block, head, which: original(self, refs, block, 1 - head, which)
 
 
 def _results_of_the_other_head(original):
     return lambda self, strip: 1 - original(self, strip)
 
 
-def _one_place(slot, place, base):
-    return Block(slot, 0, base)
+def _one_half(stage, half, entry):
+    return Block(stage, 0, entry)
 
 
 def _a_row_too_far(original):
@@ -135,14 +146,14 @@ def _a_row_before(original):
 
 
 def _cleared_at_first_only(patch):
-    clear = Tile._clear
+    clear = TileKernel._clear
 
-    def every_part(self, refs):
-        for part in range(self.shape.parts):
-            clear(self, refs, part)
+    def every_group(self, refs):
+        for strip_group in range(self.shape.strip_groups):
+            clear(self, refs, strip_group)
 
-    patch.setattr(Tile, "clear", every_part)
-    patch.setattr(Tile, "_clear", lambda self, refs, part: None)
+    patch.setattr(TileKernel, "clear", every_group)
+    patch.setattr(TileKernel, "_clear", lambda self, refs, strip_group: None)
 
 
 def _attribute(owner, name, mutant):
@@ -152,32 +163,32 @@ def _attribute(owner, name, mutant):
 # name: how to plant it, the case that kills it, and what is seen.
 BUGS = {
     "the next whole block is not waited for": (_impatient, "late", "nan"),
-    "no wait for results": (method(Tile, "run", _not_waiting_before_results), "early", "race"),
-    "scores of all parts in one place": (
-        all_of(*(method(Tile, stage, _in_the_first_place) for stage in ("_score", "_weigh"))), "late", "wrong",
+    "no wait for results": (method(TileKernel, "run", _not_waiting_before_results), "early", "race"),
+    "scores of all strip groups in one half": (
+        all_of(*(method(BlockKernel, step, _in_the_first_half) for step in ("score", "weigh"))), "late", "wrong",
     ),
     "first scores of the next block from this one": (
-        _attribute(prefill_module, "_choose", lambda _: lambda condition, yes, no: yes), "late", "wrong",
+        _attribute(tile_module, "_choose", lambda _: lambda condition, yes, no: yes), "late", "wrong",
     ),
     "decoded rows of the next slot": (_attribute(ragged_module, "_single_rows", _of_the_next_slot), "mixed", "wrong"),
     "no wait for whole blocks": (method(Transfers, "wait", nothing), "late", "nan"),
     "no wait for parts of blocks": (method(Transfers, "wait_for", nothing), "late", "nan"),
-    "no wait for queries": (method(Prefill, "_copy_queries", without_waiting), "late", "nan"),
-    "no wait for any results": (method(Prefill, "_copy_results", without_waiting), "early", "race"),
-    "j <= length": (method(Tile, "_mask", _one_too_long), "late", "nan"),
-    "no mask": (method(Tile, "_seen", lambda seen: lambda *args: jnp.bool_(True)), "early", "nan"),
+    "no wait for queries": (method(PrefillKernel, "_queries", _never_awaited), "late", "nan"),
+    "no wait for any results": (method(PrefillKernel, "_results", _never_awaited), "early", "race"),
+    "j <= length": (method(BlockKernel, "find_visible", _one_too_long), "late", "nan"),
+    "no mask": (method(BlockKernel, "_visible", lambda visible: lambda *args: jnp.bool_(True)), "early", "nan"),
     "values past the length not silenced": (method(Transfers, "silence", nothing), "late", "nan"),
     "values of empty places not silenced": (method(Stream, "silence", all_clean), "half blocks", "nan"),
     "a page too few": (method(Visited, "of", page_too_few), "early", "wrong"),
     "partial pages taken for full": (method(Visited, "of", all_full), "early", "nan"),
-    "keys of another head": (method(Tile, "_stored", _of_the_other_head), "early", "wrong"),
-    "results of another head": (method(Tile, "_strip_head", _results_of_the_other_head), "early", "wrong"),
+    "keys of another head": (method(BlockKernel, "_stored", _of_the_other_head), "early", "wrong"),
+    "results of another head": (method(TileShape, "q_head_of", _results_of_the_other_head), "early", "wrong"),
     "tiles a row too far": (method(QueryTiles, "cut", _a_row_too_far), "early", "exception"),
     "tiles a position too far": (method(QueryTiles, "cut", _a_position_too_far), "early", "wrong"),
     "the next block is set apart over this one": (
-        _attribute(prefill_module, "Block", lambda _: _one_place), "interleaved", "wrong",
+        _attribute(tile_module, "Block", lambda _: _one_half), "interleaved", "wrong",
     ),
-    "the state is never cleared": (method(Tile, "clear", nothing), "early", "nan"),
+    "the state is never cleared": (method(TileKernel, "clear", nothing), "early", "nan"),
     "the state of the tile before": (_cleared_at_first_only, "early", "nan"),
     "results of the row before": (method(PrefillLaunch, "state_of", _a_row_before), "mixed", "nan"),
 }  # fmt: skip

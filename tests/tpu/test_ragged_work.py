@@ -1,5 +1,7 @@
 """How query rows become tiles, and which pages each of them fetches: counted against the rules, pair by pair."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -130,14 +132,18 @@ def test_pages_fetched_under_a_window_are_the_windows_alone(window, rows):
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2), (3, 1), (10, 2), (8, 8), (64, 8), (40, 8), (16, 1)])
 @pytest.mark.parametrize("positions", [16, 32, 128, 256, 512, 1024])
-def test_parts_hold_every_row_of_a_tile_once(heads, positions):
-    """Strips are in the order of heads and positions, and no part has rows of two KV heads, or too many of one."""
+def test_strip_groups_hold_every_row_of_a_tile_once(heads, positions):
+    """Strips are in the order of heads and positions. No strip group has rows of two KV heads, or too many rows."""
     q_heads, kv_heads = heads
     spec = AttentionSpec(num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=8)
     shape = TileShape(positions, q_heads, spec.group)
-    assert shape.parts * shape.rows == positions * q_heads
-    assert shape.parts == kv_heads * shape.parts_per_head
-    assert shape.span <= shape.rows <= max(shape.span, _MOST_ROWS)
-    for part in range(shape.parts):
-        strips = [part * shape.strips_per_part + i for i in range(shape.strips_per_part)]
-        assert {strip // shape.spans // spec.group for strip in strips} == {part // shape.parts_per_head}
+    assert shape.strip_groups * shape.strip_group_rows == positions * q_heads
+    assert shape.strip_groups == kv_heads * shape.strip_groups_per_kv_head
+    assert shape.strip_rows <= shape.strip_group_rows <= max(shape.strip_rows, _MOST_ROWS)
+    strips = [shape.strips_of(strip_group) for strip_group in range(shape.strip_groups)]
+    assert list(itertools.chain(*strips)) == list(range(shape.strips))
+    places = [(shape.q_head_of(strip), shape.first_position_of(strip)) for strip in range(shape.strips)]
+    firsts = range(0, positions, shape.strip_rows)
+    assert places == [(head, first) for head in range(q_heads) for first in firsts]
+    for strip_group, of_group in enumerate(strips):
+        assert {shape.q_head_of(strip) // spec.group for strip in of_group} == {shape.kv_head_of(strip_group)}

@@ -1,7 +1,16 @@
-"""The prefill kernel: tiles of many query rows, one after the other, and their queries and results on their way."""
+"""The prefill kernel: one tile of query rows after the other, with queries and results on their way beside the work.
+
+Three kinds of copies run beside the work on a tile::
+
+    tile 0          tile 1          tile 2
+    queries 1 in    queries 2 in    queries 3 in      one tile ahead, into two halves of a buffer that take turns
+    pages in        pages in        pages in          the stream of pages, several blocks ahead: see `Stream`
+                    results 0 out   results 1 out     from one buffer: gone before the next tile's results are stored
+"""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,65 +18,102 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..references import Copies
+from .loops import Index
 from .refs import Refs, Strides
-from .tile import Tile
-
-Ref = Any
+from .tile import TileKernel
 
 
 @dataclasses.dataclass(frozen=True)
-class Prefill:
-    """The kernel: tiles of many rows and, with ``tiles`` of fewer positions, smallest first, those of few."""
+class PrefillKernel:
+    """The kernel. ``tiles`` is code for tiles of several numbers of positions, fewest first.
 
-    tiles: tuple[Tile, ...]
+    A tile runs by the first code whose number of positions is not less than its rows.
+    """
+
+    tiles: tuple[TileKernel, ...]
 
     @property
     def strides(self) -> Strides:
-        """Those of all tiles."""
+        """The layout of queries and results, which all tiles share."""
         return self.tiles[-1].strides
 
-    def run_items(self, refs: Refs, first: Any, end: Any) -> None:
-        """All items of one core, one after the other."""
-        pl.when(first < end)(functools.partial(self._copy_queries, refs, first, first, "start"))
+    def run_items(self, refs: Refs, first: Index, end: Index) -> None:
+        """Run all items of one core, ``first`` to ``end``, one after the other."""
+        pl.when(first < end)(self._queries(refs, first, first).start)
         refs.stream.begin(first, end)
+        # Before the first tile: scratch memory holds anything. Later tiles find the state that the one before cleared.
         self.tiles[-1].clear(refs)
-        jax.lax.fori_loop(first, end, lambda item, slot: self._run_item(refs, item, first, end, slot), jnp.int32(0))
-        self._copy_results(refs, end - 1, first, "wait")
+        jax.lax.fori_loop(first, end, lambda item, stage: self._run_item(refs, item, first, end, stage), jnp.int32(0))
+        # The kernel's memory is given away when it ends, so the last copy must have read it.
+        self._results(refs, end - 1, first).wait()
 
-    def _run_item(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
-        """Attend over one item's pages, whose first block is in ``slot``; the slot of the next item's first block."""
-        rows, place = refs.stream.work.rows[item], jax.lax.rem(item, 2)
-        pl.when(item + 1 < end)(functools.partial(self._copy_queries, refs, item + 1, first, "start"))
-        self._copy_queries(refs, item, first, "wait")
-        wait = functools.partial(self._copy_results, refs, item - 1, first, "wait")
-        branches = [lambda slot: (wait(), slot)[1]]
-        branches += [functools.partial(tile.run, refs, item, end, place, before_results=wait) for tile in self.tiles]
+    def _run_item(self, refs: Refs, item: Index, first: Index, end: Index, stage: Index) -> Index:
+        """Attend over one item's pages, whose first block arrives in ``stage`` of the stream's ring.
+
+        Returns the stage of the next item's first block.
+        """
+        rows, half = refs.stream.work.rows[item], jax.lax.rem(item, 2)
+        # The next queries go to the other half of the buffer. That half is free: the tile before has moved its queries
+        # out of it before it did anything else.
+        pl.when(item + 1 < end)(self._queries(refs, item + 1, first).start)
+        self._queries(refs, item, first).wait()
+        results_before = self._results(refs, item - 1, first)
+
+        def skip(stage: Index) -> Index:
+            # An item without rows has no results, but it waits for those of the item before. The item after it waits
+            # for this item's copies only, and a semaphore that still counted others would end that wait too early.
+            results_before.wait()
+            return stage
+
+        # A tile itself waits for the results before, as late as it can.
+        runs = [functools.partial(tile.run, refs, item, end, half, results_before.wait) for tile in self.tiles]
         which = (rows > 0).astype(jnp.int32)
         which += sum((rows > tile.shape.positions).astype(jnp.int32) for tile in self.tiles[:-1])
-        slot = jax.lax.switch(which, branches, slot)
-        self._copy_results(refs, item, first, "start")
-        return slot
+        stage = jax.lax.switch(which, [skip, *runs], stage)
+        self._results(refs, item, first).start()
+        return stage
 
-    def _copy_queries(self, refs: Refs, item: Any, first: Any, verb: str) -> None:
-        place = jax.lax.rem(item, 2)
-        self._copy(refs.q, refs.q_buffer.at[place], refs.q_arrived.at[place], refs, item, first, self.strides.q, verb)
+    def _queries(self, refs: Refs, item: Index, first: Index) -> Copies:
+        """The copies of an item's queries into a half of their buffer."""
 
-    def _copy_results(self, refs: Refs, item: Any, first: Any, verb: str) -> None:
-        self._copy(refs.out, refs.out_buffer, refs.out_left, refs, item, first, self.strides.out, verb, is_out=True)
+        def each(act: Callable[[Any], None]) -> None:
+            half = jax.lax.rem(item, 2)
+            buffer, arrived = refs.scratch.q_buffer.at[half], refs.scratch.q_arrived.at[half]
 
-    def _copy(
-        self, far: Ref, near: Ref, done: Ref, refs: Refs, item: Any, first: Any, stride: int, verb: str, is_out=False
-    ) -> None:
-        """An item's rows between ``far``, which has those of all items, and ``near``, in powers of two; nothing for an
-        item before the core's first."""
-        one = jnp.maximum(item, 0)
-        rows, row = jnp.where(item >= first, refs.stream.work.rows[one], 0), refs.stream.work.row[one]
+            def copy(in_hbm: Any, in_buffer: Any) -> None:
+                act(pltpu.make_async_copy(refs.inputs.q.at[in_hbm], buffer.at[in_buffer], arrived))
+
+            self._each_piece(refs, item, first, self.strides.q, copy)
+
+        return Copies(each)
+
+    def _results(self, refs: Refs, item: Index, first: Index) -> Copies:
+        """The copies of an item's results out of their buffer."""
+
+        def each(act: Callable[[Any], None]) -> None:
+            buffer, left = refs.scratch.out_buffer, refs.scratch.out_left
+
+            def copy(in_hbm: Any, in_buffer: Any) -> None:
+                act(pltpu.make_async_copy(buffer.at[in_buffer], refs.outputs.results.at[in_hbm], left))
+
+            self._each_piece(refs, item, first, self.strides.out, copy)
+
+        return Copies(each)
+
+    def _each_piece(self, refs: Refs, item: Index, first: Index, stride: int, copy: Callable[[Any, Any], None]) -> None:
+        """Call ``copy`` for pieces of an item's rows: with where a piece lies in HBM, and where in the item's buffer.
+
+        How many query rows an item has is known only when the kernel runs, but a copy has a static size. So there is a
+        piece for each bit of that number. An item before the core's first is another core's: it has no piece here.
+        """
+        index = jnp.maximum(item, 0)
+        rows, row = jnp.where(item >= first, refs.stream.work.rows[index], 0), refs.stream.work.row[index]
         for power in (1 << bit for bit in range(self.tiles[-1].shape.positions.bit_length())):
 
             @pl.when((rows & power) != 0)
             def _(power=power):
-                at = rows & (power - 1)
-                there = far.at[pl.ds(pl.multiple_of((row + at) * stride, 8), power * stride)]
-                here = near.at[pl.ds(pl.multiple_of(at * stride, 8), power * stride)]
-                copy = pltpu.make_async_copy(*((here, there) if is_out else (there, here)), done)
-                getattr(copy, verb)()
+                done = rows & (power - 1)
+                in_hbm = pl.ds(pl.multiple_of((row + done) * stride, 8), power * stride)
+                in_buffer = pl.ds(pl.multiple_of(done * stride, 8), power * stride)
+                copy(in_hbm, in_buffer)

@@ -1,6 +1,7 @@
-"""From arrays to the prefill kernel and back: operands, scratch memory, and the state that comes out."""
+"""From arrays to the prefill kernel and back: its code, operands and scratch memory, and its results as a state."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -13,24 +14,34 @@ from jaxtyping import Array, Float
 from paged.spec import AttentionState, PageLayout, Pages
 
 from ...program import Program, Running, kernel_terms
-from ..chips import Chip, padded_bytes
+from ..chips import LANES, SUBLANES, Chip, padded_bytes
 from ..pages import Stream, Transfers, Views, Work, pools_of
-from .kernel import Prefill
-from .refs import LANES, SUBLANES, Body, Refs, Strides
+from ..references import call_kernel
+from .block import BlockKernel
+from .kernel import PrefillKernel
+from .refs import Inputs, Outputs, Refs, Scratch, Strides
 from .shape import TileShape
-from .tile import MOST_UNROLLED, Tile
+from .tile import MOST_UNROLLED, TileKernel
 
-# Scores are in units of log 2, so that weights are powers of two.
+# Scores are in units of log 2: powers of two are what a TPU computes, and every other base costs a multiplication.
 _LOG2E = math.log2(math.e)
-# Positions whose mask is computed at once.
+# The mask is evaluated for this many positions at a time.
 _MASK_ROWS = 32
-# Tiles of few rows have kernels of their own, each for a quarter of the rows of the next.
+# The last tile of a sequence may have few rows. There is code for tiles of a quarter of the positions, a quarter of
+# these, and so on, down to 16 at least.
 _FEWEST_POSITIONS, _SHRINK = 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillLaunch:
-    """One prefill kernel: its views, the most positions of a tile, and how its tiles are laid over cores."""
+    """One prefill kernel, ready to be called on a work list.
+
+    * ``compute_dtype``: what the matrix unit multiplies.
+    * ``pages_per_block``: pages that a stage of the stream's ring holds; ``buffers`` is the number of stages.
+    * ``positions``: the most query rows of a tile.
+    * ``cores``: cores that share the work list.
+    * ``interpret``: passed to Pallas.
+    """
 
     program: Program
     layout: PageLayout
@@ -44,178 +55,175 @@ class PrefillLaunch:
 
     @property
     def views(self) -> Views:
-        """The views of a whole block."""
-        return Views(self.layout, self.pages_per_block, 8, 1, self.compute_dtype, is_apart=self._is_apart)
+        """How a whole block of pages is read."""
+        return Views(self.layout, self.pages_per_block, 8, 1, self.compute_dtype, is_apart=self._is_deinterleaved)
 
     @property
     def strides(self) -> Strides:
-        """How queries and results of one position lie next to each other."""
+        """How queries and results lie in HBM."""
         return Strides(self.program.num_q_heads, self.views.key_lanes, self.views.result_lanes)
 
     def shapes(self) -> tuple[TileShape, ...]:
-        """Tiles, those of fewest positions first."""
+        """The shapes of tiles that there is code for, fewest positions first."""
         positions = [self.positions]
         while positions[0] // _SHRINK >= _FEWEST_POSITIONS:
             positions.insert(0, positions[0] // _SHRINK)
         return tuple(TileShape(n, self.program.num_q_heads, self.program.group) for n in positions)
 
-    def rows_of(self, q: Float[Array, "tokens q_heads dim"]) -> Float[Array, "rows lanes"]:
-        """Queries as the kernel reads them."""
+    def lay_out(self, q: Float[Array, "tokens q_heads dim"]) -> Float[Array, "rows lanes"]:
+        """Queries as the kernel reads them: see `Strides`."""
         tokens, heads, dim = q.shape
         columns, stride = self.strides.q_columns, self.strides.q
         x = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, 0), (0, columns * LANES - dim))).reshape(tokens, -1, LANES)
         return jnp.pad(x, ((0, 0), (0, stride - heads * columns), (0, 0))).reshape(tokens * stride, LANES)
 
-    def __call__(self, work: Work, rows: Array, pages: Pages, results: Array | None = None) -> Array:
-        """Results of the work's rows as the kernel writes them, f32[tokens * out_stride, lanes]; in other rows those of
-        ``results``, if given, which are overwritten in place, or anything."""
-        kernel = Prefill(tuple(self._tile(shape) for shape in self.shapes()))
-        arrays, scales = self._arrays(kernel.tiles[-1].bodies[-1]), self._head_scales(pages)[:1]
-        pools: Any = (*pages.arrays, *(() if pages.layout.scales != "token" else (pages.k_scale, pages.v_scale)))
-        scalars, operands = tuple(work), (*scales, *arrays, rows, *pools)
-        in_memory = [pltpu.SMEM] * (len(scales) + len(arrays)) + [pltpu.HBM] * (1 + len(pools))
-        aliases = {}
-        if results is not None:
-            aliases = {len(scalars) + len(operands): 0}
-            operands, in_memory = (*operands, results), [*in_memory, pltpu.HBM]
-        (out,) = pl.pallas_call(
-            self._kernel(kernel, len(scales), len(arrays), len(pools), results is not None),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(scalars),
-                grid=(self.cores,),
-                in_specs=[pl.BlockSpec(memory_space=memory) for memory in in_memory],
-                out_specs=[pl.BlockSpec(memory_space=pltpu.HBM)],
-                scratch_shapes=self._scratch(),
-            ),
-            out_shape=[jax.eval_shape(self.empty, rows)],
-            input_output_aliases=aliases,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",),
-                disable_bounds_checks=True,
-                vmem_limit_bytes=self.chip.vmem_bytes,
-            ),
-            interpret=self.interpret,
-            name="paged_prefill",
-        )(*scalars, *operands)
-        return out
+    def __call__(
+        self, work: Work, q: Float[Array, "rows lanes"], pages: Pages, results: Array | None = None
+    ) -> Float[Array, "rows_of_results lanes"]:
+        """Run the kernel on a work list and return results as the kernel writes them: see `Strides`.
 
-    def empty(self, rows: Array) -> Float[Array, "rows lanes"]:
-        """Results that nothing was written to."""
-        return jnp.zeros((rows.shape[0] // self.strides.q * self.strides.out, LANES), jnp.float32)
+        ``q`` are queries that `lay_out` made. Rows that the work list does not name keep what ``results`` has, if
+        given; its memory is then written in place. Without it these rows hold anything.
+        """
+        kernel = PrefillKernel(tuple(self._tile(shape) for shape in self.shapes()))
+        arrays, (k_scale, _) = self._arrays(kernel.tiles[-1].blocks[-1]), self._head_scales(pages)
+        pools: Any = (*pages.arrays, *((pages.k_scale, pages.v_scale) if self._has_token_scales else ()))
+
+        def run(work: Work, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+            transfers = Transfers(self.layout, inputs.pools, scratch.page_buffers, scratch.pages_arrived)
+            refs = Refs(Stream(work, transfers, scratch.cursor, scratch.is_clean), inputs, outputs, scratch)
+            core = pl.program_id(0)
+            kernel.run_items(refs, work.bounds[core], work.bounds[core + 1])
+
+        return call_kernel(
+            run,
+            name="paged_prefill",
+            chip=self.chip,
+            interpret=self.interpret,
+            grid=(self.cores,),
+            scalars=work,
+            inputs=Inputs(k_scale, arrays, q, pools, results),
+            memory=Inputs(k_scale=pltpu.SMEM, arrays=pltpu.SMEM, q=pltpu.HBM, pools=pltpu.HBM, results=pltpu.HBM),
+            outputs=Outputs(jax.eval_shape(self.empty_results, q)),
+            scratch=self._scratch(),
+            in_place=lambda tree: None if results is None else tree.results,
+        ).results
+
+    def empty_results(self, q: Float[Array, "rows lanes"]) -> Float[Array, "rows_of_results lanes"]:
+        """Memory for the results of queries that `lay_out` made."""
+        return jnp.zeros((q.shape[0] // self.strides.q * self.strides.out, LANES), jnp.float32)
 
     def state_of(self, results: Float[Array, "rows lanes"], pages: Pages) -> AttentionState:
-        """The state in results as the kernel writes them."""
+        """The attention state of all rows, from results as the kernel writes them.
+
+        The kernel leaves values, sums and maxima as they are; here they are normalised, and maxima changed from units
+        of log 2 to the natural logarithm. A row that saw no key is the empty state.
+        """
         strides, views, heads = self.strides, self.views, self.program.num_q_heads
         x = results.reshape(-1, strides.out, LANES)
         values = x[:, : strides.first_sum].reshape(-1, heads, strides.out_columns * LANES)[..., views.value_lanes]
         sums = x[:, strides.first_sum : strides.first_sum + strides.sums].reshape(x.shape[0], -1, 1)
         total, top = sums[:, :heads], sums[:, heads : 2 * heads]
         out, lse = Running(top / _LOG2E, total, values).finish()
-        for v_scale in self._head_scales(pages)[1:]:
+        _, v_scale = self._head_scales(pages)
+        if v_scale is not None:
             out = out * jnp.repeat(v_scale, self.program.group)[:, None]
         return AttentionState(out, lse[..., 0])
 
-    def _kernel(self, prefill: Prefill, num_scales: int, num_arrays: int, num_pools: int, has_results: bool) -> Any:
-        def kernel(*refs: Any) -> None:
-            refs_left = list(refs)
-
-            def take(count: int) -> tuple[Any, ...]:
-                taken, refs_left[:] = refs_left[:count], refs_left[count:]
-                return tuple(taken)
-
-            work = Work(*take(len(Work._fields)))
-            scales, arrays, (q,), pools = (take(n) for n in (num_scales, num_arrays, 1, num_pools))
-            take(has_results)
-            (out,), buffers, (arrived, cursor, is_clean) = take(1), take(num_pools), take(3)
-            own = take(13)
-            token_scales, apart = (take(flag)[0] if flag else None for flag in (self._scales_tokens, self._is_apart))
-            (k_scale,) = scales or (None,)
-            stream = Stream(work, Transfers(self.layout, pools, buffers, arrived), cursor, is_clean)
-            bound = Refs(stream, k_scale, arrays, q, out, *own, token_scales, apart)  # pyright: ignore
-            core = pl.program_id(0)
-            prefill.run_items(bound, work.bounds[core], work.bounds[core + 1])
-
-        return kernel
-
-    def _tile(self, shape: TileShape) -> Tile:
+    def _tile(self, shape: TileShape) -> TileKernel:
         mask_rows = min(_MASK_ROWS, shape.positions)
-        bodies = []
-        for views in self._bodies():
-            scores = kernel_terms(self.program, shape.rows, views.columns, unit=_LOG2E)
+        blocks = []
+        for views in self._prefixes():
+            scores = kernel_terms(self.program, shape.strip_group_rows, views.columns, unit=_LOG2E)
             mask = kernel_terms(self.program, mask_rows, views.columns)
-            bodies.append(Body(views, scores, mask, mask_rows, bool(self.program.score_ops)))
+            blocks.append(BlockKernel(shape, views, scores, mask, mask_rows, bool(self.program.score_ops)))
+        # Small tiles are for the last rows of a sequence. They are worth less code, which takes long to compile.
         unrolled = MOST_UNROLLED if shape.positions == self.positions else MOST_UNROLLED // 4
-        return Tile(shape, self.strides, tuple(bodies), unrolled, fetches_beside=not self._copies_by_strides)
+        return TileKernel(shape, self.strides, tuple(blocks), unrolled, fetches_beside=not self._copies_by_strides)
 
-    def _bodies(self) -> list[Views]:
-        """Views of a block's first pages, quarter by quarter where these are whole lanes."""
+    def _prefixes(self) -> list[Views]:
+        """Views of a block's first pages, fewest first: one to four quarters of it, where these fill whole registers.
+
+        A block that has few pages is then worked on for little more than these.
+        """
         sizes = {self.pages_per_block * quarters // 4 for quarters in (1, 2, 3, 4)}
-        parts = [dataclasses.replace(self.views, pages_per_block=pages) for pages in sorted(sizes - {0})]
-        return [part for part in parts if part.columns % LANES == 0]
+        prefixes = [dataclasses.replace(self.views, pages_per_block=pages) for pages in sorted(sizes - {0})]
+        return [prefix for prefix in prefixes if prefix.columns % LANES == 0]
 
-    def _arrays(self, body: Body) -> tuple[Array, ...]:
-        """What the terms need, for every query head."""
+    def _arrays(self, block: BlockKernel) -> tuple[Array, ...]:
+        """What the scores and the mask need of each query head, ``[q_heads]`` each, such as the slopes of ALiBi."""
         heads = jnp.arange(self.program.num_q_heads, dtype=jnp.int32)
-        rows = self.shapes()[-1].rows
-        found = jax.vmap(lambda head: body.scores.early(jnp.full((rows, 1), head, jnp.int32)))(heads)
+        rows = block.shape.strip_group_rows
+        found = jax.vmap(lambda head: block.scores.early(jnp.full((rows, 1), head, jnp.int32)))(heads)
+        # All rows are of one head, so one number stands for all of them.
         found = tuple(x.reshape(heads.shape[0], -1)[:, 0] for x in found)
         return tuple(x.astype(jnp.int32) if x.dtype == bool else x for x in found)
 
-    def _head_scales(self, pages: Pages) -> tuple[Array, ...]:
-        """Scales a tensor or head, as one factor for every KV head."""
+    def _head_scales(self, pages: Pages) -> tuple[Array, Array] | tuple[None, None]:
+        """The scales of keys and of values, one for every KV head; None without per-tensor or per-head scales."""
         if self.layout.scales not in ("tensor", "head"):
-            return ()
-        shape = (self.layout.num_kv_heads,)
-        return tuple(jnp.broadcast_to(jnp.asarray(scale), shape) for scale in (pages.k_scale, pages.v_scale))
+            return None, None
+        k_scale, v_scale = (
+            jnp.broadcast_to(jnp.asarray(scale), (self.layout.num_kv_heads,))
+            for scale in (pages.k_scale, pages.v_scale)
+        )
+        return k_scale, v_scale
 
-    def _scratch(self) -> list[Any]:
-        dma = pltpu.SemaphoreType.DMA
-        pages, (q, out, *rest) = self._vmem()
-        stream = [dma((self.buffers,)), pltpu.SMEM((2,), jnp.int32), pltpu.SMEM((self.buffers,), jnp.int32)]
-        return [*pages, *stream, q, dma((2,)), out, dma, *rest]
-
-    def _vmem(self) -> tuple[list[Any], list[Any]]:
-        """Buffers of pages; and all others, in the order of `Refs`."""
-        views, layout, strides, shapes, f32 = self.views, self.layout, self.strides, self.shapes(), jnp.float32
+    def _scratch(self) -> Scratch:
+        """The shapes of the kernel's scratch memory."""
+        views, layout, strides, shapes = self.views, self.layout, self.strides, self.shapes()
         keys, all_rows = views.columns, self.positions * self.program.num_q_heads
-        rows = max(shape.rows for shape in shapes)
-        block = (self.buffers, self.pages_per_block)
-        pages = [pltpu.VMEM((*block, *pool.page_shape), pool.dtype) for pool in pools_of(layout)]
-        others = [
-            pltpu.VMEM((2, self.positions * strides.q, LANES), f32),
-            pltpu.VMEM((self.positions * strides.out, LANES), f32),
-            pltpu.VMEM((all_rows, views.key_lanes), self.compute_dtype),
-            pltpu.VMEM((all_rows, LANES), f32),
-            pltpu.VMEM((all_rows, LANES), f32),
-            pltpu.VMEM((all_rows, strides.out_columns * LANES), f32),
-            pltpu.VMEM((2, rows, keys), f32),
-            pltpu.VMEM((2, rows, LANES), f32),
-            pltpu.VMEM((self.positions, keys), jnp.int32),
-            pltpu.VMEM((strides.sums, self.positions, LANES), f32),
-            pltpu.VMEM((2, 8, keys), jnp.int32),
-        ]
-        if self._scales_tokens:
-            others.append(pltpu.VMEM((2, 2 * layout.num_kv_heads * SUBLANES, keys), f32))
-        if self._is_apart:
-            others.append(pltpu.VMEM((2, *views.apart_shape()), f32))
-        return pages, others
+        rows = max(shape.strip_group_rows for shape in shapes)
+        dma, smem = pltpu.SemaphoreType.DMA, functools.partial(pltpu.SMEM, dtype=jnp.int32)
+
+        def vmem(*shape: int, dtype: Any = jnp.float32) -> Any:
+            return pltpu.VMEM(shape, dtype)
+
+        return Scratch(
+            page_buffers=tuple(
+                vmem(self.buffers, self.pages_per_block, *pool.page_shape, dtype=pool.dtype)
+                for pool in pools_of(layout)
+            ),
+            pages_arrived=dma((self.buffers,)),
+            cursor=smem((2,)),
+            is_clean=smem((self.buffers,)),
+            q_buffer=vmem(2, self.positions * strides.q, LANES),
+            q_arrived=dma((2,)),
+            out_buffer=vmem(self.positions * strides.out, LANES),
+            out_left=dma,
+            queries=vmem(all_rows, views.key_lanes, dtype=self.compute_dtype),
+            top=vmem(all_rows, LANES),
+            total=vmem(all_rows, LANES),
+            values=vmem(all_rows, strides.out_columns * LANES),
+            scores=vmem(2, rows, keys),
+            block_top=vmem(2, rows, LANES),
+            visible=vmem(self.positions, keys, dtype=jnp.int32),
+            sums=vmem(strides.sums, self.positions, LANES),
+            key_position=vmem(2, SUBLANES, keys, dtype=jnp.int32),
+            token_scales=vmem(2, 2 * layout.num_kv_heads * SUBLANES, keys) if self._has_token_scales else None,
+            deinterleaved=vmem(2, *views.apart_shape()) if self._is_deinterleaved else None,
+        )
 
     @property
     def vmem_bytes(self) -> int:
-        """Vector memory that the kernel's buffers take, with every tile padded as the chips lay it out."""
-        pages, others = self._vmem()
-        return sum(padded_bytes(x.shape, x.dtype) for x in (*pages, *others))
+        """Vector memory that the kernel's scratch takes, with every tile padded as the chips lay it out."""
+        shapes: list[Any] = jax.tree.leaves(self._scratch())
+        in_vmem = [x for x in shapes if getattr(x, "memory_space", None) == pltpu.VMEM]
+        return sum(padded_bytes(x.shape, x.dtype) for x in in_vmem)
 
     @property
     def _copies_by_strides(self) -> bool:
-        """Whether a page's copy has a descriptor of strides: products are not moved past the scalar stores that make it
-        (compiled: at heads of 256 blocks took half as long again)."""
+        """Whether copying a page needs a strided descriptor.
+
+        If so the compiler keeps products behind the scalar stores that build it, so copies do not start beside products
+        (compiled: 1.5x per block at heads of 256).
+        """
         return self.chip.has_tall_tiles and any(pool.page_shape[-1] > LANES for pool in pools_of(self.layout))
 
     @property
-    def _is_apart(self) -> bool:
+    def _is_deinterleaved(self) -> bool:
         return self.layout.order == "interleaved"
 
     @property
-    def _scales_tokens(self) -> bool:
+    def _has_token_scales(self) -> bool:
         return self.layout.scales == "token"

@@ -139,7 +139,7 @@ def _prefill(
     some, entries = rows_and_entries((most, width), launch.chip)
     tiles = QueryTiles.cut(seqs, schedule.rows_per_tile, -(-most // some) * some)
     visited = Visited.of(program, tiles, layout.page_size, pages.num_pages)
-    rows, states = launch.rows_of(q), []
+    rows, states = launch.lay_out(q), []
     for first in range(0, width, entries):
         cut = functools.partial(_work, schedule, slice(first, min(first + entries, width)))
         states.append(launch.state_of(_results(launch, cut, visited, some, rows, pages), pages))
@@ -162,7 +162,7 @@ def _results(
         return launch(cut(visited.part(i * some, some)), rows, pages, results)
 
     live = jnp.sum(visited.tiles.counts > 0, dtype=jnp.int32)
-    return jax.lax.fori_loop(0, (live + some - 1) // some, one, launch.empty(rows))
+    return jax.lax.fori_loop(0, (live + some - 1) // some, one, launch.empty_results(rows))
 
 
 def _single_rows(

@@ -69,7 +69,7 @@ def _tile_positions(program: Program) -> int:
 
     def cost(positions):
         shape = TileShape(positions, program.num_q_heads, program.group)
-        return shape.rows < _PART_ROWS, abs(math.log2(positions * program.num_q_heads / _TILE_ROWS))
+        return shape.strip_group_rows < _PART_ROWS, abs(math.log2(positions * program.num_q_heads / _TILE_ROWS))
 
     return min((2**power for power in range(4, 10)), key=cost)
 

@@ -1,9 +1,19 @@
-"""One tile of many query rows over the visible pages of its sequence, near the matrix units' rate.
+"""One tile of many query rows over the visible pages of its sequence, near the matrix unit's rate.
 
-A tile's rows come in parts of up to 384, each of one KV head. For a block of keys, every part goes through two stages:
-its scores, and then its weights and their product with the values. One part's scores are computed beside the weights of
-the part before it, in one straight line of code, so that the matrix units have work while exponentials are taken; over
-blocks that are visible in full this goes on without an end from block to block.
+The tile meets its pages in blocks, and each block in strip groups (see `shape`). A strip group takes two steps on a
+block: `BlockKernel.score` computes its scores, mostly on the matrix unit, and `BlockKernel.weigh` its weights and their
+products with the values, mostly on the vector unit. The kernel is a pipeline of these steps. The scores of one strip
+group are computed beside the weights of the strip group before it, so that neither unit waits for the other. Of blocks
+i and i+1, with 4 strip groups::
+
+    score    group 1 of i    group 2 of i    group 3 of i    group 0 of i+1    group 1 of i+1
+    weigh    group 0 of i    group 1 of i    group 2 of i    group 3 of i      group 0 of i+1
+    half          0               1               0               1                 0
+
+The steps in one column have no data in common: new scores go to one half of the scratch memory while the scores in the
+other half, whose number is in the last line, are weighed. Columns are written as one straight line of code, so that the
+compiler can mix their instructions. The pipeline runs on from block to block over *whole* blocks, in which the tile
+sees every key. The other blocks need a mask. For each of them the pipeline starts anew.
 """
 
 import dataclasses
@@ -15,365 +25,229 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ...program import Terms, raise_top
-from ..pages import Stream, dot
-from .refs import LANES, SUBLANES, Block, Body, Refs, Strides
+from ..chips import LANES
+from ..pages import Stream
+from .block import Block, BlockKernel
+from .loops import Index, div, even_divisor, loop, rem, unrolled_loop
+from .refs import Refs, Strides
 from .shape import TileShape
 
-Ref = Any
-# Parts in one straight line of code: with fewer, the matrix units wait where lines meet.
+# Strip groups in one straight line of code: with fewer, the matrix unit waits where lines meet.
 MOST_UNROLLED = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-    """The kernel for tiles of one shape. ``bodies`` are smallest first; the last is the whole block. With
-    ``fetches_beside`` the copies of a block's pages may begin beside products."""
+class TileKernel:
+    """The kernel for tiles of one shape.
+
+    * ``blocks``: code for the first pages of a block, fewest pages first. The last one is for whole blocks.
+    * ``most_unrolled``: strip groups in one straight line of code, at most.
+    * ``fetches_beside``: whether the copies of a block's pages may start between products.
+    """
 
     shape: TileShape
     strides: Strides
-    bodies: tuple[Body, ...]
+    blocks: tuple[BlockKernel, ...]
     most_unrolled: int
     fetches_beside: bool
 
-    def run(self, refs: Refs, item: Any, end: Any, place: Any, slot: Any, before_results: Callable[[], None]) -> Any:
-        """Attend one item, whose queries are in ``place`` and first block in ``slot``, up to results in the buffer;
-        the slot of the next item's first block."""
-        self._start(refs, place)
-        slot = self._over_blocks(refs, item, end, slot)
+    def run(
+        self, refs: Refs, item: Index, end: Index, half: Index, before_results: Callable[[], None], stage: Index
+    ) -> Index:
+        """Attend over one item's pages and leave the results in ``out_buffer``.
+
+        The item's queries are in ``half`` of their buffer, and its first block arrives in ``stage`` of the stream's
+        ring. Returns the stage of the next item's first block. ``before_results`` waits until ``out_buffer`` is free.
+        """
+        self._load_queries(refs, half)
+        stage = self._over_blocks(refs, item, end, stage)
+        # Not earlier, so that the results of the tile before leave while this one is worked on. Not later, since they
+        # would be overwritten on their way.
         before_results()
-        self._finish(refs)
-        return slot
+        self._store_results(refs)
+        return stage
 
-    def _start(self, refs: Refs, place: Any) -> None:
-        """Put the queries of each head together."""
-        shape, lanes = self.shape, refs.queries.shape[1]
+    def _load_queries(self, refs: Refs, half: Index) -> None:
+        """Put the queries of each strip together, from rows that lie a position's stride apart."""
+        scratch, lanes = refs.scratch, refs.scratch.queries.shape[1]
 
-        def begin(strip):
-            rows = self._strip_rows(strip)
+        def load(strip: Index) -> None:
+            rows = self.shape.rows_of_strip(strip)
             for column in range(self.strides.q_columns):
-                x = refs.q_buffer[place, self._positions(strip, self.strides.q, self.strides.q_columns, column)]
+                x = scratch.q_buffer[half, self._strided(strip, self.strides.q, self.strides.q_columns, column)]
                 width = min(LANES, lanes - column * LANES)
-                refs.queries[rows, pl.ds(column * LANES, width)] = x[:, :width].astype(refs.queries.dtype)
+                scratch.queries[rows, pl.ds(column * LANES, width)] = x[:, :width].astype(scratch.queries.dtype)
 
-        _unrolled_loop(shape.strips, self.most_unrolled // 2, begin)
+        unrolled_loop(self.shape.strips, self.most_unrolled // 2, load)
 
     def clear(self, refs: Refs) -> None:
-        """The state of no key at all, as every tile finds and leaves it, in all rows."""
-        _unrolled_loop(self.shape.parts, self.most_unrolled // 2, functools.partial(self._clear, refs))
+        """Set the softmax of all rows to that of no key at all. Every tile finds it so, and leaves it so."""
+        unrolled_loop(self.shape.strip_groups, self.most_unrolled // 2, functools.partial(self._clear, refs))
 
-    def _clear(self, refs: Refs, part: Any) -> None:
-        for state, nothing in ((refs.top, -jnp.inf), (refs.total, 0.0), (refs.values, 0.0)):
-            state[self._part_rows(part)] = jnp.full((self.shape.rows, state.shape[1]), nothing, jnp.float32)
+    def _clear(self, refs: Refs, strip_group: Index) -> None:
+        scratch = refs.scratch
+        for state, nothing in ((scratch.top, -jnp.inf), (scratch.total, 0.0), (scratch.values, 0.0)):
+            cleared = jnp.full((self.shape.strip_group_rows, state.shape[1]), nothing, jnp.float32)
+            state[self.shape.rows_of_strip_group(strip_group)] = cleared
 
-    def _over_blocks(self, refs: Refs, item: Any, end: Any, slot: Any) -> Any:
-        """Fold the item's blocks: those visible in full, and then the others."""
-        stream, whole_body = refs.stream, self.bodies[-1]
+    def _over_blocks(self, refs: Refs, item: Index, end: Index, stage: Index) -> Index:
+        """Fold the item's blocks into the softmax: first the whole ones that need no mask, and then the others."""
+        stream, kernel = refs.stream, self.blocks[-1]
         size = stream.pages_per_block
         count, begin = stream.work.count[item], stream.work.begin[item]
-        whole, total = jax.lax.div(stream.work.num_full[item], size), jax.lax.div(count + size - 1, size)
+        whole, total = div(stream.work.num_full[item], size), div(count + size - 1, size)
 
-        def block(i, slot):
-            return Block(slot, jax.lax.rem(i, 2), begin + i * size)
+        def block_at(i: Index, stage: Index) -> Block:
+            return Block(stage, jax.lax.rem(i, 2), begin + i * size)
 
-        def whole_block(i, slot):
-            fetch = self._fetch(stream, end, stream.before(slot))
-            here, there, is_last = block(i, slot), block(i + 1, stream.after(slot)), i + 1 == whole
+        def fold_whole(i: Index, stage: Index) -> Index:
+            # The stage before this one is free: its block was the last one that was folded.
+            fetch = self._fetch(stream, end, stream.before(stage))
+            here, following, is_last = block_at(i, stage), block_at(i + 1, stream.after(stage)), i + 1 == whole
 
+            # The first scores of the following block are computed at the end of this fold. So that block must have
+            # arrived and be prepared before the fold begins: inside, a wait would be a branch in the straight line.
             @pl.when(jnp.logical_not(is_last))
             def _():
-                stream.wait_whole(stream.after(slot))
-                self._prepare(refs, whole_body, item, there, size, is_masked=False)
+                stream.wait_whole(stream.after(stage))
+                kernel.prepare(refs, item, following, size, is_masked=False)
 
-            # After the last block there is nothing to go on to; its own first scores again are as good as any.
-            self._fold(refs, whole_body, item, here, _choose(is_last, here, there), is_masked=False, beside=fetch)
-            return stream.after(slot)
+            # The last block has no following one, and what comes next may not have arrived. A straight line computes
+            # some scores in any case, so they are those of this block again; nobody reads them.
+            following = _choose(is_last, here, following)
+            self._fold(refs, kernel, item, here, following, is_masked=False, beside=fetch)
+            return stream.after(stage)
 
-        def other_block(i, slot):
-            stream.fetch_next(end, stream.before(slot))
-            stream.wait(item, i, slot)
-            stream.silence(item, i, slot)
+        def fold_other(i: Index, stage: Index) -> Index:
+            stream.fetch_next(end, stream.before(stage))
+            stream.wait(item, i, stage)
+            # After the wait, or the pages would arrive on top of the zeros; before any product reads the values.
+            stream.silence(item, i, stage)
             pages = stream.pages_of(item, i)
-            enough = sum((pages > body.views.pages_per_block).astype(jnp.int32) for body in self.bodies[:-1])
-            branches = [functools.partial(self._masked_block, refs, body, item) for body in self.bodies]
-            jax.lax.switch(enough, branches, block(i, slot), pages)
-            return stream.after(slot)
+            enough = sum((pages > block.views.pages_per_block).astype(jnp.int32) for block in self.blocks[:-1])
+            branches = [functools.partial(self._fold_masked, refs, block, item) for block in self.blocks]
+            jax.lax.switch(enough, branches, block_at(i, stage), pages)
+            return stream.after(stage)
 
+        # The pipeline's first step: no strip group comes before it whose weights could be computed beside its scores.
         @pl.when(whole > 0)
         def _():
-            stream.wait_whole(slot)
-            self._prepare(refs, whole_body, item, block(0, slot), size, is_masked=False)
-            self._score(refs, whole_body, item, block(0, slot), 0, 0, is_masked=False)
+            stream.wait_whole(stage)
+            kernel.prepare(refs, item, block_at(0, stage), size, is_masked=False)
+            kernel.score(refs, item, block_at(0, stage), 0, 0, is_masked=False)
 
-        slot = jax.lax.fori_loop(0, whole, whole_block, slot)
-        return jax.lax.fori_loop(whole, total, other_block, slot)
+        stage = jax.lax.fori_loop(0, whole, fold_whole, stage)
+        return jax.lax.fori_loop(whole, total, fold_other, stage)
 
-    def _fetch(self, stream: Stream, end: Any, slot: Any) -> Callable[[int], None] | None:
-        """Fetch the next block into ``slot``: by calls of the result beside every part, if all are in one line of code,
-        and else at once. Of two slots the other's block is waited for before any part, so it must be on its way."""
-        is_line = _unrolled(self.shape.parts, self.most_unrolled) == self.shape.parts
+    def _fetch(self, stream: Stream, end: Index, stage: Index) -> Callable[[int], None] | None:
+        """Fetch the next block of the stream into ``stage``, now or beside products.
+
+        Copies start beside products, one share after each strip group, if all strip groups are in one straight line of
+        code. Then the result is a function to be called after each of them. Otherwise copies start now.
+
+        In a ring of two stages they must start now: ``stage`` is also the one that is waited for next, before any strip
+        group, and a wait for a copy that has not started never ends.
+        """
+        is_line = even_divisor(self.shape.strip_groups, self.most_unrolled) == self.shape.strip_groups
         if self.fetches_beside and is_line and stream.buffers > 2:
-            return stream.fetch_beside(end, slot, self.shape.parts)
-        return stream.fetch_next(end, slot)
+            return stream.fetch_beside(end, stage, self.shape.strip_groups)
+        return stream.fetch_next(end, stage)
 
-    def _masked_block(self, refs: Refs, body: Body, item: Any, here: Block, pages: Any) -> None:
-        self._prepare(refs, body, item, here, pages, is_masked=True)
-        self._mask(refs, body, item, here)
-        self._score(refs, body, item, here, 0, 0, is_masked=True)
-        self._fold(refs, body, item, here, here, is_masked=True)
+    def _fold_masked(self, refs: Refs, kernel: BlockKernel, item: Index, here: Block, pages: Index) -> None:
+        """Fold one block that needs a mask. It has ``pages`` pages, no more than the kernel's views have."""
+        # In this order: the mask reads the positions that `prepare` stores, and scores read the mask.
+        kernel.prepare(refs, item, here, pages, is_masked=True)
+        kernel.find_visible(refs, item, here)
+        kernel.score(refs, item, here, 0, 0, is_masked=True)
+        self._fold(refs, kernel, item, here, here, is_masked=True)
 
     def _fold(
         self,
         refs: Refs,
-        body: Body,
-        item: Any,
+        kernel: BlockKernel,
+        item: Index,
         here: Block,
-        after: Block,
+        following: Block,
         is_masked: bool,
         beside: Callable[[int], None] | None = None,
     ) -> None:
-        """All parts over one block, the first of which has its scores; ``after`` is the block whose first part's scores
-        are computed at the end."""
-        parts = self.shape.parts
-        unrolled = _unrolled(parts, self.most_unrolled // (2 if is_masked else 1))
+        """Fold the block ``here`` into the softmax of all strip groups.
 
-        def some(turn):
+        The scores of strip group 0 are already in half 0 of the scores. While a strip group is weighed, the next one is
+        scored; while the last one is weighed, strip group 0 is scored on the block ``following``. ``beside(i)`` is
+        called after strip group ``i``.
+        """
+        groups = self.shape.strip_groups
+        unrolled = even_divisor(groups, self.most_unrolled // (2 if is_masked else 1))
+
+        def run_line(turn: Index) -> None:
             for step in range(unrolled):
-                part, goes_on = turn * unrolled + step, step + 1 < unrolled
-                place, next_place = step % 2, (step + 1) % unrolled % 2
-                then, next_part = here, part + 1
-                if not goes_on and parts == unrolled:
-                    then, next_part = after, 0
-                elif not goes_on:
-                    is_end = part + 1 == parts
-                    then, next_part = _choose(is_end, after, here), jnp.where(is_end, 0, part + 1)
-                score = functools.partial(self._score, refs, body, item, then, next_part, next_place, is_masked)
-                weigh = functools.partial(self._weigh, refs, body, here, part, place, is_masked)
-                # Where both stages are in one place, the new scores take that of the old ones.
-                for stage in (score, weigh) if place != next_place else (weigh, score):
-                    stage()
+                strip_group, is_end_of_line = turn * unrolled + step, step + 1 == unrolled
+                half, next_half = step % 2, (step + 1) % unrolled % 2
+                next_block, next_group = here, strip_group + 1
+                if is_end_of_line and unrolled == groups:
+                    next_block, next_group = following, 0
+                elif is_end_of_line:
+                    is_last = strip_group + 1 == groups
+                    next_block, next_group = _choose(is_last, following, here), jnp.where(is_last, 0, strip_group + 1)
+
+                score = functools.partial(kernel.score, refs, item, next_block, next_group, next_half, is_masked)
+                weigh = functools.partial(kernel.weigh, refs, here, strip_group, half, is_masked)
+                # Scores come first, so that their products start while the weights before them are computed. A line
+                # with an odd number of strip groups ends in the half where it begins. There the old scores must be
+                # weighed before the new ones overwrite them.
+                for act in (score, weigh) if half != next_half else (weigh, score):
+                    act()
                 if beside is not None:
                     beside(step)
 
-        _loop(parts // unrolled, some)
+        loop(groups // unrolled, run_line)
 
-    def _score(self, refs: Refs, body: Body, item: Any, block: Block, part: Any, place: int, is_masked: bool) -> None:
-        """The first stage: a part's scores in units of log 2, -inf where invisible, and the largest of each lane."""
-        rows, keys = self.shape.rows, body.keys
-        head = _div(part, self.shape.parts_per_head)
-        s = dot(refs.queries[self._part_rows(part)], self._stored(refs, body, block, head, 0), contract=1)
-        factor = body.scores.factor
-        s = s * (factor if refs.k_scale is None else factor * refs.k_scale[head])
-        if refs.token_scales is not None:
-            s = s * _token_scale(refs.token_scales, block, head, keys)
-        if body.has_score_ops:
-            p = j = None
-            if body.scores.scores_use_positions:
-                p = self._query_positions(refs, item, part, keys)
-                j = refs.key_position[block.place, pl.ds(0, 1), pl.ds(0, keys)]
-                j = jnp.broadcast_to(j, (rows, keys))
-            heads = [self._strip_head(strip) for strip in self._strips(part)]
-            s = body.scores.scores(_of_heads(refs.arrays, body.scores, heads, rows), s, p, j)
-        if is_masked:
-            s = jnp.where(self._seen(refs, part, keys), s, -jnp.inf)
-        refs.block_top[place, pl.ds(0, rows)] = functools.reduce(jnp.maximum, _lane_groups(s))
-        refs.scores[place, pl.ds(0, rows), pl.ds(0, keys)] = s
+    def _store_results(self, refs: Refs) -> None:
+        """Put the results of all strips into ``out_buffer``, position by position, and clear the softmax.
 
-    def _weigh(self, refs: Refs, body: Body, block: Block, part: Any, place: int, is_masked: bool) -> None:
-        """The second stage, one step of the online softmax: weights, and their sums with and without values."""
-        rows, keys, own = self.shape.rows, body.keys, self._part_rows(part)
-        head = _div(part, self.shape.parts_per_head)
-        largest = jnp.max(refs.block_top[place, pl.ds(0, rows)], axis=1, keepdims=True)
-        # A score is -inf where it is masked or where a bias says so.
-        is_finite = not is_masked and not body.has_score_ops
-        largest = jnp.broadcast_to(largest, (rows, LANES))
-        refs.top[own], origin, decay = raise_top(refs.top[own], largest, jnp.exp2, is_finite=is_finite)
-        s = refs.scores[place, pl.ds(0, rows), pl.ds(0, keys)]
-        weights = [jnp.exp2(group - origin) for group in _lane_groups(s)]
-        refs.total[own] = decay * refs.total[own] + sum(weights[1:], weights[0])
-        v = self._stored(refs, body, block, head, 1)
-        weights = _side_by_side(weights)
-        if refs.token_scales is not None:
-            heads = self.shape.num_q_heads // self.shape.group
-            weights = weights * _token_scale(refs.token_scales, block, heads + head, keys)
-        lanes = pl.ds(0, v.shape[1])
-        decay = _side_by_side([decay] * (refs.values.shape[1] // LANES))[:, : v.shape[1]]
-        refs.values[own, lanes] = decay * refs.values[own, lanes] + dot(weights.astype(v.dtype), v, contract=0)
+        Sums and maxima are stored as they are; XLA normalises results where it reads them anyway.
+        """
+        scratch, shape, strides = refs.scratch, self.shape, self.strides
+        lane = jax.lax.broadcasted_iota(jnp.int32, (shape.strip_rows, LANES), 1)
+        registers = scratch.sums.shape[0]
 
-    def _prepare(self, refs: Refs, body: Body, item: Any, block: Block, pages: Any, is_masked: bool) -> None:
-        """What all parts need of a block that has arrived, of which ``pages`` are there."""
-        views, work, buffers = body.views, refs.stream.work, refs.stream.transfers.buffers
-        keys = pl.ds(0, body.keys)
-        if refs.apart is not None:
-            views.set_apart(buffers, block.slot, refs.apart.at[block.place])
-        if not (is_masked or body.scores.scores_use_positions or refs.token_scales is not None):
-            return
-        j = views.positions(lambda at: jnp.where(at < pages, work.index[block.base + at], views.nowhere))
-        refs.key_position[block.place, :, keys] = j
-        if refs.token_scales is not None:
-            heads = views.layout.num_kv_heads
-            k_scale, v_scale = (views.scales(buffer, block.slot) for buffer in buffers[-2:])
-            v_scale = jnp.where(j[:1] < work.length[item], v_scale, 0.0)
-            scales = jnp.concatenate([k_scale, v_scale], axis=0)
-            for row in range(2 * heads):
-                at = pl.ds(row * SUBLANES, SUBLANES)
-                refs.token_scales[block.place, at, keys] = jnp.broadcast_to(
-                    scales[row : row + 1], (SUBLANES, body.keys)
-                )
-
-    def _mask(self, refs: Refs, body: Body, item: Any, block: Block) -> None:
-        """Which pairs of a block are visible, once for all heads."""
-        work, shape = refs.stream.work, (body.mask_rows, body.keys)
-        j = jnp.broadcast_to(refs.key_position[block.place, pl.ds(0, 1), pl.ds(0, body.keys)], shape)
-        arrays = _of_heads(refs.arrays, body.mask, [0], body.mask_rows)
-
-        def some(turn):
-            first = turn * body.mask_rows
-            p = work.position[item] + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            seen = body.mask.visible(arrays, p, j, work.length[item])
-            refs.seen[pl.ds(first, body.mask_rows), pl.ds(0, body.keys)] = seen.astype(jnp.int32)
-
-        _loop(self.shape.positions // body.mask_rows, some)
-
-    def _seen(self, refs: Refs, part: Any, keys: int) -> Any:
-        """The mask of a part's rows."""
-        seen = [refs.seen[pl.ds(self._offset(strip), self.shape.span), pl.ds(0, keys)] for strip in self._strips(part)]
-        return _one_above_another(seen) != 0
-
-    def _query_positions(self, refs: Refs, item: Any, part: Any, keys: int) -> Any:
-        """The position of each row of a part."""
-        shape = (self.shape.span, keys)
-        row = refs.stream.work.position[item] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        return _one_above_another([row + self._offset(strip) for strip in self._strips(part)])
-
-    def _stored(self, refs: Refs, body: Body, block: Block, head: Any, which: int) -> Any:
-        """A head's keys (``which`` 0) or values (1)."""
-        if refs.apart is not None:
-            return body.views.read_apart(refs.apart.at[block.place], head, which)
-        read = body.views.values if which else body.views.keys
-        return read(refs.stream.transfers.buffers, block.slot, head)
-
-    def _finish(self, refs: Refs) -> None:
-        """Put sums and maxima of all heads of a position next to each other, and clear the state for the next tile; XLA
-        normalises them in passing."""
-        shape, strides = self.shape, self.strides
-        lane = jax.lax.broadcasted_iota(jnp.int32, (shape.span, LANES), 1)
-        registers = refs.sums.shape[0]
-
-        def store(part):
-            own = self._part_rows(part)
-            values, top = refs.values[own], refs.top[own]
-            total = jnp.broadcast_to(jnp.sum(refs.total[own], axis=1, keepdims=True), top.shape)
-            for i, strip in enumerate(self._strips(part)):
-                rows, head = slice(i * shape.span, (i + 1) * shape.span), self._strip_head(strip)
+        def store(strip_group: Index) -> None:
+            group_rows = shape.rows_of_strip_group(strip_group)
+            values, top = scratch.values[group_rows], scratch.top[group_rows]
+            total = jnp.broadcast_to(jnp.sum(scratch.total[group_rows], axis=1, keepdims=True), top.shape)
+            for i, strip in enumerate(shape.strips_of(strip_group)):
+                rows, head = slice(i * shape.strip_rows, (i + 1) * shape.strip_rows), shape.q_head_of(strip)
                 for column in range(strides.out_columns):
-                    at = self._positions(strip, strides.out, strides.out_columns, column)
-                    refs.out_buffer[at] = values[rows, column * LANES : (column + 1) * LANES]
+                    strided = self._strided(strip, strides.out, strides.out_columns, column)
+                    scratch.out_buffer[strided] = values[rows, column * LANES : (column + 1) * LANES]
+                # Each number goes to a lane of its own. One register holds both numbers of every head, or else it is
+                # found by the number.
                 numbered = [(head, total), (shape.num_q_heads + head, top)]
-                for together in [numbered] if registers == 1 else [[one] for one in numbered]:
-                    register = 0 if registers == 1 else _div(together[0][0], LANES)
-                    at = pl.ds(self._offset(strip), shape.span)
-                    sums = refs.sums[register, at]
+                for together in [numbered] if registers == 1 else [[number] for number in numbered]:
+                    register = 0 if registers == 1 else div(together[0][0], LANES)
+                    positions = pl.ds(shape.first_position_of(strip), shape.strip_rows)
+                    sums = scratch.sums[register, positions]
                     for number, x in together:
-                        sums = jnp.where(lane == _rem(number, LANES), x[rows], sums)
-                    refs.sums[register, at] = sums
-            # Where lane sums are waited for these stores take little more than half of their own time (modelled).
-            self._clear(refs, part)
+                        sums = jnp.where(lane == rem(number, LANES), x[rows], sums)
+                    scratch.sums[register, positions] = sums
+            # Only after this strip group was read. Here, where sums over lanes are waited for, the stores of zeros take
+            # little more than half of the time that they take by themselves (modelled).
+            self._clear(refs, strip_group)
 
-        _unrolled_loop(shape.parts, self.most_unrolled, store)
+        unrolled_loop(shape.strip_groups, self.most_unrolled, store)
+        # After the loop: a register of sums is complete when every head has put its numbers into it.
         for register in range(registers):
-            for first in range(0, shape.positions, shape.span):
-                at = pl.ds(first * strides.out + strides.first_sum + register, shape.span, stride=strides.out)
-                refs.out_buffer[at] = refs.sums[register, pl.ds(first, shape.span)]
+            for first in range(0, shape.positions, shape.strip_rows):
+                start = first * strides.out + strides.first_sum + register
+                rows = pl.ds(start, shape.strip_rows, stride=strides.out)
+                scratch.out_buffer[rows] = scratch.sums[register, pl.ds(first, shape.strip_rows)]
 
-    def _strips(self, part: Any) -> list[Any]:
-        return [part * self.shape.strips_per_part + i for i in range(self.shape.strips_per_part)]
-
-    def _strip_head(self, strip: Any) -> Any:
-        return _div(strip, self.shape.spans)
-
-    def _offset(self, strip: Any) -> Any:
-        """A strip's first position, from the tile's."""
-        return _rem(strip, self.shape.spans) * self.shape.span
-
-    def _strip_rows(self, strip: Any) -> Any:
-        return pl.ds(_multiple(strip, self.shape.span), self.shape.span)
-
-    def _part_rows(self, part: Any) -> Any:
-        return pl.ds(_multiple(part, self.shape.rows), self.shape.rows)
-
-    def _positions(self, strip: Any, stride: int, columns: int, column: int) -> Any:
-        """A strip's rows where every position has ``stride`` of them, ``columns`` to a head."""
-        first = self._offset(strip) * stride + self._strip_head(strip) * columns + column
-        return pl.ds(first, self.shape.span, stride=stride)
+    def _strided(self, strip: Index, stride: int, columns: int, column: int) -> Any:
+        """Where a strip's rows lie in memory with ``stride`` rows for every position, ``columns`` of them per head."""
+        first = self.shape.first_position_of(strip) * stride + self.shape.q_head_of(strip) * columns + column
+        return pl.ds(first, self.shape.strip_rows, stride=stride)
 
 
-def _unrolled(parts: int, most: int) -> int:
-    """Parts in one line of code: an even number, so that the two places of scores take turns, or all of them."""
-    return max([n for n in range(2, most + 1, 2) if parts % n == 0], default=parts)
-
-
-def _unrolled_loop(count: int, most: int, act: Callable[[Any], None]) -> None:
-    """``act`` on every number below ``count``, up to ``most`` in one line of code."""
-    step = max(n for n in range(1, most + 1) if count % n == 0)
-
-    def some(turn):
-        for i in range(step):
-            act(turn * step + i)
-
-    _loop(count // step, some)
-
-
-def _loop(count: int, act: Callable[[Any], None]) -> None:
-    """``act`` on every number below ``count``; where that is only 0, on a number that is known beforehand."""
-    if count == 1:
-        act(0)
-    else:
-        jax.lax.fori_loop(0, count, lambda i, _: act(i), None)
-
-
-def _div(a: Any, b: int) -> Any:
-    return a // b if isinstance(a, int) else jax.lax.div(a, b)
-
-
-def _rem(a: Any, b: int) -> Any:
-    return a % b if isinstance(a, int) else jax.lax.rem(a, b)
-
-
-def _multiple(number: Any, of: int) -> Any:
-    return number * of if isinstance(number, int) else pl.multiple_of(number * of, of)
-
-
-def _choose(condition: Any, yes: Block, no: Block) -> Block:
+def _choose(condition: Index, yes: Block, no: Block) -> Block:
     return Block(*(jnp.where(condition, x, y) for x, y in zip(yes, no, strict=True)))
-
-
-def _of_heads(arrays: tuple[Ref, ...], terms: Terms, heads: list[Any], rows: int) -> tuple[Any, ...]:
-    """What the terms need, in the shapes that they were traced with: rows are those of each head in turn."""
-    shapes = jax.eval_shape(terms.early, jax.ShapeDtypeStruct((rows, 1), jnp.int32))
-    found = []
-    for ref, aval in zip(arrays, shapes, strict=True):
-        if aval.size == 1:
-            found.append(jnp.full(aval.shape, ref[heads[0]]))
-        else:
-            column = [jnp.full((rows // len(heads), 1), ref[head]) for head in heads]
-            found.append(_one_above_another(column).reshape(aval.shape))
-    return tuple(found)
-
-
-def _token_scale(scales: Ref, block: Block, row: Any, keys: int) -> Any:
-    """A head's scales of a block's keys (rows from 0 on) or values: a whole tile is read, since a TPU loads no single
-    row of a number that is known only when it runs."""
-    return scales[block.place, pl.ds(_multiple(row, SUBLANES), SUBLANES), pl.ds(0, keys)][:1]
-
-
-def _lane_groups(x: Any) -> list[Any]:
-    return [x[:, first : first + LANES] for first in range(0, x.shape[1], LANES)]
-
-
-def _side_by_side(pieces: list[Any]) -> Any:
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
-
-
-def _one_above_another(pieces: list[Any]) -> Any:
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=0)

@@ -1,0 +1,217 @@
+"""The work of one tile on one block of keys: its scores, and its weights with their products with the values.
+
+Both are done for one strip group at a time. `TileKernel` decides in which order: it computes the scores of one strip
+group beside the weights of the strip group before it.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from ...program import Terms, raise_top
+from ..chips import LANES, SUBLANES
+from ..pages import Views, dot
+from ..references import Ref
+from .loops import Index, loop, multiple
+from .refs import Refs
+from .shape import TileShape
+
+
+class Block(NamedTuple):
+    """A block of keys that has arrived.
+
+    * ``stage``: its place in the stream's ring of page buffers.
+    * ``half``: the half of the double buffers that holds what is prepared of it, such as the positions of its keys.
+    * ``entry``: the number of its first page in the work list.
+    """
+
+    stage: Index
+    half: Index
+    entry: Index
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockKernel:
+    """Code for the first pages of a block: as many as ``views`` has. Keys past these are not looked at.
+
+    A whole block needs no mask where all its keys are visible. ``is_masked`` tells whether the mask is applied.
+
+    * ``shape``: the tile that meets the block.
+    * ``scores``: the program's score operations for the rows of a strip group. Their results are in units of log 2.
+    * ``mask``: the program's mask for ``mask_rows`` positions.
+    * ``has_score_ops``: whether the program has any score operations.
+    """
+
+    shape: TileShape
+    views: Views
+    scores: Terms
+    mask: Terms
+    mask_rows: int
+    has_score_ops: bool
+
+    @property
+    def keys(self) -> int:
+        """Keys that scores are computed for."""
+        return self.views.columns
+
+    def prepare(self, refs: Refs, item: Index, block: Block, pages: Index, is_masked: bool) -> None:
+        """Compute what all strip groups need of a block: positions and scales of keys, and heads laid apart.
+
+        The block must have arrived, with ``pages`` pages. Everything goes to the block's own half of the double
+        buffers, because strip groups may still read the other half for the block before.
+        """
+        scratch, work, buffers = refs.scratch, refs.stream.work, refs.stream.transfers.buffers
+        keys = pl.ds(0, self.keys)
+        if scratch.deinterleaved is not None:
+            self.views.set_apart(buffers, block.stage, scratch.deinterleaved.at[block.half])
+        if not (is_masked or self.scores.scores_use_positions or scratch.token_scales is not None):
+            return
+        # Places without a page get a position past every length, so that the mask hides them.
+        j = self.views.positions(lambda at: jnp.where(at < pages, work.index[block.entry + at], self.views.nowhere))
+        scratch.key_position[block.half, :, keys] = j
+        if scratch.token_scales is not None:
+            heads = self.views.layout.num_kv_heads
+            k_scale, v_scale = (self.views.scales(buffer, block.stage) for buffer in buffers[-2:])
+            # Scales past the length may be NaN. Those of keys meet the mask, but a weight of 0 times NaN is NaN.
+            v_scale = jnp.where(j[:1] < work.length[item], v_scale, 0.0)
+            scales = jnp.concatenate([k_scale, v_scale], axis=0)
+            for row in range(2 * heads):
+                rows = pl.ds(row * SUBLANES, SUBLANES)
+                scratch.token_scales[block.half, rows, keys] = jnp.broadcast_to(
+                    scales[row : row + 1], (SUBLANES, self.keys)
+                )
+
+    def find_visible(self, refs: Refs, item: Index, block: Block) -> None:
+        """Evaluate the mask for a prepared block, once for all heads.
+
+        There is one array of visible pairs. It is overwritten only when every strip group is done with the block
+        before, so it needs no second half.
+        """
+        scratch, work, shape = refs.scratch, refs.stream.work, (self.mask_rows, self.keys)
+        j = jnp.broadcast_to(scratch.key_position[block.half, pl.ds(0, 1), pl.ds(0, self.keys)], shape)
+        arrays = _of_heads(refs.inputs.arrays, self.mask, [0], self.mask_rows)
+
+        def find(turn: Index) -> None:
+            first = turn * self.mask_rows
+            p = work.position[item] + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+            visible = self.mask.visible(arrays, p, j, work.length[item])
+            scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)] = visible.astype(jnp.int32)
+
+        loop(self.shape.positions // self.mask_rows, find)
+
+    def score(self, refs: Refs, item: Index, block: Block, strip_group: Index, half: int, is_masked: bool) -> None:
+        """Compute a strip group's scores into a half of the scratch memory, and the largest score of every lane.
+
+        Scores are in units of log 2, and -inf where the key is invisible. A maximum over lanes takes long. So it is
+        left to `weigh`, which runs beside the next strip group's products.
+        """
+        scratch, rows, keys = refs.scratch, self.shape.strip_group_rows, self.keys
+        head = self.shape.kv_head_of(strip_group)
+        q = scratch.queries[self.shape.rows_of_strip_group(strip_group)]
+        s = dot(q, self._stored(refs, block, head, 0), contract=1)
+        factor = self.scores.factor
+        s = s * (factor if refs.inputs.k_scale is None else factor * refs.inputs.k_scale[head])
+        if scratch.token_scales is not None:
+            s = s * _token_scale(scratch.token_scales, block, head, keys)
+        if self.has_score_ops:
+            p = j = None
+            if self.scores.scores_use_positions:
+                p = self._query_positions(refs, item, strip_group)
+                j = scratch.key_position[block.half, pl.ds(0, 1), pl.ds(0, keys)]
+                j = jnp.broadcast_to(j, (rows, keys))
+            heads = [self.shape.q_head_of(strip) for strip in self.shape.strips_of(strip_group)]
+            s = self.scores.scores(_of_heads(refs.inputs.arrays, self.scores, heads, rows), s, p, j)
+        if is_masked:
+            s = jnp.where(self._visible(refs, strip_group), s, -jnp.inf)
+        scratch.block_top[half, pl.ds(0, rows)] = functools.reduce(jnp.maximum, _lane_groups(s))
+        scratch.scores[half, pl.ds(0, rows), pl.ds(0, keys)] = s
+
+    def weigh(self, refs: Refs, block: Block, strip_group: Index, half: int, is_masked: bool) -> None:
+        """One step of the online softmax, from the scores in a half: add weights, and weights times values, to sums."""
+        scratch, rows, keys = refs.scratch, self.shape.strip_group_rows, self.keys
+        group_rows = self.shape.rows_of_strip_group(strip_group)
+        head = self.shape.kv_head_of(strip_group)
+        largest = jnp.max(scratch.block_top[half, pl.ds(0, rows)], axis=1, keepdims=True)
+        # A score is -inf where it is masked or where a bias says so.
+        is_finite = not is_masked and not self.has_score_ops
+        largest = jnp.broadcast_to(largest, (rows, LANES))
+        scratch.top[group_rows], origin, decay = raise_top(
+            scratch.top[group_rows], largest, jnp.exp2, is_finite=is_finite
+        )
+        s = scratch.scores[half, pl.ds(0, rows), pl.ds(0, keys)]
+        weights = [jnp.exp2(lanes - origin) for lanes in _lane_groups(s)]
+        # Lane by lane: lanes are summed once, when the tile is done.
+        scratch.total[group_rows] = decay * scratch.total[group_rows] + sum(weights[1:], weights[0])
+        v = self._stored(refs, block, head, 1)
+        weights = _side_by_side(weights)
+        if scratch.token_scales is not None:
+            kv_heads = self.shape.num_q_heads // self.shape.group
+            weights = weights * _token_scale(scratch.token_scales, block, kv_heads + head, keys)
+        lanes = pl.ds(0, v.shape[1])
+        decay = _side_by_side([decay] * (scratch.values.shape[1] // LANES))[:, : v.shape[1]]
+        scratch.values[group_rows, lanes] = decay * scratch.values[group_rows, lanes] + dot(
+            weights.astype(v.dtype), v, contract=0
+        )
+
+    def _visible(self, refs: Refs, strip_group: Index) -> Any:
+        """Which keys the rows of a strip group see: strips of the same positions see the same keys."""
+        shape, keys = self.shape, pl.ds(0, self.keys)
+
+        def of_strip(strip: Index) -> Any:
+            return refs.scratch.visible[pl.ds(shape.first_position_of(strip), shape.strip_rows), keys]
+
+        return _one_above_another([of_strip(strip) for strip in shape.strips_of(strip_group)]) != 0
+
+    def _query_positions(self, refs: Refs, item: Index, strip_group: Index) -> Any:
+        """The position of each row of a strip group, for every key."""
+        shape = self.shape
+        p = refs.stream.work.position[item] + jax.lax.broadcasted_iota(jnp.int32, (shape.strip_rows, self.keys), 0)
+        return _one_above_another([p + shape.first_position_of(strip) for strip in shape.strips_of(strip_group)])
+
+    def _stored(self, refs: Refs, block: Block, head: Index, which: int) -> Any:
+        """A KV head's keys (``which`` 0) or values (1)."""
+        if refs.scratch.deinterleaved is not None:
+            return self.views.read_apart(refs.scratch.deinterleaved.at[block.half], head, which)
+        read = self.views.values if which else self.views.keys
+        return read(refs.stream.transfers.buffers, block.stage, head)
+
+
+def _of_heads(arrays: tuple[Ref, ...], terms: Terms, heads: list[Index], rows: int) -> tuple[Any, ...]:
+    """What the terms need of query heads, for ``rows`` rows of which each head in turn has as many as the others.
+
+    Terms were traced for a column of rows. An array of one number for all rows is the same for all heads.
+    """
+    shapes = jax.eval_shape(terms.early, jax.ShapeDtypeStruct((rows, 1), jnp.int32))
+    found = []
+    for ref, aval in zip(arrays, shapes, strict=True):
+        if aval.size == 1:
+            found.append(jnp.full(aval.shape, ref[heads[0]]))
+        else:
+            column = [jnp.full((rows // len(heads), 1), ref[head]) for head in heads]
+            found.append(_one_above_another(column).reshape(aval.shape))
+    return tuple(found)
+
+
+def _token_scale(scales: Ref, block: Block, row: Index, keys: int) -> Any:
+    """Row ``row`` of a block's per-token scales: KV heads' scales of keys come first, of values second.
+
+    A TPU cannot load one row whose number is known only when the kernel runs. So every row is stored 8 times, and all
+    8 are loaded.
+    """
+    return scales[block.half, pl.ds(multiple(row, SUBLANES), SUBLANES), pl.ds(0, keys)][:1]
+
+
+def _lane_groups(x: Any) -> list[Any]:
+    return [x[:, first : first + LANES] for first in range(0, x.shape[1], LANES)]
+
+
+def _side_by_side(pieces: list[Any]) -> Any:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+
+def _one_above_another(pieces: list[Any]) -> Any:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=0)
