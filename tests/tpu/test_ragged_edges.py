@@ -230,7 +230,7 @@ def test_the_classes_of_tiles(query_rows, positions):
 
 def _launch(spec, layout, query_rows):
     program = paged.lower(spec, layout, "xla").program
-    return PrefillLaunch(program, layout, jnp.float32, 2, query_rows, 2, 1, CHIPS["v4"], False)
+    return PrefillLaunch(program, layout, jnp.float32, _schedule(rows_per_tile=query_rows), CHIPS["v4"], False)
 
 
 @pytest.mark.slow

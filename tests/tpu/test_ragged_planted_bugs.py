@@ -135,10 +135,10 @@ def _a_position_too_far(original):
 
 
 def _of_the_next_slot(original):
-    def single_rows(*args):
+    def state_of_sequences(*args):
         return AttentionState(*(jnp.roll(x, 1, axis=0) for x in original(*args)))
 
-    return single_rows
+    return state_of_sequences
 
 
 def _a_row_before(original):
@@ -170,7 +170,9 @@ BUGS = {
     "first scores of the next block from this one": (
         _attribute(tile_module, "_choose", lambda _: lambda condition, yes, no: yes), "late", "wrong",
     ),
-    "decoded rows of the next slot": (_attribute(ragged_module, "_single_rows", _of_the_next_slot), "mixed", "wrong"),
+    "decoded rows of the next slot": (
+        _attribute(ragged_module, "state_of_sequences", _of_the_next_slot), "mixed", "wrong",
+    ),
     "no wait for whole blocks": (method(Transfers, "wait", nothing), "late", "nan"),
     "no wait for parts of blocks": (method(Transfers, "wait_for", nothing), "late", "nan"),
     "no wait for queries": (method(PrefillKernel, "_queries", _never_awaited), "late", "nan"),

@@ -88,8 +88,22 @@ class TpuDecode(TpuLowering):
 def _state(
     lowering: TpuDecode, program: Program, schedule: DecodeSchedule, q: Array, pages: Pages, batch: RaggedBatch
 ) -> AttentionState:
-    call, layout = Call.of(q, pages, batch), pages.layout
-    seqs = Sequences.of(batch, call.tokens, layout.page_size)
+    call = Call.of(q, pages, batch)
+    seqs = Sequences.of(batch, call.tokens, pages.layout.page_size)
+    return state_of_sequences(lowering, program, schedule, call, q, pages, seqs)
+
+
+def state_of_sequences(
+    lowering: TpuDecode,
+    program: Program,
+    schedule: DecodeSchedule,
+    call: Call,
+    q: Array,
+    pages: Pages,
+    seqs: Sequences,
+) -> AttentionState:
+    """The state of sequences that have at most ``call.query_rows`` rows each. It has no rule for transforms."""
+    layout = pages.layout
     launch = launch_of(program, layout, call, schedule, lowering.target_chip, lowering.interpret)
     visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
     states = []

@@ -20,6 +20,7 @@ from ..references import call_kernel
 from .block import BlockKernel
 from .kernel import PrefillKernel
 from .refs import Inputs, Outputs, Refs, Scratch, Strides
+from .schedule import RaggedSchedule
 from .shape import TileShape
 from .tile import MOST_UNROLLED, TileKernel
 
@@ -37,26 +38,23 @@ class PrefillLaunch:
     """One prefill kernel, ready to be called on a work list.
 
     * ``compute_dtype``: what the matrix unit multiplies.
-    * ``pages_per_block``: pages that a stage of the stream's ring holds; ``buffers`` is the number of stages.
-    * ``positions``: the most query rows of a tile.
-    * ``cores``: cores that share the work list.
+    * ``schedule``: its ``pages_per_block`` fill a stage of the stream's ring, which has ``buffers`` stages.
     * ``interpret``: passed to Pallas.
     """
 
     program: Program
     layout: PageLayout
     compute_dtype: Any
-    pages_per_block: int
-    positions: int
-    buffers: int
-    cores: int
+    schedule: RaggedSchedule
     chip: Chip
     interpret: Any
 
     @property
     def views(self) -> Views:
         """How a whole block of pages is read."""
-        return Views(self.layout, self.pages_per_block, 8, 1, self.compute_dtype, is_apart=self._is_deinterleaved)
+        return Views(
+            self.layout, self.schedule.pages_per_block, 8, 1, self.compute_dtype, is_apart=self._is_deinterleaved
+        )
 
     @property
     def strides(self) -> Strides:
@@ -65,7 +63,7 @@ class PrefillLaunch:
 
     def shapes(self) -> tuple[TileShape, ...]:
         """The shapes of tiles that there is code for, fewest positions first."""
-        positions = [self.positions]
+        positions = [self.schedule.rows_per_tile]
         while positions[0] // _SHRINK >= _FEWEST_POSITIONS:
             positions.insert(0, positions[0] // _SHRINK)
         return tuple(TileShape(n, self.program.num_q_heads, self.program.group) for n in positions)
@@ -100,7 +98,7 @@ class PrefillLaunch:
             name="paged_prefill",
             chip=self.chip,
             interpret=self.interpret,
-            grid=(self.cores,),
+            grid=(self.schedule.cores,),
             scalars=work,
             inputs=Inputs(k_scale, arrays, q, pools, results),
             memory=Inputs(k_scale=pltpu.SMEM, arrays=pltpu.SMEM, q=pltpu.HBM, pools=pltpu.HBM, results=pltpu.HBM),
@@ -138,7 +136,7 @@ class PrefillLaunch:
             mask = kernel_terms(self.program, mask_rows, views.columns)
             blocks.append(BlockKernel(shape, views, scores, mask, mask_rows, bool(self.program.score_ops)))
         # Small tiles are for the last rows of a sequence. They are worth less code, which takes long to compile.
-        unrolled = MOST_UNROLLED if shape.positions == self.positions else MOST_UNROLLED // 4
+        unrolled = MOST_UNROLLED if shape.positions == self.schedule.rows_per_tile else MOST_UNROLLED // 4
         return TileKernel(shape, self.strides, tuple(blocks), unrolled, fetches_beside=not self._copies_by_strides)
 
     def _prefixes(self) -> list[Views]:
@@ -146,7 +144,7 @@ class PrefillLaunch:
 
         A block that has few pages is then worked on for little more than these.
         """
-        sizes = {self.pages_per_block * quarters // 4 for quarters in (1, 2, 3, 4)}
+        sizes = {self.schedule.pages_per_block * quarters // 4 for quarters in (1, 2, 3, 4)}
         prefixes = [dataclasses.replace(self.views, pages_per_block=pages) for pages in sorted(sizes - {0})]
         return [prefix for prefix in prefixes if prefix.columns % LANES == 0]
 
@@ -172,7 +170,7 @@ class PrefillLaunch:
     def _scratch(self) -> Scratch:
         """The shapes of the kernel's scratch memory."""
         views, layout, strides, shapes = self.views, self.layout, self.strides, self.shapes()
-        keys, all_rows = views.columns, self.positions * self.program.num_q_heads
+        keys, all_rows = views.columns, self.schedule.rows_per_tile * self.program.num_q_heads
         rows = max(shape.strip_group_rows for shape in shapes)
         dma, smem = pltpu.SemaphoreType.DMA, functools.partial(pltpu.SMEM, dtype=jnp.int32)
 
@@ -181,15 +179,15 @@ class PrefillLaunch:
 
         return Scratch(
             page_buffers=tuple(
-                vmem(self.buffers, self.pages_per_block, *pool.page_shape, dtype=pool.dtype)
+                vmem(self.schedule.buffers, self.schedule.pages_per_block, *pool.page_shape, dtype=pool.dtype)
                 for pool in pools_of(layout)
             ),
-            pages_arrived=dma((self.buffers,)),
+            pages_arrived=dma((self.schedule.buffers,)),
             cursor=smem((2,)),
-            is_clean=smem((self.buffers,)),
-            q_buffer=vmem(2, self.positions * strides.q, LANES),
+            is_clean=smem((self.schedule.buffers,)),
+            q_buffer=vmem(2, self.schedule.rows_per_tile * strides.q, LANES),
             q_arrived=dma((2,)),
-            out_buffer=vmem(self.positions * strides.out, LANES),
+            out_buffer=vmem(self.schedule.rows_per_tile * strides.out, LANES),
             out_left=dma,
             queries=vmem(all_rows, views.key_lanes, dtype=self.compute_dtype),
             top=vmem(all_rows, LANES),
@@ -197,8 +195,8 @@ class PrefillLaunch:
             values=vmem(all_rows, strides.out_columns * LANES),
             scores=vmem(2, rows, keys),
             block_top=vmem(2, rows, LANES),
-            visible=vmem(self.positions, keys, dtype=jnp.int32),
-            sums=vmem(strides.sums, self.positions, LANES),
+            visible=vmem(self.schedule.rows_per_tile, keys, dtype=jnp.int32),
+            sums=vmem(strides.sums, self.schedule.rows_per_tile, LANES),
             key_position=vmem(2, SUBLANES, keys, dtype=jnp.int32),
             token_scales=vmem(2, 2 * layout.num_kv_heads * SUBLANES, keys) if self._has_token_scales else None,
             deinterleaved=vmem(2, *views.apart_shape()) if self._is_deinterleaved else None,

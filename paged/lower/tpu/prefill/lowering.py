@@ -1,4 +1,8 @@
-"""The TPU lowering for prompts and mixed batches: many rows by the prefill kernel, single rows by the decode kernel."""
+"""The TPU lowering for prompts and mixed batches.
+
+Sequences with many query rows are cut into tiles for the prefill kernel. In a batch whose sequences may have any number
+of rows, those with a single row go to the decode kernel instead, by `RaggedSchedule.single_rows`.
+"""
 
 import dataclasses
 import functools
@@ -14,7 +18,8 @@ from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
 from ...base import Schedule
 from ...program import COMMON, Call, Program, Sequences
 from ..base import TpuLowering
-from ..decode import DecodeSchedule, TpuDecode
+from ..decode import TpuDecode
+from ..decode.lowering import state_of_sequences
 from ..pages import QueryTiles, Visited, Work, rows_and_entries
 from ..transforms import state_with_gradient, update_with_gradient
 from .launch import PrefillLaunch
@@ -25,7 +30,10 @@ from .shape import most_tiles
 
 @dataclasses.dataclass(frozen=True)
 class TpuRagged(TpuLowering):
-    """Prompts, chunks of them and batches of any mix on TPUs; every term that is elementwise, every page order."""
+    """Prompts, chunks of prompts and mixed batches on TPUs.
+
+    It accepts every page order, and masks and score operations that are elementwise.
+    """
 
     schedule_type: ClassVar[type[Schedule]] = RaggedSchedule
 
@@ -33,7 +41,8 @@ class TpuRagged(TpuLowering):
         return refuses_call(program, layout, call, self.target_chip)
 
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> RaggedSchedule:
-        """What fits the chip, with tiles of rows enough for the matrix units; and decode's own for single rows."""
+        """Tiles with enough rows for the matrix unit, in the chip's memory; and the decode kernel's schedule for single
+        rows, if it accepts them."""
         call = call or dataclasses.replace(COMMON, query_rows=None)
         own = plan_schedule(program, layout, call, self.target_chip)
         alone = _decode_call(call)
@@ -42,7 +51,7 @@ class TpuRagged(TpuLowering):
         return own.replace(single_rows=self._decode.schedule(program, layout, alone))
 
     def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: RaggedSchedule) -> str | None:
-        """A schedule must fit the chip's memory, and have no more cores than it; so must that of single rows."""
+        """A schedule must fit the chip's memory, and have no more cores than the chip. So must ``single_rows``."""
         reason = fits(program, layout, call, schedule, self.target_chip)
         if reason is not None or schedule.single_rows is None or call.query_rows is not None:
             return reason
@@ -54,24 +63,26 @@ class TpuRagged(TpuLowering):
     def alternatives(
         self, program: Program, layout: PageLayout, call: Call, own: RaggedSchedule
     ) -> Iterator[RaggedSchedule]:
-        """Half and twice as much of each field; single rows stay with their schedule."""
+        """Half and twice as much of each field. ``single_rows`` stays as it is."""
         del program, call
         return alternatives(layout, own)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: RaggedSchedule, bytes_visited: int
     ) -> list[str]:
-        """Memory of the kernel, how many kernels there may be, and what decodes single rows."""
+        """How many kernels there may be, the kernel's memory, and what becomes of sequences of one query row."""
         chip = self.target_chip
         launch = launch_of(program, layout, call, schedule, chip)
         tiles = most_tiles(call.tokens, call.slots, schedule.rows_per_tile)
-        some, entries = rows_and_entries((tiles, call.pages_per_seq), chip)
-        kernels = -(-tiles // some) * -(-call.pages_per_seq // entries)
+        tiles_per_kernel, entries_per_kernel = rows_and_entries((tiles, call.pages_per_seq), chip)
+        kernels = -(-tiles // tiles_per_kernel) * -(-call.pages_per_seq // entries_per_kernel)
         lines = [
             f"at most {kernels} kernel(s) on {chip.generation} for at most {tiles} tiles of {schedule.rows_per_tile} "
             f"query rows, each with {schedule.buffers} buffers of {schedule.pages_per_block} pages, "
             f"{launch.vmem_bytes / 2**20:.2f} of {chip.vmem_bytes / 2**20:.0f} MiB of vector memory",
         ]
+        if call.query_rows is None:
+            lines.append(f"sequences of one query row: {schedule.single_rows or 'tiles, as all others'}")
         return lines
 
     def state(
@@ -88,7 +99,7 @@ class TpuRagged(TpuLowering):
     def update(
         self, program: Program, schedule: RaggedSchedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
     ) -> tuple[AttentionState, Pages]:
-        """The write, and when all of it is done, the attention: no page is read that is still to be written."""
+        """Write, then attend. The kernels that write have ended when the first page is read."""
         return update_with_gradient(_update, self, program, schedule, q, k, v, pages, batch)
 
     @property
@@ -102,16 +113,29 @@ def _state(
     call = Call.of(q, pages, batch)
     seqs = Sequences.of(batch, call.tokens, pages.layout.page_size)
     launch = launch_of(program, pages.layout, call, schedule, lowering.target_chip, lowering.interpret)
-    decoded = schedule.single_rows if call.query_rows is None else None
-    is_long = seqs.counts > 0 if decoded is None else seqs.counts > 1
-    long = seqs._replace(counts=jnp.where(is_long, seqs.counts, 0))
-    is_row = long.owner(call.tokens)[1]
-    state = _prefill(launch, program, schedule, long, q, pages)
-    out = jnp.where(is_row[:, None, None], state.out, 0.0)
-    lse = jnp.where(is_row[:, None], state.lse, -jnp.inf)
-    if decoded is not None:
-        single = _single_rows(lowering._decode, program, decoded, seqs, q, pages)
-        row = jnp.where(seqs.counts == 1, seqs.starts, call.tokens)
+    # With a static number of rows per sequence, all sequences go to one kernel.
+    single_rows = schedule.single_rows if call.query_rows is None else None
+    is_tiled = seqs.counts > 0 if single_rows is None else seqs.counts > 1
+    tiled = seqs._replace(counts=jnp.where(is_tiled, seqs.counts, 0))
+    has_tile = tiled.owner(call.tokens)[1]
+    state = _state_of_tiles(launch, tiled, q, pages)
+    out = jnp.where(has_tile[:, None, None], state.out, 0.0)
+    lse = jnp.where(has_tile[:, None], state.lse, -jnp.inf)
+    if single_rows is not None:
+        # The decode kernel is given one row for every slot. Slots with another number of rows see no key there, and
+        # what it computes for them is dropped.
+        is_single = seqs.counts == 1
+        decoded = Sequences(
+            starts=jnp.arange(call.slots, dtype=jnp.int32),
+            counts=jnp.ones_like(seqs.counts),
+            lengths=jnp.where(is_single, seqs.lengths, 0),
+            tables=seqs.tables,
+        )
+        q_of_slots = q[jnp.minimum(seqs.starts, call.tokens - 1)]
+        single = state_of_sequences(
+            lowering._decode, program, single_rows, _decode_call(call), q_of_slots, pages, decoded
+        )
+        row = jnp.where(is_single, seqs.starts, call.tokens)
         out, lse = out.at[row].set(single.out, mode="drop"), lse.at[row].set(single.lse, mode="drop")
     return AttentionState(out, lse)
 
@@ -130,49 +154,48 @@ def _update(
     return _state(lowering, program, schedule, q, pages, batch), pages
 
 
-def _prefill(
-    launch: PrefillLaunch, program: Program, schedule: RaggedSchedule, seqs: Sequences, q: Array, pages: Pages
-) -> AttentionState:
-    """The state of sequences' rows; in other rows anything."""
-    layout, width = pages.layout, seqs.tables.shape[1]
+def _state_of_tiles(launch: PrefillLaunch, seqs: Sequences, q: Array, pages: Pages) -> AttentionState:
+    """The state of the sequences' query rows by the prefill kernel. Other rows hold anything.
+
+    Scalar memory limits how many tiles one kernel lists, and how many pages of each. Usually one kernel lists all. Else
+    a loop runs it for some tiles at a time, and the states over some pages at a time are merged.
+    """
+    schedule, layout, width = launch.schedule, pages.layout, seqs.tables.shape[1]
     most = most_tiles(q.shape[0], seqs.starts.shape[0], schedule.rows_per_tile)
-    some, entries = rows_and_entries((most, width), launch.chip)
-    tiles = QueryTiles.cut(seqs, schedule.rows_per_tile, -(-most // some) * some)
-    visited = Visited.of(program, tiles, layout.page_size, pages.num_pages)
-    rows, states = launch.lay_out(q), []
-    for first in range(0, width, entries):
-        cut = functools.partial(_work, schedule, slice(first, min(first + entries, width)))
-        states.append(launch.state_of(_results(launch, cut, visited, some, rows, pages), pages))
+    tiles_per_kernel, entries_per_kernel = rows_and_entries((most, width), launch.chip)
+    tiles = QueryTiles.cut(seqs, schedule.rows_per_tile, -(-most // tiles_per_kernel) * tiles_per_kernel)
+    visited = Visited.of(launch.program, tiles, layout.page_size, pages.num_pages)
+    laid_out, states = launch.lay_out(q), []
+    for first in range(0, width, entries_per_kernel):
+        entries = slice(first, min(first + entries_per_kernel, width))
+        work_of = functools.partial(_work, schedule, entries)
+        results = _results(launch, work_of, visited, tiles_per_kernel, laid_out, pages)
+        states.append(launch.state_of(results, pages))
     return functools.reduce(merge, states)
 
 
 def _work(schedule: RaggedSchedule, entries: slice, visited: Visited) -> Work:
-    cut = {"pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
-    return visited.work(slice(None), entries, splits=1, **cut)
+    """The work list for all tiles of ``visited``, over a range of their entries."""
+    return visited.work(slice(None), entries, splits=1, pages_per_block=schedule.pages_per_block, cores=schedule.cores)
 
 
 def _results(
-    launch: PrefillLaunch, cut: Callable[[Visited], Work], visited: Visited, some: int, rows: Array, pages: Pages
+    launch: PrefillLaunch,
+    work_of: Callable[[Visited], Work],
+    visited: Visited,
+    tiles_per_kernel: int,
+    q: Array,
+    pages: Pages,
 ) -> Array:
-    """Results of all tiles, by a kernel for every ``some`` of them that has any to do."""
-    if visited.page.shape[0] == some:
-        return launch(cut(visited), rows, pages)
+    """Results of all tiles, as the kernel writes them. Each run of the kernel is for ``tiles_per_kernel`` tiles."""
+    if visited.page.shape[0] == tiles_per_kernel:
+        return launch(work_of(visited), q, pages)
 
-    def one(i: Any, results: Array) -> Array:
-        return launch(cut(visited.part(i * some, some)), rows, pages, results)
+    def run(i: Any, results: Array) -> Array:
+        return launch(work_of(visited.part(i * tiles_per_kernel, tiles_per_kernel)), q, pages, results)
 
     live = jnp.sum(visited.tiles.counts > 0, dtype=jnp.int32)
-    return jax.lax.fori_loop(0, (live + some - 1) // some, one, launch.empty_results(rows))
-
-
-def _single_rows(
-    decode: TpuDecode, program: Program, schedule: DecodeSchedule, seqs: Sequences, q: Array, pages: Pages
-) -> AttentionState:
-    """The state of the sequences of one row, one row a slot; of others the empty state."""
-    row = jnp.minimum(seqs.starts, q.shape[0] - 1)
-    lengths = jnp.where(seqs.counts == 1, seqs.lengths, 0)
-    batch = RaggedBatch.decode(lengths, seqs.tables)
-    return decode.state(program, schedule, q[row], pages, batch)
+    return jax.lax.fori_loop(0, (live + tiles_per_kernel - 1) // tiles_per_kernel, run, launch.empty_results(q))
 
 
 def _decode_call(call: Call) -> Call:

@@ -1,4 +1,4 @@
-"""The prefill kernel's schedule: what a chip would be given, what fits, what is refused, and what is worth timing."""
+"""Schedules of the prefill kernel: the heuristic, which schedules fit a chip, and which ones are worth timing."""
 
 import math
 from collections.abc import Iterator
@@ -14,14 +14,15 @@ from .launch import PrefillLaunch
 from .schedule import RaggedSchedule
 from .shape import TileShape
 
-# Tokens a block: with fewer, the steps between blocks show beside the work; more hold memory for nothing (modelled).
+# Tokens of a page block. With fewer, the steps between blocks take a share of the time. With more, the kernel is not
+# faster, and the buffers are larger (modelled).
 _TOKENS = 512
-# Query rows of a tile of many, all heads counted: enough parts for a straight line of code, of enough rows each.
+# The rows of a tile, counted over all heads: enough strip groups for a straight line of code, with enough rows in each.
 _TILE_ROWS = 4096
-# Rows of a part, at least: with half as many the kernel takes half as long again (modelled).
-_PART_ROWS = 192
-# The share of vector memory that buffers may take, which hold what decode keeps in registers; the compiler needs the
-# rest for what it spills.
+# The least rows of a strip group. With half as many the kernel takes 1.5x as long (modelled).
+_STRIP_GROUP_ROWS = 192
+# The share of vector memory that the kernel's buffers may take. It is larger than that of the decode kernel, because
+# the buffers hold what the decode kernel keeps in registers. The compiler needs the rest for spilled registers.
 _BUFFER_SHARE = 0.7
 
 
@@ -29,25 +30,25 @@ def launch_of(
     program: Program, layout: PageLayout, call: Call, schedule: RaggedSchedule, chip: Chip, interpret: Any = False
 ) -> PrefillLaunch:
     """The prefill kernel that a schedule describes."""
-    dtype = compute_dtype(layout, call.q_dtype)
-    cut = (schedule.pages_per_block, schedule.rows_per_tile, schedule.buffers, schedule.cores)
-    return PrefillLaunch(program, layout, dtype, *cut, chip, interpret)
+    return PrefillLaunch(program, layout, compute_dtype(layout, call.q_dtype), schedule, chip, interpret)
 
 
 def plan_schedule(program: Program, layout: PageLayout, call: Call, chip: Chip) -> RaggedSchedule:
-    """The heuristic for many query rows: tiles of `_TILE_ROWS` rows of all heads, and less of either where memory ends.
+    """The heuristic: blocks of about `_TOKENS` tokens and tiles of about `_TILE_ROWS` rows, as far as memory reaches.
 
-    A tile is never more than a sequence's rows, where that number is known."""
+    Where the call has a static number of query rows per sequence, a tile has no more than these, rounded up.
+    """
     rows = _tile_positions(program)
     if call.query_rows is not None:
         rows = max(16, min(rows, 2 ** (call.query_rows - 1).bit_length()))
-    step = 128 // math.gcd(layout.page_size, 128)
+    step = _pages_of_whole_registers(layout)
     schedule = RaggedSchedule(
         pages_per_block=max(1, _TOKENS // layout.page_size // step) * step,
         rows_per_tile=rows,
         buffers=4,
         cores=chip.cores,
     )
+    # First what costs least time: a fourth buffer, then rows down to 64, tokens of a block, and the last rows.
     while launch_of(program, layout, call, schedule, chip).vmem_bytes > vmem_budget(chip):
         if schedule.buffers > 3:
             schedule = schedule.replace(buffers=3)
@@ -65,17 +66,20 @@ def plan_schedule(program: Program, layout: PageLayout, call: Call, chip: Chip) 
 
 
 def _tile_positions(program: Program) -> int:
-    """Of the positions whose parts have rows enough, those that come nearest to `_TILE_ROWS`."""
+    """The positions of a tile whose rows come nearest to `_TILE_ROWS`.
+
+    Only a tile whose strip groups have at least `_STRIP_GROUP_ROWS` rows counts, if there is one.
+    """
 
     def cost(positions):
         shape = TileShape(positions, program.num_q_heads, program.group)
-        return shape.strip_group_rows < _PART_ROWS, abs(math.log2(positions * program.num_q_heads / _TILE_ROWS))
+        return shape.strip_group_rows < _STRIP_GROUP_ROWS, abs(math.log2(positions * program.num_q_heads / _TILE_ROWS))
 
     return min((2**power for power in range(4, 10)), key=cost)
 
 
 def refuses_call(program: Program, layout: PageLayout, call: Call, chip: Chip) -> str | None:
-    """Why no prefill kernel takes this call, or None."""
+    """Why no schedule of the prefill kernel fits the chip in this call, or None."""
     smallest = plan_schedule(program, layout, call, chip)
     if launch_of(program, layout, call, smallest, chip).vmem_bytes > vmem_budget(chip):
         return (
@@ -106,15 +110,19 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: RaggedSched
 
 
 def alternatives(layout: PageLayout, own: RaggedSchedule) -> Iterator[RaggedSchedule]:
-    """Tiles and blocks together, where a block is whole registers of 128 tokens; then the buffers."""
-    whole = 128 // math.gcd(layout.page_size, 128)
-    pages = sorted({max(whole, size // whole * whole) for size in around(own.pages_per_block)})
-    yield from grid(
-        own, rows_per_tile=[rows for rows in around(own.rows_per_tile) if rows >= 16], pages_per_block=pages
-    )
+    """Half and twice as many rows of a tile, with half and twice as many pages of a block; then 2, 3 and 4 buffers."""
+    step = _pages_of_whole_registers(layout)
+    pages = sorted({max(step, size // step * step) for size in around(own.pages_per_block)})
+    rows = [rows for rows in around(own.rows_per_tile) if rows >= 16]
+    yield from grid(own, rows_per_tile=rows, pages_per_block=pages)
     yield from grid(own, buffers=(2, 3, 4))
 
 
+def _pages_of_whole_registers(layout: PageLayout) -> int:
+    """The fewest pages whose tokens fill whole registers of 128 lanes."""
+    return LANES // math.gcd(layout.page_size, LANES)
+
+
 def vmem_budget(chip: Chip) -> int:
-    """Vector memory that prefill's buffers may take."""
+    """Vector memory that the prefill kernel's buffers may take, in bytes."""
     return int(_BUFFER_SHARE * chip.vmem_bytes)
