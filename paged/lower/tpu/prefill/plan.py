@@ -48,7 +48,7 @@ def plan_schedule(program: Program, layout: PageLayout, call: Call, chip: Chip) 
         buffers=4,
         cores=chip.cores,
     )
-    # First what costs least time: a fourth buffer, then rows down to 64, tokens of a block, and the last rows.
+    # Shrink until the kernel fits: the fourth buffer, rows down to 64, tokens, rows down to 16, the third buffer.
     while launch_of(program, layout, call, schedule, chip).vmem_bytes > vmem_budget(chip):
         if schedule.buffers > 3:
             schedule = schedule.replace(buffers=3)
