@@ -49,16 +49,6 @@ def nothing(original):
     return lambda *args, **kwargs: None
 
 
-def without_waiting(original):
-    """A copy, whose last argument says what to do, that is only ever started."""
-
-    def copy(self, *args):
-        if args[-1] == "start":
-            original(self, *args)
-
-    return copy
-
-
 class _NeverAwaited(Copies):
     def wait(self):
         pass

@@ -18,7 +18,6 @@ from paged.lower.tpu.prefill.kernel import PrefillKernel
 from paged.lower.tpu.prefill.launch import PrefillLaunch
 from paged.lower.tpu.prefill.shape import TileShape
 from paged.lower.tpu.prefill.tile import TileKernel
-from paged.lower.tpu.references import Copies
 from paged.spec import AttentionState
 from tests.support import Case, Corner
 from tests.support.specs import PLAIN
@@ -32,6 +31,7 @@ from .planting import (
     assert_sound,
     built_of,
     method,
+    never_awaited,
     nothing,
     page_too_few,
 )
@@ -57,16 +57,6 @@ SUITE = {
     "interleaved": (_case(order="interleaved"), _schedule(), "on_wait"),
     "mixed": (_case(page_size=64, phase="ragged", corner="mixed"), _schedule(2, 2), "on_wait"),
 }
-
-
-def _never_awaited(original):
-    """A method that returns `Copies`, which are started and not waited for."""
-
-    class Started(Copies):
-        def wait(self):
-            pass
-
-    return lambda *args: Started(original(*args).each)
 
 
 def _not_waiting_before_results(original):
@@ -175,8 +165,8 @@ BUGS = {
     ),
     "no wait for whole blocks": (method(Transfers, "wait", nothing), "late", "nan"),
     "no wait for parts of blocks": (method(Transfers, "wait_for", nothing), "late", "nan"),
-    "no wait for queries": (method(PrefillKernel, "_queries", _never_awaited), "late", "nan"),
-    "no wait for any results": (method(PrefillKernel, "_results", _never_awaited), "early", "race"),
+    "no wait for queries": (method(PrefillKernel, "_queries", never_awaited), "late", "nan"),
+    "no wait for any results": (method(PrefillKernel, "_results", never_awaited), "early", "race"),
     "j <= length": (method(BlockKernel, "find_visible", _one_too_long), "late", "nan"),
     "no mask": (method(BlockKernel, "_visible", lambda visible: lambda *args: jnp.bool_(True)), "early", "nan"),
     "values past the length not silenced": (method(Transfers, "silence", nothing), "late", "nan"),
