@@ -13,10 +13,25 @@ import pytest
 from examples import corpus, demo
 
 ROOT = pathlib.Path(__file__).parent.parent
-READMES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_readme_is_short_and_the_index_links_every_page():
+    assert len(PAGES[0].read_text().split()) <= 600
+    links = re.findall(r"\]\((\S+?\.md)\)", (ROOT / "docs" / "README.md").read_text())
+    missing = {page.name for page in PAGES[1:]} - {"README.md", *links}
+    assert not missing, f"docs/README.md does not link {sorted(missing)}"
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "benchmarks").glob("*/README.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text())]
+    broken = [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
+    assert links and not broken
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.name)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_says(path):
     names: dict[str, object] = {}
     for code, _, shown in re.findall(r"```python\n(.*?)```(\s*```text\n(.*?)```)?", path.read_text(), re.DOTALL):
@@ -25,7 +40,6 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(path):
             exec(compile(code, str(path), "exec"), names)
         if shown:
             assert printed.getvalue().strip() == shown.strip()
-    assert names, f"{path.name} has no code: leave it out of this test"
 
 
 def test_bigram_loss_is_that_of_a_hand_counted_model():
