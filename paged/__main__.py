@@ -1,4 +1,4 @@
-"""The command line, `python -m paged`: tuning, and what tuning has stored."""
+"""The command line, `python -m paged`: tune an attention, and show or clear what tuning has stored."""
 
 import argparse
 import functools
@@ -10,21 +10,21 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .lower import Shape, Timing, Tuned, TuningFile, lower, synthetic, tune
+from .lower import TARGETS, Shape, Timing, Tuned, TuningFile, lower, synthetic, tune
 from .spec import PAGE_ORDERS, SCALE_KINDS, ALiBi, AttentionSpec, PageLayout
 
 _EXAMPLE = """\
 example:
   python -m paged tune --q-heads 32 --kv-heads 8 --head-dim 128 --page-size 16 --slots 8 --context 4096
 
-Random arrays of that shape are attended to with every schedule worth trying, in turns. The fastest is stored, and
-`paged.lower` finds it from then on, in any process that does not set PAGED_TUNING to "off" or to another file. One
-run serves one class of shapes: each number rounded up to a power of two. Exit status 2: it cannot be tuned.
+This makes random arrays of that shape, times the schedules worth trying in turns, and stores the fastest. From then on
+`paged.lower` uses it, in every process that does not set PAGED_TUNING to "off" or to another file. One run serves one
+class of shapes: each number rounded up to a power of two. Exit status 2: this attention cannot be tuned.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the process's exit status."""
+    """Run the command line. Returns the exit status of the process."""
     options = _parser().parse_args(arguments)
     file = TuningFile.at(options.cache)
     if options.list or options.clear:
@@ -48,16 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_attention(tuning.add_argument_group("the attention"))
     _add_batch(tuning.add_argument_group("the batch"))
-    how = tuning.add_argument_group("how")
-    how.add_argument("--target", default="auto", choices=("auto", "xla", "tpu"), help='default: "auto"')
-    how.add_argument("--seconds", type=float, default=10.0, help="of timing; compiling comes on top (default: 10)")
-    how.add_argument("--again", action="store_true", help="time it even if the file has it already")
-    kept = tuning.add_argument_group("what is stored")
-    kept.add_argument(
-        "--cache", metavar="PATH", help='the tuning file, or "off" (default: PAGED_TUNING, or your cache)'
+    timing = tuning.add_argument_group("timing")
+    timing.add_argument("--target", default="auto", choices=TARGETS, help='default: "auto"')
+    timing.add_argument("--seconds", type=float, default=10.0, help="time to spend, without compiling (default: 10)")
+    timing.add_argument("--again", action="store_true", help="time it even if the tuning file has an entry for it")
+    stored = tuning.add_argument_group("the tuning file")
+    stored.add_argument(
+        "--cache", metavar="PATH", help='the tuning file, or "off" (default: PAGED_TUNING, or your cache folder)'
     )
-    kept.add_argument("--list", action="store_true", help="show what the file holds, and do nothing else")
-    kept.add_argument("--clear", action="store_true", help="delete the file, and do nothing else")
+    stored.add_argument("--list", action="store_true", help="show the entries of the file, and do nothing else")
+    stored.add_argument("--clear", action="store_true", help="delete the file, and do nothing else")
     return parser
 
 
@@ -66,24 +66,30 @@ def _add_attention(group: Any) -> None:
     number("--q-heads", default=32, help="query heads (default: 32)")
     number("--kv-heads", default=8, help="KV heads (default: 8)")
     number("--head-dim", default=128, help="default: 128")
-    number("--page-size", default=16, help="tokens a page (default: 16)")
-    number("--window", help="tokens seen, the query's own included")
+    number("--page-size", default=16, help="tokens per page (default: 16)")
+    number("--window", help="how many tokens a query sees, its own included")
     group.add_argument("--soft-cap", type=float, metavar="C", help="scores become C * tanh(score / C)")
-    group.add_argument("--alibi", action="store_true", help="with ALiBi's biases")
+    group.add_argument("--alibi", action="store_true", help="with ALiBi biases")
     group.add_argument("--sinks", action="store_true", help="with a sink for each query head")
-    group.add_argument("--dtype", default="bfloat16", help="of pages (default: bfloat16)")
-    group.add_argument("--scales", choices=SCALE_KINDS, help="of quantised pages")
-    group.add_argument("--q-dtype", help="of queries (default: as pages; bfloat16 where those are quantised)")
-    group.add_argument("--order", default="packed", choices=PAGE_ORDERS, help="of pages (default: packed)")
+    group.add_argument("--dtype", default="bfloat16", help="dtype of pages (default: bfloat16)")
+    group.add_argument("--scales", choices=SCALE_KINDS, help="scales of quantised pages")
+    group.add_argument("--q-dtype", help="dtype of queries (default: the pages', and bfloat16 over quantised pages)")
+    group.add_argument("--order", default="packed", choices=PAGE_ORDERS, help="order of pages (default: packed)")
 
 
 def _add_batch(group: Any) -> None:
     number = functools.partial(group.add_argument, type=int, metavar="N")
     number("--slots", default=8, help="sequences (default: 8)")
-    number("--context", default=4096, help="tokens of each (default: 4096)")
-    number("--max-context", default=0, help="tokens that block tables have room for (default: the context)")
-    number("--query-rows", default=1, help="query rows of each: 1 decodes, more are a chunk of a prompt (default: 1)")
-    group.add_argument("--mixed", action="store_true", help="only the first has --query-rows, the others decode")
+    number("--context", default=4096, help="tokens per sequence (default: 4096)")
+    number("--max-context", default=0, help="tokens that a block table has room for (default: the context)")
+    number(
+        "--query-rows",
+        default=1,
+        help="query rows per sequence: 1 to decode, more for a chunk of a prompt (default: 1)",
+    )
+    group.add_argument(
+        "--mixed", action="store_true", help="only the first sequence has --query-rows, the others decode"
+    )
 
 
 def _show_or_clear(file: TuningFile | None, is_clearing: bool) -> int:
@@ -138,17 +144,17 @@ def _tune(options: argparse.Namespace, file: TuningFile | None) -> str:
             timing=Timing(seconds=options.seconds),
             progress=bar.show,
         )
-    return f"{tuned}\n{_whereabouts(tuned, file)}"
+    return f"{tuned}\n{_where_stored(tuned, file)}"
 
 
-def _whereabouts(tuned: Tuned, file: TuningFile | None) -> str:
+def _where_stored(tuned: Tuned, file: TuningFile | None) -> str:
     if tuned.stored is None:
         return "not stored: tuning is off" if file is None else "not stored"
     return f"stored in {tuned.stored}" if tuned.trials else f"found in {tuned.stored}; --again times it anew"
 
 
 class _Bar:
-    """Progress on stderr: a bar with tqdm, else a line for each thing that is begun."""
+    """Progress on stderr: a bar where tqdm is installed, else a line per step."""
 
     def __init__(self):
         self._bar: Any = None
@@ -164,7 +170,7 @@ class _Bar:
             self._bar.close()
 
     def show(self, done: int, total: int, what: str) -> None:
-        """How far tuning is."""
+        """Show that ``done`` of ``total`` steps are done, and what is being done now."""
         if self._bar is None:
             if what != self._last:
                 print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)

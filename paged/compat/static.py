@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from paged.lower import in_force
+from paged.lower import sources_fingerprint
 from paged.spec import AttentionSpec, PageLayout
 
 from .devices import Devices
@@ -61,7 +61,7 @@ class Options(NamedTuple):
             None if max_context_len is None else integer("max_context_len", max_context_len, 1),
             wants_float32(compute_dtype),
             devices,
-            in_force(),
+            sources_fingerprint(),
         )
 
     def spec(self, num_q_heads: int, head_dim: int, layout: PageLayout, sinks: bool = False) -> AttentionSpec:

@@ -29,12 +29,13 @@ from .program import normal_form as normal_form
 from .program import page_coverage as page_coverage
 from .program import visible_pages as visible_pages
 from .registry import LOWERINGS as LOWERINGS
+from .registry import TARGETS as TARGETS
 from .registry import refusals as refusals
 from .schedule import Key as Key
 from .schedule import TuningFile as TuningFile
 from .schedule import TuningWarning as TuningWarning
-from .schedule import in_force as in_force
 from .schedule import schedules as schedules
+from .schedule import sources_fingerprint as sources_fingerprint
 from .tpu import CHIPS as CHIPS
 from .tpu import Chip as Chip
 from .tpu import DecodeSchedule as DecodeSchedule

@@ -1,4 +1,4 @@
-"""The tuning file: whole whatever writes it and whenever, and passed over with one warning where it is not whole."""
+"""The tuning file: whole whatever writes it and whenever, and ignored with one warning where it is not whole."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_a_schedule_that_cannot_run_is_warned_of_once_and_passed_over(path, name
 def test_what_was_tuned_elsewhere_is_warned_of_once_and_passed_over(path, origin):
     stored(path, entry(of=key(**{origin: f"another {origin} of {path.parent.parent.name}"})))
     attend = paged.lower(SPEC, LAYOUT)
-    with pytest.warns(paged.TuningWarning, match=f"tuned on .*another {origin}.*passed over") as caught:
+    with pytest.warns(paged.TuningWarning, match=f"tuned on .*another {origin}.*It is ignored here") as caught:
         assert {chosen(attend)[1] for _ in range(3)} == {"heuristic"}
     assert len(caught) == 1
     stored(path, entry())

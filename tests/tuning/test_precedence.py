@@ -1,4 +1,4 @@
-"""Who is heeded: the caller before contexts, contexts before the file, the file before the heuristic; and who spoke."""
+"""Precedence: the caller before contexts, contexts before the file, the file before the heuristic; and the source."""
 
 import dataclasses
 import threading
@@ -171,7 +171,7 @@ def test_what_cannot_run_is_an_error_in_a_context_and_a_warning_in_a_file(tmp_pa
         bound.choice(TPU_CALL)
     with paged.schedules(file):
         told = paged.lower(TPU_SPEC, TPU_LAYOUT, "tpu").on_chip("v5e")
-    with pytest.warns(paged.TuningWarning, match=f"cannot run: .*{reason}.*passed over"):
+    with pytest.warns(paged.TuningWarning, match=f"cannot run: .*{reason}.*is ignored"):
         assert chosen(told, TPU_CALL)[1] == "heuristic"
 
 

@@ -1,7 +1,8 @@
-"""Who picks the schedule of a call: the caller, then a context, then the tuning file, then the lowering itself.
+"""Who picks the schedule of a call: the caller, then a context, then the tuning file, then the lowering's heuristic.
 
-Read in this order: `choice` decides, `advice` is what contexts and files proposed, `context` is where they come from,
-`file`, `key`, `text` and `lock` are the tuning file, and `grid` lists neighbours of a schedule that are worth timing.
+Read in this order: `choice` decides; `advice` holds what contexts and tuning files proposed; `context` is where the
+proposals come from; `file`, `key`, `text`, `lock` and `warning` are the tuning file; and `grid` lists the neighbours of
+a schedule that are worth timing.
 """
 
 from .advice import NO_ADVICE as NO_ADVICE
@@ -11,8 +12,8 @@ from .choice import HEURISTIC as HEURISTIC
 from .choice import Choice as Choice
 from .choice import choose as choose
 from .choice import choose_for_any_call as choose_for_any_call
-from .context import in_force as in_force
 from .context import schedules as schedules
+from .context import sources_fingerprint as sources_fingerprint
 from .file import Entry as Entry
 from .file import TuningFile as TuningFile
 from .grid import around as around

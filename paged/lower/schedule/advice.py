@@ -1,4 +1,4 @@
-"""`Advice`: what contexts and tuning files said when an attention was lowered: a value, part of what is traced."""
+"""`Advice`: the schedules that contexts and tuning files proposed when an attention was lowered."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from paged.spec import PageLayout
 
 from ..base import Schedule
 from ..program import Call, Program
-from .context import sources
+from .context import sources_in_force
 from .file import Entry
 from .key import Key
 from .text import program_text
@@ -16,7 +16,8 @@ from .warning import warn_once
 
 
 class Proposal(NamedTuple):
-    """A schedule, who proposes it, and whether it is an error when it cannot run, rather than passed over."""
+    """A proposed schedule, and the name of its source. If it cannot run that is an error where the proposal is binding,
+    and otherwise the proposal is ignored with a warning."""
 
     source: str
     schedule: Schedule
@@ -24,76 +25,83 @@ class Proposal(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
-    """What one source says: one schedule for every call, or a tuning file's entries for one program and layout."""
+class Source:
+    """One source of schedules: one ``schedule`` for every call, or a tuning file's ``entries`` for one program and
+    layout. ``name`` is what `explain` calls the source."""
 
-    source: str
+    name: str
     schedule: Schedule | None = None
     entries: tuple[Entry, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """What was said, that of the first to be heeded first. It is kept as it was when `lower` was called, so that a
-    cached trace never differs from what a new one would be. ``devices`` are kinds, None for this process's own."""
+    """Proposed schedules, highest precedence first, as they were when `lower` was called.
 
-    said: tuple[Said, ...] = ()
+    They are part of the lowered attention's value, so that a cached trace never differs from a new one. ``devices`` are
+    the kinds of device that a tuning file is asked for; None for this process's own.
+    """
+
+    sources: tuple[Source, ...] = ()
     devices: tuple[str, ...] | None = None
 
     @classmethod
     def now(cls, program: Program, layout: PageLayout) -> "Advice":
-        """What contexts and the file say of a program over a layout at this moment."""
-        said = []
-        for name, source in sources():
+        """What contexts and the tuning file propose at this moment for a program over a layout."""
+        found = []
+        for name, source in sources_in_force():
             if isinstance(source, Schedule):
-                said.append(Said(name, source))
+                found.append(Source(name, source))
                 continue
-            every = source.entries()
-            subject = (program_text(program), str(layout)) if every else None
-            entries = tuple(entry for entry in every if (entry.key.program, entry.key.layout) == subject)
-            said += [Said(name, entries=entries)] if entries else []
-        return cls(tuple(said))
+            entries = source.entries()
+            subject = (program_text(program), str(layout)) if entries else None
+            entries = tuple(entry for entry in entries if (entry.key.program, entry.key.layout) == subject)
+            found += [Source(name, entries=entries)] if entries else []
+        return cls(tuple(found))
 
     def on(self, devices: tuple[str, ...]) -> "Advice":
-        """The same for another device, of any of these kinds."""
+        """This advice for a device of any of these kinds."""
         return dataclasses.replace(self, devices=devices)
 
     def for_any_call(self, lowering: str) -> Proposal | None:
-        """What is said of a lowering whatever the call."""
-        found = (s for s in self.said if s.schedule is not None and s.schedule.lowering == lowering)
-        said = next(found, None)
-        return None if said is None or said.schedule is None else Proposal(said.source, said.schedule, True)
+        """The proposal for a lowering that does not depend on the call, or None."""
+        for source in self.sources:
+            if source.schedule is not None and source.schedule.lowering == lowering:
+                return Proposal(source.name, source.schedule, True)
+        return None
 
     def proposals(
         self, program: Program, layout: PageLayout, lowerings: Sequence[str], call: Call
     ) -> Iterator[Proposal]:
-        """What is said of one call, in order. Entries that hold no schedule are warned of, and those that would be for
-        this call if they were not of another device or version."""
-        for said in self.said:
-            if said.schedule is not None:
-                yield Proposal(said.source, said.schedule, True)
+        """Proposals for one call, in order of precedence.
+
+        Warns of entries that do not parse, and of entries for this very call from another device or version.
+        """
+        for source in self.sources:
+            if source.schedule is not None:
+                yield Proposal(source.name, source.schedule, True)
                 continue
             keys = [Key.of(program, layout, lowerings, call, device) for device in self.devices or (None,)]
-            exact = [entry for entry in said.entries if entry.key in keys]
+            exact = [entry for entry in source.entries if entry.key in keys]
             for entry in exact:
                 try:
-                    yield Proposal(said.source, entry.parsed(), False)
+                    yield Proposal(source.name, entry.parsed(), False)
                 except (ValueError, TypeError) as error:
-                    warn_once(f"An entry of {said.source} is passed over: {error} It is for {entry.key}.")
+                    warn_once(f"An entry of the {source.name} is ignored: {error} It is for {entry.key}.")
             if not exact and self.devices is None:
-                _warn_of_others(said, keys[0])
+                _warn_of_other_origins(source, keys[0])
 
 
 NO_ADVICE = Advice()
 
 
-def _warn_of_others(said: Said, key: Key) -> None:
-    """Say that this very call was tuned, elsewhere."""
-    for entry in said.entries:
+def _warn_of_other_origins(source: Source, key: Key) -> None:
+    """Warn of entries for this very call that come from another device or version."""
+    for entry in source.entries:
         if entry.key.subject == key.subject:
             warn_once(
-                f"The {said.source} has a schedule for this call, tuned on {_origin(entry.key)}. Here is "
-                f"{_origin(key)}: it is passed over. Tune again to have one."
+                f"The {source.name} has a schedule for this call, tuned on {_origin(entry.key)}. It is ignored here, "
+                f"on {_origin(key)}. Tune again to have one."
             )
 
 

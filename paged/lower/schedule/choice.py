@@ -1,4 +1,4 @@
-"""`choose`: which lowering runs a call, with which schedule, and who said so."""
+"""`choose`: which lowering runs a call, with which schedule, and who picked that schedule."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,11 @@ EXPLICIT, HEURISTIC = "explicit", "heuristic"
 
 
 class Choice(NamedTuple):
-    """What runs. ``source`` is "explicit", "context", "context, tuning file <name>", "tuning file <name>", or
-    "heuristic": the first of these that has something to say of a call is heeded."""
+    """What runs a call: a lowering and its schedule.
+
+    ``source`` is who picked the schedule. From the highest precedence to the lowest: "explicit" (``schedule=``),
+    "context", "context, tuning file <name>", "tuning file <name>", "heuristic" (the lowering itself).
+    """
 
     lowering: Lowering
     schedule: Schedule
@@ -29,8 +32,11 @@ def choose(
     advice: Advice,
     call: Call,
 ) -> Choice:
-    """What runs in a call of these shapes. Raises ``ValueError`` when no lowering takes it, or when a schedule that the
-    caller or a context gave cannot be honoured; a tuning file's is then passed over with a warning."""
+    """What runs a call of these shapes: the first proposed schedule that its lowering can run, else the heuristic's.
+
+    ``pinned`` is the caller's own schedule. Raises ``ValueError`` when no lowering accepts the call, and when a
+    schedule that the caller or a context gave cannot run. A tuning file's that cannot run is ignored with a warning.
+    """
     reasons = {lowering.name: lowering.refuses(program, layout, call) for lowering in lowerings}
     takers = {lowering.name: lowering for lowering in lowerings if reasons[lowering.name] is None}
     if not takers:
@@ -47,7 +53,7 @@ def choose(
         told = f"The schedule {proposal.schedule} cannot run: {reason}"
         if proposal.is_binding:
             raise ValueError(f"{told} The nearest that can: {lowering.schedule(program, layout, call)}.")
-        warn_once(f"{told} It is of {proposal.source}, and passed over.")
+        warn_once(f"{told} It comes from the {proposal.source}, and is ignored.")
     first = next(iter(takers.values()))
     return Choice(first, first.schedule(program, layout, call), HEURISTIC)
 
@@ -55,10 +61,10 @@ def choose(
 def choose_for_any_call(
     program: Program, layout: PageLayout, lowering: Lowering, pinned: Schedule | None, advice: Advice
 ) -> Choice:
-    """What runs in a common call, of which nothing is known."""
+    """What runs a common call, whose shapes are not known."""
     if pinned is not None:
         return Choice(lowering, pinned, EXPLICIT)
-    said = advice.for_any_call(lowering.name)
-    if said is not None:
-        return Choice(lowering, said.schedule, said.source)
+    proposal = advice.for_any_call(lowering.name)
+    if proposal is not None:
+        return Choice(lowering, proposal.schedule, proposal.source)
     return Choice(lowering, lowering.schedule(program, layout), HEURISTIC)

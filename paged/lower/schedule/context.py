@@ -1,4 +1,4 @@
-"""`schedules`: a context in which what is lowered takes its schedules from somewhere."""
+"""`schedules`: a context in which `lower` uses schedules from a source of the caller's choice."""
 
 import contextlib
 import contextvars
@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator
 from ..base import Schedule
 from .file import TuningFile
 
-# Innermost first. None: neither those further out nor the file are asked.
+# Innermost first. None ends the list: neither outer contexts nor the tuning file are asked.
 _SOURCES: contextvars.ContextVar[tuple[Schedule | TuningFile | None, ...]] = contextvars.ContextVar(
     "paged.schedules", default=()
 )
@@ -16,15 +16,19 @@ _SOURCES: contextvars.ContextVar[tuple[Schedule | TuningFile | None, ...]] = con
 
 @contextlib.contextmanager
 def schedules(source: "Schedule | TuningFile | str | os.PathLike[str] | None") -> Iterator[None]:
-    """Inside, `lower` takes schedules from ``source``; an explicit ``schedule=`` still goes first.
+    """A context in which `lower` uses schedules from ``source``, unless it is given one by ``schedule=``.
 
-    * A tuning file, or a path of one: what it has for the call at hand. For the others the next context outwards is
-      asked, then the file of the process, then the heuristic.
-    * A `Schedule`: for every call that its lowering takes; others are as without it. Where it cannot run that is an
-      error, as for ``schedule=``.
-    * None: the heuristic alone, whatever the process's file and contexts further out say.
+    What counts is where `lower` is called: an attention that was lowered before keeps its schedules inside, and one
+    that is lowered inside keeps its schedules outside.
 
-    It is `lower` that listens: what was lowered before keeps its schedules, and what is lowered inside keeps these.
+    **Arguments:**
+
+    - `source`: where schedules come from.
+        - A `Schedule` is used for every call that its lowering accepts; if it cannot run such a call, that is an
+          error, as for ``schedule=``.
+        - A `TuningFile`, or the path of one, gives the schedules of the calls that it has entries for. For other calls
+          the next outer context is asked, then the process's tuning file, then the lowering's heuristic.
+        - None is for the heuristic alone: neither outer contexts nor the process's tuning file are asked.
 
     >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
     >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8)
@@ -41,8 +45,8 @@ def schedules(source: "Schedule | TuningFile | str | os.PathLike[str] | None") -
         _SOURCES.reset(token)
 
 
-def sources() -> Iterator[tuple[str, Schedule | TuningFile]]:
-    """What to ask, in order, by the name that `explain` gives it."""
+def sources_in_force() -> Iterator[tuple[str, Schedule | TuningFile]]:
+    """The sources to ask at this moment, highest precedence first, each with the name that `explain` uses."""
     for source in _SOURCES.get():
         if source is None:
             return
@@ -52,6 +56,8 @@ def sources() -> Iterator[tuple[str, Schedule | TuningFile]]:
         yield str(file), file
 
 
-def in_force() -> Hashable:
-    """A value that changes whenever what `sources` say may: for who keeps what was lowered."""
-    return tuple((source, source.stamp() if isinstance(source, TuningFile) else None) for _, source in sources())
+def sources_fingerprint() -> Hashable:
+    """A fingerprint of the sources in force. Whoever caches a lowered attention includes it in the key."""
+    return tuple(
+        (source, source.stamp() if isinstance(source, TuningFile) else None) for _, source in sources_in_force()
+    )

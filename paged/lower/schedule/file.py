@@ -1,4 +1,4 @@
-"""`TuningFile`: tuned schedules on disk, in one JSON file, which processes may read and write at the same time."""
+"""`TuningFile`: tuned schedules in one JSON file, which several processes may read and write at the same time."""
 
 import dataclasses
 import functools
@@ -17,13 +17,19 @@ from .warning import warn_once
 
 SETTING, OFF = "PAGED_TUNING", "off"
 _FORMAT = {"paged_tuning": 1}
-# What of the environment, beside that, says where the process's file is.
+# The environment variables that name the folder of the process's file where `SETTING` is not set.
 _FOLDERS, _FOLDERS_OF_WINDOWS = ("HOME", "XDG_CACHE_HOME"), ("USERPROFILE", "LOCALAPPDATA")
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tuned schedule, as JSON, what it is for, its seconds, and their ratio to the heuristic's."""
+    """One tuned schedule of a file.
+
+    * ``key``: what it is for.
+    * ``schedule``: its JSON.
+    * ``seconds``: how long a call took with it.
+    * ``ratio``: that time over the time of the heuristic's schedule.
+    """
 
     key: Key
     schedule: str
@@ -31,7 +37,7 @@ class Entry:
     ratio: float
 
     def parsed(self) -> Schedule:
-        """The schedule. Raises ``ValueError`` or ``TypeError`` for what is none."""
+        """The schedule. Raises ``ValueError`` or ``TypeError`` if the JSON is not a schedule's."""
         return Schedule.from_json(self.schedule)
 
     def __str__(self) -> str:
@@ -41,12 +47,12 @@ class Entry:
             return f"no schedule: {error}"
 
     def as_json(self) -> dict[str, Any]:
-        """As the file has it."""
+        """The values that the file holds."""
         return {**dataclasses.asdict(self), "schedule": json.loads(self.schedule)}
 
     @classmethod
     def from_json(cls, values: Any) -> "Entry":
-        """From what the file has. Raises ``ValueError`` that says what is wrong."""
+        """The entry, from the values that a file holds. Raises ``ValueError`` that says what is wrong."""
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict) or sorted(values) != sorted(names):
             raise ValueError(f"an entry has {names}; got {sorted(values) if isinstance(values, dict) else values!r}")
@@ -63,14 +69,36 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class TuningFile:
-    """Tuned schedules at ``path``. What cannot be read of it is passed over with a `TuningWarning`; see `tune`."""
+    """Tuned schedules in one JSON file, written by `tune` and read by `lower`.
+
+    Several processes may use one file at the same time. What cannot be read is ignored with a `TuningWarning`. A file
+    that does not exist holds no entries.
+
+    **Arguments:**
+
+    - `path`: where the file is. `TuningFile.at` finds the process's own.
+
+    >>> file = TuningFile.at("a_folder/tuned.json")
+    >>> print(file)
+    tuning file tuned.json
+    >>> file.entries()
+    ()
+    """
 
     path: pathlib.Path
 
     @classmethod
     def at(cls, path: "str | os.PathLike[str] | TuningFile | None" = None) -> "TuningFile | None":
-        """The file at a path; for None what the environment variable ``PAGED_TUNING`` names, and where it is not set,
-        ``paged/tuning.json`` in the platform's cache folder. None for ``"off"``, and where there is no such folder."""
+        """The file that a path means.
+
+        **Arguments:**
+
+        - `path`: a path; a `TuningFile`; ``"off"``; or None for the process's file. The environment variable
+          ``PAGED_TUNING`` says which file that is, or ``"off"``. Where it is not set, the process's file is
+          ``paged/tuning.json`` in the platform's cache folder.
+
+        **Returns:** the file, which need not exist; None for ``"off"`` and where there is no cache folder.
+        """
         if isinstance(path, TuningFile):
             return path
         if path:
@@ -85,24 +113,33 @@ class TuningFile:
         return f"tuning file {self.path.name}"
 
     def entries(self) -> tuple[Entry, ...]:
-        """What the file holds, sorted; read again only when it has changed."""
+        """The entries of the file, sorted. The file is read again only when it has changed."""
         stamp = self.stamp()
         return () if stamp is None else _entries(self.path, stamp)
 
     def stamp(self) -> tuple[int, int, int] | None:
-        """A value that changes when the file does; None while there is none that can be read."""
+        """A value that changes when the file changes; None while there is no file that can be read."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
             return None
         except OSError as error:
-            warn_once(f"The tuning file {self.path} is passed over: {error}.")
+            warn_once(f"The tuning file {self.path} is ignored: {error}.")
             return None
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def store(self, entries: Iterable[Entry]) -> None:
-        """Put entries in, in place of those with the same keys; all that other processes put in stays. A reader sees
-        the file as it was or as it will be. Raises ``OSError`` where it cannot be written."""
+        """Add entries to the file. An entry with a new one's key is replaced; the entries of other processes stay.
+
+        A process that reads meanwhile sees the old file or the new one, each whole. A damaged file is renamed to
+        ``<name>.unreadable``, with a warning.
+
+        **Arguments:**
+
+        - `entries`: the entries to add.
+
+        Raises ``OSError`` where the file cannot be written.
+        """
         path = pathlib.Path(os.path.realpath(self.path))
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f"{path.name}.lock")):
@@ -115,7 +152,7 @@ class TuningFile:
             _replace(path, [every[key] for key in sorted(every)])
 
     def clear(self) -> int:
-        """Delete it, and say how many entries it had."""
+        """Delete the file. Returns how many entries it had."""
         count = len(self.entries())
         if self.path.parent.is_dir():
             with locked(self.path.with_name(f"{self.path.name}.lock")):
@@ -124,7 +161,7 @@ class TuningFile:
 
 
 class _Found(NamedTuple):
-    """What a file holds, what is wrong with the whole of it, and with some entries."""
+    """What a file holds, what is wrong with the file, and what is wrong with some of its entries."""
 
     entries: tuple[Entry, ...]
     fault: str | None
@@ -136,9 +173,9 @@ def _entries(path: pathlib.Path, stat: tuple[int, int, int]) -> tuple[Entry, ...
     del stat
     found = _parse(path)
     if found.fault is not None:
-        warn_once(f"The tuning file {path} is passed over: {found.fault}.")
+        warn_once(f"The tuning file {path} is ignored: {found.fault}.")
     for fault in found.faults:
-        warn_once(f"An entry of the tuning file {path} is passed over: {fault}.")
+        warn_once(f"An entry of the tuning file {path} is ignored: {fault}.")
     return tuple(sorted(found.entries, key=lambda entry: entry.key))
 
 
@@ -163,7 +200,7 @@ def _parse(path: pathlib.Path) -> _Found:
 
 
 def _replace(path: pathlib.Path, entries: list[Entry]) -> None:
-    """Write all of a new file, and only then put it in the place of the old. Whoever calls holds the lock."""
+    """Write a whole new file, then put it in the place of the old one. The caller holds the lock."""
     new = path.with_name(f"{path.name}.new")
     text = json.dumps({**_FORMAT, "entries": [entry.as_json() for entry in entries]}, indent=1)
     with open(new, "w", encoding="utf-8") as file:
@@ -175,7 +212,7 @@ def _replace(path: pathlib.Path, entries: list[Entry]) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _of_process(*where: str | None) -> TuningFile | None:
-    """Remembered for what the platform and the environment say: calls outside of ``jax.jit`` ask every time."""
+    """The process's file, cached by the platform and the environment: every call outside of ``jax.jit`` asks for it."""
     del where
     folder = _cache_folder()
     return None if folder is None else TuningFile(folder / "paged" / "tuning.json")
@@ -186,7 +223,7 @@ def _named(path: "str | os.PathLike[str]") -> TuningFile | None:
 
 
 def _cache_folder() -> pathlib.Path | None:
-    """Where programs of this platform keep what they can compute again."""
+    """The platform's folder for caches."""
     home = pathlib.Path(os.path.expanduser("~"))
     if sys.platform == "win32":
         named, default = os.environ.get("LOCALAPPDATA", ""), home / "AppData" / "Local"

@@ -1,4 +1,4 @@
-"""`grid`: the candidates that differ from one schedule in some fields."""
+"""`grid`: schedules that differ from a given one in some fields; candidates for tuning."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ AnySchedule = TypeVar("AnySchedule", bound=Schedule)
 
 
 def grid(own: AnySchedule, **fields: Iterable[int | str]) -> Iterator[AnySchedule]:
-    """``own`` with every combination of these values.
+    """The schedule ``own`` with every combination of these values in its fields.
 
     >>> own = paged.XlaSchedule(pages_per_block=8)
     >>> [str(one) for one in grid(own, pages_per_block=(4, 8), row_blocks_at_once=(2,))]
@@ -21,7 +21,7 @@ def grid(own: AnySchedule, **fields: Iterable[int | str]) -> Iterator[AnySchedul
 
 
 def powers_up_to(values: Iterable[int], most: int) -> list[int]:
-    """The values no larger than the power of two that holds ``most``, that power in place of those that are; sorted.
+    """The values, each cut to the power of two that holds ``most``; sorted, without repeats.
 
     >>> powers_up_to((2, 4, 8, 16), most=5)
     [2, 4, 8]
@@ -31,7 +31,7 @@ def powers_up_to(values: Iterable[int], most: int) -> list[int]:
 
 
 def around(size: int) -> list[int]:
-    """Half, as much, and twice as much.
+    """Half of a size, the size, and twice the size.
 
     >>> around(8), around(1)
     ([4, 8, 16], [1, 2])

@@ -1,4 +1,4 @@
-"""`Key`: what a tuned schedule is for, and on what it was tuned, as texts that a file can hold."""
+"""`Key`: which call a tuned schedule is for, and where it was tuned, as texts that a file can hold."""
 
 import dataclasses
 import functools
@@ -18,8 +18,13 @@ from .text import program_text
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
 class Key:
-    """What one entry of a tuning file is for. Where it was tuned: ``paged`` and ``jax``, versions, and ``device``. What
-    was tuned: ``lowerings``, the candidates, ``program``, ``layout``, and ``shape``, the class of a call's shapes."""
+    """What one entry of a tuning file is for.
+
+    * ``paged``, ``jax``, ``device``: where it was tuned, the versions and the kind of device.
+    * ``lowerings``: the names of the lowerings that could run the call, in order of preference.
+    * ``program``, ``layout``: what was tuned.
+    * ``shape``: the class of the call's shapes, see `shape_class`.
+    """
 
     paged: str
     jax: str
@@ -33,7 +38,7 @@ class Key:
     def of(
         cls, program: Program, layout: PageLayout, lowerings: Sequence[str], call: Call, device: str | None = None
     ) -> "Key":
-        """The key of a call, by lowerings of these names, in this process, or on another device."""
+        """The key of a call in this process, or on another kind of device."""
         return cls(
             paged=__version__,  # kernels of another version may differ
             jax=jax.__version__,
@@ -46,12 +51,12 @@ class Key:
 
     @property
     def subject(self) -> tuple[str, ...]:
-        """What was tuned, wherever it was."""
+        """What was tuned, without where it was tuned."""
         return self.lowerings, self.program, self.layout, self.shape
 
 
 def shape_class(call: Call) -> str:
-    """The shapes of a call with every number rounded up to a power of two: calls of one class share a schedule.
+    """A call's shapes, each number rounded up to a power of two: calls of one class share a tuned schedule.
 
     >>> call = Call(tokens=6, slots=6, pages_per_seq=200, num_pages=999, query_rows=1, q_dtype=jnp.dtype("bfloat16"))
     >>> shape_class(call)
@@ -69,7 +74,7 @@ def _up(number: int) -> int:
 
 
 def device_kind() -> str:
-    """This process's kind of device. JAX calls every CPU "cpu": here one goes by its model and the cores it may use."""
+    """The kind of this process's device. JAX calls every CPU "cpu"; here it is named by model and usable cores."""
     device = jax.local_devices()[0]
     return _cpu() if device.platform == "cpu" else device.device_kind
 

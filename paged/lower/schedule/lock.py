@@ -1,4 +1,4 @@
-"""A lock between processes, held by the operating system, which lets go of it when its owner dies."""
+"""A lock between processes. The operating system holds it, and releases it when its owner dies."""
 
 import contextlib
 import pathlib
@@ -13,7 +13,7 @@ if sys.platform == "win32":
         while True:
             try:
                 return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-            except OSError:  # ten seconds have passed
+            except OSError:  # Windows gives up after ten seconds: ask again
                 continue
 
 else:
@@ -25,8 +25,11 @@ else:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Hold the lock that a file stands for, between threads and between processes. The file is made, and stays: were it
-    deleted, one process could hold the lock of the old file while another holds that of a new one."""
+    """Hold a lock, named by a file, against other threads and other processes.
+
+    The file is created and never deleted: otherwise one process could lock the deleted file while another locks a new
+    file of that name.
+    """
     with open(path, "ab") as file:
         _hold(file)
         yield

@@ -1,9 +1,9 @@
-"""The text of a program that is the same in every process: what a tuning file knows it by.
+"""The text of a program: the same in every process, so that a tuning file can name the program by it.
 
-Terms of this package are written out whole. A user's functions have no text of their own: they go by their name and a
-digest of their bytecode, with the numbers and functions that they close over; arrays count by shape and dtype. Two
-programs of one text may differ in what their arrays hold, or in globals that they read. They would share a schedule,
-which is safe, because every schedule gives the same attention.
+Terms of this package are written out in full. A user's function is named by its module, its name and a digest of its
+bytecode, together with the numbers and functions that it closes over. An array is named by shape and dtype. So two
+programs with the same text may differ in the values of arrays, or in globals that their functions read. They share a
+tuned schedule, which is safe, because every schedule gives the same attention.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ import numpy as np
 from ..program import Program
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-# A closure's text is cut to a digest when it is longer.
+# The text of a closure is replaced by a digest when it is longer than this.
 _LONGEST = 100
 
 
 def program_text(program: Program) -> str:
-    """One line that two programs share when they may share a schedule.
+    """One line. Programs with the same line share a tuned schedule.
 
     >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=16, window=8)
     >>> print(program_text(Program.from_spec(spec)))
@@ -35,7 +35,7 @@ def program_text(program: Program) -> str:
 
 
 def _text(value: Any, within: tuple[Any, ...]) -> str:
-    """The text of a value that is part of those it is ``within``, of each other."""
+    """The text of a value. ``within`` are the values around it: meeting one of them again gives "itself"."""
     if isinstance(value, _PLAIN):
         return repr(value)
     if any(value is other for other in within):
@@ -59,7 +59,7 @@ def _text(value: Any, within: tuple[Any, ...]) -> str:
 
 
 def _class_text(kind: type, within: tuple[Any, ...]) -> str:
-    """The name of a class; of one that is not this package's also what calling it does."""
+    """The name of a class. For a class from outside of this package also a digest of its ``__call__``."""
     if kind.__module__.split(".")[0] == __name__.split(".")[0]:
         return kind.__qualname__
     call = inspect.getattr_static(kind, "__call__", None)
@@ -80,7 +80,7 @@ def _digest(text: str) -> str:
 
 
 def _cells(function: types.FunctionType) -> list[Any]:
-    """What a function closes over; a variable that is not set yet is left out."""
+    """The values that a function closes over, without variables that are not set yet."""
     values = []
     for cell in function.__closure__ or ():
         try:
@@ -96,5 +96,5 @@ def _code_text(code: types.CodeType) -> str:
 
 
 def _constant_text(constant: Any) -> str:
-    """A set's order differs between processes."""
+    """A constant's text; a set is sorted, because its order differs between processes."""
     return repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)

@@ -1,4 +1,4 @@
-"""Tuning: the schedules that a call could have, timed on the device at hand, and the fastest kept."""
+"""Tuning: time the schedules that a call could have on this process's device, and store the fastest."""
 
 from ._tune import tune as tune
 from .result import Trial as Trial

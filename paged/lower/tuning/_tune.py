@@ -1,4 +1,4 @@
-"""`tune`: time a call's candidates on this process's device, and keep the fastest."""
+"""`tune`: time the candidate schedules of a call on this process's device, and store the fastest."""
 
 import dataclasses
 import os
@@ -22,7 +22,8 @@ from .timing import DEFAULT, Timing, median_ratio
 
 Progress = Callable[[int, int, str], None]
 
-# Results of two schedules differ by rounding; by more than this of the largest value one of them is wrong.
+# Two schedules' results differ by rounding. Where they differ by more than this part of the largest value, one of them
+# is wrong.
 _MOST_DIFFERENCE = 0.05
 
 
@@ -38,18 +39,30 @@ def tune(
     timing: Timing = DEFAULT,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Time the schedules that ``attend(q, pages, batch, sinks)`` could have on this device, and store the fastest.
+    """Time the schedules that a call could have on this device, and store the fastest for `lower` to find.
 
-    What is stored serves every call of one class of shapes (each number rounded up to a power of two), from the next
-    `lower` on. ``file`` is where: a path, ``"off"`` for nowhere, or None for the environment variable ``PAGED_TUNING``
-    and else the platform's cache folder. What it knows already is not timed ``again`` unless asked for. Lengths and
-    tables should be like those to come: time follows what is visible.
+    A stored schedule serves every call of one class of shapes: each number rounded up to a power of two. Attentions
+    that are lowered from then on use it. Time follows what is visible, so tune with lengths and tables like those that
+    will be served.
 
-    A candidate that does not compile, or whose results differ from the heuristic's, is left out with its reason; one
-    replaces the heuristic's choice only when it is better by a margin (`Timing`). ``progress(done, total, what)`` is
-    called on the way. Raises ``TypeError`` for anything but an `Attend`, ``ValueError`` for one that has its schedule
-    already (``schedule=``) or is interpreted, and for arrays without values, and whatever the heuristic's own choice
-    raises. Where the file cannot be written that is a `TuningWarning`.
+    A candidate that does not compile, or whose results differ from the heuristic's, is left out, with the reason in its
+    `Trial`. Another schedule wins over the heuristic's only where it is better by a margin, see `Timing`.
+
+    **Arguments:**
+
+    - `attend`: an attention on one device, lowered without ``schedule=`` and ``interpret=``.
+    - `q`, `pages`, `batch`, `sinks`: the arrays of the call ``attend(q, pages, batch, sinks)``.
+    - `file`: where to store the result: a path, a `TuningFile`, ``"off"`` for nowhere, or None for the process's file,
+      see `TuningFile.at`.
+    - `again`: whether to time a call that the file already has an entry for. False returns that entry.
+    - `timing`: how long and how strictly to time.
+    - `progress`: called on the way with the number of steps done, the number of all steps, and what is being done.
+
+    **Returns:** the best schedule, and how it is known.
+
+    Raises ``TypeError`` unless ``attend`` is an `Attend`; ``ValueError`` for one that has its schedule already or is
+    interpreted, and for arrays without values; and what the heuristic's own schedule raises. A file that cannot be
+    written is a `TuningWarning`.
 
     >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=8)
     >>> layout = PageLayout(page_size=8, num_kv_heads=1, head_dim=8)
@@ -75,7 +88,7 @@ def tune(
 
 def _require_tunable(attend: Attend, arrays: Any) -> None:
     if not isinstance(attend, Attend):
-        raise TypeError(f"tune takes one device's attention, a paged.Attend; got {type(attend).__name__}.")
+        raise TypeError(f"tune takes an attention on one device, a paged.Attend; got {type(attend).__name__}.")
     if attend.pinned is not None:
         raise ValueError(
             f"There is nothing to tune: this attention was lowered with the schedule {attend.pinned}. Tune one that "
@@ -83,14 +96,14 @@ def _require_tunable(attend: Attend, arrays: Any) -> None:
         )
     if any(lowering.is_interpreted for lowering in attend.lowerings):
         raise ValueError(
-            "Interpreted kernels cannot be tuned: their times say nothing of a chip. Lower without interpret=."
+            "Interpreted kernels cannot be tuned: their times say nothing about a chip. Lower without interpret=."
         )
     if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arrays)):
         raise ValueError("tune needs arrays with values, to time what they cost: call it outside of jax.jit.")
 
 
 def _candidates(attend: Attend, call: Call) -> list[tuple[Lowering, Schedule]]:
-    """Those of the lowering of choice, the heuristic's first; and what the others that take the call would choose."""
+    """The preferred lowering's candidates, the heuristic's first; and the heuristic's of each other lowering."""
     takers = [low for low in attend.lowerings if low.refuses(attend.program, attend.layout, call) is None]
     if not takers:
         attend.choice(call)  # raises, with every reason
@@ -100,14 +113,14 @@ def _candidates(attend: Attend, call: Call) -> list[tuple[Lowering, Schedule]]:
 
 
 def _known(file: TuningFile, key: Key, attend: Attend, call: Call) -> tuple[Entry, Schedule] | None:
-    """What the file has for exactly this, if that can run."""
+    """The file's entry for exactly this call, and its schedule, if that can run."""
     entry = next((entry for entry in file.entries() if entry.key == key), None)
     if entry is None:
         return None
     try:
         schedule = entry.parsed()
     except (ValueError, TypeError) as error:
-        warn_once(f"An entry of the {file} is tuned again: {error} It is for {key}.")
+        warn_once(f"An entry of the {file} is ignored and tuned again: {error} It is for {key}.")
         return None
     lowering = next((low for low in attend.lowerings if low.name == schedule.lowering), None)
     if lowering is None:
@@ -115,14 +128,14 @@ def _known(file: TuningFile, key: Key, attend: Attend, call: Call) -> tuple[Entr
     else:
         reason = lowering.cannot_honour(attend.program, attend.layout, call, schedule)
     if reason is not None:
-        warn_once(f"The schedule {schedule} of the {file} is tuned again: {reason}")
+        warn_once(f"The {file} has the schedule {schedule}, which cannot run here: {reason} The call is tuned again.")
         return None
     return entry, schedule
 
 
 @dataclasses.dataclass
 class _Trials:
-    """Candidates on their way: what is compiled, what was left out, and how much has been done."""
+    """The trials of one `tune`: compiled calls, reasons for those left out, and how much is done."""
 
     attend: Attend
     arrays: tuple[Any, ...]
@@ -132,7 +145,7 @@ class _Trials:
     total: int = 0
 
     def run(self, candidates: list[tuple[Lowering, Schedule]]) -> list[Trial]:
-        """All of them, timed or left out; the first is the heuristic's choice."""
+        """A trial per candidate, timed or left out. The first candidate is the heuristic's."""
         own = candidates[0][1]
         self.total = len(candidates)
         calls, reasons = self._compiled(candidates)
@@ -153,7 +166,7 @@ class _Trials:
         return [trial(schedule) for _, schedule in candidates]
 
     def _compiled(self, candidates: Any) -> tuple[dict[Schedule, Callable[[], Any]], dict[Schedule, str]]:
-        """Calls that ran once and gave what the first gave, and reasons for the others."""
+        """Calls that ran once with the results of the first candidate, and for the other candidates the reason."""
         calls: dict[Schedule, Callable[[], Any]] = {}
         reasons: dict[Schedule, str] = {}
         wanted = None
@@ -165,7 +178,7 @@ class _Trials:
                 out = jax.block_until_ready(function(*self.arrays))
             except Exception as error:  # compilers raise many kinds, none of them public
                 if wanted is None:
-                    raise  # the heuristic's choice is what would run without tuning: its fault is no candidate's
+                    raise  # this one would run without tuning too, so the fault is the call's and not a candidate's
                 reasons[schedule] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             else:
                 wanted = out if wanted is None else wanted
@@ -177,7 +190,7 @@ class _Trials:
         return calls, reasons
 
     def _round(self, calls: dict[Schedule, Callable[[], Any]], a_turn: dict[Schedule, float]) -> dict[Schedule, Any]:
-        """Samples of half of the time that there is."""
+        """Samples of each call, in half of the time that there is."""
         expected = sum(a_turn[schedule] for schedule in calls)
         turns = self.timing.turns_within(self.timing.seconds / 2, expected)
         self.total += turns
@@ -191,7 +204,7 @@ class _Trials:
 
 
 def _jitted(attend: Attend) -> Callable[..., Array]:
-    """The call as it is inside of a larger program: a function of its own, without the checks of its arguments."""
+    """The call as a larger program would contain it: compiled, without the checks of its arguments."""
     return jax.jit(attend.__call__)
 
 
@@ -203,7 +216,7 @@ def _differ(out: Array, wanted: Array) -> bool:
 
 
 def _decide(trials: list[Trial], timing: Timing) -> Tuned:
-    """The best of the last round, if it is better than the heuristic's choice by the margin."""
+    """The best schedule of the last round, if it is better than the heuristic's by the margin; else the heuristic's."""
     own = trials[0]
     finalists = [trial for trial in trials if trial.is_final and trial.ratio is not None]
     best = min(finalists, key=lambda trial: trial.ratio or 0.0)

@@ -1,4 +1,4 @@
-"""`Tuned` and `Trial`: what tuning found, as values and as a table."""
+"""`Tuned` and `Trial`: the result of tuning, as values and as a table."""
 
 import dataclasses
 import pathlib
@@ -8,8 +8,14 @@ from ..base import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One candidate: the median of its ``seconds``, the ``ratio`` to the heuristic's choice, which is the median over
-    turns in which both were timed, and whether it was in the last round. Or ``reason``: why it was not timed."""
+    """One candidate of `tune`, timed or left out.
+
+    * ``schedule``: the candidate.
+    * ``seconds``: the median of its times; None where it was left out.
+    * ``ratio``: its time over that of the heuristic's schedule, the median over turns in which both were timed.
+    * ``is_final``: whether it was in the last round, which decides.
+    * ``reason``: why it was left out; None where it was timed.
+    """
 
     schedule: Schedule
     seconds: float | None = None
@@ -20,11 +26,14 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What is best for a call, and how that is known. ``str`` of it is a table.
+    """The result of `tune`: the best schedule for a call, and how it is known. ``str`` of it is a table.
 
-    ``source`` is "timed", or the name of the tuning file that knew. ``heuristic`` is what would run without tuning, and
-    ``ratio`` the time of ``schedule`` over its. ``trials`` is empty where the file knew. ``stored`` is where it was
-    stored, None where it was not.
+    * ``schedule``: the best schedule.
+    * ``heuristic``: the schedule that would run without tuning.
+    * ``ratio``: the time of ``schedule`` over the time of ``heuristic``.
+    * ``source``: ``"timed"``, or the name of the tuning file that already had the entry.
+    * ``trials``: every candidate; empty where a tuning file had the entry.
+    * ``stored``: the path of the file that holds the entry now; None where it is not stored.
     """
 
     schedule: Schedule

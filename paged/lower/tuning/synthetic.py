@@ -1,4 +1,4 @@
-"""Arrays to tune with when none are at hand: full sequences over a pool in random physical order."""
+"""Random arrays to tune with: full sequences over a pool in random physical order."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from jaxtyping import Array
 
 from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
 
-# Random pages are made once and repeated: a pool is larger than is worth drawing.
+# Only so many pages are drawn at random, and repeated: drawing a large pool would take long.
 _FEW_PAGES = 64
 
 
 class Arrays(NamedTuple):
-    """What an attention is called with."""
+    """The arguments of an attention."""
 
     q: Array
     pages: Pages
@@ -25,9 +25,13 @@ class Arrays(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A step of ``slots`` sequences of ``context`` tokens each, over tables for ``max_context``, if that is more.
+    """The shape of a step.
 
-    Every sequence has ``query_rows`` rows; in a ``mixed`` batch only the first has, and the others have one.
+    * ``slots``: how many sequences there are.
+    * ``context``: tokens of each sequence, this step's included.
+    * ``query_rows``: query rows of each sequence.
+    * ``max_context``: tokens that a block table has room for; at least ``context``.
+    * ``is_mixed``: only the first sequence has ``query_rows`` rows, and the others have one.
     """
 
     slots: int
@@ -50,7 +54,7 @@ class Shape:
 
 
 def synthetic(spec: AttentionSpec, layout: PageLayout, shape: Shape, q_dtype: Any = None) -> Arrays:
-    """Random arrays of a shape. Queries have ``q_dtype``: by default the pages' dtype, bfloat16 over quantised pages.
+    """Random arrays of a shape. ``q_dtype`` is the pages' dtype by default, and bfloat16 over quantised pages.
 
     >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=8)
     >>> layout = PageLayout(page_size=4, num_kv_heads=1, head_dim=8)

@@ -1,4 +1,4 @@
-"""`Timing`: how candidates are timed beside each other on a machine that others use as well."""
+"""`Timing`: how candidates are compared on a machine that other programs use as well."""
 
 import dataclasses
 import math
@@ -10,23 +10,31 @@ from typing import Any, TypeVar
 import jax
 
 Name = TypeVar("Name", bound=Hashable)
-# Calls that are shorter are timed several at once, one after the other without waiting: the device is then busy, and
-# what it costs to wait for it is shared.
+# A call that is shorter than this is timed several times in one sample, without waiting in between. So the device stays
+# busy, and the cost of waiting for it is shared.
 _LEAST_SECONDS = 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long and how strictly to time. Candidates take turns, each turn begins with another one, and what counts are
-    medians: of a candidate's seconds, and of its ratios to the heuristic's choice in the same turn. So whatever slows
-    the machine for a while slows all of them.
+    """How long and how strictly `tune` times its candidates.
 
-    All candidates are timed once; the ``finalists`` best and the heuristic's choice once more, and only that decides.
-    Another choice must take less than ``1 - margin`` of the heuristic's time, or else that stays: a smaller difference
-    is noise.
+    Candidates take turns, and each turn begins with another one. What counts are medians: of a candidate's seconds, and
+    of its ratios to the heuristic's schedule in the same turn. So whatever slows the machine for a while slows all
+    candidates. All of them are timed in a first round. The best and the heuristic's are timed again, and only that
+    second round decides.
 
-    * ``seconds``: for timing alone, in all; compiling is not counted. At least ``least_turns`` are taken.
-    * ``clock``: seconds, as of ``time.perf_counter``.
+    **Arguments:**
+
+    - `seconds`: time for both rounds together. Compiling comes on top.
+    - `margin`: a schedule wins only if it takes less than ``1 - margin`` of the heuristic's time. A smaller difference
+      is noise.
+    - `finalists`: how many schedules are in the second round, besides the heuristic's.
+    - `least_turns`, `most_turns`: bounds of the turns of a round, whatever `seconds` says.
+    - `clock`: a function that returns seconds, such as ``time.perf_counter``.
+
+    >>> Timing(seconds=1.0).turns_within(seconds=0.5, a_turn=0.02)
+    25
     """
 
     seconds: float = 10.0
@@ -37,13 +45,13 @@ class Timing:
     clock: Callable[[], float] = time.perf_counter
 
     def once(self, call: Callable[[], Any]) -> float:
-        """Seconds of one call, waited for."""
+        """Seconds of one call, until its results are there."""
         start = self.clock()
         jax.block_until_ready(call())
         return self.clock() - start
 
     def turns_within(self, seconds: float, a_turn: float) -> int:
-        """How many turns of ``a_turn`` seconds there is time for."""
+        """How many turns of ``a_turn`` seconds fit into ``seconds``."""
         return int(min(max(seconds / max(a_turn, 1e-9), self.least_turns), self.most_turns))
 
     def samples(
@@ -52,7 +60,7 @@ class Timing:
         turns: int,
         on_turn: Callable[[], None] = lambda: None,
     ) -> dict[Name, list[float]]:
-        """Seconds a call of each, turn by turn, after one call of each that is not counted."""
+        """Seconds per call of each, turn by turn. Before the first turn each is called once without being counted."""
         names = list(calls)
         warm = {name: self.once(calls[name]) for name in names}
         repeats = {name: max(1, math.ceil(_LEAST_SECONDS / max(warm[name], 1e-9))) for name in names}
@@ -70,5 +78,5 @@ DEFAULT = Timing()
 
 
 def median_ratio(seconds: Sequence[float], to: Sequence[float]) -> float:
-    """The median over turns of one candidate's seconds over another's."""
+    """The median, over turns, of the ratio of one candidate's seconds to another's."""
     return statistics.median(a / max(b, 1e-12) for a, b in zip(seconds, to, strict=True))
