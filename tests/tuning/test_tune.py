@@ -159,7 +159,7 @@ def test_progress_goes_up_to_the_end():
 
 
 def test_what_cannot_be_tuned_is_refused():
-    with pytest.raises(TypeError, match=r"one device's attention.*got AttentionSpec"):
+    with pytest.raises(TypeError, match=r"attention on one device.*got AttentionSpec"):
         _tune(Invented(), SPEC)
     with pytest.raises(ValueError, match=r"nothing to tune: .*lowered without schedule="):
         _tune(Invented(), paged.lower(SPEC, LAYOUT, schedule=A))
