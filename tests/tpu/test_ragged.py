@@ -1,7 +1,7 @@
-"""The TPU lowering for prompts and mixed batches equals the reference, crossed in pairs, as `test_interpreted` does.
+"""The TPU lowering for prompts and mixed batches equals the reference, for any two features together.
 
-A row of the table is one kernel and runs on a few corners of a batch's values. The first rows run always; with
-``-m "slow or not slow"`` all do.
+The table is made like that of `test_interpreted`. A row of it is one kernel, which runs on a few corners of a batch's
+values. The first rows always run. With ``-m "slow or not slow"`` all rows run.
 """
 
 import pytest
@@ -15,7 +15,8 @@ from .test_interpreted import CORNER_SETS, TERMS, case_of_row, is_taken, marked
 from .test_interpreted import FACTORS as DECODE_FACTORS
 
 FAST_ROWS = 6
-# And the first with two buffers and whole blocks one after the other, which once waited for what nobody had asked for.
+# This row also runs always. It is the first one with two buffers and whole blocks one after the other: such a kernel
+# once waited for a block before it had started to fetch it.
 ALSO_FAST = 8
 FACTORS = {
     "corners": CORNER_SETS,
@@ -26,7 +27,7 @@ FACTORS = {
     "head_dim": (8, 64, 80, 128, 256),
     "q_dtype": DECODE_FACTORS["q_dtype"],
     "page_size": (8, 24, 64, 128),
-    # How sequences' rows are given, and how many: a ragged batch takes them from its corner.
+    # The phase, and how many rows each sequence has. In a ragged batch the corner says how many.
     "rows": (("ragged", 0), ("prefill", 40), ("decode", 5)),
     "blocks": (1, 2),  # of as few tokens as are whole lanes
     "query_rows": (16, 64),
@@ -39,7 +40,7 @@ _LEAST_PAGES = {8: 16, 24: 16, 64: 2, 128: 1}
 
 
 def schedule_of_row(row) -> RaggedSchedule:
-    """The schedule that a row stands for."""
+    """The schedule that a row of the table describes."""
     pages = row["blocks"] * _LEAST_PAGES[row["page_size"]]
     return RaggedSchedule(
         pages_per_block=pages,

@@ -1,6 +1,6 @@
-"""The real TPU compiler takes the prefill kernel, and with it that of decode in mixed batches, without a TPU.
+"""The real TPU compiler accepts the prefill kernel, and in mixed batches the decode kernel too. It needs no TPU.
 
-The few points that run always have few heads, which compile fast; with ``-m "slow or not slow"`` all do.
+The few points that always run have few heads, so that they compile fast. With ``-m "slow or not slow"`` all points run.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from .points import (
     wave,
 )
 
-# Many times what the queries and results of the largest point take, so that a copy of it shows.
+# Many times the memory of the largest point's queries and results, so that a copy of the pool cannot be overlooked.
 POOL_BYTES = 4 * 2**30
 
 _SMALL = {"kv_heads": 2, "group": 2}
@@ -46,8 +46,8 @@ def _masked(mask, **spec):
     return {**_SMALL, "spec": {"mask": mask, **spec}}
 
 
-# What differs from one chunk of 512 tokens at the end of 4096, 8 KV heads of 128 with a group of 4, bfloat16, pages of
-# 16, packed. Of mixed batches, whose rows vary, only the number of tokens is known.
+# How each point differs from this one: a chunk of 512 tokens at the end of 4096; 8 KV heads of 128, with a group of 4;
+# bfloat16; pages of 16 tokens in packed order. Of mixed batches only the number of tokens is known.
 POINTS = {
     "llama 8b": {},
     "llama 8b, 1 row": {"rows": 1},
@@ -155,8 +155,10 @@ def _call(**point):
 
 
 def _copies_the_pool(point):
-    """Where XLA's layout of the pool is not what a kernel's transfers take, it puts a copy before every call: of heads
-    of no whole lanes, and of scales a token, of pages of no whole lanes."""
+    """Whether XLA copies the pool before every call, because its layout is not the one that the kernel's copies need.
+
+    So it is for heads that do not fill whole registers of 128 lanes, and for per-token scales of pages that do not.
+    """
     is_narrow = point.get("head_dim", 128) % 128 != 0 and point.get("order") != "joined"
     return is_narrow or (point.get("scales") == "token" and point.get("page_size", 16) % 128 != 0)
 

@@ -36,8 +36,8 @@ def _schedule(**choices):
     )
 
 
-# One pair of kernels, of prefill and decode, for most of this file: a window that hides first pages wholly, blocks of
-# two pages of at most four, and tiles of 16 rows, of which a batch of 64 rows has up to four a sequence.
+# Most of this file uses one pair of kernels, prefill and decode. The window hides some first pages wholly. A sequence
+# has at most four pages, and a block has two. A tile has 16 rows, so a sequence of up to 64 rows has up to four tiles.
 CASE = Case(spec=PLAIN.replace(window=100), page_size=64, tokens=64)
 SCHEDULE = _schedule()
 LONG = Corner(((4, 0), (0, 1), (4, -1), (2, 0), (3, 1)), (17, 1, 33, 1, 4))
@@ -57,7 +57,7 @@ def _rows_of(built, *seqs):
 
 @pytest.mark.parametrize("corner", [LONG, *CORNERS])
 def test_every_corner_equals_the_reference(corner):
-    """Several tiles a sequence, first pages wholly masked, empty rows, padding rows: `assert_state` looks at all."""
+    """Among them several tiles per sequence, first pages wholly masked, empty rows and padding rows."""
     assert_equals_reference(_attend(), _built(corner))
 
 
@@ -71,7 +71,8 @@ def _assert_equals(got, want):
 
 
 def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
-    """Entries out of the pool: in a sequence's only page, of one row; and in the last and in middle pages, of many."""
+    """Table entries outside the pool: for the only page of a sequence of one row, and for last and middle pages of
+    sequences of many rows."""
     built = _built()
     table = built.batch.block_tables
     for s, page, hole in ((0, 3, -1), (1, 0, built.pages.num_pages), (2, 2, 2**31 - 1), (3, 1, -(2**31))):
@@ -102,7 +103,7 @@ def test_the_number_of_sequences_is_clamped(num_seqs):
 
 @pytest.mark.parametrize("corner", [LONG, "few live"])
 def test_page_order_and_stale_entries_are_invisible_bitwise(corner):
-    """Pages lie elsewhere, and all that nobody may read is drawn anew: entries, dead slots, padding rows."""
+    """Pages lie elsewhere in the pool. Unused entries, dead slots and padding rows have other values."""
     states = [state_of(_attend(), _built(corner, physical_seed=seed, padding_seed=seed)) for seed in range(2)]
     assert_bitwise(*states)
 
@@ -121,19 +122,20 @@ def test_other_sequences_are_invisible_bitwise():
         [0, 17, 5, 51, 52, 56],  # decreasing: a sequence without rows
         [0, 20, 17, 51, 52, 56],  # overlapping: rows belong to the first that claims them
         [-9, 17, 18, 51, 10**6, -(2**31)],
-        [3, 3, 3, 4, 60, 64],  # rows before the first start are nobody's
+        [3, 3, 3, 4, 60, 64],  # rows before the first start belong to no sequence
         [64, 0, 0, 0, 0, 64],
     ],
 )
 def test_starts_that_are_faults_show_no_row_of_anothers(starts):
-    """Where the reference says nothing, the XLA lowering does: both clamp what they read."""
+    """The reference does not define these, so the result is compared with the XLA lowering's. Both clamp the starts."""
     faulty = with_batch(_built(), query_starts=jnp.array(starts, jnp.int32))
     xla = paged.lower(CASE.spec, CASE.layout, "xla")
     _assert_equals(state_of(_attend(), faulty), xla.state(faulty.q, faulty.pages, faulty.batch))
 
 
-# Two tiles a sequence, of 16 rows and of one, which sees its last page in full where both end together: no page, one,
-# two or all six are visible in full, each a whole block, and then one in part or none.
+# Every sequence has two tiles, one of 16 rows and one of a single row. A page is a whole block. In these corners no
+# page, one, two or all six are visible in full, and after them one in part or none. The second tile sees its last page
+# in full where the sequence ends with that page.
 WHOLE = Case(spec=PLAIN, page_size=128, phase="decode", rows=17, pages_per_seq=6)
 WHOLE_CORNERS = {
     "then none": Corner(((1, 0), (2, 0), (3, 0), (6, 0), (1, 0)), (17,) * 5),
@@ -153,8 +155,9 @@ def _not_causal(**facts):
     return WHOLE.replace(spec=AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=8, causal=False, **facts))
 
 
-# What else there is to a whole block: several pages, a part of one left over, more parts than a line of code has, an
-# odd number of them, score operations, scales a token, heads that are set apart, two cores, transfers at once.
+# Other kinds of whole blocks: of several pages, with a part of a block left over; with more strip groups than a line of
+# code has, or an odd number of them; with score operations, per-token scales or interleaved heads; on two cores; with
+# copies that arrive at once.
 SLOW_WHOLE = {
     "two buffers": (WHOLE, {"buffers": 2}, "on_wait"),
     "eager": (WHOLE, {"buffers": 3}, "eager"),
@@ -163,13 +166,13 @@ SLOW_WHOLE = {
     "pages of 64": (WHOLE.replace(page_size=64), {"pages_per_block": 2, "buffers": 3}, "eager"),
     "not causal": (_not_causal(), {"buffers": 3}, "on_wait"),
     "soft cap and ALiBi": (_not_causal(soft_cap=20.0, scores=(paged.ALiBi(),)), {"buffers": 3}, "eager"),
-    "three parts": (
+    "three strip groups": (
         WHOLE.replace(spec=PLAIN.replace(num_q_heads=3, num_kv_heads=3)), {"buffers": 3}, "on_wait",
     ),
-    "eight parts in turns": (
+    "eight strip groups in turns": (
         WHOLE.replace(spec=PLAIN.replace(num_q_heads=8, num_kv_heads=8)), {"rows_per_tile": 64}, "on_wait",
     ),
-    "scales a token": (WHOLE.replace(dtype="int8", scales="token"), {"buffers": 3}, "on_wait"),
+    "per-token scales": (WHOLE.replace(dtype="int8", scales="token"), {"buffers": 3}, "on_wait"),
     "interleaved": (WHOLE.replace(order="interleaved"), {"buffers": 3}, "eager"),
     "joined, sinks": (
         WHOLE.replace(order="joined", spec=PLAIN.replace(sinks=True), sink_shape=(4,)), {"buffers": 3}, "on_wait",
@@ -189,7 +192,7 @@ def test_whole_blocks_of_every_kind(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["tpu-decode", "tpu-ragged"])
 def test_places_without_a_page_are_past_every_length_in_large_pages_too(lowering):
-    """Three pages in a block of four: the fourth has a position that must be more than the length, in 32 bits."""
+    """A block of four has three pages. The fourth place gets a position past every length, which must fit 32 bits."""
     spec, facts = PLAIN.replace(num_q_heads=1, num_kv_heads=1), {"phase": "prefill", "rows": 16}
     facts = {"phase": "decode"} if lowering == "tpu-decode" else facts
     case = Case(spec=spec, page_size=2048, corner=Corner(((2, 40),) * 5, (1,) * 5), **facts)
@@ -201,14 +204,14 @@ def test_places_without_a_page_are_past_every_length_in_large_pages_too(lowering
     assert_equals_reference(interpreted(case, schedule, generation="v5e"), build(case))
 
 
-# How many positions the last tile of a sequence has, and the class that it is of.
+# For tiles of at most so many rows: how many rows a sequence's last tile has, so that code of every size runs.
 TILE_ROWS = {64: (1, 16, 17, 63, 64), 256: (16, 17, 64, 65, 256)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("query_rows", TILE_ROWS)
 def test_tiles_of_every_size(query_rows):
-    """A sequence each with a last tile as large as a class of tiles, and one row more; and one with a tile before."""
+    """Last tiles with as many rows as there is code for, and with one row more; and one last tile after a full one."""
     rows = (*TILE_ROWS[query_rows][:4], query_rows + TILE_ROWS[query_rows][2])
     tokens = -(-sum(rows) // 64) * 64
     case = CASE.replace(spec=PLAIN.replace(num_q_heads=2, num_kv_heads=1), tokens=tokens, page_size=128)
@@ -223,7 +226,7 @@ def test_tiles_of_every_size(query_rows):
 @pytest.mark.parametrize(
     ("query_rows", "positions"), [(16, [16]), (32, [32]), (64, [16, 64]), (256, [16, 64, 256]), (512, [32, 128, 512])]
 )
-def test_the_classes_of_tiles(query_rows, positions):
+def test_there_is_code_for_tiles_of_a_quarter_of_the_rows(query_rows, positions):
     launch = _launch(CASE.spec, CASE.layout, query_rows)
     assert [shape.positions for shape in launch.shapes()] == positions
 
@@ -235,7 +238,7 @@ def _launch(spec, layout, query_rows):
 
 @pytest.mark.slow
 def test_page_lists_too_long_for_scalar_memory_are_cut_by_tile(monkeypatch):
-    """Six tiles, four to a kernel, which a loop runs again for the others: those rows go beside the first ones."""
+    """There are six tiles, and four fit one kernel. A loop runs it twice. The second run keeps the first results."""
     items = items_of_launches(monkeypatch, PrefillLaunch)
     case = CASE.replace(tokens=32)
     attend = with_scalar_memory(case, 4 * 72 / 0.6 + 1, SCHEDULE)
@@ -246,8 +249,8 @@ def test_page_lists_too_long_for_scalar_memory_are_cut_by_tile(monkeypatch):
 
 @pytest.mark.slow
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
-    """Two tiles of up to four pages, a tile and two pages to a kernel, which a loop runs for either tile: the states of
-    both halves are merged."""
+    """There are two tiles of up to four pages, and one tile with two pages fits one kernel. A loop runs the kernel for
+    each tile, and the states over both halves of the pages are merged."""
     items = items_of_launches(monkeypatch, PrefillLaunch)
     spec = PLAIN.replace(sinks=True, num_q_heads=2, num_kv_heads=1)
     case = CASE.replace(phase="prefill", rows=17, spec=spec, sink_shape=(2,))

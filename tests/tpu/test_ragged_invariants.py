@@ -1,4 +1,4 @@
-"""What may not matter on the TPU lowering for mixed batches: how prompts are cut, who else is there, in which order.
+"""Invariants of the TPU lowering for mixed batches: how prompts are cut, other sequences, and the order of sequences.
 
 The kernels are those of `test_ragged_edges`: with a window, tiles of 16 rows and blocks of two pages.
 """
@@ -17,7 +17,7 @@ from .interpreter import interpreted, state_of, watched
 from .test_ragged_edges import CASE, LONG, SCHEDULE, _rows_of
 
 TOKENS, SLOTS = CASE.tokens, len(LONG.rows)
-# Of inputs of this spread, two results in float32: see `TOLERANCES`.
+# The distance of two float32 results for inputs of this spread: see `TOLERANCES`.
 CLOSE = {"rtol": 0, "atol": 4e-5}
 
 
@@ -26,18 +26,18 @@ def _attend():
 
 
 def _rows(counts, skip):
-    """Rows of a step: ``counts[s]`` of sequence ``s``, of its own after the first ``skip[s]``."""
+    """The rows of a step: of every sequence ``s`` its next ``counts[s]`` rows, after the first ``skip[s]``."""
     starts = np.concatenate([[0], np.cumsum(LONG.rows)])
     return np.concatenate([starts[s] + skip[s] + np.arange(counts[s]) for s in range(SLOTS)]).astype(int)
 
 
 def _padded(x, rows):
-    """Those rows of ``x``, and then NaN."""
+    """The named rows of ``x``, followed by rows of NaN."""
     return jnp.full(x.shape, jnp.nan, x.dtype).at[: len(rows)].set(x[rows])
 
 
 def _in_steps(built, steps):
-    """The output of all rows, and the pages, after updates with so many rows of each sequence."""
+    """The output of all rows, and the pages, after one update per step. A step is a number of rows per sequence."""
     pages, out, done = built.pages, np.full(built.q.shape, np.nan, np.float32), np.zeros(SLOTS, int)
     before = np.asarray(built.batch.lengths) - np.array(LONG.rows)
     for counts in steps:
@@ -53,7 +53,7 @@ def _in_steps(built, steps):
     return out, pages
 
 
-# Each sequence's rows, 17, 1, 33, 1 and 4, in steps.
+# Ways to cut the sequences' rows, 17, 1, 33, 1 and 4, into steps.
 STEPS = {
     "tile by tile": [(16, 1, 16, 0, 0), (1, 0, 16, 1, 4), (0, 0, 1, 0, 0)],
     "row by row at last": [(14, 0, 30, 0, 1)] + [(1, 0, 1, 0, 1)] * 3 + [(0, 1, 0, 1, 0)],
@@ -67,7 +67,7 @@ SLOW_STEPS = ("one sequence at a time", "a row, and the rest")
 
 @functools.cache
 def _in_one_step():
-    """As `_in_steps`, in one; and it is the reference's."""
+    """The same in a single step, which is compared with the reference."""
     built, held = (build(CASE.replace(corner=LONG), hold_new=hold) for hold in (False, True))
     out, pages = _in_steps(built, [LONG.rows])
     assert_state(AttentionState(jnp.asarray(np.nan_to_num(out)), jnp.asarray(exact_state(held).lse)), held)
@@ -76,7 +76,7 @@ def _in_one_step():
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW_STEPS)) for n in STEPS])
 def test_chunks_of_prompts_give_what_one_chunk_gives(name):
-    """However they are cut; single rows, which the decode kernel takes, at the beginning or the end among them."""
+    """Some steps have single rows, which the decode kernel computes, at the beginning or at the end of a sequence."""
     built, whole, written = _in_one_step()
     out, pages = _in_steps(built, STEPS[name])
     np.testing.assert_allclose(out[: sum(LONG.rows)], whole[: sum(LONG.rows)], **CLOSE)
@@ -85,7 +85,7 @@ def test_chunks_of_prompts_give_what_one_chunk_gives(name):
 
 @pytest.mark.parametrize("s", range(SLOTS))
 def test_a_sequence_alone_is_the_same_bitwise(s):
-    """In the same slot, its rows the first of the batch; the others are there, without rows."""
+    """The sequence keeps its slot, and its rows are the first of the batch. The other sequences have no rows."""
     built = build(CASE.replace(corner=LONG))
     rows, together = _rows_of(built, s), state_of(_attend(), built)
     starts = np.where(np.arange(SLOTS + 1) > s, len(rows), 0)

@@ -1,4 +1,4 @@
-"""Planted bugs of the prefill kernel, and of the lowering around it, which must be seen: see `test_planted_bugs`."""
+"""Planted bugs of the prefill kernel and of the lowering around it, which the tests must see: see `planting`."""
 
 import dataclasses
 import inspect
@@ -67,7 +67,7 @@ def _not_waiting_before_results(original):
 
 
 def _impatient(patch):
-    """Waits for a whole block are for the first one alone: not for the slot *after* one that is worked on."""
+    """Only an item's first whole block is waited for, not the block in the stage *after* the one that is worked on."""
     later, after, wait = [], Stream.after, Stream.wait_whole
 
     def noted(self, slot):
@@ -150,7 +150,7 @@ def _attribute(owner, name, mutant):
     return lambda patch: patch.setattr(owner, name, mutant(getattr(owner, name)))
 
 
-# name: how to plant it, the case that kills it, and what is seen.
+# name: how to plant the bug, the case that kills it, and how it shows.
 BUGS = {
     "the next whole block is not waited for": (_impatient, "late", "nan"),
     "no wait for results": (method(TileKernel, "run", _not_waiting_before_results), "early", "race"),
@@ -164,20 +164,20 @@ BUGS = {
         _attribute(ragged_module, "state_of_sequences", _of_the_next_slot), "mixed", "wrong",
     ),
     "no wait for whole blocks": (method(Transfers, "wait", nothing), "late", "nan"),
-    "no wait for parts of blocks": (method(Transfers, "wait_for", nothing), "late", "nan"),
+    "no wait for blocks of few pages": (method(Transfers, "wait_for", nothing), "late", "nan"),
     "no wait for queries": (method(PrefillKernel, "_queries", never_awaited), "late", "nan"),
     "no wait for any results": (method(PrefillKernel, "_results", never_awaited), "early", "race"),
     "j <= length": (method(BlockKernel, "find_visible", _one_too_long), "late", "nan"),
     "no mask": (method(BlockKernel, "_visible", lambda visible: lambda *args: jnp.bool_(True)), "early", "nan"),
-    "values past the length not silenced": (method(Transfers, "silence", nothing), "late", "nan"),
-    "values of empty places not silenced": (method(Stream, "silence", all_clean), "half blocks", "nan"),
+    "values past the length not zeroed": (method(Transfers, "silence", nothing), "late", "nan"),
+    "values of places without a page not zeroed": (method(Stream, "silence", all_clean), "half blocks", "nan"),
     "a page too few": (method(Visited, "of", page_too_few), "early", "wrong"),
     "partial pages taken for full": (method(Visited, "of", all_full), "early", "nan"),
     "keys of another head": (method(BlockKernel, "_stored", _of_the_other_head), "early", "wrong"),
     "results of another head": (method(TileShape, "q_head_of", _results_of_the_other_head), "early", "wrong"),
     "tiles a row too far": (method(QueryTiles, "cut", _a_row_too_far), "early", "exception"),
     "tiles a position too far": (method(QueryTiles, "cut", _a_position_too_far), "early", "wrong"),
-    "the next block is set apart over this one": (
+    "the next block is deinterleaved over this one": (
         _attribute(tile_module, "Block", lambda _: _one_half), "interleaved", "wrong",
     ),
     "the state is never cleared": (method(TileKernel, "clear", nothing), "early", "nan"),

@@ -1,4 +1,4 @@
-"""What the TPU lowering for mixed batches refuses, and in which words; and that its own choice is never among that."""
+"""Calls and schedules that the TPU lowering for mixed batches refuses, with their messages."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def _call(spec, layout, schedule=None, chip="v4", batch=BATCH):
     return attend.choice(Call.of(q, pages, batch))[:2]
 
 
-# What is chosen besides 8 pages of 16 a block; the chip; and what is said of it.
+# Changes to a schedule of 8 pages per block, of 16 tokens each; the chip; and the message.
 SCHEDULES = {
     "not a power of two": ({"rows_per_tile": 48}, "v4", "it has rows_per_tile=48, which must be a power of two,"),
     "few rows": ({"rows_per_tile": 8}, "v4", "it has rows_per_tile=8, which must be a power of two, and at least 16"),
@@ -75,8 +75,8 @@ def test_pages_of_no_whole_tiles_are_refused(page_size):
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("page_size", [8, 24, 40, 104, 128, 136, 200, 256, 384, 512, 1024])
-def test_what_is_taken_gets_a_schedule_that_can_run(page_size, chip):
-    """Blocks are whole registers of tokens, of which odd page sizes need many pages; or the call is refused."""
+def test_a_call_is_refused_or_gets_a_schedule_that_can_run(page_size, chip):
+    """A block must fill whole registers with tokens. For odd page sizes that takes many pages."""
     for heads, kv_heads, head_dim in ((8, 2, 128), (64, 8, 128), (16, 8, 256), (128, 128, 64), (1, 1, 8)):
         spec = AttentionSpec(num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
         layout = PageLayout(page_size=page_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""How query rows become tiles, and which pages each of them fetches: counted against the rules, pair by pair."""
+"""How query rows are cut into tiles, and which pages each tile fetches, compared with the mask pair by pair."""
 
 import itertools
 
@@ -36,13 +36,13 @@ def test_tiles_are_the_rows_of_each_sequence_in_turn(counts, rows):
     columns = (tiles.starts, tiles.counts, tiles.positions, tiles.lengths, tiles.tables[:, 0] // 4)
     got = list(zip(*(x.tolist() for x in columns), strict=True))
     assert got[: len(want)] == want
-    assert all(count == 0 for _, count, *_ in got[len(want) :]), "tiles that are nobody's have no rows"
+    assert all(count == 0 for _, count, *_ in got[len(want) :]), "other tiles have no rows"
     np.testing.assert_array_equal(tiles.tables, np.asarray(seqs.tables)[np.asarray(tiles.tables[:, 0]) // 4])
 
 
 @pytest.mark.parametrize("rows", [16, 64])
 def test_there_are_never_more_tiles_than_the_most(rows):
-    """Random counts of every total: a tile too many would be a sequence's last rows lost."""
+    """For random numbers of rows. A sequence whose tiles are more than the most would lose its last rows."""
     rng = np.random.default_rng(rows)
     for tokens in (0, 1, rows - 1, rows, 5 * rows, 200):
         for _ in range(20):
@@ -74,28 +74,29 @@ def _visited(spec, corner, rows, hole=False):
 
 
 def _pairs(spec, tiles, t):
-    """Which key of which row of a tile is visible, ``[rows, keys]``, rows without keys and all."""
+    """Which keys each row of a tile sees, ``[rows, keys]``."""
     p = int(tiles.positions[t]) + np.arange(int(tiles.counts[t]))
     j = np.arange(9 * 8)
     seen = np.broadcast_to(np.asarray(spec.visibility(p[:, None], j[None])), (len(p), len(j)))
     return seen & (j < int(tiles.lengths[t]))
 
 
-def _said(spec, tiles, t):
-    """What the program says of a tile's rows and each page."""
+def _coverage(spec, tiles, t):
+    """The program's coverage of each page by a tile's rows."""
     p0, first = int(tiles.positions[t]), np.arange(9) * 8
     return Program.from_spec(spec).coverage(p0, p0 + int(tiles.counts[t]), first, first + 8, int(tiles.lengths[t]))
 
 
-# Masks whose terms each see something of a page of which together they see nothing: the program says "in part".
+# In these masks each term sees some of a page, and all terms together see none of it. The program cannot know, so its
+# coverage is "in part".
 ROUGH = ("window, not the prefix",)
 
 
 @pytest.mark.parametrize("hole", [False, True])
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("name", SPECS)
-def test_a_tile_lists_the_pages_of_which_it_sees_anything(name, rows, hole):
-    """No page more, none less, and those it sees all of first: by the mask's value at every pair of a row and a key."""
+def test_a_tile_lists_exactly_the_pages_that_it_sees(name, rows, hole):
+    """Pages that it sees in full come first. What it sees is the mask's value at every pair of a row and a key."""
     for corner in (LONG, *CORNERS):
         case, tiles, visited = _visited(SPECS[name], corner, rows, hole)
         for t in range(tiles.counts.shape[0]):
@@ -105,9 +106,9 @@ def test_a_tile_lists_the_pages_of_which_it_sees_anything(name, rows, hole):
             count, num_full = int(visited.count[t]), int(visited.num_full[t])
             listed = visited.index[t, :count].tolist()
             if name in ROUGH:
-                said = _said(case.spec, tiles, t)
+                coverage = _coverage(case.spec, tiles, t)
                 assert set(np.flatnonzero(some)) <= set(listed) and set(listed[:num_full]) <= set(np.flatnonzero(full))
-                some, full = said.some & is_there, said.full & is_there
+                some, full = coverage.some & is_there, coverage.full & is_there
             assert listed == [*np.flatnonzero(full), *np.flatnonzero(some & ~full)], (corner, t)
             assert num_full == full.sum() and visited.page[t, :count].tolist() == table[listed].tolist(), (corner, t)
 
@@ -115,8 +116,8 @@ def test_a_tile_lists_the_pages_of_which_it_sees_anything(name, rows, hole):
 @pytest.mark.parametrize("window", [1, 8, 20, 72])
 @pytest.mark.parametrize("rows", [16, 64])
 def test_pages_fetched_under_a_window_are_the_windows_alone(window, rows):
-    """By arithmetic: a tile fetches from the page of its first row's first key to that of its last row, whatever the
-    length; and the kernel's work has them all, once."""
+    """A tile fetches the pages from its first row's first visible key to its last row, whatever the length. The work
+    list has each of them once."""
     case, tiles, visited = _visited(PLAIN.replace(window=window), Corner(((9, 0),) * 5, (17, 1, 5, 33, 8)), rows)
     first, last = np.asarray(tiles.positions), np.asarray(tiles.positions + tiles.counts - 1)
     want = np.where(tiles.counts > 0, last // 8 - np.maximum(first - window + 1, 0) // 8 + 1, 0)

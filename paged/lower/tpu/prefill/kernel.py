@@ -26,9 +26,10 @@ from .tile import TileKernel
 
 @dataclasses.dataclass(frozen=True)
 class PrefillKernel:
-    """The kernel. ``tiles`` is code for tiles of several numbers of positions, fewest first.
+    """The whole kernel.
 
-    A tile runs by the first code whose number of positions is not less than its rows.
+    ``tiles`` are kernels for tiles of different sizes, fewest positions first. An item is run by the first of them that
+    has at least as many positions as the item has query rows.
     """
 
     tiles: tuple[TileKernel, ...]
@@ -42,7 +43,8 @@ class PrefillKernel:
         """Run all items of one core, ``first`` to ``end``, one after the other."""
         pl.when(first < end)(self._queries(refs, first, first).start)
         refs.stream.begin(first, end)
-        # Before the first tile: scratch memory holds anything. Later tiles find the state that the one before cleared.
+        # Scratch memory holds anything before the first tile. Every later tile finds the softmax cleared by the tile
+        # before it.
         self.tiles[-1].clear(refs)
         jax.lax.fori_loop(first, end, lambda item, stage: self._run_item(refs, item, first, end, stage), jnp.int32(0))
         # The kernel's memory is given away when it ends, so the last copy must have read it.
@@ -66,7 +68,7 @@ class PrefillKernel:
             results_before.wait()
             return stage
 
-        # A tile itself waits for the results before, as late as it can.
+        # A tile waits for the results before it by itself, as late as it can.
         runs = [functools.partial(tile.run, refs, item, end, half, results_before.wait) for tile in self.tiles]
         which = (rows > 0).astype(jnp.int32)
         which += sum((rows > tile.shape.positions).astype(jnp.int32) for tile in self.tiles[:-1])
@@ -104,8 +106,9 @@ class PrefillKernel:
     def _each_piece(self, refs: Refs, item: Index, first: Index, stride: int, copy: Callable[[Any, Any], None]) -> None:
         """Call ``copy`` for pieces of an item's rows: with where a piece lies in HBM, and where in the item's buffer.
 
-        How many query rows an item has is known only when the kernel runs, but a copy has a static size. So there is a
-        piece for each bit of that number. An item before the core's first is another core's: it has no piece here.
+        How many query rows an item has is known only when the kernel runs, but a copy has a static size. So rows are
+        copied in pieces of a power of two, one for each bit of their number. Items before ``first`` belong to another
+        core, and have no pieces here.
         """
         index = jnp.maximum(item, 0)
         rows, row = jnp.where(item >= first, refs.stream.work.rows[index], 0), refs.stream.work.row[index]

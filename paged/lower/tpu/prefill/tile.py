@@ -61,8 +61,8 @@ class TileKernel:
         """
         self._load_queries(refs, half)
         stage = self._over_blocks(refs, item, end, stage)
-        # Not earlier, so that the results of the tile before leave while this one is worked on. Not later, since they
-        # would be overwritten on their way.
+        # Here and not earlier: the results of the tile before leave while this tile is worked on. Here and not later:
+        # `_store_results` would overwrite them on their way.
         before_results()
         self._store_results(refs)
         return stage
@@ -91,7 +91,10 @@ class TileKernel:
             state[self.shape.rows_of_strip_group(strip_group)] = cleared
 
     def _over_blocks(self, refs: Refs, item: Index, end: Index, stage: Index) -> Index:
-        """Fold the item's blocks into the softmax: first the whole ones that need no mask, and then the others."""
+        """Fold the item's blocks into the softmax: first the whole blocks that need no mask, and then the others.
+
+        Returns the stage after the item's last block.
+        """
         stream, kernel = refs.stream, self.blocks[-1]
         size = stream.pages_per_block
         count, begin = stream.work.count[item], stream.work.begin[item]
@@ -112,8 +115,8 @@ class TileKernel:
                 stream.wait_whole(stream.after(stage))
                 kernel.prepare(refs, item, following, size, is_masked=False)
 
-            # The last block has no following one, and what comes next may not have arrived. A straight line computes
-            # some scores in any case, so they are those of this block again; nobody reads them.
+            # The straight line computes the first scores of some block in any case. After the last whole block they are
+            # the scores of this block again, which nobody reads: the next stage may still be filled.
             following = _choose(is_last, here, following)
             self._fold(refs, kernel, item, here, following, is_masked=False, beside=fetch)
             return stream.after(stage)
@@ -129,7 +132,7 @@ class TileKernel:
             jax.lax.switch(enough, branches, block_at(i, stage), pages)
             return stream.after(stage)
 
-        # The pipeline's first step: no strip group comes before it whose weights could be computed beside its scores.
+        # The pipeline's first step. There are no weights yet that could be computed beside these scores.
         @pl.when(whole > 0)
         def _():
             stream.wait_whole(stage)
@@ -221,8 +224,8 @@ class TileKernel:
                 for column in range(strides.out_columns):
                     strided = self._strided(strip, strides.out, strides.out_columns, column)
                     scratch.out_buffer[strided] = values[rows, column * LANES : (column + 1) * LANES]
-                # Each number goes to a lane of its own. One register holds both numbers of every head, or else it is
-                # found by the number.
+                # Each number has a lane of its own: see `Strides.first_sum`. If one register has lanes for all numbers,
+                # both numbers of a head are put into it at once.
                 numbered = [(head, total), (shape.num_q_heads + head, top)]
                 for together in [numbered] if registers == 1 else [[number] for number in numbered]:
                     register = 0 if registers == 1 else div(together[0][0], LANES)
