@@ -13,13 +13,16 @@ from paged.lower import LOWERINGS, Sequences
 from paged.lower._compile_for import compile_on
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.write import granules as granules_module
-from paged.lower.tpu.write import kernels as write_module
+from paged.lower.tpu.write import kernel as write_module
+from paged.lower.tpu.write import plan as plan_module
+from paged.lower.tpu.write import write_rows
 from paged.lower.tpu.write.granules import GRANULE, Granules
-from paged.lower.tpu.write.kernels import Partial, Whole, write_rows
+from paged.lower.tpu.write.kernel import Partial, Whole
 from paged.lower.xla import XLA_BLOCKS
 from paged.spec import PAGE_ORDERS, PageLayout, Pages, RaggedBatch
 
 from .interpreter import MODES, KernelFault, params, watched
+from .planting import never_awaited
 
 PAGE_SIZE, WIDTH, NUM_PAGES, TOKENS = 16, 5, 48, 128
 SLOTS = 8
@@ -49,7 +52,7 @@ def _layout(order="packed", dtype="float32", scales=None, page_size=PAGE_SIZE):
 
 
 def _pages(layout, seed=0):
-    """A pool of poison, each slot its own."""
+    """A pool of poison, every token's its own."""
     rng = np.random.default_rng(seed)
     arrays = []
     for shape in layout.array_shapes(NUM_PAGES):
@@ -112,8 +115,8 @@ def _assert_writes(layout, names, mode, chip, **watch):
 @pytest.fixture
 def small_rings(monkeypatch):
     """Rings of two buffers each, which a few granules go round several times; and chips of a name for such."""
-    for name, value in (("_BLOCKS", 1), ("_MOST_IN_BLOCK", 2), ("_MOST_STAGED", 1)):
-        monkeypatch.setattr(write_module, name, value)
+    for name, value in (("_BLOCKS_AHEAD", 1), ("_MOST_IN_BLOCK", 2), ("_MOST_AHEAD", 1)):
+        monkeypatch.setattr(plan_module, name, value)
     return lambda chip, **facts: dataclasses.replace(CHIPS[chip], **{"generation": f"{chip} of small rings", **facts})
 
 
@@ -174,11 +177,13 @@ def test_a_few_rows_of_known_number_are_written_by_one_kernel(small_rings):
 
 
 def _pieces(granules):
-    """Which row goes to each slot, as ``{(page, slot): row}``."""
-    page, slot, begin, end, turn = (np.asarray(x) for x in granules.lists)
+    """Which row goes to each place in the pages, as ``{(page, offset): row}``."""
+    page, offset, begin, end, turn = (np.asarray(x) for x in granules.lists)
     count, row = int(granules.count), np.asarray(granules.row)
-    assert (page[count:] == -1).all() and ((turn == -1) == (page == -1)).all() and (slot % GRANULE == 0).all()
-    places = [(page[i], slot[i] + at, row[i] + at) for i in np.flatnonzero(page >= 0) for at in range(begin[i], end[i])]
+    assert (page[count:] == -1).all() and ((turn == -1) == (page == -1)).all() and (offset % GRANULE == 0).all()
+    places = [
+        (page[i], offset[i] + at, row[i] + at) for i in np.flatnonzero(page >= 0) for at in range(begin[i], end[i])
+    ]
     return {(int(p), int(s)): int(r) for p, s, r in places}, len(places)
 
 
@@ -211,8 +216,8 @@ def test_the_lists_hold_every_row_once_and_whole_granules_are_whole():
 
 
 def test_turns_count_those_before_that_are_the_same():
-    page, slot = jnp.array([3, 3, -1, 3, 4, 3, -1]), jnp.array([8, 0, 8, 8, 8, 8, 8])
-    np.testing.assert_array_equal(granules_module._turns(page, slot), [0, 0, -1, 1, 0, 2, -1])
+    page, offset = jnp.array([3, 3, -1, 3, 4, 3, -1]), jnp.array([8, 0, 8, 8, 8, 8, 8])
+    np.testing.assert_array_equal(granules_module._turns(page, offset), [0, 0, -1, 1, 0, 2, -1])
 
 
 def test_the_door_takes_a_target_and_gradients_are_those_of_xla():
@@ -311,19 +316,6 @@ def test_compiles_in_place(name, generation):
     assert memory.temp_size_in_bytes < 8 * rows + 2**20 + scales
 
 
-def _not(verb):
-    """A transfer's method without what is to be done at this verb."""
-
-    def plant(original):
-        def copy(self, *args):
-            if args[-1] != verb:
-                original(self, *args)
-
-        return copy
-
-    return plant
-
-
 def _nothing(original):
     return lambda *args: None
 
@@ -332,7 +324,7 @@ def _everything_is_new(original):
     return lambda self, *at: original(_changed(self, begin=lambda i: 0, end=lambda i: GRANULE), *at)
 
 
-def _one_slot_more(original):
+def _one_token_more(original):
     return lambda self, *at: original(_changed(self, end=lambda i: self.lists.end[i] + 1), *at)
 
 
@@ -349,15 +341,15 @@ def _changed(kernel, **lists):
 
 
 def _at_once(original):
-    return lambda page, slot: jnp.where(page < 0, -1, 0)
+    return lambda page, offset: jnp.where(page < 0, -1, 0)
 
 
 def _read_too_early(original):
-    def stream(first, end, ahead, read, send, await_sent):
-        original(first, end, ahead, read, send, lambda i: None)
+    def pipeline(first, end, await_sent, **stages):
+        original(first, end, await_sent=lambda i: None, **stages)
         jax.lax.fori_loop(first, end, lambda i, _: await_sent(i), None)
 
-    return stream
+    return pipeline
 
 
 def _next_row(original):
@@ -365,17 +357,17 @@ def _next_row(original):
 
 
 BUGS = {
-    "no wait for blocks": (Whole, "_read", _not("wait"), "mixed", "on_wait"),
+    "no wait for blocks": (Whole, "_reads", never_awaited, "mixed", "on_wait"),
     "no wait for what blocks write": (Whole, "_await_writes", _nothing, "mixed", "on_wait"),
-    "no wait for partial granules": (Partial, "_read", _not("wait"), "mixed", "on_wait"),
-    "no wait for what partial ones write": (Partial, "_write", _not("wait"), "mixed", "on_wait"),
+    "no wait for partial granules": (Partial, "_reads", never_awaited, "mixed", "on_wait"),
+    "no wait for what partial ones write": (Partial, "_writes", never_awaited, "mixed", "on_wait"),
     "partial granules are not kept": (Partial, "_put", _everything_is_new, "mixed", "on_wait"),
-    "one slot more": (Partial, "_put", _one_slot_more, "mixed", "on_wait"),
+    "one token more": (Partial, "_put", _one_token_more, "mixed", "on_wait"),
     "neighbours at once": (granules_module, "_turns", _at_once, "neighbours", "eager"),
-    "a buffer is read into too early": (write_module, "_stream", _read_too_early, "mixed", "on_wait"),
+    "a buffer is read into too early": (write_module, "_pipeline", _read_too_early, "mixed", "on_wait"),
     "the next row": (Granules, "gather", _next_row, "mixed", "on_wait"),
 }
-_SLOW_BUGS = ("no wait for what partial ones write", "one slot more", "the next row", "no wait for what blocks write")
+_SLOW_BUGS = ("no wait for what partial ones write", "one token more", "the next row", "no wait for what blocks write")
 
 
 @pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug in _SLOW_BUGS)) for bug in BUGS])

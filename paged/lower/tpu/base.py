@@ -4,7 +4,6 @@ import abc
 import dataclasses
 from typing import Any, ClassVar, Self
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from paged.spec import PageLayout, Pages, RaggedBatch
@@ -12,8 +11,9 @@ from paged.spec import PageLayout, Pages, RaggedBatch
 from ..base import Lowering
 from ..program import Call, Program, refused_operations
 from ..xla import XLA_BLOCKS
-from .chips import CHIPS, LANES, SUBLANES, Chip, chip_named, this_chip
-from .write.kernels import refuses_write, write_rows
+from .chips import CHIPS, LANES, Chip, chip_named, this_chip
+from .pages import refuses_layout
+from .write import refuses_write, write_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +71,9 @@ class TpuLowering(Lowering):
 
 def refuses_program(program: Program, layout: PageLayout) -> str | None:
     """Why no decode kernel takes this program over this layout, or None."""
-    if layout.page_size % SUBLANES:
-        return f"pages of {layout.page_size} tokens are no whole tiles: page_size must be a multiple of {SUBLANES}"
-    if layout.dtype == jnp.float16:
-        return "a TPU has no float16: pages must be bfloat16, float32, int8 or float8"
+    reason = refuses_layout(layout)
+    if reason is not None:
+        return reason
     if layout.order == "interleaved" and layout.scales == "token":
         return 'scales="token" with order="interleaved" would have to be transposed: use order="packed" or "split"'
     if layout.num_kv_heads > LANES:

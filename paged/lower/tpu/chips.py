@@ -33,6 +33,18 @@ class Chip:
     smem_bytes: int = 2**20
     has_tall_tiles: bool = False
 
+    @property
+    def vmem_for_buffers(self) -> int:
+        """Vector memory that the buffers of a kernel may occupy; the compiler needs the rest for what it spills."""
+        return int(_BUFFER_SHARE * self.vmem_bytes)
+
+    @property
+    def smem_for_lists(self) -> int:
+        """Scalar memory that the lists of a kernel may occupy; the compiler needs the rest."""
+        return int(_LIST_SHARE * self.smem_bytes)
+
+
+_BUFFER_SHARE, _LIST_SHARE = 0.6, 0.6
 
 # Lanes of a register, and its rows of 32-bit numbers: the tile in which memory is laid out.
 LANES, SUBLANES = 128, 8

@@ -29,8 +29,6 @@ _MOST_BUFFERS = 8
 # Of all chips v5e's memory moves fewest bytes a cycle: while a short sequence's pages arrive, the stages of the one
 # before are through, and a turn that waits for two of them takes 1 to 2 % longer than two turns (modelled).
 _ONE_AT_A_TIME = frozenset({"v5e"})
-# The share of vector memory that buffers may take; the compiler needs the rest for what it spills.
-_BUFFER_SHARE = 0.6
 
 
 def launch_of(
@@ -130,7 +128,7 @@ def vmem_bytes(program: Program, layout: PageLayout, call: Call, schedule: Decod
 
 def vmem_budget(chip: Chip) -> int:
     """Vector memory that decode's buffers may take."""
-    return int(_BUFFER_SHARE * chip.vmem_bytes)
+    return chip.vmem_for_buffers
 
 
 def _views(program: Program, layout: PageLayout, call: Call, pages_per_block: int) -> Views:

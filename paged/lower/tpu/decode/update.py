@@ -27,12 +27,13 @@ _STAGE_BYTES, _MOST_STAGED = 2**21, 64
 class Targets(NamedTuple):
     """Where new rows go: ``per_seq`` granules for every sequence, flat.
 
-    ``page`` is the granule's page, -1 where nothing is written; ``slot`` its first slot, and ``position`` that slot's.
+    ``page`` is the granule's page, or -1 where nothing is written. ``offset`` is the offset in the page of the granule's
+    first token, and ``position`` that token's position in its sequence.
     ``is_shared`` is 1 where two sequences write to one granule: granules must then be changed one after the other.
     """
 
     page: Int[Array, " granules"]
-    slot: Int[Array, " granules"]
+    offset: Int[Array, " granules"]
     position: Int[Array, " granules"]
     is_shared: Int[Array, "1"]
 
@@ -135,7 +136,7 @@ class Write(NamedTuple):
         """A granule between its page and place ``i`` of the staging memory; nothing where nothing is written."""
 
         def each(act):
-            page, slot = refs.targets.page[granule], refs.targets.slot[granule]
+            page, slot = refs.targets.page[granule], refs.targets.offset[granule]
 
             @pl.when(page >= 0)
             def _():
@@ -160,7 +161,7 @@ class Write(NamedTuple):
                 x = ref[...].astype(jnp.float32)
                 slot = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
                 if pool.is_scale:
-                    slot = slot - targets.slot[granule]
+                    slot = slot - targets.offset[granule]
                 for row in range(self.rows):
                     place = jnp.where(row < work.rows[seq], work.position[seq] + row - targets.position[granule], -1)
                     x = jnp.where(slot == place, staging.rows[which][local, row], x)

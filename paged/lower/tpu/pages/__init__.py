@@ -4,6 +4,7 @@ from .stream import Stream as Stream
 from .transfer import Pool as Pool
 from .transfer import Transfers as Transfers
 from .transfer import pools_of as pools_of
+from .transfer import refuses_layout as refuses_layout
 from .views import Views as Views
 from .views import compute_dtype as compute_dtype
 from .views import dot as dot

@@ -9,7 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged.spec import PageLayout
 
-Ref = Any
+from ..chips import SUBLANES
+from ..references import Ref
 
 
 class Pool(NamedTuple):
@@ -33,6 +34,15 @@ def pools_of(layout: PageLayout) -> tuple[Pool, ...]:
     if layout.scales == "token":
         pools += [Pool(0, (layout.num_kv_heads, layout.page_size), jnp.dtype("float32"), is_scale=True)] * 2
     return tuple(pools)
+
+
+def refuses_layout(layout: PageLayout) -> str | None:
+    """Why no kernel can copy pages of this layout, or None."""
+    if layout.page_size % SUBLANES:
+        return f"pages of {layout.page_size} tokens are no whole tiles: page_size must be a multiple of {SUBLANES}"
+    if layout.dtype == jnp.float16:
+        return "a TPU has no float16: pages must be bfloat16, float32, int8 or float8"
+    return None
 
 
 class Transfers(NamedTuple):

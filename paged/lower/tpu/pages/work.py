@@ -10,8 +10,7 @@ from jaxtyping import Array, Int
 from ...program import Program, Sequences, page_coverage
 from ..chips import Chip
 
-# Of scalar memory, what page lists may take, and its bytes for each entry and each item.
-_SMEM_SHARE = 0.6
+# Bytes of scalar memory for each entry and each item.
 _BYTES_AN_ENTRY, _BYTES_AN_ITEM = 8, 40
 
 
@@ -163,7 +162,7 @@ def chunks(tables: tuple[int, ...], chip: Chip, splits: int = 1) -> Iterator[tup
 def rows_and_entries(tables: tuple[int, int], chip: Chip, splits: int = 1) -> tuple[int, int]:
     """How many tables, and how many entries of each, one kernel can list in scalar memory."""
     seqs, width = tables
-    budget = int(_SMEM_SHARE * chip.smem_bytes)
+    budget = chip.smem_for_lists
     per_item = _BYTES_AN_ITEM * splits
     entries = max(1, min(width, (budget - per_item) // _BYTES_AN_ENTRY))
     return max(1, min(seqs, budget // (entries * _BYTES_AN_ENTRY + per_item))), entries

@@ -1,4 +1,9 @@
-"""Granules: the slots of one tile, the least of a page that a transfer can move; and which of them a batch writes."""
+"""Granules: which parts of the pages a batch writes.
+
+A *granule* is the part of a page that holds 8 consecutive tokens of all heads. HBM lays arrays out in tiles of 8 rows,
+and an asynchronous copy moves whole tiles, so a granule is the least of a page that a kernel can read or write. A page
+is a whole number of granules. Per-token scales lie along lanes instead: of these, the granule is the whole page.
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,10 +14,12 @@ from jaxtyping import Array, Bool, Int
 from paged.spec import PageLayout
 
 from ...program import Sequences
+from ..chips import SUBLANES
 from ..pages import Pool
+from ..references import Ref
 
-Ref = Any
-GRANULE = 8
+# Tokens of a granule.
+GRANULE = SUBLANES
 
 
 def granules_per_seq(rows: int) -> int:
@@ -21,13 +28,13 @@ def granules_per_seq(rows: int) -> int:
 
 
 def row_shape(layout: PageLayout, pool: Pool) -> tuple[int, ...]:
-    """One token's part of a page, with its axis kept."""
+    """The shape of one token's part of a page, in which the token axis has length 1."""
     axis = token_axis(layout, pool)
     return tuple(1 if i == axis else n for i, n in enumerate(pool.page_shape))
 
 
 def token_axis(layout: PageLayout, pool: Pool) -> int:
-    """The axis of a page that counts its slots."""
+    """The axis of a page that counts its tokens."""
     if pool.is_scale:
         return 1
     # A page of a pool has no page axis, so the axes after that have moved one to the left.
@@ -35,63 +42,68 @@ def token_axis(layout: PageLayout, pool: Pool) -> int:
 
 
 def granule_shape(layout: PageLayout, pool: Pool) -> tuple[int, ...]:
-    """A granule of a page; scales lie along lanes, and are moved as a whole page."""
+    """The shape of a granule: 8 tokens of a page, or the whole page of per-token scales."""
     if pool.is_scale:
         return pool.page_shape
     axis = token_axis(layout, pool)
     return tuple(GRANULE if i == axis else n for i, n in enumerate(pool.page_shape))
 
 
-def granule_at(layout: PageLayout, pool: Pool, ref: Ref, page: Any, slot: Any) -> Ref:
-    """The granule of the pool that begins at a page's slot."""
+def granule_at(layout: PageLayout, pool: Pool, ref: Ref, page: Any, offset: Any) -> Ref:
+    """The granule of the pool whose first token is at this offset in the page."""
     if pool.is_scale:
         return pool.page(ref, page)
     axis = token_axis(layout, pool)
-    slots: Any = pl.ds(pl.multiple_of(slot, GRANULE), GRANULE)
-    return pool.page(ref, page).at[tuple(slots if i == axis else slice(None) for i in range(axis + 1))]
+    tokens: Any = pl.ds(pl.multiple_of(offset, GRANULE), GRANULE)
+    return pool.page(ref, page).at[tuple(tokens if i == axis else slice(None) for i in range(axis + 1))]
 
 
-class Lists(NamedTuple):
-    """Granules to write, flat, for scalar memory.
+class GranuleLists(NamedTuple):
+    """Granules to write, as flat lists of integers for scalar memory.
 
-    ``page`` is -1 where there is nothing to write, ``slot`` the granule's first; its slots from ``begin`` up to ``end``
-    are written. ``turn`` counts the granules before this one in the list that are the same piece of memory, and is -1
-    where there is nothing to write.
+    * ``page``: the granule's page, or -1 where there is nothing to write.
+    * ``offset``: the offset in the page of the granule's first token.
+    * ``begin``, ``end``: the tokens of the granule that are written, from 0 to 8; ``end`` is not among them.
+    * ``turn``: how many granules earlier in the list are the same piece of memory, or -1 where there is nothing to
+      write. Two sequences that write to different tokens of one granule must take turns.
     """
 
     page: Int[Array, " granules"]
-    slot: Int[Array, " granules"]
+    offset: Int[Array, " granules"]
     begin: Int[Array, " granules"]
     end: Int[Array, " granules"]
     turn: Int[Array, " granules"]
 
 
 class Granules(NamedTuple):
-    """Granules to write, the row for the first slot of each, and how many there are: what follows only pads the
-    lists."""
+    """Granules to write. ``row`` is the new row that belongs to the first token of each.
 
-    lists: Lists
+    Only the first ``count`` entries are granules of the batch; the others pad the lists to a static length.
+    """
+
+    lists: GranuleLists
     row: Int[Array, " granules"]
     count: Int[Array, ""]
 
     @classmethod
     def whole(cls, seqs: Sequences, most: int, page_size: int, num_pages: int) -> "Granules":
-        """Those of which every slot is written, of which there are at most ``most``."""
+        """The granules of which every token is written. There are at most ``most``."""
         first = _round_up(_first_position(seqs))
         counts = jnp.where(seqs.counts > 0, jnp.maximum(seqs.lengths - first, 0) // GRANULE, 0)
         ends = jnp.cumsum(counts)
         index = jnp.arange(most, dtype=jnp.int32)
         seq = _searchsorted(ends, index)
         position = first[seq] + GRANULE * (index - ends[seq] + counts[seq])
-        slots = jnp.zeros_like(seq), jnp.full_like(seq, GRANULE)
-        return cls._of(seqs, seq, position, slots, index < ends[-1], page_size, num_pages)
+        tokens = jnp.zeros_like(seq), jnp.full_like(seq, GRANULE)
+        return cls._of(seqs, seq, position, tokens, index < ends[-1], page_size, num_pages)
 
     @classmethod
     def partial(cls, seqs: Sequences, tokens: int, page_size: int, num_pages: int) -> "Granules":
-        """The others, which are the first and the last of a sequence."""
+        """The granules of which some tokens are written: at most the first and the last of each sequence."""
         first, length = _first_position(seqs), seqs.lengths
         last = length // GRANULE * GRANULE
         has_head = (first % GRANULE > 0) & (first < length)
+        # Where rows begin and end in one granule, that granule is the head, and there is no tail.
         has_tail = (length > last) & (seqs.counts > 0) & (last >= first)
         head_end = jnp.minimum(length - first // GRANULE * GRANULE, GRANULE)
         exists, position, begin, end = (
@@ -103,12 +115,14 @@ class Granules(NamedTuple):
                 (head_end, length - last),
             )
         )
+        # A list of those that exist: entry i is the one with i others before it.
         ends = jnp.cumsum(exists, dtype=jnp.int32)
         index = jnp.arange(min(tokens, exists.shape[0]), dtype=jnp.int32)
         which = _searchsorted(ends, index)
-        slots = begin[which], end[which]
-        own = cls._of(seqs, which // 2, position[which], slots, index < ends[-1], page_size, num_pages)
-        return own._replace(lists=own.lists._replace(turn=_turns(own.lists.page, own.lists.slot)))
+        written = begin[which], end[which]
+        granules = cls._of(seqs, which // 2, position[which], written, index < ends[-1], page_size, num_pages)
+        turn = _turns(granules.lists.page, granules.lists.offset)
+        return granules._replace(lists=granules.lists._replace(turn=turn))
 
     @classmethod
     def _of(
@@ -116,25 +130,29 @@ class Granules(NamedTuple):
         seqs: Sequences,
         seq: Int[Array, " granules"],
         position: Int[Array, " granules"],
-        slots: tuple[Array, Array],
+        written: tuple[Array, Array],
         is_real: Bool[Array, " granules"],
         page_size: int,
         num_pages: int,
     ) -> "Granules":
+        """The granules of sequences ``seq`` that begin at these positions; ``written`` are ``begin`` and ``end``."""
         entry = jnp.clip(position // page_size, 0, seqs.tables.shape[1] - 1)
         page = seqs.tables[seq, entry]
         page = jnp.where(is_real & (page >= 0) & (page < num_pages), page, -1)
         row = seqs.starts[seq] + position - (seqs.lengths - seqs.counts)[seq]
         count = jnp.sum(is_real, dtype=jnp.int32)
-        return cls(Lists(page, position % page_size, *slots, turn=jnp.where(page < 0, -1, 0)), row, count)
+        return cls(GranuleLists(page, position % page_size, *written, turn=jnp.where(page < 0, -1, 0)), row, count)
 
-    def part(self, some: slice) -> "Granules":
-        """A part of the list."""
-        count = jnp.clip(self.count - some.start, 0, some.stop - some.start)
-        return Granules(Lists(*(x[some] for x in self.lists)), self.row[some], count)
+    def slice(self, entries: slice) -> "Granules":
+        """A slice of the lists."""
+        count = jnp.clip(self.count - entries.start, 0, entries.stop - entries.start)
+        return Granules(GranuleLists(*(x[entries] for x in self.lists)), self.row[entries], count)
 
     def gather(self, rows: Array, axis: int) -> Array:
-        """Every granule's ``rows [tokens, ...]``, its slots at ``axis`` of a granule; anything in slots not written."""
+        """Every granule's new ``rows [tokens, ...]``, whose tokens are axis ``axis`` of a granule.
+
+        Tokens that are not written hold the rows of other tokens.
+        """
         row = jnp.clip(self.row[:, None] + jnp.arange(GRANULE), 0, rows.shape[0] - 1)
         return jnp.moveaxis(rows[row], 1, 1 + axis)
 
@@ -148,13 +166,14 @@ def _round_up(position: Array) -> Array:
 
 
 def _searchsorted(ends: Array, index: Array) -> Array:
-    """Whose interval an index is in; anybody's if it is past the last. By comparison with all: one pass, no gathers."""
+    """The interval that contains each index, where interval ``i`` stops at ``ends[i]``; the last one for an index past
+    all. Every index is compared with every end: that is one pass without gathers."""
     found = jnp.searchsorted(ends, index, side="right", method="compare_all")
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 
 
-def _turns(page: Int[Array, " granules"], slot: Int[Array, " granules"]) -> Int[Array, " granules"]:
-    """For each granule, how many before it are the same. By comparison of all pairs: a TPU sorts slowly."""
+def _turns(page: Int[Array, " granules"], offset: Int[Array, " granules"]) -> Int[Array, " granules"]:
+    """For each granule, how many before it are the same. All pairs are compared, because a TPU sorts slowly."""
     index = jnp.arange(page.shape[0])
-    same = (page[:, None] == page) & (slot[:, None] == slot) & (index[:, None] > index)
+    same = (page[:, None] == page) & (offset[:, None] == offset) & (index[:, None] > index)
     return jnp.where(page < 0, -1, jnp.sum(same, axis=1, dtype=jnp.int32))
