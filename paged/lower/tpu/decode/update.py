@@ -27,8 +27,8 @@ _STAGE_BYTES, _MOST_STAGED = 2**21, 64
 class Targets(NamedTuple):
     """Where new rows go: ``per_seq`` granules for every sequence, flat.
 
-    ``page`` is the granule's page, or -1 where nothing is written. ``offset`` is the offset in the page of the granule's
-    first token, and ``position`` that token's position in its sequence.
+    ``page`` is the granule's page, or -1 where nothing is written. ``offset`` is the offset in the page of the
+    granule's first token, and ``position`` that token's position in its sequence.
     ``is_shared`` is 1 where two sequences write to one granule: granules must then be changed one after the other.
     """
 
