@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from paged.lower import Axes, ShardedAttend, lower
+from paged.lower import Axes, ShardedAttend, entries_of, lower, mesh_axes, require_mesh
 from paged.spec import AttentionSpec, PageLayout
 
 # What `paged.lower` calls them; all other arguments are whole on every device.
@@ -28,9 +28,8 @@ class Devices:
     @classmethod
     def of(cls, mesh: Any, axes: Any, in_specs: Any, out_specs: Any, **arguments: Any) -> "Devices | None":
         """Those of a call, None without a mesh. ``arguments`` are its arrays in order, queries first."""
+        require_mesh(mesh, axes, in_specs, out_specs)
         if mesh is None:
-            if axes is not None or in_specs is not None or out_specs is not None:
-                raise ValueError("axes, in_specs and out_specs say what a mesh shares: they need mesh=.")
             return None
         out, given = _outputs(out_specs, arguments), list(_by_name(in_specs, arguments).items())
         given += [("kv_pages", spec) for spec in out[1:]]
@@ -43,7 +42,7 @@ class Devices:
                 raise ValueError(f"The spec of {name} must be P(): every device needs all of it; got {spec}.")
             if own is not None:
                 spec = _of_rows(spec, arguments[name]) if own in ("q", "k", "v") else spec
-                if _entries(native.setdefault(own, spec)) != _entries(spec):
+                if entries_of(native.setdefault(own, spec)) != entries_of(spec):
                     raise ValueError(
                         f"Caches must lie alike, before and after; got {native[own]}, and of {name} {spec}."
                     )
@@ -54,8 +53,7 @@ class Devices:
         """How often a cache has each of so many KV heads, so that every device gets one."""
         q = dict(self.in_specs).get("q", self.out_specs)
         names = self.axes.kv_heads if isinstance(self.axes, Axes) else (*(q or ()), None, None)[1]
-        names = () if names is None else (names,) if isinstance(names, str) else names
-        shares = math.prod(self.mesh.shape.get(name, 1) for name in names)
+        shares = math.prod(self.mesh.shape.get(name, 1) for name in mesh_axes(names))
         return shares // kv_heads if shares > kv_heads and shares % kv_heads == 0 else 1
 
     def lowered(self, spec: AttentionSpec, layout: PageLayout, target: str, interpret: Any) -> ShardedAttend:
@@ -102,14 +100,6 @@ def _outputs(out_specs: Any, arguments: Mapping[str, Any]) -> list[P]:
         also = ", or a pair of those of the output and of kv_pages" if most == 2 else ""
         raise ValueError(f"out_specs must be a PartitionSpec{also}; got {out_specs!r}.")
     return out
-
-
-def _entries(spec: P) -> tuple[Any, ...]:
-    """A spec's entries up to the last that says something."""
-    entries = list(spec)
-    while entries and entries[-1] is None:
-        entries.pop()
-    return tuple(entries)
 
 
 def _of_rows(spec: P, array: Any) -> P:

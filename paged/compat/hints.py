@@ -104,8 +104,7 @@ def lowered_on(
     """The same on a mesh; each device heeds the hints in its part of the call."""
     attend = devices.lowered(spec, layout, target, interpret)
     call = dataclasses.replace(call, num_pages=call.num_pages // attend.shares.context)
-    own = _heeding(attend.local, hints, call)
-    return attend.with_local(lambda one: dataclasses.replace(one, lowerings=own.lowerings, pinned=own.pinned))
+    return dataclasses.replace(attend, first_device=_heeding(attend.first_device, hints, call))
 
 
 def _heeding(attend: Attend, hints: Hints, call: Call) -> Attend:

@@ -22,6 +22,9 @@ from .door import write as write
 from .mesh import ArraySpecs as ArraySpecs
 from .mesh import Axes as Axes
 from .mesh import ShardedAttend as ShardedAttend
+from .mesh import entries_of as entries_of
+from .mesh import mesh_axes as mesh_axes
+from .mesh import require_mesh as require_mesh
 from .program import Call as Call
 from .program import Program as Program
 from .program import Sequences as Sequences

@@ -5,9 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from paged.spec import PageLayout, Pages, RaggedBatch
+from paged.spec import PageLayout, RaggedBatch
 
 from .base import Schedule
 from .program import Call, Program, Sequences, page_coverage
@@ -54,28 +53,26 @@ def explain(
     program: Program,
     layout: PageLayout,
     choice: Choice,
-    q: Array | None = None,
-    pages: Pages | None = None,
+    call: Call | None = None,
     batch: RaggedBatch | None = None,
 ) -> Explanation:
-    """See `Attend.explain`."""
+    """See `Attend.explain`. With a call there is a batch too."""
     lowering, schedule, source = choice
-    call = None if q is None or pages is None or batch is None else Call.of(q, pages, batch)
     reasons = {low.name: low.refuses(program, layout, call) for low in LOWERINGS if low.name != lowering.name}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
-    if q is None or pages is None or batch is None:
+    if call is None or batch is None:
         return Explanation(program, layout, schedule, refused, None, None, source=source)
-    visited, held = _count_pages(program, q.shape[0], pages, batch)
-    notes = lowering.describe(program, layout, Call.of(q, pages, batch), schedule, visited * layout.bytes_per_page)
+    visited, held = _count_pages(program, layout.page_size, call, batch)
+    notes = lowering.describe(program, layout, call, schedule, visited * layout.bytes_per_page)
     return Explanation(program, layout, schedule, refused, visited, held, tuple(notes), source)
 
 
-def _count_pages(program: Program, tokens: int, pages: Pages, batch: RaggedBatch) -> tuple[int, int]:
-    size = pages.layout.page_size
-    seqs = Sequences.of(batch, tokens, size)
+def _count_pages(program: Program, size: int, call: Call, batch: RaggedBatch) -> tuple[int, int]:
+    """How many pages of ``size`` tokens the live sequences may see, and how many their tokens fill."""
+    seqs = Sequences.of(batch, call.tokens, size)
 
     def count(length, rows, table):
-        return jnp.sum(page_coverage(program, length - rows, length, length, table, size, pages.num_pages).some)
+        return jnp.sum(page_coverage(program, length - rows, length, length, table, size, call.num_pages).some)
 
     visited = jax.vmap(count)(seqs.lengths, seqs.counts, seqs.tables)
     held = jnp.where(seqs.counts > 0, -(-seqs.lengths // size), 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from .program import Call, Program, Sequences
 from .registry import device_kinds
 from .require import require_new_tokens, require_pages, require_queries, require_sinks
 from .schedule import NO_ADVICE, Advice, Choice, choose, choose_for_any_call
+
+Merge = Callable[[AttentionState], AttentionState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,33 +130,66 @@ class Attend:
     ) -> Explanation:
         """What will run, who chose its schedule, and why not the others; with a concrete batch also the pages and bytes
         it touches."""
-        if q is None or pages is None or batch is None:
-            return explain(self.program, self.layout, self.choice())
-        return explain(self.program, self.layout, self.choice(Call.of(q, pages, batch)), q, pages, batch)
+        call = None if q is None or pages is None or batch is None else Call.of(q, pages, batch)
+        return explain(self.program, self.layout, self.choice(call), call, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _state(attend: Attend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
-    lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
-    state = lowering.state(attend.program, schedule, q, pages, batch)
-    return finish(attend.spec, state, q, pages.layout.page_size, batch, sinks)
+    return run_state(attend, attend.program, q, pages, batch, sinks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _update(
     attend: Attend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
 ) -> tuple[AttentionState, Pages]:
+    return run_update(attend, attend.program, q, k, v, pages, batch, sinks)
+
+
+def run_state(
+    attend: Attend,
+    program: Program,
+    q: Array,
+    pages: Pages,
+    batch: RaggedBatch,
+    sinks: Array | None,
+    merge: Merge | None = None,
+) -> AttentionState:
+    """Choose a lowering and its schedule, run ``program``, and finish the state.
+
+    On one device ``program`` is the attention's own. On a mesh it is the program of this device's heads, and ``merge``
+    makes the states of all devices one.
+    """
     lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
-    state, pages = lowering.update(attend.program, schedule, q, k, v, pages, batch)
-    return finish(attend.spec, state, q, pages.layout.page_size, batch, sinks), pages
+    state = lowering.state(program, schedule, q, pages, batch)
+    return _finish(attend, state, q, batch, sinks, merge)
 
 
-def finish(
-    spec: AttentionSpec, state: AttentionState, q: Array, page_size: int, batch: RaggedBatch, sinks: Array | None
+def run_update(
+    attend: Attend,
+    program: Program,
+    q: Array,
+    k: Array,
+    v: Array,
+    pages: Pages,
+    batch: RaggedBatch,
+    sinks: Array | None,
+    merge: Merge | None = None,
+) -> tuple[AttentionState, Pages]:
+    """`run_state` after a write of this step's keys and values."""
+    lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
+    state, pages = lowering.update(program, schedule, q, k, v, pages, batch)
+    return _finish(attend, state, q, batch, sinks, merge), pages
+
+
+def _finish(
+    attend: Attend, state: AttentionState, q: Array, batch: RaggedBatch, sinks: Array | None, merge: Merge | None
 ) -> AttentionState:
     """The state in the queries' dtype, with sinks in the rows that sequences own."""
+    # Sinks enter once, after the merge: a sink in each device's state would count once per device.
+    state = state if merge is None else merge(state)
     if sinks is not None:
-        is_row = Sequences.of(batch, q.shape[0], page_size).owner(q.shape[0])[1]
-        with_sinks = add_sinks(state, sinks_per_head(spec, sinks))
+        is_row = Sequences.of(batch, q.shape[0], attend.layout.page_size).owner(q.shape[0])[1]
+        with_sinks = add_sinks(state, sinks_per_head(attend.spec, sinks))
         state = AttentionState(with_sinks.out, jnp.where(is_row[:, None], with_sinks.lse, state.lse))
     return AttentionState(state.out.astype(q.dtype), state.lse)

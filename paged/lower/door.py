@@ -12,7 +12,7 @@ from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
 
 from .attend import Attend
 from .base import Lowering, Schedule
-from .mesh import Axes, ShardedAttend, on_mesh
+from .mesh import Axes, ShardedAttend, lower_on_mesh, require_mesh
 from .program import Program
 from .registry import select, select_write
 from .require import require_layout, require_new_tokens, require_pages
@@ -79,11 +79,10 @@ def lower(
     >>> out.shape, float(out[1].sum())
     ((2, 4, 8), 0.0)
     """
+    require_mesh(mesh, axes, in_specs, out_specs)
     if mesh is not None:
         one = functools.partial(lower, target=target, schedule=schedule, interpret=interpret)
-        return on_mesh(one, spec, layout, mesh, axes, (in_specs, out_specs), check)
-    if axes is not None or in_specs is not None or out_specs is not None:
-        raise ValueError("axes, in_specs and out_specs say what a mesh shares: they need mesh=.")
+        return lower_on_mesh(one, spec, layout, mesh, axes, (in_specs, out_specs), check)
     require_layout(spec, layout)
     program = Program.from_spec(spec)
     lowerings = select(program, layout, target, schedule)

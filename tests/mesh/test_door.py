@@ -85,12 +85,12 @@ ERRORS = {
     "unlike specs": (
         lambda: _lower({"kv_heads": 2}, in_specs={"pages": P("model")}),
         ValueError,
-        r"in_specs\[\"pages\"\] must be .*model.*as the axes ask; got",
+        r"in_specs\[\"pages\"\] must be .*model.*follows from the axes; got",
     ),
     "unlike output": (
         lambda: _lower({"context": 2}, out_specs=P("pages")),
         ValueError,
-        "out_specs must be .*as the axes",
+        "out_specs must be .*follows from the axes",
     ),
     "spec of what": (lambda: _lower({"context": 2}, in_specs={"tables": P()}), ValueError, r"got \['tables'\]"),
     "no spec": (lambda: _lower({"context": 2}, in_specs=[P()]), TypeError, "in_specs must give names a PartitionSpec"),

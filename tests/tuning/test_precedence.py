@@ -194,7 +194,7 @@ def test_devices_of_a_mesh_run_what_is_said_of_one_devices_share(tmp_path, monke
     """Biases by head are another program on each device; what was tuned for the share of one is for all."""
     spec, mesh = SPEC.replace(scores=(paged.ALiBi(),)), jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
     axes = paged.Axes(kv_heads="model")
-    share = paged.lower(spec, LAYOUT, mesh=mesh, axes=axes).local
+    share = paged.lower(spec, LAYOUT, mesh=mesh, axes=axes).first_device
     of = Key.of(share.program, share.layout, ["xla-blocks"], CALL)
     state, ran = type(share.lowering).state, []
 

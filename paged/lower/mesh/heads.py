@@ -1,4 +1,4 @@
-"""One device's share of the heads: a spec of fewer heads, whose score operations still see whose head it is."""
+"""One device's share of the heads: a spec of fewer heads, whose score operations see the heads' numbers among all."""
 
 import dataclasses
 from typing import Any
@@ -13,18 +13,19 @@ from .axes import Names
 
 
 @dataclasses.dataclass(frozen=True)
-class OfShare(ScoreOp):
-    """A score operation on a device that has ``heads`` of the query heads: it sees their numbers among all.
+class WithGlobalHeads(ScoreOp):
+    """A score operation for a device that has ``heads`` of the query heads: it sees the heads' numbers among all.
 
-    ``names`` are the mesh axes that share heads, to be read under ``jax.shard_map``; None stands for the first share.
+    ``axes`` are the mesh axes that divide the heads, by which a device finds its place under ``jax.shard_map``. None is
+    for the first device.
     """
 
     op: ScoreOp
     heads: int
-    names: Names
+    axes: Names
 
     def __call__(self, s: Any, p: Any, j: Any, h: Any) -> Any:
-        first = 0 if self.names is None else jax.lax.axis_index(self.names) * self.heads
+        first = 0 if self.axes is None else jax.lax.axis_index(self.axes) * self.heads
         return self.op(s, p, j, h + first)
 
     def __str__(self) -> str:
@@ -32,9 +33,9 @@ class OfShare(ScoreOp):
 
 
 def repeats_of(spec: AttentionSpec, shares: int) -> int:
-    """How often each KV head is in the cache, so that every share has some, and the same number.
+    """How many copies of each KV head the cache needs, so that every device holds the same number, at least one.
 
-    Raises ``ValueError`` for a number of shares that heads cannot be cut into.
+    Raises ``ValueError`` for a number of devices that the heads cannot be divided among.
     """
     repeats = 1 if spec.num_kv_heads % shares == 0 else shares // spec.num_kv_heads
     if spec.num_kv_heads * repeats % shares or spec.group % repeats:
@@ -46,16 +47,16 @@ def repeats_of(spec: AttentionSpec, shares: int) -> int:
     return repeats
 
 
-def share_of(spec: AttentionSpec, layout: PageLayout, shares: int, names: Names) -> tuple[AttentionSpec, PageLayout]:
-    """The spec and the layout of one device's heads; of the first device's where ``names`` is None.
+def share_of(spec: AttentionSpec, layout: PageLayout, shares: int, axes: Names) -> tuple[AttentionSpec, PageLayout]:
+    """The spec and the page layout of one device, whose heads are found by ``axes``; None is for the first device.
 
-    ``layout`` is that of the whole cache, with KV heads repeated.
+    ``layout`` is the whole cache's, with KV heads repeated.
     """
     kv_heads, heads = layout.num_kv_heads // shares, spec.num_q_heads // shares
     scores = spec.scores
     if shares > 1:
         ops = [op.bind(spec.num_q_heads) for op in spec.scores]
-        scores = tuple(op if isinstance(op, SoftCap) else OfShare(op, heads, names) for op in ops)
+        scores = tuple(op if isinstance(op, SoftCap) else WithGlobalHeads(op, heads, axes) for op in ops)
     return (
         spec.replace(num_q_heads=heads, num_kv_heads=kv_heads, scores=scores),
         dataclasses.replace(layout, num_kv_heads=kv_heads),
@@ -63,7 +64,7 @@ def share_of(spec: AttentionSpec, layout: PageLayout, shares: int, names: Names)
 
 
 def repeated(pages: Pages, layout: PageLayout) -> Pages:
-    """A pool with each KV head as often as the layout has it, side by side."""
+    """A copy of a pool with each KV head as often as the layout has it, copies next to each other."""
     repeats = layout.num_kv_heads // pages.layout.num_kv_heads
     if repeats == 1:
         return pages
@@ -84,10 +85,12 @@ def repeated(pages: Pages, layout: PageLayout) -> Pages:
     return Pages(tuple(map(of_array, pages.arrays)), of_scale(pages.k_scale), of_scale(pages.v_scale), layout)
 
 
-def own_new_heads(x: Array, kv_heads: int, repeats: int, names: Names) -> Array:
-    """This device's ``kv_heads`` of new keys or values [tokens, heads, dim], of which each device has all, where each
-    is repeated."""
+def select_own_heads(x: Array, kv_heads: int, repeats: int, axes: Names) -> Array:
+    """Select this device's heads from new keys or values [tokens, heads, dim].
+
+    Where KV heads are repeated every device receives all of them; where not, it receives its own alone.
+    """
     if repeats == 1:
         return x
-    first = jax.lax.axis_index(names) * kv_heads
+    first = jax.lax.axis_index(axes) * kv_heads
     return jnp.take(x, (first + jnp.arange(kv_heads)) // repeats, axis=1)

@@ -1,4 +1,4 @@
-"""`ShardedAttend`: a lowered attention on every device of a mesh, and what there is to ask of it."""
+"""`ShardedAttend`: a lowered attention on every device of a mesh."""
 
 import dataclasses
 import functools
@@ -16,47 +16,59 @@ from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedB
 
 from .._check import check_values
 from .._explain import Explanation, explain
-from ..attend import Attend, finish
+from ..attend import Attend, run_state, run_update
+from ..base import Schedule
 from ..jax_version import on_devices
 from ..program import Call, Program
 from ..require import require_layout, require_new_tokens, require_pages, require_queries, require_sinks
 from .axes import Axes, Shares
-from .context import dealt, merge_over, with_own_pages
-from .heads import own_new_heads, repeated, repeats_of, share_of
+from .context import merge_over, spread, with_own_pages
+from .heads import repeated, repeats_of, select_own_heads, share_of
 from .specs import ArraySpecs, axes_of, require_agreement
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedAttend:
-    """An attention on a mesh, made by ``lower(..., mesh=, axes=)``: called like `Attend`, with arrays of all devices.
+    """A lowered attention on a mesh, made by ``lower(..., mesh=, axes=)``. Called like `Attend`; hashable.
 
-    ``q``, ``k``, ``v`` and results are of all sequences and heads, ``layout`` is that of the whole cache, and `specs`
-    say how each lies on the mesh; arrays that lie otherwise are moved. With ``axes.sequences`` the batch is one of
-    `RaggedBatch.stack`, a shard's rows come after those of the shards before, and so do its pages. A pure function of
-    arrays; hashable.
+    Arguments and results are arrays of all devices: all sequences, all heads, all pages. `specs` say how each array
+    lies on the mesh; an array that lies otherwise is moved there at every call. With ``axes.sequences`` the batch comes
+    from `RaggedBatch.stack`; rows and pages of the shards come one after the other, in the same order.
+
+    >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+    >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8)
+    >>> mesh = jax.make_mesh((1,), ("model",), devices=jax.devices()[:1])
+    >>> attend = lower(spec, layout, mesh=mesh, axes=Axes(kv_heads="model"))
+    >>> pages = jax.device_put(attend.layout.init(num_pages=4), attend.shardings.pages)
+    >>> batch = RaggedBatch.decode(lengths=[3, 0], block_tables=[[3, 1], [-1, -1]])
+    >>> attend(jnp.ones((2, 4, 8)), pages, batch).shape
+    (2, 4, 8)
     """
 
     spec: AttentionSpec
-    layout: PageLayout  # of the whole cache, KV heads repeated where the axes ask for it
+    layout: PageLayout  # of the whole cache, with KV heads repeated where devices outnumber them
     mesh: Mesh
     axes: Axes
-    local: Attend  # what the first device runs
-    every: Attend  # what each runs, under `jax.shard_map`: score operations ask there which heads they see
+    # The first device's attention: every device runs the lowering and the schedule that are chosen for it.
+    first_device: Attend
+    # The program that runs on each device under `jax.shard_map`. Its score operations find out there which heads of
+    # all they see; in all else it is the first device's.
+    program_per_device: Program
     check: bool
 
     @property
     def program(self) -> Program:
-        """What is computed, by all devices together."""
+        """What all devices together compute."""
         return Program.from_spec(self.spec)
 
     @property
-    def schedule(self) -> Any:
-        """The schedule of one device, for a common call."""
-        return self.local.schedule
+    def schedule(self) -> Schedule:
+        """The schedule of each device for a common call."""
+        return self.first_device.schedule
 
     @property
     def shares(self) -> Shares:
-        """Into how many parts heads, sequences and contexts are cut."""
+        """Among how many devices the heads, the sequences and the contexts are divided."""
         return Shares.of(self.axes, self.mesh)
 
     @property
@@ -75,27 +87,38 @@ class ShardedAttend:
         return self.layout.num_kv_heads // self.spec.num_kv_heads
 
     def on_chip(self, generation: str) -> "ShardedAttend":
-        """This attention as it would be lowered for a chip, whatever this process has."""
-        return self.with_local(lambda attend: attend.on_chip(generation))
-
-    def with_local(self, change: Callable[[Attend], Attend]) -> "ShardedAttend":
-        """With what each device runs changed."""
-        return dataclasses.replace(self, local=change(self.local), every=change(self.every))
+        """This attention as it would be lowered for a chip, whatever this process has. See `Attend.on_chip`."""
+        return dataclasses.replace(self, first_device=self.first_device.on_chip(generation))
 
     def adopt(self, pages: Pages) -> Pages:
-        """A pool of the spec's KV heads as one of `layout`: the same, or where it repeats them a copy."""
+        """A pool for this attention from a pool of the spec's KV heads.
+
+        **Arguments:**
+
+        - `pages`: a pool with each KV head once.
+
+        **Returns:** the same pool, or a copy with KV heads repeated where `layout` has them so.
+        """
         return repeated(pages, self.layout)
 
     def deal(self, ids: Int[Array, "..."], num_pages: int) -> Int[Array, "..."]:
-        """Page ids, so that pages with consecutive ones lie on devices in turn; ids that are no page stay.
+        """Rename page ids so that consecutive ids lie on the devices of a context in turn.
 
-        For allocators that hand out the lowest free id, such as `paged.runtime.PagePool`: the pages of a sequence then
-        lie evenly on the devices of its context. Any tables are right; dealt ones share the work. ``num_pages`` is the
-        pool's, of one shard of sequences.
+        Allocators that hand out the lowest free id, such as `paged.runtime.PagePool`, would otherwise put a sequence on
+        one device. Any block tables give right results; tables of renamed ids divide the work evenly.
+
+        **Arguments:**
+
+        - `ids`: page ids, such as a block table.
+        - `num_pages`: the number of pages of the pool; with ``axes.sequences``, of one shard's pool.
+
+        **Returns:** the new ids. Entries that are no page's id are kept.
+
+        Raises ``ValueError`` unless the devices of the context divide ``num_pages``.
         """
         if num_pages % self.shares.context:
             raise ValueError(f"num_pages must be a multiple of {self.shares.context} devices; got {num_pages}.")
-        return dealt(ids, num_pages, self.shares.context)
+        return spread(ids, num_pages, self.shares.context)
 
     def __call__(
         self,
@@ -104,7 +127,7 @@ class ShardedAttend:
         batch: RaggedBatch,
         sinks: Float[Array, " q_heads"] | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
-        """Attend over the pages as they are."""
+        """Attend over the pages as they are. See `Attend.__call__`."""
         return self.state(q, pages, batch, sinks).out
 
     def state(
@@ -114,8 +137,8 @@ class ShardedAttend:
         batch: RaggedBatch,
         sinks: Float[Array, " q_heads"] | None = None,
     ) -> AttentionState:
-        """The output and its log-sum-exp; in an empty row ``(0, -inf)``, or ``(0, sink)``."""
-        batch = self._checked(q, pages, batch)
+        """The output and its log-sum-exp, merged over all devices of a context. See `Attend.state`."""
+        batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
         return _state(self, q, pages, batch, sinks)
 
@@ -128,8 +151,11 @@ class ShardedAttend:
         batch: RaggedBatch,
         sinks: Float[Array, " q_heads"] | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
-        """Write this step's keys and values into their slots, then attend. In place where ``pages`` are donated."""
-        batch = self._checked(q, pages, batch)
+        """Write this step's keys and values into the pages, then attend. See `Attend.update`.
+
+        Each device writes to its own pages. ``k`` and ``v`` have the spec's KV heads, each once.
+        """
+        batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
         require_new_tokens(dataclasses.replace(self.layout, num_kv_heads=self.spec.num_kv_heads), k, v, q.shape[0])
         return _update(self, q, k, v, pages, batch, sinks)
@@ -140,18 +166,24 @@ class ShardedAttend:
         pages: Pages | None = None,
         batch: RaggedBatch | None = None,
     ) -> Explanation:
-        """What one device will run, and what it exchanges with others; with a concrete batch also the pages and bytes
-        that all devices touch together."""
+        """What each device will run, who picked its schedule, and what devices exchange. See `Attend.explain`.
+
+        **Arguments:**
+
+        - `q`, `pages`, `batch`: arrays of a call, of which the batch must be concrete; or none of them.
+
+        **Returns:** the explanation. With a batch it counts the pages and bytes that all devices touch together.
+        """
         if q is None or pages is None or batch is None:
-            one = self.local.explain()
+            one = self.first_device.explain()
             return dataclasses.replace(one, program=self.program, layout=self.layout, notes=self._notes())
-        self._require(q, pages, batch)
-        q, group = self._one_shard(q, pages)
-        own = _abstract_pages(self.local.layout, pages.num_pages // self.shares.pages)
+        self._require_shapes(q, pages, batch)
         parts = []
         for part in self._shards(batch):
-            choice = self.local.choice(Call.of(q, own, part))
-            parts.append(explain(self.local.program, self.local.layout, choice, q, group, part))
+            call = self._call(q, pages, part)
+            own = dataclasses.replace(call, num_pages=pages.num_pages // self.shares.pages)
+            choice = self.first_device.choice(own)
+            parts.append(explain(self.first_device.program, self.first_device.layout, choice, call, part))
         return dataclasses.replace(
             parts[0],
             program=self.program,
@@ -162,7 +194,7 @@ class ShardedAttend:
         )
 
     def _notes(self) -> tuple[str, ...]:
-        shares, spec = self.shares, self.local.spec
+        shares, spec = self.shares, self.first_device.spec
         lines = []
         if self.axes.kv_heads is not None:
             copies = f", each KV head on {self._repeats}" if self._repeats > 1 else ""
@@ -175,22 +207,25 @@ class ShardedAttend:
             lines.append(f"contexts are shared by {shares.context} devices; one collective gathers states, {what}")
         return tuple(lines)
 
-    def _checked(self, q: Any, pages: Any, batch: RaggedBatch) -> RaggedBatch:
-        """The batch, when shapes are right, and on request its values, if they are known. If not, each device checks
-        its own: were it one for all, the others would wait for it forever."""
-        self._require(q, pages, batch)
+    def _require(self, q: Any, pages: Any, batch: RaggedBatch) -> RaggedBatch:
+        """Check shapes, and with ``check`` concrete values.
+
+        Traced values are checked on each device: one callback for all devices would deadlock, because those that do not
+        run it wait for the one that does.
+        """
+        self._require_shapes(q, pages, batch)
         if not self.check or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
             return batch
-        one, group = self._one_shard(q, pages)
-        parts = [_checked(self, part, one.shape[0], group.num_pages) for part in self._shards(batch)]
+        tokens, num_pages = (n // self.shares.sequences for n in (q.shape[0], pages.num_pages))
+        parts = [_check_shard(self, part, tokens, num_pages) for part in self._shards(batch)]
         return parts[0] if self.axes.sequences is None else RaggedBatch.stack(parts)
 
-    def _require(self, q: Any, pages: Any, batch: RaggedBatch) -> None:
-        """Raise unless shapes and dtypes are right, and every share is of one size."""
+    def _require_shapes(self, q: Any, pages: Any, batch: RaggedBatch) -> None:
+        """Raise unless shapes and dtypes are right, and all devices get shares of one size."""
         require_pages(self.layout, pages)
         shares, stacked = self.shares, batch.lengths.ndim == 2
         if stacked != (self.axes.sequences is not None) or (stacked and batch.lengths.shape[0] != shares.sequences):
-            need = "a plain RaggedBatch: these axes do not share sequences"
+            need = "a plain RaggedBatch: these axes do not divide sequences"
             if self.axes.sequences is not None:
                 need = f"RaggedBatch.stack of {shares.sequences} batches, one for each shard of sequences"
             raise ValueError(f"batch must be {need}; got lengths of shape {batch.lengths.shape}.")
@@ -198,15 +233,20 @@ class ShardedAttend:
             raise ValueError(f"The pool has {pages.num_pages} pages, which {shares.pages} devices cannot share evenly.")
         if getattr(q, "ndim", 0) == 3 and q.shape[0] % shares.sequences:
             raise ValueError(f"q has {q.shape[0]} rows, which {shares.sequences} shards cannot share evenly.")
-        one = self._one_shard(q, pages)[0] if hasattr(q, "shape") and hasattr(q, "dtype") else q
+        if getattr(q, "shape", ()) and hasattr(q, "dtype"):
+            q = jax.ShapeDtypeStruct((q.shape[0] // shares.sequences, *q.shape[1:]), q.dtype)
         shard = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[stacked:], x.dtype), batch)
-        require_queries(self.spec, one, shard)
+        require_queries(self.spec, q, shard)
 
-    def _one_shard(self, q: Any, pages: Pages) -> tuple[Any, Pages]:
-        """Queries and pages of one shard of sequences, abstract: on all devices of its context and heads."""
-        rows = (q.shape[0] // self.shares.sequences, *q.shape[1:]) if q.shape else q.shape
-        q = jax.ShapeDtypeStruct(rows, q.dtype)
-        return q, _abstract_pages(self.layout, pages.num_pages // self.shares.sequences)
+    def _call(self, q: Array, pages: Pages, shard: RaggedBatch) -> Call:
+        """The call of one shard of sequences, over the pages of all devices that share its contexts."""
+        call = Call.of(q, pages, shard)
+        tokens, num_pages = (n // self.shares.sequences for n in (call.tokens, call.num_pages))
+        return dataclasses.replace(call, tokens=tokens, num_pages=num_pages)
+
+    def _merge(self, state: AttentionState) -> AttentionState:
+        """The state over all of a context, from each device's."""
+        return state if self.axes.context is None else merge_over(state, self.axes.context)
 
     def _shards(self, batch: RaggedBatch) -> list[RaggedBatch]:
         """The batch of each shard of sequences."""
@@ -215,7 +255,7 @@ class ShardedAttend:
         return [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(self.shares.sequences)]
 
 
-def on_mesh(
+def lower_on_mesh(
     lower_one: "Callable[[AttentionSpec, PageLayout], Attend]",
     spec: AttentionSpec,
     layout: PageLayout,
@@ -224,8 +264,7 @@ def on_mesh(
     specs: tuple[Mapping[str, P] | None, P | None],
     check: bool,
 ) -> ShardedAttend:
-    """The attention on a mesh, with ``lower_one`` to lower one device's share; ``specs`` are the caller's own, of
-    inputs and of the output. See `paged.lower`."""
+    """`paged.lower` on a mesh. ``lower_one`` lowers one device's share; ``specs`` are the given in_specs and out_specs."""
     require_layout(spec, layout)
     in_specs, out_specs = specs
     if axes is None:
@@ -234,10 +273,9 @@ def on_mesh(
         raise TypeError(f'axes must be paged.Axes, such as Axes(kv_heads="model"); got {axes!r}.')
     shares = Shares.of(axes, mesh).kv_heads
     whole = dataclasses.replace(layout, num_kv_heads=layout.num_kv_heads * repeats_of(spec, shares))
-    local = lower_one(*share_of(spec, whole, shares, None))
-    own, _ = share_of(spec, whole, shares, axes.kv_heads)
-    every = dataclasses.replace(local, spec=own, program=Program.from_spec(own))
-    sharded = ShardedAttend(spec, whole, mesh, axes, local, every, check)
+    first_device = lower_one(*share_of(spec, whole, shares, None))
+    own_spec, _ = share_of(spec, whole, shares, axes.kv_heads)
+    sharded = ShardedAttend(spec, whole, mesh, axes, first_device, Program.from_spec(own_spec), check)
     require_agreement(sharded.specs, in_specs or {}, out_specs)
     return sharded
 
@@ -246,7 +284,7 @@ def on_mesh(
 def _state(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
     specs = attend.specs
     run = on_devices(
-        functools.partial(_state_of_share, attend),
+        functools.partial(_state_on_device, attend),
         attend.mesh,
         (specs.q, specs.pages, specs.batch, specs.sinks),
         AttentionState(specs.out, specs.lse),
@@ -260,7 +298,7 @@ def _update(
 ) -> tuple[Array, Pages]:
     specs = attend.specs
     run = on_devices(
-        functools.partial(_update_of_share, attend),
+        functools.partial(_update_on_device, attend),
         attend.mesh,
         (specs.q, specs.k, specs.v, specs.pages, specs.batch, specs.sinks),
         (specs.out, specs.pages),
@@ -268,63 +306,46 @@ def _update(
     return run(q, k, v, pages, batch, _per_head(attend, sinks))
 
 
-def _state_of_share(
+def _state_on_device(
     attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
 ) -> AttentionState:
-    """What one device computes, of its own shares of the arrays."""
-    pages, batch = _of_share(attend, q, pages, batch)
-    lowering, schedule, _ = attend.local.choice(Call.of(q, pages, batch))
-    state = lowering.state(attend.every.program, schedule, q, pages, batch)
-    return _whole(attend, state, q, batch, sinks)
+    """What one device computes from its shares of the arrays."""
+    pages, batch = _own(attend, q, pages, batch)
+    return run_state(attend.first_device, attend.program_per_device, q, pages, batch, sinks, attend._merge)
 
 
-def _update_of_share(
+def _update_on_device(
     attend: ShardedAttend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
 ) -> tuple[Array, Pages]:
-    """The same with a write before; a device writes what belongs into its own pages."""
-    pages, batch = _of_share(attend, q, pages, batch)
-    kv_heads = attend.local.layout.num_kv_heads
-    k, v = (own_new_heads(x, kv_heads, attend._repeats, attend.axes.kv_heads) for x in (k, v))
-    lowering, schedule, _ = attend.local.choice(Call.of(q, pages, batch))
-    state, pages = lowering.update(attend.every.program, schedule, q, k, v, pages, batch)
-    out = _whole(attend, state, q, batch, sinks).out
-    return out, dataclasses.replace(pages, layout=attend.layout)
+    """What one device computes, after it has written the new tokens that belong into its own pages."""
+    pages, batch = _own(attend, q, pages, batch)
+    kv_heads = pages.layout.num_kv_heads
+    k, v = (select_own_heads(x, kv_heads, attend._repeats, attend.axes.kv_heads) for x in (k, v))
+    program = attend.program_per_device
+    state, pages = run_update(attend.first_device, program, q, k, v, pages, batch, sinks, attend._merge)
+    return state.out, dataclasses.replace(pages, layout=attend.layout)
 
 
-def _of_share(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch) -> tuple[Pages, RaggedBatch]:
-    """One device's arrays as its own attention takes them."""
-    pages = dataclasses.replace(pages, layout=attend.local.layout)
+def _own(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch) -> tuple[Pages, RaggedBatch]:
+    """One device's pages and batch, as its own attention has them."""
+    pages = dataclasses.replace(pages, layout=attend.first_device.layout)
     if attend.axes.sequences is not None:
         batch = jax.tree.map(lambda x: x[0], batch)
     if attend.check:
-        batch = _checked(attend, batch, q.shape[0], pages.num_pages * attend.shares.context)
+        batch = _check_shard(attend, batch, q.shape[0], pages.num_pages * attend.shares.context)
     if attend.axes.context is not None:
         batch = with_own_pages(batch, pages.num_pages, attend.axes.context)
     return pages, batch
 
 
-def _checked(attend: ShardedAttend, batch: RaggedBatch, tokens: int, num_pages: int) -> RaggedBatch:
-    """One shard's batch, with its values checked over the pages of all devices that share its contexts."""
+def _check_shard(attend: ShardedAttend, batch: RaggedBatch, tokens: int, num_pages: int) -> RaggedBatch:
+    """One shard's batch, its values checked. ``num_pages`` is of all devices that share its contexts."""
     size = attend.layout.page_size
     return check_values(batch, page_size=size, num_pages=num_pages, tokens=tokens, mask=attend.spec.visibility)
 
 
-def _whole(
-    attend: ShardedAttend, state: AttentionState, q: Array, batch: RaggedBatch, sinks: Array | None
-) -> AttentionState:
-    """The state over all of the context, with sinks, which enter once."""
-    if attend.axes.context is not None:
-        state = merge_over(state, attend.axes.context)
-    return finish(attend.every.spec, state, q, attend.layout.page_size, batch, sinks)
-
-
 def _per_head(attend: ShardedAttend, sinks: Array | None) -> Array | None:
-    """Sinks in the one shape that heads can be shared in."""
+    """One sink per query head, the shape that can be divided by heads."""
     if sinks is None or jnp.shape(sinks) == (attend.spec.num_q_heads,):
         return sinks
     return sinks_per_head(attend.spec, sinks)
-
-
-def _abstract_pages(layout: PageLayout, num_pages: int) -> Pages:
-    arrays = tuple(jax.ShapeDtypeStruct(shape, layout.dtype) for shape in layout.array_shapes(num_pages))
-    return Pages(arrays, None, None, layout)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Which `PartitionSpec` each array has: they follow from the axes, and the axes from them."""
+"""The `PartitionSpec` of each array: specs follow from the axes, and axes from given specs."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,16 +7,19 @@ from jax.sharding import PartitionSpec as P
 
 from paged.spec import PageLayout, Pages
 
-from .axes import Axes, joined, names_of
+from .axes import Axes, joined, mesh_axes
 
 _GIVEN = ("q", "k", "v", "pages", "batch", "sinks")
 
 
 class ArraySpecs(NamedTuple):
-    """How arrays lie on a mesh: of each a `PartitionSpec`, or in `ShardedAttend.shardings` a `NamedSharding`.
+    """How the arrays of an attention lie on a mesh: a `PartitionSpec` for each, or a `NamedSharding`.
 
-    ``q``, ``k``, ``v`` and ``out`` are of [tokens, heads, dim], ``lse`` of [tokens, heads], ``sinks`` of [q_heads].
-    ``pages`` is of `Pages`, an entry for each of its arrays; ``batch`` is one for all arrays of a batch.
+    * ``q``, ``k``, ``v``, ``out``: for arrays [tokens, heads, dim].
+    * ``pages``: a `Pages` that holds a spec in the place of each array.
+    * ``batch``: one spec for all arrays of a batch.
+    * ``sinks``: for [q_heads, ...].
+    * ``lse``: for [tokens, heads].
     """
 
     q: Any
@@ -30,7 +33,8 @@ class ArraySpecs(NamedTuple):
 
     @classmethod
     def of(cls, axes: Axes, layout: PageLayout, has_copies: bool = False) -> "ArraySpecs":
-        """Those that the axes ask for. New keys and values are whole on each device where KV heads are repeated."""
+        """The specs that follow from the axes. With ``has_copies`` KV heads are repeated, and every device receives all
+        new keys and values."""
         rows, heads = axes.sequences, axes.kv_heads
         queries, new = P(rows, heads, None), P(rows, None if has_copies else heads, None)
         return cls(
@@ -46,19 +50,22 @@ class ArraySpecs(NamedTuple):
 
 
 def axes_of(in_specs: Mapping[str, P], out_specs: P | None, layout: PageLayout) -> Axes:
-    """The axes that given specs imply: KV heads and sequences as queries have them, or else the output; and the
-    context, which the pages have besides the sequences."""
+    """The axes that given specs imply.
+
+    The queries' spec, or else the output's, has the axes of KV heads and of sequences. The pages' spec has the axes of
+    sequences, then those of the context.
+    """
     require_names(in_specs)
     q = in_specs.get("q", out_specs)
     pages = in_specs.get("pages")
     if q is None or pages is None:
         raise ValueError(
-            'Without axes, in_specs must have "q", a PartitionSpec of [tokens, q_heads, head_dim], and "pages", that '
-            f"of their first array; got {dict(in_specs)}."
+            'Without axes, in_specs must have "q", the PartitionSpec of [tokens, q_heads, head_dim], and "pages", the '
+            f"one of the first array of pages; got {dict(in_specs)}."
         )
     rows, heads = (*q, None, None)[:2]
-    shares_pages = names_of((*pages, *[None] * 5)[layout.page_axis])
-    own = names_of(rows)
+    shares_pages = mesh_axes((*pages, *[None] * 5)[layout.page_axis])
+    own = mesh_axes(rows)
     if shares_pages[: len(own)] != own:
         raise ValueError(
             f"Each shard of sequences has its own pages, so the pages' axis in {pages} must begin with {own}, as the "
@@ -68,20 +75,20 @@ def axes_of(in_specs: Mapping[str, P], out_specs: P | None, layout: PageLayout) 
 
 
 def require_agreement(specs: ArraySpecs, in_specs: Mapping[str, P], out_specs: P | None) -> None:
-    """``ValueError`` where a given spec is not the one that the axes ask for, naming it."""
+    """``ValueError`` that names a given spec, if the spec does not follow from the axes."""
     require_names(in_specs)
     given = {f'in_specs["{name}"]': (name, spec) for name, spec in in_specs.items()}
     if out_specs is not None:
         given["out_specs"] = ("out", out_specs)
-    for said, (name, spec) in given.items():
+    for argument, (name, spec) in given.items():
         want = getattr(specs, name)
         want = want.arrays[0] if name == "pages" else want
-        if _entries(spec) != _entries(want):
-            raise ValueError(f"{said} must be {want}, as the axes ask; got {spec}.")
+        if entries_of(spec) != entries_of(want):
+            raise ValueError(f"{argument} must be {want}, which follows from the axes; got {spec}.")
 
 
 def require_names(in_specs: Mapping[str, P]) -> None:
-    """``ValueError`` or ``TypeError`` unless ``in_specs`` gives a `PartitionSpec` to arguments that there are."""
+    """``ValueError`` or ``TypeError`` unless ``in_specs`` maps names of arguments to a `PartitionSpec` each."""
     if not isinstance(in_specs, Mapping) or not all(isinstance(spec, P) for spec in in_specs.values()):
         raise TypeError(f"in_specs must give names a PartitionSpec each, such as {{'q': P()}}; got {in_specs!r}.")
     unknown = [name for name in in_specs if name not in _GIVEN]
@@ -101,9 +108,9 @@ def _pages(axes: Axes, layout: PageLayout) -> Pages:
     return Pages(arrays, scale, scale, layout)
 
 
-def _entries(spec: P) -> tuple[tuple[str, ...], ...]:
-    """A spec's entries, in one form."""
-    entries = [names_of(entry) for entry in spec]
+def entries_of(spec: P) -> tuple[tuple[str, ...], ...]:
+    """A spec's entries in one form, to compare: a tuple of mesh axes each, without empty ones at the end."""
+    entries = [mesh_axes(entry) for entry in spec]
     while entries and not entries[-1]:
         entries.pop()
     return tuple(entries)
