@@ -264,7 +264,7 @@ def lower_on_mesh(
     specs: tuple[Mapping[str, P] | None, P | None],
     check: bool,
 ) -> ShardedAttend:
-    """`paged.lower` on a mesh. ``lower_one`` lowers one device's share; ``specs`` are the given in_specs and out_specs."""
+    """`paged.lower` on a mesh. ``lower_one`` lowers one device's share; ``specs`` are in_specs and out_specs."""
     require_layout(spec, layout)
     in_specs, out_specs = specs
     if axes is None:
