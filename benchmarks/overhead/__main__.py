@@ -36,7 +36,7 @@ def measure(pair: Pair, rounds: int, calls: int) -> tuple[float, float]:
 
 
 def _microseconds(call: Callable[[], Any], calls: int) -> float:
-    """The calling thread's CPU time a call, which other work on the machine does not lengthen much. Results are
+    """The calling thread's CPU time per call, which other work on the machine does not lengthen much. Results are
     awaited: else calls would queue up, and the later ones wait for those before."""
     start = time.thread_time()
     for _ in range(calls):

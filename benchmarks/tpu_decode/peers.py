@@ -13,7 +13,7 @@ from benchmarks.tpu.peers import array, jax_ragged, refuse, rpa_v3, rpa_v3_hd64
 from .shapes import Shape
 
 _PAGES_A_BLOCK = 16  # of JAX's paged_attention, which has no default
-_LONG_BLOCK, _SHORT_BLOCK = 1024, 256  # KV tokens a block of RPA v3: the best that were tried
+_LONG_BLOCK, _SHORT_BLOCK = 1024, 256  # KV tokens per block of RPA v3: the best that were tried
 
 
 def _jax_paged(shape: Shape) -> Call:

@@ -1,4 +1,4 @@
-"""The batches to attend over: heads and lengths, one query row a sequence."""
+"""The batches to attend over: heads and lengths, one query row per sequence."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks import tpu
 
-_TABLE_MULTIPLE = 16  # JAX's paged_attention wants tables a multiple of its pages a block
+_TABLE_MULTIPLE = 16  # JAX's paged_attention wants tables a multiple of its pages per block
 
 
 @dataclasses.dataclass(frozen=True)

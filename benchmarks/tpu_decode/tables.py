@@ -12,12 +12,12 @@ _COLUMNS = (
     "generation",
     "share of HBM",
     "of the ceiling",
-    "bundles a token",
+    "bundles per token",
     "bytes read / visible",
     "cycles / needed, a sequence",
     "compile s",
     "VMEM MiB",
-    "spills a token",
+    "spills per token",
     "cores",
     "transfers",
     "XLA operations beside",
@@ -37,7 +37,7 @@ def _summary(rows: list[Row], shapes: list[str]) -> str:
         "",
         "Share of HBM bandwidth, and in brackets of the ceiling; bundles issued a KV token over all heads.",
         "",
-        *head(["shape", "candidate", *generations, "bundles a token"]),
+        *head(["shape", "candidate", *generations, "bundles per token"]),
     ]
     for shape in shapes:
         mine = [row for row in rows if row.shape == shape]

@@ -16,7 +16,7 @@ _COLUMNS = (
     "of the matrix unit",
     "bytes read / needed",
     "HBM cycles / cycles",
-    "spills a bundle",
+    "spills per bundle",
     "VMEM MiB",
     "compile s",
     "kernels",

@@ -79,7 +79,7 @@ def _cores() -> int:
 
 
 def _devices() -> int:
-    """A device a core, as far as KV heads can be shared by them."""
+    """One device per core, as far as KV heads can be shared by them."""
     return max(n for n in range(1, _cores() + 1) if KV_HEADS % n == 0)
 
 

@@ -1,4 +1,4 @@
-"""Decode: one query row a sequence, as a share of READ, the speed of summing the bytes that the batch needs."""
+"""Decode: one query row per sequence, as a share of READ, the speed of summing the bytes that the batch needs."""
 
 import dataclasses
 import functools
@@ -73,7 +73,7 @@ def _rows(label: str, case: Case, inputs: Inputs, setting: Setting) -> Iterator[
     candidates = {
         "READ": read((inputs.tokens, 2 * KV_HEADS * HEAD_DIM), inputs.pages.layout.dtype),
         "paged": compiled(attend, inputs.q, inputs.pages, inputs.batch),
-        "paged, a device a core": _on_every_core(inputs),
+        "paged, one device per core": _on_every_core(inputs),
     }
     expected = candidates["paged"].call()
     absent = {}
@@ -99,7 +99,7 @@ def _rows(label: str, case: Case, inputs: Inputs, setting: Setting) -> Iterator[
 
 
 def _on_every_core(inputs: Inputs) -> Candidate:
-    """KV heads shared by this process's CPU devices, of which the parent has made one a core."""
+    """KV heads shared by this process's CPU devices, of which the parent has made one per core."""
     mesh = jax.make_mesh((jax.device_count(),), ("cores",))
     attend = paged.lower(spec(), inputs.pages.layout, target="xla", mesh=mesh, axes=paged.Axes(kv_heads="cores"))
     lie = attend.shardings

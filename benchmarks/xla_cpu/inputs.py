@@ -27,7 +27,7 @@ def spec(window: int | None = None) -> AttentionSpec:
 
 
 def layout(dtype: Any, page_size: int, order: Any = "packed") -> PageLayout:
-    """The benchmark's pages; int8 ones have a scale a head."""
+    """The benchmark's pages; int8 pages have per-head scales."""
     scales = "head" if jnp.dtype(dtype) == jnp.int8 else None
     return PageLayout(
         page_size=page_size, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=dtype, order=order, scales=scales
