@@ -1,5 +1,6 @@
 """Edges of `docs/semantics.md` on the TPU lowering for mixed batches: faults of the caller, unseen data, length."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import paged
 from paged.lower import DecodeSchedule, RaggedSchedule
 from paged.lower.tpu import CHIPS
+from paged.lower.tpu.prefill import lowering as ragged_lowering
 from paged.lower.tpu.prefill.launch import PrefillLaunch
 from paged.spec import AttentionSpec
 from tests.support import CORNERS, Case, Corner, assert_bitwise, build, exact_state
@@ -234,6 +236,23 @@ def test_there_is_code_for_tiles_of_a_quarter_of_the_rows(query_rows, positions)
 def _launch(spec, layout, query_rows):
     program = paged.lower(spec, layout, "xla").program
     return PrefillLaunch(program, layout, jnp.float32, _schedule(rows_per_tile=query_rows), CHIPS["v4"], False)
+
+
+@pytest.mark.parametrize("single_rows", [None, DecodeSchedule(pages_per_block=1, buffers=3)])
+def test_single_rows_are_decoded_as_the_schedule_says(single_rows, monkeypatch):
+    """By exactly that schedule, which `explain` shows; without one, the prefill kernel computes them."""
+    decoded, original = [], ragged_lowering.state_of_sequences
+    monkeypatch.setattr(ragged_lowering, "state_of_sequences", lambda *args: decoded.append(args[2]) or original(*args))
+    attend, built = interpreted(CASE, _schedule(single_rows=single_rows)), _built()
+    jax.eval_shape(attend.state, built.q, built.pages, built.batch)
+    assert decoded == ([] if single_rows is None else [single_rows])
+    explanation = str(attend.explain(built.q, built.pages, built.batch))
+    assert f"sequences of one query row: {single_rows or 'tiles, as all others'}" in explanation
+
+
+@pytest.mark.slow
+def test_single_rows_are_tiles_where_the_schedule_does_not_decode_them():
+    assert_equals_reference(interpreted(CASE, _schedule(single_rows=None)), _built())
 
 
 @pytest.mark.slow

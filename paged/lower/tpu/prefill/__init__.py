@@ -1,4 +1,4 @@
-"""Prompts, their chunks, and batches of any mix: many query rows by a kernel of tiles, single rows by decode's."""
+"""Attention for prompts, chunks of prompts and mixed batches: a kernel for tiles of rows, with the decode kernel."""
 
 from .lowering import TPU_RAGGED as TPU_RAGGED
 from .lowering import TpuRagged as TpuRagged

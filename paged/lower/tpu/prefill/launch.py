@@ -52,8 +52,14 @@ class PrefillLaunch:
     @property
     def views(self) -> Views:
         """How a whole block of pages is read."""
+        # Positions of keys fill registers of 8 equal rows, so the views have 8 rows. Query rows are laid out by strips.
         return Views(
-            self.layout, self.schedule.pages_per_block, 8, 1, self.compute_dtype, is_apart=self._is_deinterleaved
+            self.layout,
+            self.schedule.pages_per_block,
+            rows=SUBLANES,
+            group=1,
+            compute_dtype=self.compute_dtype,
+            is_apart=self._is_deinterleaved,
         )
 
     @property
@@ -78,10 +84,10 @@ class PrefillLaunch:
     def __call__(
         self, work: Work, q: Float[Array, "rows lanes"], pages: Pages, results: Array | None = None
     ) -> Float[Array, "rows_of_results lanes"]:
-        """Run the kernel on a work list and return results as the kernel writes them: see `Strides`.
+        """Run the kernel on a work list, and return results as the kernel writes them: see `Strides`.
 
-        ``q`` are queries that `lay_out` made. Rows that the work list does not name keep what ``results`` has, if
-        given; its memory is then written in place. Without it these rows hold anything.
+        ``q`` are queries that `lay_out` made. Given ``results``, the kernel writes into that memory, and rows that the
+        work list does not name keep their results. Without it these rows hold anything.
         """
         kernel = PrefillKernel(tuple(self._tile(shape) for shape in self.shapes()))
         arrays, (k_scale, _) = self._arrays(kernel.tiles[-1].blocks[-1]), self._head_scales(pages)
@@ -114,8 +120,8 @@ class PrefillLaunch:
     def state_of(self, results: Float[Array, "rows lanes"], pages: Pages) -> AttentionState:
         """The attention state of all rows, from results as the kernel writes them.
 
-        The kernel leaves values, sums and maxima as they are; here they are normalised, and maxima changed from units
-        of log 2 to the natural logarithm. A row that saw no key is the empty state.
+        The kernel stores unnormalised values, sums of weights, and maxima. Here values are normalised, and maxima are
+        converted from units of log 2 to the natural logarithm. A row that saw no key gets the empty state.
         """
         strides, views, heads = self.strides, self.views, self.program.num_q_heads
         x = results.reshape(-1, strides.out, LANES)
@@ -135,14 +141,14 @@ class PrefillLaunch:
             scores = kernel_terms(self.program, shape.strip_group_rows, views.columns, unit=_LOG2E)
             mask = kernel_terms(self.program, mask_rows, views.columns)
             blocks.append(BlockKernel(shape, views, scores, mask, mask_rows, bool(self.program.score_ops)))
-        # Small tiles are for the last rows of a sequence. They are worth less code, which takes long to compile.
+        # Smaller tiles are for the last rows of a sequence. They take little time, and long lines take long to compile.
         unrolled = MOST_UNROLLED if shape.positions == self.schedule.rows_per_tile else MOST_UNROLLED // 4
         return TileKernel(shape, self.strides, tuple(blocks), unrolled, fetches_beside=not self._copies_by_strides)
 
     def _prefixes(self) -> list[Views]:
-        """Views of a block's first pages, fewest first: one to four quarters of it, where these fill whole registers.
+        """Views of a block's first quarter, half, three quarters, and the whole block, where they fill whole registers.
 
-        A block that has few pages is then worked on for little more than these.
+        So a block that has few pages does not cost as much as a whole one.
         """
         sizes = {self.schedule.pages_per_block * quarters // 4 for quarters in (1, 2, 3, 4)}
         prefixes = [dataclasses.replace(self.views, pages_per_block=pages) for pages in sorted(sizes - {0})]

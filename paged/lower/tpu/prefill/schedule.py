@@ -1,4 +1,4 @@
-"""`RaggedSchedule`: the choices that the prefill kernel leaves open, and the decode kernel beside it."""
+"""`RaggedSchedule`: the choices that the prefill kernel, and the decode kernel beside it, leave open."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from ..decode import DecodeSchedule
 class RaggedSchedule(Schedule, lowering="tpu-ragged"):
     """How the prefill kernel divides its work, and how sequences of one query row are decoded beside it.
 
-    * ``pages_per_block``: pages in one page block, which one step of the online softmax takes.
+    * ``pages_per_block``: pages in one page block, which is one step of the online softmax.
     * ``rows_per_tile``: the most query rows of one sequence in one tile, a power of two of at least 16.
     * ``buffers``: page blocks in vector memory at once. The kernel works on one while the others arrive.
     * ``cores``: cores of one device ("megacore") that share the tiles.
