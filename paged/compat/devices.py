@@ -1,4 +1,4 @@
-"""Many devices: the mesh that a call names, and how its arguments lie on it, in the words of `paged.lower`."""
+"""`Devices`: the mesh of a call, and how its arguments lie on it, in the words of `paged.lower`."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ from jax.sharding import PartitionSpec as P
 from paged.lower import Axes, ShardedAttend, entries_of, lower, mesh_axes, require_mesh
 from paged.spec import AttentionSpec, PageLayout
 
-# What `paged.lower` calls them; all other arguments are whole on every device.
+# The arguments that are divided among devices, by their name in `paged.lower`. Every device has all of the others.
 _NATIVE = {"query": "q", "queries": "q", "keys": "k", "values": "v", "softmax_aux": "sinks"}
 _NATIVE |= {"key_cache": "pages", "value_cache": "pages", "kv_pages": "pages"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """A mesh, and what its axes share: KV heads, contexts or both. Hashable, so that JAX traces once for each."""
+    """A mesh, and how its axes divide the arrays of a call. Hashable, so that JAX traces once per value."""
 
     mesh: Mesh
     axes: Axes | None
@@ -27,7 +27,7 @@ class Devices:
 
     @classmethod
     def of(cls, mesh: Any, axes: Any, in_specs: Any, out_specs: Any, **arguments: Any) -> "Devices | None":
-        """Those of a call, None without a mesh. ``arguments`` are its arrays in order, queries first."""
+        """The devices of a call, or None without a mesh. ``arguments`` are its arrays in order, queries first."""
         require_mesh(mesh, axes, in_specs, out_specs)
         if mesh is None:
             return None
@@ -44,23 +44,23 @@ class Devices:
                 spec = _of_rows(spec, arguments[name]) if own in ("q", "k", "v") else spec
                 if entries_of(native.setdefault(own, spec)) != entries_of(spec):
                     raise ValueError(
-                        f"Caches must lie alike, before and after; got {native[own]}, and of {name} {spec}."
+                        f"All caches, given and returned, need the same spec; got {native[own]}, and {spec} for {name}."
                     )
         rows = _of_rows(out[0], next(iter(arguments.values()))) if out else None
         return cls(mesh, axes, tuple(native.items()), rows)
 
     def repeats(self, kv_heads: int) -> int:
-        """How often a cache has each of so many KV heads, so that every device gets one."""
+        """How many copies of each KV head the cache needs, so that every device has at least one."""
         q = dict(self.in_specs).get("q", self.out_specs)
         names = self.axes.kv_heads if isinstance(self.axes, Axes) else (*(q or ()), None, None)[1]
         shares = math.prod(self.mesh.shape.get(name, 1) for name in mesh_axes(names))
         return shares // kv_heads if shares > kv_heads and shares % kv_heads == 0 else 1
 
     def lowered(self, spec: AttentionSpec, layout: PageLayout, target: str, interpret: Any) -> ShardedAttend:
-        """The attention on the mesh."""
+        """The attention on the mesh. Raises ``ValueError`` for axes that divide sequences."""
         in_specs = dict(self.in_specs)
         if "pages" in in_specs and "q" in in_specs and self.repeats(layout.num_kv_heads) > 1:
-            # The caller's heads are too few to be shared; those of the cache with repeats are as the queries'.
+            # Too few KV heads to divide: the cache with repeated heads is divided as the queries are.
             entries = [*in_specs["pages"], *[None] * 4]
             entries[layout.head_axis] = (*in_specs["q"], None, None)[1]
             in_specs["pages"] = P(*entries)
@@ -68,14 +68,14 @@ class Devices:
         attend = lower(spec, layout, target, mesh=self.mesh, axes=self.axes, interpret=interpret, **given)
         if attend.axes.sequences is not None:
             raise ValueError(
-                f"Sequences cannot be shared here, as over {attend.axes.sequences!r}: these signatures "
-                "have one batch, and each shard needs its own. RaggedBatch.stack and paged.lower have them."
+                f"Sequences cannot be divided here, over {attend.axes.sequences!r}: these signatures have one batch, "
+                "and each shard of sequences needs its own. Use paged.lower with RaggedBatch.stack."
             )
         return attend
 
 
 def _by_name(in_specs: Any, arguments: Mapping[str, Any]) -> dict[str, P]:
-    """Specs by argument, from those or from a sequence in the order of the arguments that are arrays."""
+    """Specs by argument, from a dict or from a tuple in the order of the arguments that are arrays."""
     if in_specs is None:
         return {}
     if not isinstance(in_specs, Mapping):
@@ -93,20 +93,20 @@ def _by_name(in_specs: Any, arguments: Mapping[str, Any]) -> dict[str, P]:
 
 
 def _outputs(out_specs: Any, arguments: Mapping[str, Any]) -> list[P]:
-    """The spec of the output, and that of the cache where it is returned and said."""
+    """The given specs of the results: of the output, and of the cache where the call returns it."""
     out = [] if out_specs is None else [out_specs] if isinstance(out_specs, P) else list(out_specs)
     most = 2 if "keys" in arguments else 1
     if len(out) > most or not all(isinstance(spec, P) for spec in out):
-        also = ", or a pair of those of the output and of kv_pages" if most == 2 else ""
+        also = ", or a pair, for the output and for kv_pages" if most == 2 else ""
         raise ValueError(f"out_specs must be a PartitionSpec{also}; got {out_specs!r}.")
     return out
 
 
 def _of_rows(spec: P, array: Any) -> P:
-    """The spec of [tokens, heads, dim], from that of an array that may be [batch, seq, heads, dim]."""
+    """The spec of rows [tokens, heads, dim], from the spec of an array that may be [batch, seq, heads, dim]."""
     if getattr(array, "ndim", 3) != 4:
         return spec
     batch, seq, *others = (*spec, None, None)[: max(len(spec), 2)]
     if batch is not None and seq is not None:
-        raise ValueError(f"Sequences cannot be shared here; got {spec}.")
+        raise ValueError(f"Sequences cannot be divided here; got {spec}.")
     return P(batch if seq is None else seq, *others)

@@ -1,4 +1,4 @@
-"""`Hints`: what a caller says of a kernel, made into the schedule of the kernel that runs."""
+"""`Hints`: arguments that describe a kernel, made into the schedule of the kernel that runs."""
 
 import dataclasses
 from typing import Any, NamedTuple, Self
@@ -10,11 +10,11 @@ from .devices import Devices
 from .number import flag, integer
 
 MEGACORE_MODES = (None, "batch", "kv_head")
-_KERNELS = "tpu"  # the target that has kernels
+_KERNELS = "tpu"  # the target whose lowerings are kernels; hints change nothing on others
 
 
 class Hint(NamedTuple):
-    """One argument, its value, and the field of a schedule that it sets."""
+    """One argument, the field of a schedule that it sets, and the value."""
 
     argument: str
     field: str
@@ -22,24 +22,24 @@ class Hint(NamedTuple):
 
 
 class Hints(NamedTuple):
-    """Hints of one call; none by default."""
+    """The hints of one call; none by default."""
 
     given: tuple[Hint, ...] = ()
     vmem_limit_bytes: int | None = None
 
     @classmethod
     def of_decode(cls, num_splits: Any, pages_per_compute_block: Any, megacore_mode: Any, inline_seq_dim: Any) -> Self:
-        """Those of `page_attention`. ``"batch"`` and None are what kernels do anyway, and say nothing."""
+        """The hints of `page_attention`. ``megacore_mode`` gives none: kernels do what ``"batch"`` and None ask for."""
         if megacore_mode not in MEGACORE_MODES:
             raise ValueError(f"megacore_mode must be one of {MEGACORE_MODES}; got {megacore_mode!r}.")
         if megacore_mode == "kv_head":
             raise ValueError(
-                'megacore_mode="kv_head" cannot be honoured: kernels here share sequences between the cores of a chip, '
-                'not KV heads. "batch" says so, and None leaves it to the chip: both cores wherever there are two.'
+                'megacore_mode="kv_head" cannot be honoured: kernels here divide sequences between the cores of a '
+                'chip, not KV heads. "batch" and None use both cores of a chip that has two.'
             )
         splits = integer("num_splits", num_splits, 0)
         return cls(
-            _said(
+            _set(
                 Hint("num_splits", "kv_splits", splits or None),
                 _positive("pages_per_compute_block", "pages_per_block", pages_per_compute_block),
                 Hint("inline_seq_dim", "sequence", None if flag("inline_seq_dim", inline_seq_dim) else "grid"),
@@ -50,23 +50,23 @@ class Hints(NamedTuple):
     def of_ragged(
         cls, vmem_limit_bytes: Any, num_kv_pages_per_block: Any = None, num_queries_per_block: Any = None
     ) -> Self:
-        """Those of the ragged entry points."""
+        """The hints of the ragged entry points."""
         if vmem_limit_bytes is None and num_kv_pages_per_block is None and num_queries_per_block is None:
             return cls()
         hints = (
             _positive("num_kv_pages_per_block", "pages_per_block", num_kv_pages_per_block),
             _positive("num_queries_per_block", "rows_per_tile", num_queries_per_block),
         )
-        return cls(_said(*hints), _positive("vmem_limit_bytes", "", vmem_limit_bytes).value)
+        return cls(_set(*hints), _positive("vmem_limit_bytes", "", vmem_limit_bytes).value)
 
     def narrowed(self, lowering: Lowering) -> Lowering:
-        """The lowering with no more vector memory than the limit."""
+        """The lowering, using no more vector memory than the limit."""
         return lowering if self.vmem_limit_bytes is None else lowering.within_memory(self.vmem_limit_bytes)
 
     def schedule(self, attend: Attend, call: Call) -> tuple[Lowering, Schedule | None]:
-        """What runs in this call, with its schedule where hints had a say.
+        """The lowering that runs in this call, and the schedule that the hints ask for; None where no kernel runs.
 
-        Raises ``ValueError`` naming the argument, where a kernel runs that cannot honour it.
+        Raises ``ValueError`` that names the argument, if the kernel cannot honour it.
         """
         program, layout = attend.program, attend.layout
         lowering = attend.choice(call).lowering
@@ -87,27 +87,27 @@ class Hints(NamedTuple):
         schedule = own.replace(**{hint.field: hint.value for hint in self.given})
         reason = lowering.cannot_honour(program, layout, call, schedule)
         if reason is not None:
-            said = ", ".join(f"{hint.argument}={hint.value!r}" for hint in self.given)
-            raise ValueError(f"The kernel that {said or 'the call'} asks for, {schedule}, cannot run: {reason} The "
+            asked = ", ".join(f"{hint.argument}={hint.value!r}" for hint in self.given)
+            raise ValueError(f"The kernel that {asked or 'the call'} asks for, {schedule}, cannot run: {reason} The "
                              f"nearest that can: {own}.")  # fmt: skip
         return lowering, schedule
 
 
 def lowered(target: str, interpret: Any, hints: Hints, spec: AttentionSpec, layout: PageLayout, call: Call) -> Attend:
-    """The attention that runs in this call, hints heeded; remembered, for calls that are not jitted."""
-    return _heeding(lower(spec, layout, target, interpret=interpret), hints, call)
+    """The attention that runs in this call, with the schedule that the hints ask for."""
+    return _with_hints(lower(spec, layout, target, interpret=interpret), hints, call)
 
 
 def lowered_on(
     devices: Devices, target: str, interpret: Any, hints: Hints, spec: AttentionSpec, layout: PageLayout, call: Call
 ) -> ShardedAttend:
-    """The same on a mesh; each device heeds the hints in its part of the call."""
+    """The attention on a mesh, where each device runs its part of the call with the schedule that the hints ask for."""
     attend = devices.lowered(spec, layout, target, interpret)
     call = dataclasses.replace(call, num_pages=call.num_pages // attend.shares.context)
-    return dataclasses.replace(attend, first_device=_heeding(attend.first_device, hints, call))
+    return dataclasses.replace(attend, first_device=_with_hints(attend.first_device, hints, call))
 
 
-def _heeding(attend: Attend, hints: Hints, call: Call) -> Attend:
+def _with_hints(attend: Attend, hints: Hints, call: Call) -> Attend:
     if hints == Hints():
         return attend
     lowering, schedule = hints.schedule(attend, call)
@@ -118,6 +118,6 @@ def _positive(argument: str, field: str, value: Any) -> Hint:
     return Hint(argument, field, None if value is None else integer(argument, value, 1))
 
 
-def _said(*hints: Hint) -> tuple[Hint, ...]:
-    """Those that say something."""
+def _set(*hints: Hint) -> tuple[Hint, ...]:
+    """The hints that have a value."""
     return tuple(hint for hint in hints if hint.value is not None)

@@ -1,4 +1,4 @@
-"""Numbers and flags that must be known when JAX traces, checked by name."""
+"""Checks of numbers and flags, which must be known when JAX traces. Errors name the argument."""
 
 import operator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Arguments that are no arrays: checked by name, and made into a spec and into hints for a kernel."""
+"""`Options`: the arguments of a call that are no arrays, checked, and made into a spec."""
 
 import math
 from collections.abc import Hashable
@@ -13,16 +13,16 @@ from .devices import Devices
 from .hints import Hints
 from .number import integer, number
 
-# The default of the originals: 0.7 of the least float32.
+# The default of the original entry points: 0.7 times the least float32.
 MASK_VALUE = -2.381976426469702e38
-# Above this, a masked key might have some weight beside scores that are low as well.
+# A mask value above this could give a hidden key some weight, where all scores are low.
 _LEAST_HARMLESS = -1e9
 _NO_HINTS = Hints()
 _COMPUTE_DTYPES = tuple(jnp.dtype(d) for d in ("float16", "bfloat16", "float32"))
 
 
 class Options(NamedTuple):
-    """What one call says besides its arrays: hashable, so that JAX traces once for each."""
+    """The arguments of one call that are no arrays. Hashable, so that JAX traces once per value."""
 
     target: str
     interpret: Any
@@ -33,7 +33,7 @@ class Options(NamedTuple):
     max_context_len: int | None = None
     is_float32: bool = False
     devices: Devices | None = None
-    advice: Hashable = ()  # what contexts and tuning files were heeded: a trace is for these
+    advice: Hashable = ()  # fingerprint of contexts and tuning files: a trace is for these
 
     @classmethod
     def of(
@@ -49,7 +49,7 @@ class Options(NamedTuple):
         compute_dtype: Any = jnp.bfloat16,
         devices: Devices | None = None,
     ) -> "Options":
-        """Checked; ``scale`` and ``soft_cap`` come with the name that the entry point gives them."""
+        """The options, checked. ``scale`` and ``soft_cap`` are pairs: the argument's name, and its value."""
         require_exact_mask(mask_value)
         return cls(
             target,
@@ -65,7 +65,7 @@ class Options(NamedTuple):
         )
 
     def spec(self, num_q_heads: int, head_dim: int, layout: PageLayout, sinks: bool = False) -> AttentionSpec:
-        """The attention over pages whose head dimension may be padded beyond ``head_dim``."""
+        """The spec of the attention. ``head_dim`` is the queries'; the pages' may be larger, padded with zeros."""
         scale = self.scale
         if scale is None and head_dim != layout.head_dim:
             scale = 1.0 / math.sqrt(head_dim)
@@ -81,7 +81,7 @@ class Options(NamedTuple):
 
 
 def scale_of(name: str, value: Any) -> float | None:
-    """A scale of scores, None for the default of ``1 / sqrt(head_dim)``."""
+    """The scale of scores. None is for the default, ``1 / sqrt(head_dim)``."""
     if value is None:
         return None
     scale = number(name, value)
@@ -91,7 +91,7 @@ def scale_of(name: str, value: Any) -> float | None:
 
 
 def soft_cap_of(name: str, value: Any) -> float | None:
-    """A bound of scores, None for none."""
+    """The soft cap of scores. None is for no cap."""
     if value is None:
         return None
     cap = number(name, value)
@@ -101,29 +101,29 @@ def soft_cap_of(name: str, value: Any) -> float | None:
 
 
 def window_of(value: Any) -> int | None:
-    """A window that counts the query's own token, None for none."""
+    """The window in tokens, the query's own included. None is for no window."""
     if isinstance(value, tuple | list):
         raise TypeError(
-            f"sliding_window must be a Python int, the tokens seen with the query's own; got {value!r}. A window of "
-            "(left, right) tokens beside the query's is left + 1 here; right is 0, for these are causal."
+            f"sliding_window must be a Python int, tokens with the query's own; got {value!r}. A window of "
+            "(left, right) tokens beside the query's own is left + 1 here; right is 0, for these are causal."
         )
     return None if value is None else integer("sliding_window", value, 1)
 
 
 def require_exact_mask(value: Any) -> None:
-    """Refuse a mask value that could change a result: masks are exact, so that any other is as good as none."""
+    """Raise for a mask value that could change a result. Masks are exact here, so all other values are ignored."""
     if value is None:
         return
     got = number("mask_value", value)
     if not got <= _LEAST_HARMLESS:
         raise ValueError(
-            f"mask_value={got} could give hidden keys a weight. Masks are exact here, hidden keys weigh 0 and no "
-            f"value is needed: leave it out. Values up to {_LEAST_HARMLESS:g} are taken, and change nothing."
+            f"mask_value={got} could give hidden keys a weight. Masks are exact here, hidden keys weigh 0 and no value "
+            f"is needed: leave it out. Values up to {_LEAST_HARMLESS:g} are accepted, and change nothing."
         )
 
 
 def wants_float32(compute_dtype: Any) -> bool:
-    """Whether products must be taken in float32 where queries and pages are narrower."""
+    """Whether products are computed in float32 even where queries and pages are narrower."""
     try:
         dtype = jnp.dtype(compute_dtype)
     except TypeError:

@@ -69,10 +69,10 @@ REFUSALS = {
     "unlike": (
         lambda: _on_mesh(in_specs={"key_cache": P("model"), "value_cache": P(), "query": HEADS}),
         ValueError,
-        "Caches must lie alike",
+        "All caches, given and returned, need the same spec",
     ),
     "two outputs": (lambda: _on_mesh(out_specs=(P(), P())), ValueError, "out_specs must be a PartitionSpec; got"),
-    "sequences": (lambda: _on_mesh(axes=paged.Axes(sequences="model")), ValueError, "Sequences cannot be shared here"),
+    "sequences": (lambda: _on_mesh(axes=paged.Axes(sequences="model")), ValueError, "Sequences cannot be divided here"),
     "heads": (
         lambda: _page(mesh=mesh_of({"kv_heads": 8})[0], axes=paged.Axes("model")),
         ValueError,
@@ -92,7 +92,7 @@ REFUSALS = {
             mesh=mesh_of({"sequences": 2})[0], in_specs={"query": P("data"), "kv_pages": P("data")},
         ),
         ValueError,
-        "Sequences cannot be shared here",
+        "Sequences cannot be divided here",
     ),
 }  # fmt: skip
 
