@@ -34,7 +34,7 @@ FACTORS = {
     "pool": ("float32", "bfloat16", "int8 token", "int8 head", "float8_e4m3fn tensor"),
     "heads": ((4, 4), (6, 2), (5, 1), (8, 1)),
     "page_size": (1, 4, 16, 3),
-    "sinks": (None, "q_heads", "kv_heads, group", "kv_heads, n"),
+    "sinks": (None, "q_heads", "q_heads, n"),
     "scores": tuple(SCORES),
     "order": PAGE_ORDERS,
     "phase": tuple(PHASES),
@@ -51,12 +51,10 @@ ROWS = covering_rows(FACTORS)
 def case_of_row(row) -> Case:
     """The case that a row of the table stands for."""
     heads, kv_heads = row["heads"]
-    group = heads // kv_heads
     sink_shape = {
         None: None,
         "q_heads": (heads,),
-        "kv_heads, group": (kv_heads, group),
-        "kv_heads, n": (kv_heads, group + 1),
+        "q_heads, n": (heads, 3),
     }[row["sinks"]]
     spec = AttentionSpec(
         num_q_heads=heads,
@@ -102,7 +100,7 @@ def test_any_two_features_together_equal_the_reference(lowering, row):
 
 SINGLES = {
     "float16": {"dtype": "float16", "q_dtype": "float16"},
-    "five sinks for all heads": {"sink_shape": (5,)},
+    "five sinks of each head": {"sink_shape": (3, 5)},
     "head_dim 64": {"head_dim": 64},
     "head_dim 80": {"head_dim": 80},
     "head_dim 96": {"head_dim": 96},

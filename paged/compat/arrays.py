@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from paged.spec import FLOAT_DTYPES, PageLayout
+from paged.spec import FLOAT_DTYPES, PageLayout, Sinks
 
 _LANES = 128
+# Sizes that a step without rows or without sequences has as 0.
+_MAY_BE_0 = ("batch", "chunk", "seqs", "tokens")
 
 
 def as_arrays(**named: Any) -> tuple[Any, ...]:
@@ -27,16 +29,19 @@ def _integers(name: str, value: Any) -> np.ndarray:
         array = np.asarray(value)
     except (TypeError, ValueError):
         array = np.asarray(None)
+    if not array.size:
+        return array.astype(np.int32)  # an empty list says nothing of its dtype
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be an array; got {type(value).__name__}.")
     return array.astype(np.int32)
 
 
 def require_shape(name: str, array: Any, shape: tuple[Any, ...], meaning: str) -> None:
-    """``ValueError`` unless the array has this shape; a string stands for any size of at least 1."""
+    """``ValueError`` unless the array has this shape; a string stands for any size, of at least 1 where that of rows or
+    sequences is not meant."""
     got = tuple(array.shape)
     fits = len(got) == len(shape) and all(
-        n >= 1 if isinstance(want, str) else n == want for n, want in zip(got, shape, strict=True)
+        n >= (want not in _MAY_BE_0) if isinstance(want, str) else n == want for n, want in zip(got, shape, strict=True)
     )
     if not fits:
         sizes = ", ".join("*" if isinstance(want, str) else str(want) for want in shape)
@@ -85,19 +90,29 @@ def require_heads(name: str, heads: int, cache: str, kv_heads: int, order: str) 
         )
 
 
-def require_sinks(sinks: Any, heads: int, kv_heads: int) -> None:
-    """Raise unless sinks are float, one a query head in either shape, or several."""
-    if sinks is None:
-        return
-    if not jnp.issubdtype(sinks.dtype, jnp.floating):
-        raise TypeError(f"softmax_aux must be float32; got {sinks.dtype.name}.")
-    one = sinks.shape in ((heads,), (kv_heads, heads // kv_heads))
-    several = sinks.ndim == 1 or (sinks.ndim == 2 and sinks.shape[0] == kv_heads)
-    if not one and not (several and sinks.size):
-        raise ValueError(
-            f"softmax_aux must be [q_heads] = [{heads}] or [kv_heads, group] = [{kv_heads}, {heads // kv_heads}], one "
-            f"sink a query head, or [n] or [kv_heads, n], several, which add up; got {tuple(sinks.shape)}."
-        )
+def sinks_of(softmax_aux: Any, heads: int, kv_heads: int) -> Sinks | None:
+    """Sinks in the field's shapes as float[q_heads] or float[q_heads, n], which is what `paged.lower` accepts.
+
+    ``[q_heads]`` and ``[kv_heads, group]`` are one sink of each query head. ``[n]`` are ``n`` sinks of every head,
+    ``[kv_heads, n]`` are ``n`` sinks of every head of a KV head's group.
+    """
+    if softmax_aux is None:
+        return None
+    if not jnp.issubdtype(softmax_aux.dtype, jnp.floating):
+        raise TypeError(f"softmax_aux must be float32; got {softmax_aux.dtype.name}.")
+    shape, group = softmax_aux.shape, heads // kv_heads
+    if shape == (heads,):
+        return softmax_aux
+    if shape == (kv_heads, group):
+        return softmax_aux.reshape(heads)
+    if softmax_aux.size and softmax_aux.ndim == 1:
+        return jnp.broadcast_to(softmax_aux, (heads, *shape))
+    if softmax_aux.size and softmax_aux.ndim == 2 and shape[0] == kv_heads:
+        return jnp.repeat(softmax_aux, group, axis=0)
+    raise ValueError(
+        f"softmax_aux must be [q_heads] = [{heads}] or [kv_heads, group] = [{kv_heads}, {group}], one sink of each "
+        f"query head, or [n] or [kv_heads, n], several sinks, which add up; got {tuple(shape)}."
+    )
 
 
 def interleaved_layout(name: str, cache: Any, head_dim: int, kv_heads: int | None = None) -> PageLayout:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from paged.lower import Attend, Axes, Call, ShardedAttend
-from paged.spec import PageLayout, Pages, RaggedBatch
+from paged.spec import PageLayout, Pages, RaggedBatch, Sinks
 
 from . import arrays
 from .devices import Devices
@@ -55,8 +55,9 @@ def ragged_page_attention_v2(
     tokens. Returns float[tokens, q_heads, head_dim] in the query's dtype, 0 in rows of no sequence and in empty ones.
     ``query`` may be ``[batch, seq, q_heads, head_dim]``, and pages packed as of `ragged_page_attention_v3`.
 
-    * ``softmax_aux``: sinks, learnt logits in the denominator: ``[q_heads]`` or ``[kv_heads, group]`` is one a query
-      head; ``[n]`` or ``[kv_heads, n]`` are several, which add up.
+    * ``softmax_aux``: sinks, learnt logits in the denominator: ``[q_heads]`` or ``[kv_heads, group]`` is one sink of
+      each query head; ``[n]`` is ``n`` sinks of every head, ``[kv_heads, n]`` is ``n`` sinks of every head of a group,
+      and they add up. `paged.lower` accepts ``[q_heads]`` and ``[q_heads, n]`` alone: these are made of the others.
     * ``compute_dtype``: float32 takes products and weights in float32 also where queries and pages are narrower;
       others change nothing, for nothing is computed in less than queries and pages have, and softmax is float32.
     * ``optimized``: chose between two implementations. There is one here, and it changes nothing.
@@ -83,7 +84,9 @@ def ragged_page_attention_v2(
         compute_dtype=compute_dtype,
         devices=Devices.of(mesh, axes, in_specs, out_specs, **named, softmax_aux=softmax_aux),
     )
-    return _attend(options, *arrays.as_arrays(**named), _sinks(softmax_aux))
+    given = arrays.as_arrays(**named)
+    _require_known_num_seqs(given[-1], given[2])
+    return _attend(options, *given, _sinks(softmax_aux))
 
 
 def ragged_page_attention_v3(
@@ -161,10 +164,11 @@ def _attend(
         raise ValueError(f"num_seqs must be one number, [1] or []; got {tuple(num_seqs.shape)}.")
     arrays.require_heads("query", q.shape[1], "kv_pages", layout.num_kv_heads, _CACHE)
     batch = RaggedBatch(context_lens, block_tables, query_start_loc, num_seqs)
-    attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
+    sinks = arrays.sinks_of(softmax_aux, q.shape[1], layout.num_kv_heads)
+    attend, wide = _prepare(options, q, kv_pages, layout, batch, sinks)
     pages = _pages(layout, kv_pages)
     pages = attend.adopt(pages) if isinstance(attend, ShardedAttend) else pages
-    return _as_queries(attend(wide, pages, batch, softmax_aux), query)
+    return _as_queries(attend(wide, pages, batch, sinks), query)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -188,7 +192,8 @@ def _update(
     layout = arrays.interleaved_layout("kv_pages", kv_pages, q.shape[-1], k.shape[1] * repeats)
     layout = dataclasses.replace(layout, num_kv_heads=k.shape[1])
     slots = _require_sequences(context_lens, query_start_loc)
-    if block_tables.ndim != 1 or block_tables.shape[0] % slots or not block_tables.size:
+    width = block_tables.size // max(slots, 1)
+    if block_tables.ndim != 1 or block_tables.size != slots * width or (slots and not width):
         raise ValueError(
             f"block_tables must be flat, [seqs * pages_per_seq], a multiple of context_lens' {slots}; got "
             f"{tuple(block_tables.shape)}."
@@ -199,10 +204,11 @@ def _update(
     arrays.require_heads(
         "queries", q.shape[1], "kv_pages", layout.num_kv_heads, "[pages, page_size, 2 * kv_heads, dim]"
     )
-    batch = RaggedBatch(context_lens, block_tables.reshape(slots, -1), query_start_loc, distribution[2])
-    attend, wide = _prepare(options, q, kv_pages, layout, batch, softmax_aux)
+    batch = RaggedBatch(context_lens, block_tables.reshape(slots, max(width, 1)), query_start_loc, distribution[2])
+    sinks = arrays.sinks_of(softmax_aux, q.shape[1], layout.num_kv_heads)
+    attend, wide = _prepare(options, q, kv_pages, layout, batch, sinks)
     k, v = (arrays.padded(x, layout.head_dim) for x in (k, v))
-    out, pages = attend.update(wide, k, v, _pages(attend.layout, kv_pages), batch, softmax_aux)
+    out, pages = attend.update(wide, k, v, _pages(attend.layout, kv_pages), batch, sinks)
     return _as_queries(out, queries), pages.arrays[0].reshape(kv_pages.shape)
 
 
@@ -219,10 +225,9 @@ def _as_queries(out: Array, query: Array) -> Array:
 
 
 def _prepare(
-    options: Options, q: Array, kv_pages: Array, layout: PageLayout, batch: RaggedBatch, sinks: Array | None
+    options: Options, q: Array, kv_pages: Array, layout: PageLayout, batch: RaggedBatch, sinks: Sinks | None
 ) -> tuple[AnyAttend, Array]:
     """The attention, and its queries as wide as the pages."""
-    arrays.require_sinks(sinks, q.shape[1], layout.num_kv_heads)
     spec = options.spec(q.shape[1], q.shape[2], layout, sinks is not None)
     wide = arrays.padded(q.astype(jnp.float32) if options.is_float32 else q, layout.head_dim)
     call = Call(wide.shape[0], batch.num_slots, batch.pages_per_seq, kv_pages.shape[0], None, jnp.dtype(wide.dtype))
@@ -238,6 +243,17 @@ def _require_sequences(context_lens: Array, query_start_loc: Array) -> int:
     arrays.require_shape("query_start_loc", query_start_loc, (slots + 1,), "[seqs + 1], with context_lens' seqs,")
     arrays.require_integers("query_start_loc", query_start_loc)
     return slots
+
+
+def _require_known_num_seqs(num_seqs: Any, context_lens: Any) -> None:
+    """The value, where it is no JAX array and its shape is right, which `_attend` looks at."""
+    if not isinstance(num_seqs, np.ndarray | np.integer) or num_seqs.size != 1 or num_seqs.dtype.kind not in "iu":
+        return
+    if len(context_lens.shape) == 1 and not 0 <= int(num_seqs.reshape(())) <= context_lens.shape[0]:
+        raise ValueError(
+            f"num_seqs must be in [0, {context_lens.shape[0]}], the number of context_lens; got "
+            f"{int(num_seqs.reshape(()))}."
+        )
 
 
 def _require_ends(distribution: Any, context_lens: Any) -> None:

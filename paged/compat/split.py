@@ -51,7 +51,7 @@ def page_attention(
     * ``attn_logits_soft_cap``: scores become ``cap * tanh(score / cap)``, before the mask.
     * ``sliding_window``: tokens seen, the query's own included.
     * ``max_context_len``: a promise that no sequence is longer. Table entries past it are not looked at; a longer
-      sequence is a fault of the caller, and is cut to it, as it is to the table's capacity.
+      sequence is a fault of the caller, and is cut to it.
     * ``mask_value``: no longer needed, see `docs/porting.md`.
     * ``num_splits`` (0: chosen), ``pages_per_compute_block``, ``inline_seq_dim``: the kernel's schedule on TPUs, any
       of which gives the same attention. ``megacore_mode``: ``"batch"`` and None alike use both cores of a chip that

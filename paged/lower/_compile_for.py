@@ -8,7 +8,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from paged.spec import Pages, RaggedBatch
+from paged.spec import Pages, RaggedBatch, Sinks
 
 from .attend import Attend
 from .base import Schedule
@@ -54,7 +54,7 @@ def compile_for(
     q: Any,
     pages: Pages,
     batch: RaggedBatch,
-    sinks: Any = None,
+    sinks: Sinks | None = None,
     *,
     new: tuple[Any, Any] | None = None,
 ) -> Compiled:

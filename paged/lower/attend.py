@@ -9,14 +9,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, add_sinks, sinks_per_head
+from paged.spec import (
+    AttentionSpec,
+    AttentionState,
+    PageLayout,
+    Pages,
+    RaggedBatch,
+    Sinks,
+    add_sinks,
+    require_sinks,
+    sinks_per_head,
+)
 
 from ._check import check
 from ._explain import Explanation, explain
 from .base import Lowering, Schedule
 from .program import Call, Program, Sequences
 from .registry import device_kinds
-from .require import require_new_tokens, require_pages, require_queries, require_sinks
+from .require import require_new_tokens, require_pages, require_queries
 from .schedule import NO_ADVICE, Advice, Choice, choose, choose_for_any_call
 
 Merge = Callable[[AttentionState], AttentionState]
@@ -83,7 +93,7 @@ class Attend:
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
         batch: RaggedBatch,
-        sinks: Float[Array, " q_heads"] | None = None,
+        sinks: Sinks | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
         """Attend over the pages as they are."""
         return self.state(q, pages, batch, sinks).out
@@ -93,7 +103,7 @@ class Attend:
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
         batch: RaggedBatch,
-        sinks: Float[Array, " q_heads"] | None = None,
+        sinks: Sinks | None = None,
     ) -> AttentionState:
         """The output and its log-sum-exp, for `paged.merge`; in an empty row ``(0, -inf)``, or ``(0, sink)``."""
         require_queries(self.spec, q, batch)
@@ -110,7 +120,7 @@ class Attend:
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
         batch: RaggedBatch,
-        sinks: Float[Array, " q_heads"] | None = None,
+        sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
         """Write this step's keys and values into their slots, then attend. In place where ``pages`` are donated."""
         require_queries(self.spec, q, batch)
@@ -160,6 +170,8 @@ def run_state(
     On one device ``program`` is the attention's own. On a mesh it is the program of this device's heads, and ``merge``
     makes the states of all devices one.
     """
+    if not batch.has_rows(q.shape[0]):
+        return AttentionState.empty(q.shape[0], program.num_q_heads, attend.layout.value_dim, q.dtype)
     lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
     state = lowering.state(program, schedule, q, pages, batch)
     return _finish(attend, state, q, batch, sinks, merge)
@@ -177,6 +189,8 @@ def run_update(
     merge: Merge | None = None,
 ) -> tuple[AttentionState, Pages]:
     """`run_state` after a write of this step's keys and values."""
+    if not batch.has_rows(q.shape[0]):
+        return run_state(attend, program, q, pages, batch, sinks), pages
     lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
     state, pages = lowering.update(program, schedule, q, k, v, pages, batch)
     return _finish(attend, state, q, batch, sinks, merge), pages

@@ -124,4 +124,4 @@ def write(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _write(lowering: Lowering, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
-    return lowering.write(k, v, pages, batch)
+    return lowering.write(k, v, pages, batch) if batch.has_rows(k.shape[0]) else pages

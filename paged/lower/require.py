@@ -2,11 +2,7 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from paged.spec import FLOAT_DTYPES, AttentionSpec, PageLayout, Pages, RaggedBatch, sinks_per_head
+from paged.spec import FLOAT_DTYPES, AttentionSpec, PageLayout, Pages, RaggedBatch
 
 
 def require_layout(spec: AttentionSpec, layout: PageLayout) -> None:
@@ -51,31 +47,15 @@ def require_new_tokens(layout: PageLayout, k: Any, v: Any, tokens: int | None = 
         raise ValueError(f"k and v must have one row a query token, {tokens}; got {k.shape[0]} and {v.shape[0]}.")
 
 
-def require_sinks(spec: AttentionSpec, sinks: Any) -> None:
-    """Raise unless sinks are given exactly when the spec has them, in one of the accepted shapes."""
-    if spec.sinks and sinks is None:
-        raise ValueError(
-            f"sinks is missing: the spec says sinks=True, so the call needs float32[{spec.num_q_heads}], one learnt "
-            "logit a query head."
-        )
-    if sinks is None:
-        return
-    if not spec.sinks:
-        raise ValueError("sinks were given, but the spec says sinks=False: use spec.replace(sinks=True).")
-    if not jnp.issubdtype(jnp.result_type(sinks), jnp.floating):
-        raise TypeError(f"sinks must be floating point; got {jnp.result_type(sinks).name}.")
-    jax.eval_shape(lambda s: sinks_per_head(spec, s), jax.ShapeDtypeStruct(np.shape(sinks), jnp.float32))
-
-
 def _require_rows(name: str, array: Any, tail: tuple[int, int], why: str) -> None:
     shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
     if shape is None or dtype is None:
         raise TypeError(f"{name} must be an array; got {type(array).__name__}.")
-    if len(shape) != 3 or tuple(shape[1:]) != tail or shape[0] < 1:
+    if len(shape) != 3 or tuple(shape[1:]) != tail:
         heads = "q_heads" if name == "q" else "kv_heads"
         dim = "value_dim" if name == "v" else "head_dim"
         raise ValueError(
-            f"{name} must be [tokens, {heads}, {dim}] = [at least 1, {tail[0]}, {tail[1]}] ({why}); got {tuple(shape)}."
+            f"{name} must be [tokens, {heads}, {dim}] = [*, {tail[0]}, {tail[1]}] ({why}); got {tuple(shape)}."
         )
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16 or float32; got {dtype.name}.")

@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from paged.lower import Attend, Schedule, lower
-from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
+from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, Sinks
 
 
 class PagedCache(eqx.Module):
@@ -60,7 +60,7 @@ class PagedCache(eqx.Module):
         v: Float[Array, "tokens kv_heads value_dim"],
         batch: RaggedBatch,
         state: eqx.nn.State,
-        sinks: Float[Array, " q_heads"] | None = None,
+        sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], eqx.nn.State]:
         """Write this step's keys and values into the pages, then attend.
 
@@ -85,7 +85,7 @@ class PagedCache(eqx.Module):
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
         batch: RaggedBatch,
-        sinks: Float[Array, " q_heads"] | None = None,
+        sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
         """A call with pages passed and returned instead of state, for ``jax.lax.scan`` over layers.
 

@@ -3,7 +3,6 @@
 from . import presets as presets
 from ._reference import reference as reference
 from ._reference import reference_state as reference_state
-from ._reference import sinks_per_head as sinks_per_head
 from .attention import AttentionSpec as AttentionSpec
 from .batch import RaggedBatch as RaggedBatch
 from .coverage import Coverage as Coverage
@@ -30,6 +29,9 @@ from .scores import ALiBi as ALiBi
 from .scores import Bias as Bias
 from .scores import ScoreOp as ScoreOp
 from .scores import SoftCap as SoftCap
+from .sinks import Sinks as Sinks
+from .sinks import require_sinks as require_sinks
+from .sinks import sinks_per_head as sinks_per_head
 from .state import AttentionState as AttentionState
 from .state import add_sinks as add_sinks
 from .state import exp_minus as exp_minus

@@ -1,19 +1,21 @@
 """The reference: what a spec means, dense and readable. Slow, and kept free of everything the lowerings do."""
 
-import functools
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .attention import AttentionSpec
 from .batch import RaggedBatch
 from .layout import Pages
-from .state import AttentionState, add_sinks, log_add_exp
+from .sinks import Sinks, require_sinks, sinks_per_head
+from .state import AttentionState, add_sinks
 
 
 def reference(
-    spec: AttentionSpec, q: Float[Array, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch, sinks: Any = None
+    spec: AttentionSpec,
+    q: Float[Array, "tokens q_heads head_dim"],
+    pages: Pages,
+    batch: RaggedBatch,
+    sinks: Sinks | None = None,
 ) -> Float[Array, "tokens q_heads value_dim"]:
     """Attention as `docs/semantics.md` defines it, with every score in memory; for tests and for understanding.
 
@@ -31,10 +33,17 @@ def reference(
 
 
 def reference_state(
-    spec: AttentionSpec, q: Float[Array, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch, sinks: Any = None
+    spec: AttentionSpec,
+    q: Float[Array, "tokens q_heads head_dim"],
+    pages: Pages,
+    batch: RaggedBatch,
+    sinks: Sinks | None = None,
 ) -> AttentionState:
     """`reference` together with the log-sum-exp; ``lse`` is ``-inf`` (or the sink) for an empty row."""
+    require_sinks(spec, sinks)
     tokens, dtype = q.shape[0], jnp.promote_types(q.dtype, jnp.float32)
+    if not batch.has_rows(tokens):
+        return AttentionState.empty(tokens, spec.num_q_heads, pages.layout.value_dim, q.dtype)
     row = _rows(batch, tokens, pages.layout.page_size)
     j, keys, values, is_stored = _sequence_keys(pages, batch, row["seq"], row["length"], dtype)
 
@@ -56,33 +65,12 @@ def reference_state(
     weights = (weights / jnp.where(total == 0, 1.0, total)).reshape(tokens, spec.num_kv_heads, spec.group, -1)
     out = jnp.einsum("thgj,tjhd->thgd", weights, values, precision="highest").reshape(tokens, spec.num_q_heads, -1)
     state = AttentionState(out, (jnp.log(total) + top)[..., 0])
-    if spec.sinks:
+    if sinks is not None:
         with_sinks = add_sinks(state, sinks_per_head(spec, sinks))
         state = AttentionState(
             *(jnp.where(_like(row["is_live"], x), x, y) for x, y in zip(with_sinks, state, strict=True))
         )
     return AttentionState(state.out.astype(q.dtype), state.lse.astype(jnp.float32))
-
-
-def sinks_per_head(spec: AttentionSpec, sinks: Any) -> Float[Array, " q_heads"]:
-    """One sink logit a query head, from any of the accepted shapes.
-
-    ``[q_heads]`` and ``[kv_heads, group]`` are one a query head. ``[n]`` and ``[kv_heads, n]`` of any other ``n`` are
-    several a head, the same for all heads or for a KV head's group; their exponentials add up.
-    """
-    sinks = jnp.asarray(sinks, jnp.float32)
-    heads, kv_heads, group = spec.num_q_heads, spec.num_kv_heads, spec.group
-    if sinks.shape in ((heads,), (kv_heads, group)):
-        return sinks.reshape(heads)
-    if sinks.ndim == 1 and sinks.shape[0] > 0:
-        sinks = jnp.broadcast_to(sinks, (kv_heads, sinks.shape[0]))
-    if sinks.ndim == 2 and sinks.shape[0] == kv_heads and sinks.shape[1] > 0:
-        total = functools.reduce(log_add_exp, jnp.unstack(sinks, axis=1))
-        return jnp.repeat(total, group)
-    raise ValueError(
-        f"sinks must be [q_heads] = [{heads}] or [kv_heads, group] = [{kv_heads}, {group}] (one a query head), or [n] "
-        f"or [kv_heads, n] (several, which add up); got {sinks.shape}."
-    )
 
 
 def _rows(batch: RaggedBatch, tokens: int, page_size: int) -> dict[str, Array]:

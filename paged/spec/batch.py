@@ -57,6 +57,7 @@ class RaggedBatch(eqx.Module):
         self.query_starts = _as_int32("query_starts", query_starts, 1)
         slots = self.lengths.shape[0]
         self.num_seqs = _as_int32("num_seqs", slots if num_seqs is None else num_seqs, 0)
+        _require_known_num_seqs(num_seqs, slots)
         self.query_rows = query_rows
         self.checked_for = checked_for
         if self.block_tables.shape[0] != slots or self.block_tables.shape[1] < 1:
@@ -103,6 +104,10 @@ class RaggedBatch(eqx.Module):
         same = [cls(b.lengths, b.block_tables, b.query_starts, b.num_seqs, **facts) for b in batches]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
 
+    def has_rows(self, tokens: int) -> bool:
+        """Whether a step of ``tokens`` query rows may have a row that belongs to a sequence, as far as shapes tell."""
+        return tokens > 0 and self.num_slots > 0
+
     @property
     def num_slots(self) -> int:
         """Sequence slots ``S``, live or not."""
@@ -114,9 +119,24 @@ class RaggedBatch(eqx.Module):
         return self.block_tables.shape[-1]
 
 
+def _require_known_num_seqs(num_seqs: Any, slots: int) -> None:
+    """A number that is known when the batch is built. The values of JAX arrays are for `paged.check`."""
+    if num_seqs is None or isinstance(num_seqs, jax.Array | jax.ShapeDtypeStruct):
+        return
+    live = int(np.asarray(num_seqs).reshape(()))
+    if not 0 <= live <= slots:
+        raise ValueError(
+            f"num_seqs must be in [0, {slots}], because lengths has {slots} sequence slots and the first num_seqs of "
+            f"them are live; got {live}."
+        )
+
+
 def _as_int32(name: str, value: Any, rank: int) -> Any:
     if not isinstance(value, jax.Array | jax.ShapeDtypeStruct):
+        is_typed = hasattr(value, "dtype")
         value = np.asarray(value)
+        if not value.size and not is_typed:
+            value = value.astype(np.int32)  # an empty list says nothing of its dtype
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name} must be int32; got {value.dtype.name}.")
     if name == "num_seqs" and value.shape == (1,) and not isinstance(value, jax.ShapeDtypeStruct):

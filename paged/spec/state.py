@@ -1,6 +1,6 @@
 """`AttentionState`: attention over a subset of the keys, and the law that joins two of them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,20 @@ class AttentionState(NamedTuple):
 
     out: Float[Array, "tokens q_heads value_dim"]
     lse: Float[Array, "tokens q_heads"]
+
+    @classmethod
+    def empty(cls, tokens: int, q_heads: int, value_dim: int, dtype: Any = jnp.float32) -> "AttentionState":
+        """The state over no keys at all, ``(0, -inf)`` in every row: the identity of `merge`.
+
+        **Arguments:**
+
+        * ``tokens``, ``q_heads``, ``value_dim``: the shape of ``out``.
+        * ``dtype``: the dtype of ``out``. ``lse`` is float32.
+
+        >>> AttentionState.empty(tokens=1, q_heads=2, value_dim=4).lse.tolist()
+        [[-inf, -inf]]
+        """
+        return cls(jnp.zeros((tokens, q_heads, value_dim), dtype), jnp.full((tokens, q_heads), -jnp.inf, jnp.float32))
 
 
 def merge(a: AttentionState, b: AttentionState) -> AttentionState:

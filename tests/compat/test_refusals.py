@@ -61,6 +61,8 @@ SHAPES = {
     "v2 starts": (lambda: v2(query_start_loc=STARTS[:3]), r"query_start_loc must be .* = \[4\]; got \(3,\)"),
     "v2 tables": (lambda: v2(block_tables=TABLES.reshape(-1)), r"block_tables must be .*= \[3, \*\]"),
     "num_seqs": (lambda: v2(num_seqs=np.array([3, 3])), r"num_seqs must be one number, \[1\] or \[\]; got \(2,\)"),
+    "num_seqs over": (lambda: v2(num_seqs=4), r"num_seqs must be in \[0, 3\].*got 4"),
+    "num_seqs under": (lambda: v2(num_seqs=np.array([-1])), r"num_seqs must be in \[0, 3\].*got -1"),
     "sinks": (lambda: v2(softmax_aux=jnp.zeros((3, 4))), r"softmax_aux must be \[q_heads\] = \[4\].*got \(3, 4\)"),
     "keys": (lambda: v3(keys=KV[:2]), r"keys must be \[tokens, kv_heads, head_dim\] = \[3, \*, 8\]; got \(2, 2, 8\)"),
     "values": (lambda: v3(values=KV[..., :4]), r"values must be .* = \[3, 2, 8\]; got \(3, 2, 4\)"),

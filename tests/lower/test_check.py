@@ -40,7 +40,8 @@ FAULTS = {
 
 
 def _batch(**changes):
-    return RaggedBatch(**{**GOOD, **changes})
+    """The values as arrays: what is at fault in them is known only when a call runs."""
+    return RaggedBatch(**{name: jnp.asarray(value) for name, value in {**GOOD, **changes}.items()})
 
 
 def _faulty(name):
@@ -167,7 +168,7 @@ def test_without_check_the_rows_of_the_semantics_hold(name, arrays):
     q, _, _, pages = arrays
     batch = _faulty(fault)[0]
     if name == "num_seqs over":
-        batch = RaggedBatch(meant.lengths, meant.block_tables, meant.query_starts, 5)
+        batch = RaggedBatch(meant.lengths, meant.block_tables, meant.query_starts, jnp.int32(5))
     got = paged.lower(SPEC, LAYOUT)(q, pages, batch)
     want = _reference(SPEC, q, pages, batch if meant is None else meant)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)

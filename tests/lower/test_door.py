@@ -52,7 +52,6 @@ ERRORS = {
         r"q must be \[tokens, q_heads, head_dim\] .*4, 8\].*got \(4, 8\)",
     ),
     "q heads": (lambda: ATTEND(Q[:, :3], PAGES, BATCH), ValueError, r"q must be .*from the spec.*got \(2, 3, 8\)"),
-    "q empty": (lambda: ATTEND(Q[:0], PAGES, BATCH), ValueError, r"q must be .*at least 1.*got \(0, 4, 8\)"),
     "q dtype": (
         lambda: ATTEND(Q.astype(int), PAGES, BATCH),
         TypeError,
@@ -102,7 +101,7 @@ ERRORS = {
     "sinks shape": (
         lambda: SINKING(Q, PAGES, BATCH, jnp.zeros((3, 4))),
         ValueError,
-        r"sinks must be \[q_heads\] = \[4\] or \[kv_heads, group\] = \[2, 2\].*got \(3, 4\)",
+        r"sinks must be \[q_heads\] = \[4\], or \[q_heads, n\] .*got \(3, 4\)\.$",
     ),
     "schedule of 0": (
         lambda: ATTEND.schedule.replace(pages_per_block=0),

@@ -177,6 +177,24 @@ def test_batch_errors(name):
         RaggedBatch(*args)
 
 
+@pytest.mark.parametrize("num_seqs", [-1, 3, np.int64(3), np.array([-1])])
+def test_a_known_number_of_sequences_is_in_range(num_seqs):
+    with pytest.raises(ValueError, match=r"num_seqs must be in \[0, 2\].*2 sequence slots.*got (-1|3)\."):
+        RaggedBatch.decode([5, 9], [[3], [1]], num_seqs)
+    for live in (0, 1, 2, np.int64(2), np.array([2]), jnp.int32(7)):  # a JAX array is for `paged.check`
+        assert int(RaggedBatch.decode([5, 9], [[3], [1]], live).num_seqs) == int(np.reshape(live, ()))
+
+
+def test_a_batch_may_have_no_sequences():
+    batch = RaggedBatch.decode([], np.zeros((0, 3), np.int32))
+    assert (batch.num_slots, batch.pages_per_seq, batch.query_starts.tolist()) == (0, 3, [0])
+    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(batch))
+    assert not batch.has_rows(3) and not RaggedBatch.decode([5], [[0]]).has_rows(0)
+    assert RaggedBatch.decode([5], [[0]]).has_rows(1)
+    with pytest.raises(TypeError, match="lengths must be int32; got float64"):
+        RaggedBatch.decode(np.zeros(0), np.zeros((0, 3), np.int32))
+
+
 def test_decode_of_a_wrong_rank_names_lengths():
     with pytest.raises(ValueError, match=r"lengths must have 1 dimension\(s\)"):
         RaggedBatch.decode(3, [[0]])

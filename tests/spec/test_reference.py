@@ -18,7 +18,6 @@ from paged.spec import (
     Where,
     Window,
     reference_state,
-    sinks_per_head,
 )
 from tests.support import CORNERS, Case, build, exact_state
 from tests.support.oracle import attention_by_loops
@@ -61,8 +60,8 @@ def test_equals_scalar_loops(name, corner):
     assert (np.abs(out).max() > 0.1) == any(row is not None and len(row) > 0 for row in built.visible)
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 2), (3,), (1,), (2, 1), (2, 3)])
-def test_takes_every_shape_of_sinks(shape):
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3)])
+def test_accepts_one_sink_or_several_of_each_query_head(shape):
     spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=4, sinks=True)
     _assert_equals_loops(build(Case(spec=spec, page_size=2, sink_shape=shape)))
 
@@ -126,6 +125,10 @@ def test_keeps_the_queries_dtype():
         assert state.out.dtype == dtype and state.lse.dtype == jnp.float32
 
 
-def test_several_sinks_of_minus_infinity_are_no_sink():
-    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=4, sinks=True)
-    np.testing.assert_array_equal(sinks_per_head(spec, jnp.full(3, -jnp.inf)), np.full(4, -np.inf))
+def test_sinks_are_given_exactly_when_the_spec_has_them():
+    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=4)
+    built = build(Case(spec=spec, page_size=2))
+    with pytest.raises(ValueError, match="sinks is missing"):
+        paged.reference(spec.replace(sinks=True), built.q, built.pages, built.batch)
+    with pytest.raises(ValueError, match="sinks=False"):
+        paged.reference(spec, built.q, built.pages, built.batch, jnp.zeros(4))

@@ -88,15 +88,8 @@ def mask_by_rule(mask, p, j) -> bool:
 
 
 def _sink_logits(spec, sinks, h):
-    """The extra logits of query head ``h``, from any of the accepted shapes."""
-    if sinks is None:
-        return []
-    sinks, group = np.asarray(sinks, np.float64), spec.num_q_heads // spec.num_kv_heads
-    if sinks.shape == (spec.num_q_heads,):
-        return [sinks[h]]
-    if sinks.shape == (spec.num_kv_heads, group):
-        return [sinks[h // group, h % group]]
-    return list(sinks) if sinks.ndim == 1 else list(sinks[h // group])
+    """The extra logits of query head ``h``, from ``[q_heads]`` or ``[q_heads, n]``."""
+    return [] if sinks is None else list(np.asarray(sinks, np.float64).reshape(spec.num_q_heads, -1)[h])
 
 
 def _softmax(scores, values, extra, value_dim):

@@ -12,7 +12,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, sinks_per_head
+from paged.spec import (
+    AttentionSpec,
+    AttentionState,
+    PageLayout,
+    Pages,
+    RaggedBatch,
+    Sinks,
+    require_sinks,
+    sinks_per_head,
+)
 
 from .._check import check_values
 from .._explain import Explanation, explain
@@ -20,7 +29,7 @@ from ..attend import Attend, run_state, run_update
 from ..base import Schedule
 from ..jax_version import on_devices
 from ..program import Call, Program
-from ..require import require_layout, require_new_tokens, require_pages, require_queries, require_sinks
+from ..require import require_layout, require_new_tokens, require_pages, require_queries
 from .axes import Axes, Shares
 from .context import merge_over, spread, with_own_pages
 from .heads import repeated, repeats_of, select_own_heads, share_of
@@ -125,7 +134,7 @@ class ShardedAttend:
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
         batch: RaggedBatch,
-        sinks: Float[Array, " q_heads"] | None = None,
+        sinks: Sinks | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
         """Attend over the pages as they are. See `Attend.__call__`."""
         return self.state(q, pages, batch, sinks).out
@@ -135,7 +144,7 @@ class ShardedAttend:
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
         batch: RaggedBatch,
-        sinks: Float[Array, " q_heads"] | None = None,
+        sinks: Sinks | None = None,
     ) -> AttentionState:
         """The output and its log-sum-exp, merged over all devices of a context. See `Attend.state`."""
         batch = self._require(q, pages, batch)
@@ -149,7 +158,7 @@ class ShardedAttend:
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
         batch: RaggedBatch,
-        sinks: Float[Array, " q_heads"] | None = None,
+        sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
         """Write this step's keys and values into the pages, then attend. See `Attend.update`.
 

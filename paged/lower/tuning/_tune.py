@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from paged.spec import Pages, RaggedBatch
+from paged.spec import Pages, RaggedBatch, Sinks
 
 from ..attend import Attend
 from ..base import Lowering, Schedule
@@ -32,7 +32,7 @@ def tune(
     q: Float[Array, "tokens q_heads head_dim"],
     pages: Pages,
     batch: RaggedBatch,
-    sinks: Float[Array, " q_heads"] | None = None,
+    sinks: Sinks | None = None,
     *,
     file: str | os.PathLike[str] | TuningFile | None = None,
     again: bool = False,

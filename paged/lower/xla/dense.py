@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from paged.spec import AttentionSpec, AttentionState, add_sinks, sinks_per_head
+from paged.spec import AttentionSpec, AttentionState, Sinks, add_sinks, require_sinks, sinks_per_head
 
 from ..program import Program
-from ..require import require_sinks
 
 
 def dense_attention(
@@ -14,7 +13,7 @@ def dense_attention(
     q: Float[Array, "batch tokens q_heads head_dim"],
     k: Float[Array, "batch length kv_heads head_dim"],
     v: Float[Array, "batch length kv_heads value_dim"],
-    sinks: Float[Array, " q_heads"] | None = None,
+    sinks: Sinks | None = None,
 ) -> Float[Array, "batch tokens q_heads value_dim"]:
     """The spec's attention without pages: the training-time twin of a paged layer.
 
@@ -30,7 +29,7 @@ def dense_attention(
     require_sinks(spec, sinks)
     program = Program.from_spec(spec)
     batch, tokens, length = *q.shape[:2], k.shape[1]
-    grouped = q.astype(jnp.float32).reshape(batch, tokens, spec.num_kv_heads, spec.group, -1)
+    grouped = q.astype(jnp.float32).reshape(batch, tokens, spec.num_kv_heads, spec.group, spec.head_dim)
     s = program.scale * jnp.einsum("bthgd,bjhd->bhgtj", grouped, k.astype(jnp.float32), precision="highest")
     p, j = length - tokens + jnp.arange(tokens)[:, None], jnp.arange(length)
     head = jnp.arange(spec.num_q_heads).reshape(spec.num_kv_heads, spec.group, 1, 1)
@@ -41,7 +40,7 @@ def dense_attention(
     is_empty = total == 0
     total = jnp.where(is_empty, 1.0, total)
     out = jnp.einsum("bhgtj,bjhd->bthgd", weights / total, v.astype(jnp.float32), precision="highest")
-    out = out.reshape(batch, tokens, spec.num_q_heads, -1)
+    out = out.reshape(batch, tokens, spec.num_q_heads, v.shape[-1])
     if sinks is not None:
         lse = jnp.where(is_empty, -jnp.inf, jnp.log(total) + top)[..., 0]
         lse = jnp.moveaxis(lse.reshape(batch, spec.num_q_heads, tokens), 1, 2)
