@@ -42,7 +42,7 @@ FACTORS = {
     "soft_cap": (None, 7.0),
     "scale": (None, 0.11),
     "head_dim": (8, 16),
-    # pages_per_block, query_rows, blocks_per_step
+    # pages_per_block, rows_per_tile, blocks_per_step
     "schedule": (None, (3, 1, 2), (3, 5, 1)),
 }
 ROWS = covering_rows(FACTORS)
@@ -84,7 +84,7 @@ def _schedule(row):
     return (
         {"own": 1}
         if row["schedule"] is None
-        else dict(zip(("pages_per_block", "query_rows", "blocks_per_step"), row["schedule"], strict=True))
+        else dict(zip(("pages_per_block", "rows_per_tile", "blocks_per_step"), row["schedule"], strict=True))
     )
 
 
@@ -134,7 +134,7 @@ def test_single_features_equal_the_reference(lowering, single):
 @pytest.mark.parametrize("schedule", [(1, 16, 1, 1), (3, 2, 3, 1), (7, 5, 2, 3), (1, 2, 1, 3), (1, 1, 2, 2)], ids=str)
 def test_any_schedule_gives_the_same_attention(lowering, schedule):
     case = case_of("rich", "ragged")
-    names = "pages_per_block", "query_rows", "lanes", "blocks_per_step"
+    names = "pages_per_block", "rows_per_tile", "row_blocks_at_once", "blocks_per_step"
     attend = lowered(lowering, case, **dict(zip(names, schedule, strict=True)))
     for corner in ("mixed", "first page masked", "exact pages"):
         built = build(case.replace(corner=corner))
