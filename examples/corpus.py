@@ -19,7 +19,7 @@ def standard_library(held_out_every: int = 10) -> tuple[np.ndarray, list[np.ndar
 
 
 def bigram_loss(training: np.ndarray, text: np.ndarray) -> float:
-    """Nats a byte of a bigram model: counts of byte pairs in the training text, plus one for every pair."""
+    """Nats per byte of a bigram model: counts of byte pairs in the training text, plus one for every pair."""
     counts = np.ones((VOCABULARY, VOCABULARY))
     np.add.at(counts, (training[:-1], training[1:]), 1)
     log_probability = np.log(counts / counts.sum(axis=1, keepdims=True))

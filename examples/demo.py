@@ -60,7 +60,7 @@ def train_and_report(model: LanguageModel, training: np.ndarray, steps: int) -> 
     parameters = sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
     print(f"training {parameters:,} parameters on {len(training):,} bytes of the standard library's source")
     model, losses = train(model, windows, learning_rate=4e-3)
-    print(f"loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f} nats a byte")
+    print(f"loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f} nats per byte")
     return model
 
 
@@ -69,7 +69,7 @@ def beats_bigram(model: LanguageModel, training: np.ndarray, held_out: list[np.n
     text = np.concatenate([file[: 4 * CONTEXT] for file in held_out])
     ours, bigram = evaluate(model, text, CONTEXT), bigram_loss(training, text)
     print(
-        f"held-out loss: model {ours:.3f}, bigram {bigram:.3f} nats a byte: {'ok' if ours < bigram else 'NOT BETTER'}"
+        f"held-out loss: model {ours:.3f}, bigram {bigram:.3f} nats per byte: {'ok' if ours < bigram else 'NOT BETTER'}"
     )
     return ours < bigram
 
@@ -121,7 +121,7 @@ def serve(
     print_pages_over_time(reports)
     generated = sum(len(result.tokens) for result in results)
     processed = generated + sum(len(prompt) for prompt in prompts)
-    rates = f"{generated / seconds:.0f} a second, {processed / seconds:.0f} with the prompts'"
+    rates = f"{generated / seconds:.0f} per second, {processed / seconds:.0f} with the prompts'"
     print(f"{generated} tokens generated: {rates} (measured, wall time, compilation included)")
     print(f"{sum(result.preemptions for result in results)} preemptions")
     for result in results[:3]:

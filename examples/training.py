@@ -11,13 +11,13 @@ from .language_model import LanguageModel
 
 
 def loss(model: LanguageModel, tokens: Int[Array, "batch tokens_plus_1"]) -> Float[Array, ""]:
-    """Mean nats a token of predicting each token from those before it."""
+    """Mean nats per token of predicting each token from those before it."""
     logits = model.dense(tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 def train(model: LanguageModel, batches: np.ndarray, learning_rate: float) -> tuple[LanguageModel, list[float]]:
-    """The model after one step a batch (integers[steps, batch, tokens + 1]), and the loss of every step."""
+    """The model after one step per batch (integers[steps, batch, tokens + 1]), and the loss of every step."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, len(batches) // 10, len(batches))
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
     # The cache's index is part of the model but not of what is learnt: only inexact arrays are.
@@ -39,7 +39,7 @@ def train(model: LanguageModel, batches: np.ndarray, learning_rate: float) -> tu
 
 
 def evaluate(model: LanguageModel, text: np.ndarray, length: int) -> float:
-    """Mean nats a byte over the text, in windows of ``length`` bytes without overlap."""
+    """Mean nats per byte over the text, in windows of ``length`` bytes without overlap."""
     count = (len(text) - 1) // length
     windows = text[np.arange(count)[:, None] * length + np.arange(length + 1)]
     evaluated = eqx.filter_jit(loss)
