@@ -21,15 +21,33 @@ import gc
 import importlib
 import importlib.util
 import pathlib
+from typing import Any
 
 import equinox as eqx
 import hypothesis
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 pytest.register_assert_rewrite("tests.support", "tests.tpu")
+
+_Raises: Any = type(pytest.raises(Exception))
+
+
+def _let_annotations_rest(method: Any, is_disabled: bool) -> Any:
+    """Inside of `pytest.raises` an argument is wrong on purpose. The function's own error must come, and name it."""
+
+    def wrapped(self: Any, *args: Any) -> Any:
+        jaxtyping.config.update("jaxtyping_disable", is_disabled)
+        return method(self, *args)
+
+    return wrapped
+
+
+_Raises.__enter__ = _let_annotations_rest(_Raises.__enter__, True)
+_Raises.__exit__ = _let_annotations_rest(_Raises.__exit__, False)
 
 hypothesis.settings.register_profile("paged", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("paged")

@@ -8,6 +8,9 @@ from jaxtyping import Array
 
 from paged.spec import FLOAT_DTYPES, PageLayout, Sinks
 
+# Integers of the field's callers come as JAX's arrays or as NumPy's; lists are accepted too.
+AnyArray = Array | np.ndarray
+
 _LANES = 128
 # Sizes that a step without rows or without sequences has as 0.
 _MAY_BE_0 = ("batch", "chunk", "seqs", "tokens")

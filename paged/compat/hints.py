@@ -1,7 +1,7 @@
 """`Hints`: arguments that describe a kernel, made into the schedule of the kernel that runs."""
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from paged.lower import Attend, Call, Lowering, Schedule, ShardedAttend, lower
 from paged.spec import AttentionSpec, PageLayout
@@ -28,7 +28,9 @@ class Hints(NamedTuple):
     vmem_limit_bytes: int | None = None
 
     @classmethod
-    def of_decode(cls, num_splits: Any, pages_per_compute_block: Any, megacore_mode: Any, inline_seq_dim: Any) -> Self:
+    def of_decode(
+        cls, num_splits: Any, pages_per_compute_block: Any, megacore_mode: Any, inline_seq_dim: Any
+    ) -> "Hints":
         """The hints of `page_attention`. ``megacore_mode`` gives none: kernels do what ``"batch"`` and None ask for."""
         if megacore_mode not in MEGACORE_MODES:
             raise ValueError(f"megacore_mode must be one of {MEGACORE_MODES}; got {megacore_mode!r}.")
@@ -49,7 +51,7 @@ class Hints(NamedTuple):
     @classmethod
     def of_ragged(
         cls, vmem_limit_bytes: Any, num_kv_pages_per_block: Any = None, num_queries_per_block: Any = None
-    ) -> Self:
+    ) -> "Hints":
         """The hints of the ragged entry points."""
         if vmem_limit_bytes is None and num_kv_pages_per_block is None and num_queries_per_block is None:
             return cls()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,12 +10,13 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from paged.lower import Attend, Axes, Call, ShardedAttend
 from paged.spec import PageLayout, Pages, RaggedBatch, Sinks
 
 from . import arrays
+from .arrays import AnyArray
 from .devices import Devices
 from .hints import Hints, lowered, lowered_on
 from .number import flag
@@ -25,13 +27,13 @@ _CACHE = "[pages, page_size, 2 * kv_heads, head_dim]"
 
 
 def ragged_page_attention_v2(
-    query: Float[Array, "tokens q_heads head_dim"],
-    kv_pages: Float[Array, "pages page_size 2*kv_heads head_dim"],
-    context_lens: Int[Array, " seqs"],
-    block_tables: Int[Array, "seqs pages_per_seq"],
-    query_start_loc: Int[Array, " seqs_plus_1"],
-    num_seqs: Int[Array, "1"] | int,
-    softmax_aux: Float[Array, " q_heads"] | None = None,
+    query: Float[Array, "*tokens q_heads head_dim"],
+    kv_pages: Shaped[Array, "pages page_size *heads head_dim"],
+    context_lens: Int[AnyArray, " seqs"] | Sequence[Any],
+    block_tables: Int[AnyArray, "seqs pages_per_seq"] | Sequence[Any],
+    query_start_loc: Int[AnyArray, " seqs_plus_1"] | Sequence[Any],
+    num_seqs: Int[AnyArray, "..."] | Sequence[Any] | int,
+    softmax_aux: Float[Array, "..."] | None = None,
     *,
     softmax_scale: float | None = None,
     logits_soft_cap: float | None = None,
@@ -48,7 +50,7 @@ def ragged_page_attention_v2(
     axes: Axes | None = None,
     in_specs: Any = None,
     out_specs: Any = None,
-) -> Float[Array, "tokens q_heads head_dim"]:
+) -> Float[Array, "*tokens q_heads head_dim"]:
     """A ragged batch over pages that hold this step's keys and values already; causal.
 
     Sequence ``s`` owns rows ``query_start_loc[s] : query_start_loc[s + 1]``, the last of its ``context_lens[s]``
@@ -90,15 +92,15 @@ def ragged_page_attention_v2(
 
 
 def ragged_page_attention_v3(
-    queries: Float[Array, "tokens q_heads head_dim"],
-    keys: Float[Array, "tokens kv_heads head_dim"],
-    values: Float[Array, "tokens kv_heads head_dim"],
-    kv_pages: Float[Array, "pages page_size 2*kv_heads head_dim"],
-    context_lens: Int[Array, " seqs"],
-    block_tables: Int[Array, " seqs*pages_per_seq"],
-    query_start_loc: Int[Array, " seqs_plus_1"],
-    distribution: Int[Array, "3"],
-    softmax_aux: Float[Array, " q_heads"] | None = None,
+    queries: Float[Array, "*tokens q_heads head_dim"],
+    keys: Float[Array, "*tokens kv_heads head_dim"],
+    values: Float[Array, "*tokens kv_heads head_dim"],
+    kv_pages: Shaped[Array, "pages page_size *heads head_dim"],
+    context_lens: Int[AnyArray, " seqs"] | Sequence[Any],
+    block_tables: Int[AnyArray, " seqs_times_pages_per_seq"] | Sequence[Any],
+    query_start_loc: Int[AnyArray, " seqs_plus_1"] | Sequence[Any],
+    distribution: Int[AnyArray, "3"] | Sequence[Any],
+    softmax_aux: Float[Array, "..."] | None = None,
     *,
     softmax_scale: float | None = None,
     logits_soft_cap: float | None = None,
@@ -110,7 +112,7 @@ def ragged_page_attention_v3(
     axes: Axes | None = None,
     in_specs: Any = None,
     out_specs: Any = None,
-) -> tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "pages page_size 2*kv_heads head_dim"]]:
+) -> tuple[Float[Array, "*tokens q_heads head_dim"], Shaped[Array, "pages page_size *heads head_dim"]]:
     """Write this step's keys and values into their slots, then attend: a ragged batch in any order.
 
     ``context_lens`` count this step's own tokens. Returns ``(out, kv_pages)``, ``out`` as of

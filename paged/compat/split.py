@@ -1,17 +1,19 @@
 """Entry points over a cache of two arrays, ``[kv_heads, pages, page_size, head_dim]`` each: decode, and one prompt."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from paged.lower import Axes, Call
 from paged.spec import PageLayout, RaggedBatch
 
 from . import arrays
+from .arrays import AnyArray
 from .devices import Devices
 from .hints import Hints, lowered, lowered_on
 from .static import MASK_VALUE, Options
@@ -21,10 +23,10 @@ _CACHE = "[kv_heads, pages, page_size, head_dim]"
 
 def page_attention(
     query: Float[Array, "seqs q_heads head_dim"],
-    key_cache: Float[Array, "kv_heads pages page_size head_dim"],
-    value_cache: Float[Array, "kv_heads pages page_size head_dim"],
-    context_lens: Int[Array, " seqs"],
-    block_tables: Int[Array, "seqs max_blocks"],
+    key_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
+    value_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
+    context_lens: Int[AnyArray, " seqs"] | Sequence[Any],
+    block_tables: Int[AnyArray, "seqs max_blocks"] | Sequence[Any],
     attn_scale: float | None = None,
     max_context_len: int | None = None,
     num_splits: int = 0,
@@ -82,10 +84,10 @@ def page_attention(
 
 def prefill_page_attention(
     query: Float[Array, "chunk q_heads head_dim"],
-    key_cache: Float[Array, "kv_heads pages page_size head_dim"],
-    value_cache: Float[Array, "kv_heads pages page_size head_dim"],
-    context_len: Int[Array, "1"],
-    page_indices: Int[Array, " num_pages"],
+    key_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
+    value_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
+    context_len: Int[AnyArray, "1"] | Sequence[Any],
+    page_indices: Int[AnyArray, " num_pages"] | Sequence[Any],
     /,
     *,
     softmax_scale: float | None = None,

@@ -261,5 +261,4 @@ def _serve_in_order(
     return jax.lax.scan(serve, jnp.zeros((), jnp.int32), (extra, fits))[1]
 
 
-_INTEGERS: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
-register_module(PagePool(_INTEGERS, _INTEGERS, _INTEGERS, page_size=1), "page_size")
+register_module(jax.eval_shape(lambda: PagePool.init(1, num_slots=1, pages_per_seq=1, page_size=1)), "page_size")

@@ -5,7 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Sampler:
 
 
 def sample(
-    logits: Float[Array, "*batch vocab"], sampler: Sampler, keys: PRNGKeyArray | None = None
+    logits: Float[Array, "*batch vocab"], sampler: Sampler, keys: Key[Array, "*batch"] | None = None
 ) -> Int[Array, "*batch"]:
     """Draw one token for each row of logits, in float32.
 
@@ -96,7 +96,7 @@ def sample(
     return draw(logits.astype(jnp.float32).reshape(-1, vocab), keys.reshape(-1)).reshape(keys.shape)
 
 
-def _draw(logits: Float[Array, " vocab"], sampler: Sampler, key: PRNGKeyArray) -> Int[Array, ""]:
+def _draw(logits: Float[Array, " vocab"], sampler: Sampler, key: Key[Array, ""]) -> Int[Array, ""]:
     logits = logits / sampler.temperature
     if sampler.top_k is None and sampler.top_p is None:
         return jax.random.categorical(key, logits).astype(jnp.int32)

@@ -37,7 +37,7 @@ class AttentionSpec:
     sinks: bool = False
     scale: float | None = None
     mask: Mask | None = None
-    scores: tuple[ScoreOp, ...] = ()
+    scores: tuple[ScoreOp, ...] | list[ScoreOp] = ()
 
     def __post_init__(self):
         for name in ("num_q_heads", "num_kv_heads", "head_dim"):
@@ -89,7 +89,7 @@ class AttentionSpec:
     def score_ops(self) -> tuple[ScoreOp, ...]:
         """Every score operation after the scale, in order, bound to this spec's heads."""
         cap = () if self.soft_cap is None else (SoftCap(self.soft_cap),)
-        return tuple(op.bind(self.num_q_heads) for op in cap + self.scores)
+        return tuple(op.bind(self.num_q_heads) for op in (*cap, *self.scores))
 
     @property
     def softmax_scale(self) -> float:

@@ -8,9 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from .orders import ARRAY_AXES, PAGE_ORDERS, SCALE_AXES, SCALE_KINDS, PageOrder, ScaleKind
+
+# Where only shapes and dtypes count, a `jax.ShapeDtypeStruct` stands for an array.
+AnyArray = Array | jax.ShapeDtypeStruct
 
 _LANES = 128  # of a TPU's registers
 FLOAT_DTYPES = tuple(jnp.dtype(d) for d in ("float16", "bfloat16", "float32"))
@@ -141,7 +144,7 @@ class PageLayout:
         }
 
     def stack(
-        self, k: Float[Array, "*tokens kv_heads head_dim"], v: Float[Array, "*tokens kv_heads value_dim"]
+        self, k: Shaped[Array, "*tokens kv_heads head_dim"], v: Shaped[Array, "*tokens kv_heads value_dim"]
     ) -> tuple[Array, ...]:
         """Keys and values of tokens as the pool's arrays hold them: of each array, all axes but pages and offsets.
 
@@ -193,7 +196,7 @@ class PageLayout:
             return Pages(arrays, None, None, self)
         return Pages(arrays, jnp.ones(shape, jnp.float32), jnp.ones(shape, jnp.float32), self)
 
-    def wrap(self, *arrays: Array, k_scale: Array | None = None, v_scale: Array | None = None) -> "Pages":
+    def wrap(self, *arrays: AnyArray, k_scale: AnyArray | None = None, v_scale: AnyArray | None = None) -> "Pages":
         """Adopt existing arrays without a copy: ``wrap(kv)``, or ``wrap(k, v)`` in ``"split"`` order.
 
         Raises ``ValueError`` or ``TypeError`` naming the array when its shape or dtype is not this layout's.
@@ -225,9 +228,10 @@ class PageLayout:
 class Pages(eqx.Module):
     """A pool of pages: a pytree of arrays that knows its layout. Made by `PageLayout.init` and `PageLayout.wrap`."""
 
-    arrays: tuple[Array, ...]
-    k_scale: Array | None
-    v_scale: Array | None
+    # Of arrays; in a tree of how arrays lie on a mesh, of a `PartitionSpec` or a sharding for each.
+    arrays: tuple[Any, ...]
+    k_scale: Any
+    v_scale: Any
     layout: PageLayout = eqx.field(static=True)
 
     @property
