@@ -22,7 +22,7 @@ from .placing import SIZES, built, collectives, mesh_of, needs_devices, placed, 
 
 SCHEDULES = {
     "decode": DecodeSchedule(pages_per_block=2, buffers=3),
-    "ragged": RaggedSchedule(pages_per_block=2, rows_per_tile=16, buffers=2),
+    "ragged": RaggedSchedule(pages_per_block=2, rows_per_tile=16, single_rows=DecodeSchedule(pages_per_block=2)),
 }
 
 

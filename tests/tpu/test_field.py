@@ -20,7 +20,10 @@ from .interpreter import assert_equals_reference, interpreted, state_of, watched
 
 PHASES = {
     "decode": ({"page_size": 8, "phase": "decode"}, DecodeSchedule(pages_per_block=2)),
-    "ragged": ({"page_size": 64}, RaggedSchedule(pages_per_block=2, rows_per_tile=16)),
+    "ragged": (
+        {"page_size": 64},
+        RaggedSchedule(pages_per_block=2, rows_per_tile=16, single_rows=DecodeSchedule(pages_per_block=2)),
+    ),
 }
 every_phase = pytest.mark.parametrize("phase", ["decode", pytest.param("ragged", marks=pytest.mark.slow)])
 each_slow = pytest.mark.parametrize("phase", PHASES)

@@ -6,7 +6,7 @@ import inspect
 import jax.numpy as jnp
 import pytest
 
-from paged.lower import RaggedSchedule
+from paged.lower import DecodeSchedule, RaggedSchedule
 from paged.lower.tpu.pages import QueryTiles
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
@@ -45,7 +45,8 @@ def _case(**facts):
 
 
 def _schedule(pages_per_block=1, buffers=3):
-    return RaggedSchedule(pages_per_block=pages_per_block, rows_per_tile=16, buffers=buffers)
+    single_rows = DecodeSchedule(pages_per_block=pages_per_block)
+    return RaggedSchedule(pages_per_block=pages_per_block, rows_per_tile=16, buffers=buffers, single_rows=single_rows)
 
 
 # name: case, schedule, how transfers run. Two strip groups per tile, and two tiles per sequence, of 16 rows and of one.

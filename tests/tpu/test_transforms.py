@@ -16,7 +16,10 @@ from .interpreter import interpreted, watched
 # v5e: one core, on which decode writes and attends in one kernel.
 CASES = {
     "decode": (Case(spec=PLAIN, page_size=8, phase="decode"), DecodeSchedule(pages_per_block=2)),
-    "ragged": (Case(spec=PLAIN, page_size=64), RaggedSchedule(pages_per_block=2, rows_per_tile=16)),
+    "ragged": (
+        Case(spec=PLAIN, page_size=64),
+        RaggedSchedule(pages_per_block=2, rows_per_tile=16, single_rows=DecodeSchedule(pages_per_block=2)),
+    ),
 }
 
 
