@@ -36,9 +36,9 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BlockKernel:
-    """Code for the first pages of a block: as many as ``views`` has. Keys past these are not looked at.
+    """Code for one tile shape and the first pages of a block: as many pages as ``views`` has. It ignores later pages.
 
-    A whole block needs no mask where all its keys are visible. ``is_masked`` tells whether the mask is applied.
+    Its methods apply the mask if ``is_masked`` is True. A block whose keys are all visible needs no mask.
 
     * ``shape``: the tile that meets the block.
     * ``scores``: the program's score operations for the rows of a strip group. Their results are in units of log 2.
@@ -76,7 +76,8 @@ class BlockKernel:
         if scratch.token_scales is not None:
             heads = self.views.layout.num_kv_heads
             k_scale, v_scale = (self.views.scales(buffer, block.stage) for buffer in buffers[-2:])
-            # Scales past the length may be NaN. Those of keys meet the mask, but a weight of 0 times NaN is NaN.
+            # Scales past the length may be NaN. The mask replaces the scores of such keys. Their weights are 0, and 0
+            # times a value's scale of NaN would be NaN.
             v_scale = jnp.where(j[:1] < work.length[item], v_scale, 0.0)
             scales = jnp.concatenate([k_scale, v_scale], axis=0)
             for row in range(2 * heads):
@@ -131,12 +132,12 @@ class BlockKernel:
         scratch.scores[half, pl.ds(0, rows), pl.ds(0, keys)] = s
 
     def weigh(self, refs: Refs, block: Block, strip_group: Index, half: int, is_masked: bool) -> None:
-        """One step of the online softmax, from the scores in a half: add weights, and weights times values, to sums."""
+        """One step of the online softmax: add the weights of the scores in a half, and weights times values."""
         scratch, rows, keys = refs.scratch, self.shape.strip_group_rows, self.keys
         group_rows = self.shape.rows_of_strip_group(strip_group)
         head = self.shape.kv_head_of(strip_group)
         largest = jnp.max(scratch.block_top[half, pl.ds(0, rows)], axis=1, keepdims=True)
-        # A score is -inf where it is masked or where a bias says so.
+        # A score is -inf if it is masked or if a bias makes it so. Without either, `raise_top` needs no care for -inf.
         is_finite = not is_masked and not self.has_score_ops
         largest = jnp.broadcast_to(largest, (rows, LANES))
         scratch.top[group_rows], origin, decay = raise_top(
@@ -144,7 +145,7 @@ class BlockKernel:
         )
         s = scratch.scores[half, pl.ds(0, rows), pl.ds(0, keys)]
         weights = [jnp.exp2(lanes - origin) for lanes in _lane_groups(s)]
-        # Lane by lane: lanes are summed once, when the tile is done.
+        # Sums stay apart in their lanes. `TileKernel` adds the lanes up once, when the tile is done.
         scratch.total[group_rows] = decay * scratch.total[group_rows] + sum(weights[1:], weights[0])
         v = self._stored(refs, block, head, 1)
         weights = _side_by_side(weights)
@@ -181,9 +182,10 @@ class BlockKernel:
 
 
 def _of_heads(arrays: tuple[Ref, ...], terms: Terms, heads: list[Index], rows: int) -> tuple[Any, ...]:
-    """What the terms need of query heads, for ``rows`` rows of which each head in turn has as many as the others.
+    """The values that the terms need, for ``rows`` rows that are divided evenly among ``heads``, in order.
 
-    Terms were traced for a column of rows. An array of one number for all rows is the same for all heads.
+    ``arrays`` have one number per query head. The terms expect one number per row, or one number for all rows if it is
+    the same for all heads.
     """
     shapes = jax.eval_shape(terms.early, jax.ShapeDtypeStruct((rows, 1), jnp.int32))
     found = []

@@ -1,8 +1,8 @@
 """The memory that the prefill kernel reads, writes and works in, and the layout of its queries and results in HBM.
 
 Several arrays of the scratch memory have a leading axis of 2. They are *double buffers*: one *half* is filled while the
-other one is read. For queries the halves take turns from tile to tile, for what is prepared of a block of keys from
-block to block, and for scores from strip group to strip group.
+other half is read. Then the halves change their roles: in the buffer of queries from tile to tile, in the buffers of
+what is prepared for a block from block to block, and in the buffers of scores from strip group to strip group.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from ..pages import Stream
 
 
 class Inputs(NamedTuple):
-    """The kernel's operands, except for its work list. Those in scalar memory come first, those in HBM after them.
+    """The kernel's operands, except for its work list: first the arrays in scalar memory, then the arrays in HBM.
 
     * ``k_scale`` f32[kv_heads]: the factor of each KV head's stored keys; None where keys have no such scales.
     * ``arrays``: a tuple of what the scores and masks need of each query head, [q_heads] each.
@@ -39,8 +39,8 @@ class Outputs(NamedTuple):
 class Scratch(NamedTuple):
     """The kernel's scratch memory: shapes when the kernel is launched, references inside it.
 
-    A strip group's number is that in `TileShape`. Rows are in the order of strips. "Of all rows" means the rows of all
-    strip groups; only arrays without these words are shared by strip groups.
+    "All rows" are the rows of all strip groups, in the order of strips: see `TileShape`. Memory for the "rows of a
+    strip group" is used by one strip group after the other.
 
     The stream of pages, see `Stream`:
 
