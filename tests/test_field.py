@@ -1,12 +1,24 @@
 """Faults that other paged-attention kernels have had; each test is named after the property that such a fault broke."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import paged
 from paged.spec import AttentionSpec, AttentionState, RaggedBatch
-from tests.support import Case, assert_state, build, case_of, every_lowering, exact_state, lowered, state_of
+from tests.support import (
+    Case,
+    assert_bitwise,
+    assert_state,
+    build,
+    case_of,
+    every_lowering,
+    exact_state,
+    lowered,
+    state_of,
+)
 
 PLAIN = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
 
@@ -86,14 +98,19 @@ def test_an_empty_sequence_does_not_show_the_row_before_it(lowering):
 
 @every_lowering
 def test_a_length_past_the_table_reads_nothing_of_the_next_sequence(lowering):
-    """It is clamped to the table's capacity, and so are the positions that a window counts from."""
+    """Positions follow the length, so that a window counts from there; keys past the table do not exist."""
     case = _decode(PLAIN.replace(window=5), corner="exact pages")
     built, attend = build(case), lowered(lowering, case.replace(corner="mixed"))
     assert int(built.batch.lengths[3]) == 16
-    for length in (17, 10**6, 2**31 - 1):
-        long = RaggedBatch.decode(built.batch.lengths.at[3].set(length), built.batch.block_tables)
-        for got, want in zip(attend.state(built.q, built.pages, long), state_of(attend, built), strict=True):
-            np.testing.assert_array_equal(got, want)
+    plain, others = state_of(attend, built), np.array([0, 1, 2, 4])
+    for length, keys in ((17, 4), (20, 1), (21, 0), (10**6, 0), (2**31 - 1, 0)):
+        batch = RaggedBatch.decode(built.batch.lengths.at[3].set(length), built.batch.block_tables)
+        long = dataclasses.replace(built, batch=batch)
+        got, want = state_of(attend, long), exact_state(long)
+        assert_bitwise(got, plain, rows=others)
+        np.testing.assert_allclose(got.out, want.out, rtol=0, atol=1e-5)
+        assert (np.isneginf(got.lse[3]) == (keys == 0)).all() and (np.isneginf(want.lse[3]) == (keys == 0)).all()
+        assert (np.asarray(got.out[3]).any() != 0) == (keys > 0)
 
 
 @every_lowering

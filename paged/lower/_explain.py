@@ -71,9 +71,9 @@ def _count_pages(program: Program, size: int, call: Call, batch: RaggedBatch) ->
     """How many pages of ``size`` tokens the live sequences may see, and how many their tokens fill."""
     seqs = Sequences.of(batch, call.tokens, size)
 
-    def count(length, rows, table):
-        return jnp.sum(page_coverage(program, length - rows, length, length, table, size, call.num_pages).some)
+    def count(first, rows, length, table):
+        return jnp.sum(page_coverage(program, first, first + rows, length, table, size, call.num_pages).some)
 
-    visited = jax.vmap(count)(seqs.lengths, seqs.counts, seqs.tables)
+    visited = jax.vmap(count)(seqs.positions, seqs.counts, seqs.lengths, seqs.tables)
     held = jnp.where(seqs.counts > 0, -(-seqs.lengths // size), 0)
     return int(np.sum(visited)), int(np.sum(held))

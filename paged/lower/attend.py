@@ -172,9 +172,10 @@ def run_state(
     """
     if not batch.has_rows(q.shape[0]):
         return AttentionState.empty(q.shape[0], program.num_q_heads, attend.layout.value_dim, q.dtype)
-    lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
-    state = lowering.state(program, schedule, q, pages, batch)
-    return _finish(attend, state, q, batch, sinks, merge)
+    call, seqs = Call.of(q, pages, batch), Sequences.of(batch, q.shape[0], pages.layout.page_size)
+    lowering, schedule, _ = attend.choice(call)
+    state = lowering.state(program, schedule, call, q, pages, seqs)
+    return _finish(attend, state, q, seqs, sinks, merge)
 
 
 def run_update(
@@ -191,19 +192,20 @@ def run_update(
     """`run_state` after a write of this step's keys and values."""
     if not batch.has_rows(q.shape[0]):
         return run_state(attend, program, q, pages, batch, sinks), pages
-    lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
-    state, pages = lowering.update(program, schedule, q, k, v, pages, batch)
-    return _finish(attend, state, q, batch, sinks, merge), pages
+    call, seqs = Call.of(q, pages, batch), Sequences.of(batch, q.shape[0], pages.layout.page_size)
+    lowering, schedule, _ = attend.choice(call)
+    state, pages = lowering.update(program, schedule, call, q, k, v, pages, seqs)
+    return _finish(attend, state, q, seqs, sinks, merge), pages
 
 
 def _finish(
-    attend: Attend, state: AttentionState, q: Array, batch: RaggedBatch, sinks: Array | None, merge: Merge | None
+    attend: Attend, state: AttentionState, q: Array, seqs: Sequences, sinks: Array | None, merge: Merge | None
 ) -> AttentionState:
     """The state in the queries' dtype, with sinks in the rows that sequences own."""
     # Sinks enter once, after the merge: a sink in each device's state would count once per device.
     state = state if merge is None else merge(state)
     if sinks is not None:
-        is_row = Sequences.of(batch, q.shape[0], attend.layout.page_size).owner(q.shape[0])[1]
+        is_row = seqs.owner(q.shape[0])[1]
         with_sinks = add_sinks(state, sinks_per_head(attend.spec, sinks))
         state = AttentionState(with_sinks.out, jnp.where(is_row[:, None], with_sinks.lse, state.lse))
     return AttentionState(state.out.astype(q.dtype), state.lse)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 
 from jaxtyping import Array
 
-from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch
+from paged.spec import AttentionState, PageLayout, Pages
 
-from .program import Call, Program
+from .program import Call, Program, Sequences
 
 # Every lowering's class of schedules, by the lowering's name.
 _CLASSES: dict[str, type["Schedule"]] = {}
@@ -160,8 +160,13 @@ class Lowering(abc.ABC):
         return []
 
     @abc.abstractmethod
-    def state(self, program: Program, schedule: Schedule, q: Array, pages: Pages, batch: RaggedBatch) -> AttentionState:
-        """The batch's state in float32, without sinks; ``(0, -inf)`` in empty rows and rows of no sequence."""
+    def state(
+        self, program: Program, schedule: Schedule, call: Call, q: Array, pages: Pages, seqs: Sequences
+    ) -> AttentionState:
+        """The state of every query row in float32, without sinks; ``(0, -inf)`` in empty rows and rows of no sequence.
+
+        ``call`` holds the shapes of ``q``, ``pages`` and ``seqs``, and the number of rows that every sequence has.
+        """
 
     def refuses_write(self, layout: PageLayout) -> str | None:
         """Why its `write` is not for pages of this layout, or None when it is."""
@@ -169,12 +174,23 @@ class Lowering(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
-        """The pages with this step's keys and values in their slots; rows without a slot are dropped."""
+    def write(self, k: Array, v: Array, pages: Pages, seqs: Sequences, query_rows: int | None) -> Pages:
+        """The pages with this step's keys and values in their places; rows without a place are dropped.
+
+        ``query_rows`` is the number of rows that every sequence has, None where it varies.
+        """
 
     def update(
-        self, program: Program, schedule: Schedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
+        self,
+        program: Program,
+        schedule: Schedule,
+        call: Call,
+        q: Array,
+        k: Array,
+        v: Array,
+        pages: Pages,
+        seqs: Sequences,
     ) -> tuple[AttentionState, Pages]:
         """`write`, then `state` over what was written."""
-        pages = self.write(k, v, pages, batch)
-        return self.state(program, schedule, q, pages, batch), pages
+        pages = self.write(k, v, pages, seqs, call.query_rows)
+        return self.state(program, schedule, call, q, pages, seqs), pages

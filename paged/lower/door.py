@@ -13,7 +13,7 @@ from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
 from .attend import Attend
 from .base import Lowering, Schedule
 from .mesh import Axes, ShardedAttend, lower_on_mesh, require_mesh
-from .program import Program
+from .program import Program, Sequences
 from .registry import select, select_write
 from .require import require_layout, require_new_tokens, require_pages
 from .schedule import Advice
@@ -124,4 +124,7 @@ def write(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _write(lowering: Lowering, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
-    return lowering.write(k, v, pages, batch) if batch.has_rows(k.shape[0]) else pages
+    if not batch.has_rows(k.shape[0]):
+        return pages
+    seqs = Sequences.of(batch, k.shape[0], pages.layout.page_size)
+    return lowering.write(k, v, pages, seqs, batch.query_rows)

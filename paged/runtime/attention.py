@@ -142,7 +142,7 @@ class PagedAttention(eqx.Module):
         """
         self._require_features(x, "[tokens, embed_dim]", 2)
         tokens = x.shape[0]
-        _, positions, _ = Sequences.of(batch, tokens, self.layout.page_size).positions(tokens)
+        _, positions, _ = Sequences.of(batch, tokens, self.layout.page_size).rows(tokens)
         q, k, v = self._project(x, positions)
         out, pages = self.cache.attend_pages(q, k, v, pages, batch, self.sinks)
         return jax.vmap(self.output_proj)(out.reshape(tokens, -1)), pages

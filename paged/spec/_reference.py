@@ -81,7 +81,7 @@ def _rows(batch: RaggedBatch, tokens: int, page_size: int) -> dict[str, Array]:
     row = jnp.arange(tokens)[:, None]
     owns = (row >= start) & (row < stop) & is_live_slot  # [tokens, seqs]
     seq = jnp.argmax(owns, axis=1)
-    length = jnp.clip(batch.lengths, 0, batch.pages_per_seq * page_size)[seq]
+    length = jnp.maximum(batch.lengths, 0)[seq]
     position = length - (stop - start)[seq] + row[:, 0] - start[seq]
     return {"seq": seq, "is_live": owns.any(axis=1), "length": length, "position": position}
 

@@ -152,7 +152,11 @@ SILENT = {
     "num_seqs over": ("num_seqs over", _batch(num_seqs=4, lengths=[5, 9, 4, 0], query_starts=[0, 2, 5, 6, 6])),
     "num_seqs under": ("num_seqs under", _batch(num_seqs=0)),
     "decreasing": ("decreasing", None),
-    "length over": ("length over", _batch(lengths=[5, 12, 4, -3])),
+    # Keys past the table do not exist: as in a wider table, whose other entries are holes.
+    "length over": (
+        "length over",
+        _batch(lengths=[5, 13, 4, -3], block_tables=[[*row, -1] for row in GOOD["block_tables"]]),
+    ),
     "length under": ("length under", _batch(lengths=[5, 9, 0, -3])),
     "fewer than rows": ("fewer than rows", None),
     "hole": ("hole", None),

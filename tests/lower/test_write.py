@@ -64,6 +64,28 @@ def test_a_hole_drops_its_tokens_and_touches_nothing(order, hole):
     assert (before[written] != after[written]).any(axis=-1).all()
 
 
+@pytest.mark.parametrize("order", PAGE_ORDERS)
+def test_rows_past_the_table_touch_nothing(order):
+    """Of six rows three are past the last entry; of the first sequence's, in a table that is full, the only one."""
+    built = build(case_of("plain", "ragged", order=order, corner="one past a page"), hold_new=False)
+    assert built.batch.lengths.tolist()[2] == 13 and built.batch.pages_per_seq * 4 == 16
+    for length in (17, 2**31 - 1):
+        lengths = built.batch.lengths.at[0].set(length).at[2].set(19)
+        batch = RaggedBatch(lengths, built.batch.block_tables, built.batch.query_starts, built.batch.num_seqs)
+        pages = paged.write(built.k, built.v, built.pages, batch)
+        rows = {owner: row for row, owner in enumerate(built.row_of) if owner is not None}
+        want = {}  # place in the pages -> row
+        for (s, position), row in rows.items():
+            position += {0: length - 5, 2: 6}.get(s, 0)
+            if position < 16:
+                want[int(batch.block_tables[s, position // 4]), position % 4] = row
+        before, after = _by_slot(built.pages), _by_slot(pages)
+        assert set(zip(*np.nonzero((before != after).any(axis=-1)), strict=True)) == set(want)
+        for (page, offset), row in want.items():
+            np.testing.assert_array_equal(pages.keys()[page, :, offset], built.k[row])
+        assert len(want) == 13 - 1 - 3
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rounds_to_the_pages_dtype_once(dtype):
     built = build(case_of("plain", "ragged", dtype=dtype), hold_new=False)

@@ -13,13 +13,13 @@ def attention_by_loops(spec, q, k: Pool, v: Pool, lengths, tables, starts, num_s
     pages, _, size, value_dim = v.shape
     out, lse = np.zeros((len(q), heads, value_dim)), np.full((len(q), heads), -np.inf)
     for s in range(min(max(num_seqs, 0), len(lengths))):
-        length = min(max(int(lengths[s]), 0), tables.shape[1] * size)
+        length = max(int(lengths[s]), 0)
         rows = int(starts[s + 1]) - int(starts[s])
         for i in range(rows):
             p, row = length - rows + i, int(starts[s]) + i
             for h in range(heads):
                 scores, values = [], []
-                for j in range(length):
+                for j in range(min(length, tables.shape[1] * size)):
                     page = int(tables[s][j // size])
                     if is_visible_by_rule(spec, p, j) and 0 <= page < pages:
                         at = (page, h // (heads // kv_heads), j % size)

@@ -15,6 +15,7 @@ from .edges import (
     assert_gradients_are_those_of_xla,
     assert_nothing_is_seen,
     assert_num_seqs_is_clamped,
+    assert_update_drops_rows_past_the_table,
     assert_update_is_write_then_attend,
     items_of_launches,
     with_batch,
@@ -44,14 +45,11 @@ def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
     assert not np.array_equal(exact_state(holed).out, exact_state(built).out)
 
 
-def test_lengths_out_of_range_are_clamped():
-    built = build(CASE.replace(corner="first page masked"))
+def test_lengths_past_the_table_keep_positions_and_negative_ones_are_none():
+    built = build(CASE.replace(corner="first page masked"), hold_new=False)
     assert built.batch.lengths.tolist() == [32, 31, 25, 32, 32]
-    wild = with_batch(built, lengths=jnp.array([33, -1, -(2**31), 2**31 - 1, 10**6], jnp.int32))
-    clamped = with_batch(built, lengths=jnp.array([32, 0, 0, 32, 32], jnp.int32))
-    got = state_of(_attend(), wild)
-    assert_bitwise(got, state_of(_attend(), clamped))
-    assert_bitwise(got, state_of(_attend(), built), rows=np.array([0, 1, 6, 7, 8, 9]))
+    wild = with_batch(built, lengths=jnp.array([33, -1, -(2**31), 2**31 - 1, 34], jnp.int32))
+    got = assert_update_drops_rows_past_the_table(_attend(), wild)
     assert_nothing_is_seen(got, slice(2, 6))
 
 

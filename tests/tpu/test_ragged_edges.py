@@ -15,9 +15,11 @@ from tests.support import CORNERS, Case, Corner, assert_bitwise, build, exact_st
 from tests.support.specs import PLAIN
 
 from .edges import (
+    assert_close_to,
     assert_gradients_are_those_of_xla,
     assert_nothing_is_seen,
     assert_num_seqs_is_clamped,
+    assert_update_drops_rows_past_the_table,
     assert_update_is_write_then_attend,
     items_of_launches,
     with_batch,
@@ -63,15 +65,6 @@ def test_every_corner_equals_the_reference(corner):
     assert_equals_reference(_attend(), _built(corner))
 
 
-def _assert_equals(got, want):
-    """Both in float32, each within `TOLERANCES` for inputs of this spread: 1.5 x 20 roundings of values up to 10."""
-    np.testing.assert_array_equal(np.isneginf(got.lse), np.isneginf(want.lse))
-    seen = ~np.isneginf(np.asarray(want.lse))
-    np.testing.assert_allclose(got.out, want.out, rtol=0, atol=4e-5)
-    np.testing.assert_allclose(np.asarray(got.lse)[seen], np.asarray(want.lse)[seen], rtol=0, atol=4e-5)
-    assert not np.asarray(got.out)[~seen].any()
-
-
 def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
     """Table entries outside the pool: for the only page of a sequence of one row, and for last and middle pages of
     sequences of many rows."""
@@ -81,20 +74,17 @@ def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
         table = table.at[s, page].set(hole)
     holed = with_batch(built, block_tables=table)
     got = state_of(_attend(), holed)
-    _assert_equals(got, exact_state(holed))
+    assert_close_to(got, exact_state(holed))
     assert np.isneginf(np.asarray(got.lse)[_rows_of(built, 1)]).all()
     assert not np.array_equal(exact_state(holed).out, exact_state(built).out)
     assert_bitwise(got, state_of(_attend(), built), rows=_rows_of(built, 4))
 
 
-def test_lengths_out_of_range_are_clamped():
+def test_lengths_past_the_table_keep_positions_and_negative_ones_are_none():
     corner = Corner(((4, 0), (1, 0), (4, 0), (1, 0), (4, -1)), (18, 20, 1, 1, 5))
-    built = _built(corner)
+    built = _built(corner, hold_new=False)
     wild = with_batch(built, lengths=jnp.array([257, -1, 2**31 - 1, -(2**31), 255], jnp.int32))
-    clamped = with_batch(built, lengths=jnp.array([256, 0, 256, 0, 255], jnp.int32))
-    got = state_of(_attend(), wild)
-    assert_bitwise(got, state_of(_attend(), clamped))
-    assert_bitwise(got, state_of(_attend(), built), rows=_rows_of(built, 0, 2, 4))
+    got = assert_update_drops_rows_past_the_table(_attend(), wild)
     assert_nothing_is_seen(got, _rows_of(built, 1, 3))
 
 
@@ -132,7 +122,7 @@ def test_starts_that_are_faults_show_no_row_of_anothers(starts):
     """The reference does not define these, so the result is compared with the XLA lowering's. Both clamp the starts."""
     faulty = with_batch(_built(), query_starts=jnp.array(starts, jnp.int32))
     xla = paged.lower(CASE.spec, CASE.layout, "xla")
-    _assert_equals(state_of(_attend(), faulty), xla.state(faulty.q, faulty.pages, faulty.batch))
+    assert_close_to(state_of(_attend(), faulty), xla.state(faulty.q, faulty.pages, faulty.batch))
 
 
 # Every sequence has two tiles, one of 16 rows and one of a single row. A page is a whole block. In these corners no

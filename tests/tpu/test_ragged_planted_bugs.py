@@ -6,12 +6,11 @@ import inspect
 import jax.numpy as jnp
 import pytest
 
-from paged.lower import DecodeSchedule, RaggedSchedule
-from paged.lower.tpu.pages import QueryTiles
+from paged.lower import DecodeSchedule, RaggedSchedule, Sequences
+from paged.lower.tpu.decode import TpuDecode
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
 from paged.lower.tpu.pages.work import Visited
-from paged.lower.tpu.prefill import lowering as ragged_module
 from paged.lower.tpu.prefill import tile as tile_module
 from paged.lower.tpu.prefill.block import Block, BlockKernel
 from paged.lower.tpu.prefill.kernel import PrefillKernel
@@ -110,26 +109,26 @@ def _one_half(stage, half, entry):
 
 
 def _a_row_too_far(original):
-    def cut(cls, *args):
-        tiles = original(cls, *args)
+    def cut(self, *args):
+        tiles = original(self, *args)
         return tiles._replace(starts=tiles.starts + 1)
 
     return cut
 
 
 def _a_position_too_far(original):
-    def cut(cls, *args):
-        tiles = original(cls, *args)
+    def cut(self, *args):
+        tiles = original(self, *args)
         return tiles._replace(positions=tiles.positions + 1)
 
     return cut
 
 
 def _of_the_next_slot(original):
-    def state_of_sequences(*args):
-        return AttentionState(*(jnp.roll(x, 1, axis=0) for x in original(*args)))
+    def run_state(self, *args):
+        return AttentionState(*(jnp.roll(x, 1, axis=0) for x in original(self, *args)))
 
-    return state_of_sequences
+    return run_state
 
 
 def _a_row_before(original):
@@ -161,9 +160,7 @@ BUGS = {
     "first scores of the next block from this one": (
         _attribute(tile_module, "_choose", lambda _: lambda condition, yes, no: yes), "late", "wrong",
     ),
-    "decoded rows of the next slot": (
-        _attribute(ragged_module, "state_of_sequences", _of_the_next_slot), "mixed", "wrong",
-    ),
+    "decoded rows of the next slot": (method(TpuDecode, "run_state", _of_the_next_slot), "mixed", "wrong"),
     "no wait for whole blocks": (method(Transfers, "wait", nothing), "late", "nan"),
     "no wait for blocks of few pages": (method(Transfers, "wait_for", nothing), "late", "nan"),
     "no wait for queries": (method(PrefillKernel, "_queries", never_awaited), "late", "nan"),
@@ -176,8 +173,8 @@ BUGS = {
     "partial pages taken for full": (method(Visited, "of", all_full), "early", "nan"),
     "keys of another head": (method(BlockKernel, "_stored", _of_the_other_head), "early", "wrong"),
     "results of another head": (method(TileShape, "q_head_of", _results_of_the_other_head), "early", "wrong"),
-    "tiles a row too far": (method(QueryTiles, "cut", _a_row_too_far), "early", "exception"),
-    "tiles a position too far": (method(QueryTiles, "cut", _a_position_too_far), "early", "wrong"),
+    "tiles a row too far": (method(Sequences, "cut", _a_row_too_far), "early", "exception"),
+    "tiles a position too far": (method(Sequences, "cut", _a_position_too_far), "early", "wrong"),
     "the next block is deinterleaved over this one": (
         _attribute(tile_module, "Block", lambda _: _one_half), "interleaved", "wrong",
     ),

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from paged.lower import Program, Sequences
-from paged.lower.tpu.pages import QueryTiles
 from paged.lower.tpu.pages.work import Visited
 from paged.lower.tpu.prefill.shape import _MOST_ROWS, TileShape, most_tiles
 from paged.spec import AttentionSpec, Causal, Chunk, Prefix
@@ -18,16 +17,17 @@ ROWS = ((0, 0, 0, 0, 0), (1, 1, 1, 1, 1), (17, 0, 1, 16, 30), (64, 0, 0, 0, 0), 
 
 
 def _sequences(counts, lengths=(300, 40, 64, 16, 64)):
-    counts, tables = np.array(counts), np.arange(20).reshape(5, 4)
+    counts, lengths, tables = np.array(counts), np.array(lengths), np.arange(20).reshape(5, 4)
     starts = np.cumsum(counts) - counts
-    return Sequences(*(jnp.asarray(x, jnp.int32) for x in (starts, counts, lengths, tables)))
+    values = (starts, counts, lengths - counts, lengths, tables)
+    return Sequences(*(jnp.asarray(x, jnp.int32) for x in values))
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64])
 @pytest.mark.parametrize("counts", ROWS)
 def test_tiles_are_the_rows_of_each_sequence_in_turn(counts, rows):
     seqs = _sequences(counts)
-    tiles = QueryTiles.cut(seqs, rows, most_tiles(64, 5, rows))
+    tiles = seqs.cut(rows, most_tiles(64, 5, rows))
     want = [
         (int(seqs.starts[s]) + first, min(rows, n - first), int(seqs.lengths[s]) - n + first, int(seqs.lengths[s]), s)
         for s, n in enumerate(counts)
@@ -69,7 +69,7 @@ def _visited(spec, corner, rows, hole=False):
     seqs = Sequences.of(built.batch, 64, 8)
     if hole:
         seqs = seqs._replace(tables=seqs.tables.at[0, 7].set(-1).at[3, 3].set(built.pages.num_pages))
-    tiles = QueryTiles.cut(seqs, rows, most_tiles(64, 5, rows))
+    tiles = seqs.cut(rows, most_tiles(64, 5, rows))
     return case, tiles, Visited.of(Program.from_spec(spec), tiles, 8, built.pages.num_pages)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from paged.lower import Program, Sequences
 from paged.lower.tpu import CHIPS
-from paged.lower.tpu.pages import QueryTiles, chunks
+from paged.lower.tpu.pages import chunks
 from paged.lower.tpu.pages.work import Visited, _bounds
 from paged.spec import Prefix
 from tests.support import Case, build
@@ -21,7 +21,7 @@ def _visited(corner="mixed", **facts):
     case = Case(spec=SPEC, page_size=8, phase="decode", corner=corner, pages_per_seq=9, **facts)
     built = build(case)
     seqs = Sequences.of(built.batch, built.q.shape[0], 8)
-    return Visited.of(Program.from_spec(case.spec), QueryTiles.whole(seqs), 8, built.pages.num_pages)
+    return Visited.of(Program.from_spec(case.spec), seqs, 8, built.pages.num_pages)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])

@@ -1,6 +1,7 @@
 """The write alone, by kernels: the XLA write's pages, bit for bit, for every alignment and every kind of batch."""
 
 import dataclasses
+import functools
 import importlib.util
 
 import jax
@@ -18,7 +19,6 @@ from paged.lower.tpu.write import plan as plan_module
 from paged.lower.tpu.write import write_rows
 from paged.lower.tpu.write.granules import GRANULE, Granules
 from paged.lower.tpu.write.kernel import Partial, Whole
-from paged.lower.xla import XLA_BLOCKS
 from paged.spec import PAGE_ORDERS, PageLayout, Pages, RaggedBatch
 
 from .interpreter import MODES, KernelFault, params, watched
@@ -99,8 +99,13 @@ def _assert_same_bits(got: Pages, want: Pages):
         np.testing.assert_array_equal(_bits(one), _bits(other))
 
 
-_write = jax.jit(write_rows, static_argnums=(0, 1))
-_expected = jax.jit(XLA_BLOCKS.write)
+def _write_rows(chip, interpret, k, v, pages, batch):
+    seqs = Sequences.of(batch, k.shape[0], pages.layout.page_size)
+    return write_rows(chip, interpret, batch.query_rows, k, v, pages, seqs)
+
+
+_write = jax.jit(_write_rows, static_argnums=(0, 1))
+_expected = jax.jit(functools.partial(paged.write, target="xla"))
 
 
 def _assert_writes(layout, names, mode, chip, **watch):
@@ -170,10 +175,10 @@ def test_a_few_rows_of_known_number_are_written_by_one_kernel(small_rings):
     whole = _batch("few live")
     batch = RaggedBatch.decode(whole.lengths, whole.block_tables, 3, query_rows=rows)
     k, v = k[: SLOTS * rows], v[: SLOTS * rows]
-    text = str(jax.make_jaxpr(lambda *args: write_rows(chip, False, *args))(k, v, pages, batch))
+    text = str(jax.make_jaxpr(lambda *args: _write_rows(chip, False, *args))(k, v, pages, batch))
     assert "paged_write_partial" in text and "paged_write_whole" not in text
     got = watched(_write, chip, params("eager"), k, v, pages, batch)
-    _assert_same_bits(got, XLA_BLOCKS.write(k, v, pages, batch))
+    _assert_same_bits(got, paged.write(k, v, pages, batch, target="xla"))
 
 
 def _pieces(granules):
@@ -274,7 +279,7 @@ def _compiled(generation, layout, tokens=512, slots=16):
     batch = RaggedBatch(np.full(slots, 4096), tables, np.linspace(0, tokens, slots + 1).astype(int))
     new = jax.ShapeDtypeStruct((tokens, layout.num_kv_heads, layout.head_dim), jnp.bfloat16)
     chip = CHIPS[generation]
-    function = jax.jit(lambda *args: write_rows(chip, False, *args), donate_argnums=2)
+    function = jax.jit(lambda *args: _write_rows(chip, False, *args), donate_argnums=2)
     rows = tokens * layout.bytes_per_page // layout.page_size
     return compile_on(chip, function, new, new, layout.wrap(*arrays, **scales), batch), rows
 

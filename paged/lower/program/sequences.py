@@ -9,14 +9,18 @@ from paged.spec import RaggedBatch
 
 
 class Sequences(NamedTuple):
-    """The batch's sequences, for reading without a further thought: no value here can lead out of an array.
+    """The sequences of a batch, as lowerings read them: no value here can lead out of an array.
 
-    ``starts`` and ``counts`` give each slot's query rows, disjoint and in order; ``counts`` is 0 for dead slots.
-    ``lengths`` is within the table. Row ``i`` of slot ``s`` has position ``lengths[s] - counts[s] + i``.
+    Made once for each call. Slot ``s`` owns the query rows ``starts[s] : starts[s] + counts[s]``; slots' rows are
+    disjoint and in order, and ``counts`` is 0 for dead slots. Its first row is at position ``positions[s]``, row ``i``
+    at ``positions[s] + i``. Positions follow the caller's lengths, whatever the table holds. ``lengths`` counts the
+    keys that exist: those that have an entry in the table. A row at ``lengths[s]`` or beyond has no place to be
+    written to.
     """
 
     starts: Int[Array, " seqs"]
     counts: Int[Array, " seqs"]
+    positions: Int[Array, " seqs"]
     lengths: Int[Array, " seqs"]
     tables: Int[Array, "seqs pages_per_seq"]
 
@@ -28,9 +32,10 @@ class Sequences(NamedTuple):
         # A running maximum makes decreasing starts into empty sequences, so no row ever has two owners.
         bounds = jnp.maximum.accumulate(jnp.clip(batch.query_starts, 0, tokens))
         bounds = jnp.where(slot <= live, bounds, bounds[live])
-        lengths = jnp.clip(batch.lengths, 0, batch.pages_per_seq * page_size)
         counts = bounds[1:] - bounds[:-1]
-        return cls(bounds[:-1], counts, jnp.where(slot[:-1] < live, lengths, 0), batch.block_tables)
+        lengths = jnp.where(slot[:-1] < live, jnp.maximum(batch.lengths, 0), 0)
+        stored = jnp.minimum(lengths, batch.pages_per_seq * page_size)
+        return cls(bounds[:-1], counts, lengths - counts, stored, batch.block_tables)
 
     def owner(self, tokens: int) -> tuple[Int[Array, " tokens"], Bool[Array, " tokens"]]:
         """Each query row's slot, and whether it has one; the slot of a row without is any valid one."""
@@ -40,8 +45,24 @@ class Sequences(NamedTuple):
         is_owned = (row >= self.starts[slot]) & (row < self.starts[slot] + self.counts[slot])
         return slot, is_owned
 
-    def positions(self, tokens: int) -> tuple[Int[Array, " tokens"], Int[Array, " tokens"], Bool[Array, " tokens"]]:
-        """Each query row's slot and absolute position, and whether it is a live row with a position in the cache."""
+    def rows(self, tokens: int) -> tuple[Int[Array, " tokens"], Int[Array, " tokens"], Bool[Array, " tokens"]]:
+        """Each query row's slot and absolute position, and whether a slot owns it and its position is not negative."""
         slot, is_owned = self.owner(tokens)
-        position = self.lengths[slot] - self.counts[slot] + jnp.arange(tokens, dtype=jnp.int32) - self.starts[slot]
+        position = self.positions[slot] + jnp.arange(tokens, dtype=jnp.int32) - self.starts[slot]
         return slot, position, is_owned & (position >= 0)
+
+    def cut(self, rows: int, most: int) -> "Sequences":
+        """Tiles of up to ``rows`` consecutive query rows of one sequence, as if each were a sequence of its own.
+
+        There are ``most`` tiles. Those with rows come first, in the order of their sequences.
+        """
+        per_seq = (self.counts + rows - 1) // rows
+        ends = jnp.cumsum(per_seq)
+        tile = jnp.arange(most, dtype=jnp.int32)
+        seq = jnp.sum(ends <= tile[:, None], axis=1, dtype=jnp.int32)
+        is_live, seq = seq < ends.shape[0], jnp.minimum(seq, ends.shape[0] - 1)
+        first = (tile - (ends - per_seq)[seq]) * rows
+        counts = jnp.where(is_live, jnp.clip(self.counts[seq] - first, 0, rows), 0)
+        return Sequences(
+            self.starts[seq] + first, counts, self.positions[seq] + first, self.lengths[seq], self.tables[seq]
+        )

@@ -6,13 +6,14 @@ from typing import Any, ClassVar, Self
 
 from jaxtyping import Array
 
-from paged.spec import PageLayout, Pages, RaggedBatch
+from paged.spec import AttentionState, PageLayout, Pages
 
-from ..base import Lowering
-from ..program import Call, Program, refused_operations
+from ..base import Lowering, Schedule
+from ..program import Call, Program, Sequences, refused_operations
 from ..xla import XLA_BLOCKS
 from .chips import CHIPS, LANES, Chip, chip_named, this_chip
 from .pages import refuses_layout
+from .transforms import state_with_gradient, update_with_gradient
 from .write import refuses_write, write_rows
 
 
@@ -58,15 +59,55 @@ class TpuLowering(Lowering):
         chip = dataclasses.replace(self.target_chip, vmem_bytes=min(limit, self.target_chip.vmem_bytes))
         return dataclasses.replace(self, chip=chip)
 
+    def state(
+        self, program: Program, schedule: Schedule, call: Call, q: Array, pages: Pages, seqs: Sequences
+    ) -> AttentionState:
+        """`run_state`, with the XLA lowering's gradient."""
+        return state_with_gradient(self, program, schedule, call, q, pages, seqs)
+
+    def update(
+        self,
+        program: Program,
+        schedule: Schedule,
+        call: Call,
+        q: Array,
+        k: Array,
+        v: Array,
+        pages: Pages,
+        seqs: Sequences,
+    ) -> tuple[AttentionState, Pages]:
+        """`run_update`, with the XLA lowering's gradient."""
+        return update_with_gradient(self, program, schedule, call, q, k, v, pages, seqs)
+
+    @abc.abstractmethod
+    def run_state(
+        self, program: Program, schedule: Any, call: Call, q: Array, pages: Pages, seqs: Sequences
+    ) -> AttentionState:
+        """`state` by kernels, which has no rule for transforms."""
+
+    @abc.abstractmethod
+    def run_update(
+        self,
+        program: Program,
+        schedule: Any,
+        call: Call,
+        q: Array,
+        k: Array,
+        v: Array,
+        pages: Pages,
+        seqs: Sequences,
+    ) -> tuple[AttentionState, Pages]:
+        """`update` by kernels, which has no rule for transforms."""
+
     def refuses_write(self, layout: PageLayout) -> str | None:
         """Pages that a TPU cannot move by granules."""
         return refuses_write(layout, self.target_chip)
 
-    def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
+    def write(self, k: Array, v: Array, pages: Pages, seqs: Sequences, query_rows: int | None) -> Pages:
         """By kernels of their own, in place; by XLA what these refuse."""
         if self.refuses_write(pages.layout) is not None:
-            return XLA_BLOCKS.write(k, v, pages, batch)
-        return write_rows(self.target_chip, self.interpret, k, v, pages, batch)
+            return XLA_BLOCKS.write(k, v, pages, seqs, query_rows)
+        return write_rows(self.target_chip, self.interpret, query_rows, k, v, pages, seqs)
 
 
 def refuses_program(program: Program, layout: PageLayout) -> str | None:

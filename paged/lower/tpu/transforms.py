@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 from paged.spec import AttentionState, Pages
 
-from ..base import Lowering, Schedule
-from ..program import Program
+from ..base import Schedule
+from ..program import Call, Program, Sequences
 from ..xla import XLA_BLOCKS
 
 
@@ -26,51 +26,53 @@ def in_turn(run: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def state_with_gradient(
-    run: Callable[..., AttentionState],
-    lowering: Lowering,
-    program: Program,
-    schedule: Schedule,
-    q: Array,
-    pages: Pages,
-    batch: Any,
+    lowering: Any, program: Program, schedule: Schedule, call: Call, q: Array, pages: Pages, seqs: Sequences
 ) -> AttentionState:
-    """``run(lowering, program, schedule, q, pages, batch)``."""
-    return in_turn(functools.partial(run, lowering, program, schedule))(q, pages, batch)
+    """``lowering.run_state``, with the XLA lowering's gradient."""
+    return in_turn(functools.partial(lowering.run_state, program, schedule, call))(q, pages, seqs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def update_with_gradient(
-    run: Callable[..., tuple[AttentionState, Pages]],
-    lowering: Lowering,
+    lowering: Any,
     program: Program,
     schedule: Schedule,
+    call: Call,
     q: Array,
     k: Array,
     v: Array,
     pages: Pages,
-    batch: Any,
+    seqs: Sequences,
 ) -> tuple[AttentionState, Pages]:
-    """``run(lowering, program, schedule, q, k, v, pages, batch)``."""
-    return in_turn(functools.partial(run, lowering, program, schedule))(q, k, v, pages, batch)
+    """``lowering.run_update``, with the XLA lowering's gradient."""
+    return in_turn(functools.partial(lowering.run_update, program, schedule, call))(q, k, v, pages, seqs)
 
 
-def _state_forward(run: Any, lowering: Lowering, program: Program, schedule: Schedule, *args: Any):
-    return in_turn(functools.partial(run, lowering, program, schedule))(*args), args
+def _state_forward(lowering: Any, program: Program, schedule: Schedule, call: Call, *args: Any):
+    return in_turn(functools.partial(lowering.run_state, program, schedule, call))(*args), args
 
 
-def _state_backward(run: Any, lowering: Lowering, program: Program, schedule: Schedule, args: Any, cotangent: Any):
-    q, pages, batch = args
+def _state_backward(lowering: Any, program: Program, schedule: Schedule, call: Call, args: Any, cotangent: Any):
+    del lowering, schedule
+    q, pages, seqs = args
     own = XLA_BLOCKS.schedule(program, pages.layout)
-    _, pull = jax.vjp(lambda q, pages: XLA_BLOCKS.state(program, own, q, pages, batch), q, pages)
+    _, pull = jax.vjp(lambda q, pages: XLA_BLOCKS.state(program, own, call, q, pages, seqs), q, pages)
     return (*pull(cotangent), None)
 
 
-def _update_backward(run: Any, lowering: Lowering, program: Program, schedule: Schedule, args: Any, cotangent: Any):
-    *differentiable, batch = args
+def _update_forward(lowering: Any, program: Program, schedule: Schedule, call: Call, *args: Any):
+    return in_turn(functools.partial(lowering.run_update, program, schedule, call))(*args), args
+
+
+def _update_backward(lowering: Any, program: Program, schedule: Schedule, call: Call, args: Any, cotangent: Any):
+    del lowering, schedule
+    *differentiable, seqs = args
     own = XLA_BLOCKS.schedule(program, differentiable[-1].layout)
-    _, pull = jax.vjp(lambda q, k, v, pages: XLA_BLOCKS.update(program, own, q, k, v, pages, batch), *differentiable)
+    _, pull = jax.vjp(
+        lambda q, k, v, pages: XLA_BLOCKS.update(program, own, call, q, k, v, pages, seqs), *differentiable
+    )
     return (*pull(cotangent), None)
 
 
 state_with_gradient.defvjp(_state_forward, _state_backward)
-update_with_gradient.defvjp(_state_forward, _update_backward)
+update_with_gradient.defvjp(_update_forward, _update_backward)

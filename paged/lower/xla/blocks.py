@@ -52,5 +52,5 @@ class Blocks(NamedTuple):
         offset = (which - before) * rows + jnp.arange(rows)
         is_row = (offset < seqs.counts[seq]) & (which < self.count)
         row = jnp.where(is_row, seqs.starts[seq] + offset, 0)
-        position = seqs.lengths[seq] - seqs.counts[seq] + offset
+        position = seqs.positions[seq] + offset
         return Block(seq, row, position, is_row, seqs.lengths[seq])

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Bool, Float
 
-from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
+from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ..base import Lowering, Schedule
 from ..program import Call, Program, Sequences, plain_terms
@@ -51,14 +51,14 @@ class XlaBlocks(Lowering):
         self,
         program: Program,
         schedule: XlaSchedule,
+        call: Call,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
-        batch: RaggedBatch,
+        seqs: Sequences,
     ) -> AttentionState:
-        """The batch's state in float32, without sinks."""
-        seqs = Sequences.of(batch, q.shape[0], pages.layout.page_size)
+        """The state of every query row in float32, without sinks."""
         states = []
-        for rows, is_member in _phases(schedule, batch, seqs, q.shape[0]):
+        for rows, is_member in _phases(schedule, call, seqs):
             keys = schedule.pages_per_block * pages.layout.page_size
             terms = plain_terms(program, program.num_kv_heads, program.group * rows, keys)
             blocks_per_step = schedule.blocks_per_step if program.group * rows <= FEW_ROWS else 1
@@ -67,23 +67,22 @@ class XlaBlocks(Lowering):
         # Each row belongs to one phase; in the other it is the empty state, so that the merge is exact.
         return states[0] if len(states) == 1 else merge(*states)
 
-    def write(self, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
+    def write(self, k: Array, v: Array, pages: Pages, seqs: Sequences, query_rows: int | None) -> Pages:
         """One scatter."""
-        return write(k, v, pages, batch)
+        del query_rows
+        return write(k, v, pages, seqs)
 
 
-def _phases(
-    schedule: XlaSchedule, batch: RaggedBatch, seqs: Sequences, tokens: int
-) -> list[tuple[int, Bool[Array, " seqs"]]]:
+def _phases(schedule: XlaSchedule, call: Call, seqs: Sequences) -> list[tuple[int, Bool[Array, " seqs"]]]:
     """Query rows a block, and which sequences are cut into such blocks.
 
     Where all have the same known number of rows that is one phase. A ragged batch is two: sequences with one row,
     which would waste a larger block, and the others. A phase without members costs nothing.
     """
-    if batch.query_rows is not None or tokens == 1:
-        rows = min(batch.query_rows or 1, schedule.rows_per_tile)
+    if call.query_rows is not None or call.tokens == 1:
+        rows = min(call.query_rows or 1, schedule.rows_per_tile)
         return [(rows, seqs.counts > 0)]
-    rows = min(schedule.rows_per_tile, tokens)
+    rows = min(schedule.rows_per_tile, call.tokens)
     return [(1, seqs.counts == 1), (rows, seqs.counts > 1)] if rows > 1 else [(1, seqs.counts > 0)]
 
 

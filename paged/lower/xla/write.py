@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from paged.spec import PageLayout, Pages, RaggedBatch
+from paged.spec import PageLayout, Pages
 
 from ..jax_version import HAS_BIT_UPDATES_IN_PLACE
 from ..program import Sequences
@@ -26,23 +26,26 @@ def write(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads value_dim"],
     pages: Pages,
-    batch: RaggedBatch,
+    seqs: Sequences,
 ) -> Pages:
-    """The pages with each row's key and value at its position; rows of no sequence, and holes, are dropped."""
+    """The pages with each row's key and value at its position.
+
+    Dropped are rows of no sequence, rows before the first position or past the table, and rows whose page is a hole.
+    """
     rows, count = token_rows(k, v, pages), len(pages.arrays)
-    slots = _slots(batch, k.shape[0], pages)
+    slots = _slots(seqs, k.shape[0], pages)
     axes = pages.layout.page_axis, pages.layout.offset_axis
     arrays: Any = _put(axes, rows[:count], pages.arrays, slots)
-    return Pages(tuple(arrays), *write_scales(rows[count:], pages, batch), layout=pages.layout)
+    return Pages(tuple(arrays), *write_scales(rows[count:], pages, seqs), layout=pages.layout)
 
 
-def write_scales(rows: tuple[Array, ...], pages: Pages, batch: RaggedBatch) -> tuple[Array | None, Array | None]:
+def write_scales(rows: tuple[Array, ...], pages: Pages, seqs: Sequences) -> tuple[Array | None, Array | None]:
     """The pages' scales, with those of each row [tokens, kv_heads] at its position where tokens have their own."""
     scales, names = (pages.k_scale, pages.v_scale), pages.layout.scale_axes
     if names is None or "offset" not in names:
         return scales
     axes = names.index("page"), names.index("offset")
-    k_scale, v_scale = _put(axes, rows, scales, _slots(batch, rows[0].shape[0], pages))  # pyright: ignore
+    k_scale, v_scale = _put(axes, rows, scales, _slots(seqs, rows[0].shape[0], pages))  # pyright: ignore
     return k_scale, v_scale
 
 
@@ -122,13 +125,13 @@ def _index(axes: tuple[int, int], page: Array, slot: Array) -> tuple[Any, ...]:
     return tuple(index)
 
 
-def _slots(batch: RaggedBatch, tokens: int, pages: Pages) -> Slots:
+def _slots(seqs: Sequences, tokens: int, pages: Pages) -> Slots:
     size = pages.layout.page_size
-    seqs = Sequences.of(batch, tokens, size)
-    seq, position, is_live = seqs.positions(tokens)
-    position = jnp.where(is_live, position, 0)
+    seq, position, is_live = seqs.rows(tokens)
+    has_entry = is_live & (position < seqs.lengths[seq])
+    position = jnp.where(has_entry, position, 0)
     page = seqs.tables[seq, position // size]
-    is_mapped = is_live & (page >= 0) & (page < pages.num_pages)
+    is_mapped = has_entry & (page >= 0) & (page < pages.num_pages)
     return Slots(jnp.where(is_mapped, page, 0), position % size, is_mapped)
 
 

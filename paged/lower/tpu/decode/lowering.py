@@ -3,19 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
+from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ...base import Schedule
 from ...program import Call, Program, Sequences
 from ...xla import token_rows
 from ..base import TpuLowering
-from ..pages import QueryTiles, Visited, Work, chunks, pools_of
-from ..transforms import state_with_gradient, update_with_gradient
+from ..pages import Visited, Work, chunks, pools_of
 from ..write.granules import row_shape
 from .launch import New
 from .plan import alternatives, fits, launch_of, plan_schedule, refuses_call, vmem_bytes
@@ -66,80 +65,49 @@ class TpuDecode(TpuLowering):
             )
         return lines
 
-    def state(
+    def run_state(
+        self, program: Program, schedule: DecodeSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences
+    ) -> AttentionState:
+        """The state of sequences that have at most ``call.query_rows`` rows each."""
+        layout = pages.layout
+        launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret)
+        visited = Visited.of(program, seqs, layout.page_size, pages.num_pages)
+        states = []
+        for part in chunks(seqs.tables.shape, launch.chip, schedule.kv_splits):
+            work = visited.work(*part, **_cut(schedule))
+            states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.rows))
+        return functools.reduce(merge, states)
+
+    def run_update(
         self,
         program: Program,
         schedule: DecodeSchedule,
-        q: Float[Array, "tokens q_heads head_dim"],
+        call: Call,
+        q: Array,
+        k: Array,
+        v: Array,
         pages: Pages,
-        batch: RaggedBatch,
-    ) -> AttentionState:
-        """The batch's state in float32, without sinks. Its gradient is the XLA lowering's."""
-        return state_with_gradient(_state, self, program, schedule, q, pages, batch)
-
-    def update(
-        self, program: Program, schedule: DecodeSchedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
+        seqs: Sequences,
     ) -> tuple[AttentionState, Pages]:
-        """The write and the attention in one kernel. `write` goes first where a sequence is split, where one kernel
-        cannot hold the lists of pages, and on chips with two cores: one might read a page while the other writes it."""
-        return update_with_gradient(_update, self, program, schedule, q, k, v, pages, batch)
+        """The write and the attention in one kernel.
 
-
-def _state(
-    lowering: TpuDecode, program: Program, schedule: DecodeSchedule, q: Array, pages: Pages, batch: RaggedBatch
-) -> AttentionState:
-    call = Call.of(q, pages, batch)
-    seqs = Sequences.of(batch, call.tokens, pages.layout.page_size)
-    return state_of_sequences(lowering, program, schedule, call, q, pages, seqs)
-
-
-def state_of_sequences(
-    lowering: TpuDecode,
-    program: Program,
-    schedule: DecodeSchedule,
-    call: Call,
-    q: Array,
-    pages: Pages,
-    seqs: Sequences,
-) -> AttentionState:
-    """The state of sequences that have at most ``call.query_rows`` rows each. It has no rule for transforms."""
-    layout = pages.layout
-    launch = launch_of(program, layout, call, schedule, lowering.target_chip, lowering.interpret)
-    visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
-    states = []
-    for part in chunks(seqs.tables.shape, launch.chip, schedule.kv_splits):
-        work = visited.work(*part, **_cut(schedule))
-        states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.rows))
-    return functools.reduce(merge, states)
-
-
-def _update(
-    lowering: TpuDecode,
-    program: Program,
-    schedule: DecodeSchedule,
-    q: Array,
-    k: Array,
-    v: Array,
-    pages: Pages,
-    batch: Any,
-) -> tuple[AttentionState, Pages]:
-    call, layout = Call.of(q, pages, batch), pages.layout
-    seqs = Sequences.of(batch, call.tokens, layout.page_size)
-    launch = launch_of(program, layout, call, schedule, lowering.target_chip, lowering.interpret)
-    parts = list(chunks(seqs.tables.shape, launch.chip, schedule.kv_splits))
-
-    if schedule.cores > 1 or schedule.kv_splits > 1 or len(parts) > 1:
-        pages = lowering.write(k, v, pages, batch)
-        return _state(lowering, program, schedule, q, pages, batch), pages
-    targets = Targets.of(seqs, batch.query_rows or 1, layout.page_size, pages.num_pages)
-    visited = Visited.of(program, QueryTiles.whole(seqs), layout.page_size, pages.num_pages)
-    work = visited.work(*parts[0], **_cut(schedule))
-    rows = tuple(
-        x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
-        for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
-    )
-    state, pages = launch(work, q, pages, New(targets, rows))
-    return _own_rows(state, work, launch.views.rows), pages
+        `write` goes first where a sequence is split, where one kernel cannot hold the lists of pages, and on chips with
+        two cores: one core might read a page while the other writes it.
+        """
+        layout = pages.layout
+        launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret)
+        parts = list(chunks(seqs.tables.shape, launch.chip, schedule.kv_splits))
+        if schedule.cores > 1 or schedule.kv_splits > 1 or len(parts) > 1:
+            pages = self.write(k, v, pages, seqs, call.query_rows)
+            return self.run_state(program, schedule, call, q, pages, seqs), pages
+        targets = Targets.of(seqs, call.query_rows or 1, layout.page_size, pages.num_pages)
+        work = Visited.of(program, seqs, layout.page_size, pages.num_pages).work(*parts[0], **_cut(schedule))
+        rows = tuple(
+            x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
+            for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
+        )
+        state, pages = launch(work, q, pages, New(targets, rows))
+        return _own_rows(state, work, launch.views.rows), pages
 
 
 def _own_rows(state: AttentionState, work: Work, most: int) -> AttentionState:

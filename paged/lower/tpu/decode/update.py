@@ -28,8 +28,8 @@ class Targets(NamedTuple):
     """Where new rows go: ``per_seq`` granules for every sequence, flat.
 
     ``page`` is the granule's page, or -1 where nothing is written. ``offset`` is the offset in the page of the
-    granule's first token, and ``position`` that token's position in its sequence.
-    ``is_shared`` is 1 where two sequences write to one granule: granules must then be changed one after the other.
+    granule's first token, and ``position`` that token's position in its sequence. ``is_shared`` is 1 where two
+    sequences write to one granule: granules must then be changed one after the other.
     """
 
     page: Int[Array, " granules"]
@@ -40,7 +40,7 @@ class Targets(NamedTuple):
     @classmethod
     def of(cls, seqs: Sequences, rows: int, page_size: int, num_pages: int) -> "Targets":
         """For clamped sequences of at most ``rows`` rows."""
-        first = jnp.maximum(seqs.lengths - seqs.counts, 0) // GRANULE * GRANULE
+        first = jnp.clip(seqs.positions, 0, seqs.lengths) // GRANULE * GRANULE
         position = first[:, None] + GRANULE * jnp.arange(granules_per_seq(rows), dtype=jnp.int32)
         is_written = (position < seqs.lengths[:, None]) & (seqs.counts > 0)[:, None]
         entry = jnp.minimum(position // page_size, seqs.tables.shape[1] - 1)

@@ -8,7 +8,6 @@ from .transfer import refuses_layout as refuses_layout
 from .views import Views as Views
 from .views import compute_dtype as compute_dtype
 from .views import dot as dot
-from .work import QueryTiles as QueryTiles
 from .work import Visited as Visited
 from .work import Work as Work
 from .work import chunks as chunks

@@ -44,46 +44,17 @@ class Work(NamedTuple):
     bounds: Int[Array, " cores_plus_1"]
 
 
-class QueryTiles(NamedTuple):
-    """Consecutive query rows of one sequence each: ``counts`` rows from row ``starts`` on, the first of which is at
-    ``positions``. ``lengths`` and ``tables`` are the sequence's; a tile without rows is nobody's."""
-
-    starts: Int[Array, " tiles"]
-    counts: Int[Array, " tiles"]
-    positions: Int[Array, " tiles"]
-    lengths: Int[Array, " tiles"]
-    tables: Int[Array, "tiles pages_per_seq"]
-
-    @classmethod
-    def whole(cls, seqs: Sequences) -> "QueryTiles":
-        """A tile for every sequence."""
-        return cls(seqs.starts, seqs.counts, seqs.lengths - seqs.counts, seqs.lengths, seqs.tables)
-
-    @classmethod
-    def cut(cls, seqs: Sequences, rows: int, most: int) -> "QueryTiles":
-        """Sequences cut into tiles of ``rows`` rows, and what is left: ``most`` tiles, those with rows first."""
-        per_seq = (seqs.counts + rows - 1) // rows
-        ends = jnp.cumsum(per_seq)
-        tile = jnp.arange(most, dtype=jnp.int32)
-        seq = jnp.sum(ends <= tile[:, None], axis=1, dtype=jnp.int32)
-        is_live, seq = seq < ends.shape[0], jnp.minimum(seq, ends.shape[0] - 1)
-        first = (tile - (ends - per_seq)[seq]) * rows
-        counts = jnp.where(is_live, jnp.clip(seqs.counts[seq] - first, 0, rows), 0)
-        positions = seqs.lengths[seq] - seqs.counts[seq] + first
-        return cls(seqs.starts[seq] + first, counts, positions, seqs.lengths[seq], seqs.tables[seq])
-
-
 class Visited(NamedTuple):
     """The pages that each tile of query rows visits, in the order of `Visits`: those visible in full first."""
 
-    tiles: QueryTiles
+    tiles: Sequences
     page: Int[Array, "tiles width"]
     index: Int[Array, "tiles width"]
     num_full: Int[Array, " tiles"]
     count: Int[Array, " tiles"]
 
     @classmethod
-    def of(cls, program: Program, tiles: QueryTiles, page_size: int, num_pages: int) -> "Visited":
+    def of(cls, program: Program, tiles: Sequences, page_size: int, num_pages: int) -> "Visited":
         """`visible_pages` for all tiles at once, by one sort: a TPU has no fast scatter."""
 
         def coverage(position, rows, length, table):

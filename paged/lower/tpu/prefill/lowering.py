@@ -11,17 +11,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from paged.spec import AttentionState, PageLayout, Pages, RaggedBatch, merge
+from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ...base import Schedule
 from ...program import COMMON, Call, Program, Sequences
 from ..base import TpuLowering
 from ..decode import TpuDecode
-from ..decode.lowering import state_of_sequences
-from ..pages import QueryTiles, Visited, Work, rows_and_entries
-from ..transforms import state_with_gradient, update_with_gradient
+from ..pages import Visited, Work, rows_and_entries
 from .launch import PrefillLaunch
 from .plan import alternatives, fits, launch_of, plan_schedule, refuses_call
 from .schedule import RaggedSchedule
@@ -85,73 +83,52 @@ class TpuRagged(TpuLowering):
             lines.append(f"sequences of one query row: {schedule.single_rows or 'tiles, as all others'}")
         return lines
 
-    def state(
+    def run_state(
+        self, program: Program, schedule: RaggedSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences
+    ) -> AttentionState:
+        """Tiles by the prefill kernel, and sequences of one row by the decode kernel where the schedule says so."""
+        launch = launch_of(program, pages.layout, call, schedule, self.target_chip, self.interpret)
+        # With a static number of rows per sequence, all sequences go to one kernel.
+        single_rows = schedule.single_rows if call.query_rows is None else None
+        is_tiled = seqs.counts > 0 if single_rows is None else seqs.counts > 1
+        tiled = seqs._replace(counts=jnp.where(is_tiled, seqs.counts, 0))
+        has_tile = tiled.owner(call.tokens)[1]
+        state = _state_of_tiles(launch, tiled, q, pages)
+        out = jnp.where(has_tile[:, None, None], state.out, 0.0)
+        lse = jnp.where(has_tile[:, None], state.lse, -jnp.inf)
+        if single_rows is not None:
+            # The decode kernel is given one row for every slot. Slots with another number of rows see no key there, and
+            # what it computes for them is dropped.
+            is_single = seqs.counts == 1
+            decoded = seqs._replace(
+                starts=jnp.arange(call.slots, dtype=jnp.int32),
+                counts=jnp.ones_like(seqs.counts),
+                lengths=jnp.where(is_single, seqs.lengths, 0),
+            )
+            q_of_slots = q[jnp.minimum(seqs.starts, call.tokens - 1)]
+            single = self._decode.run_state(program, single_rows, _decode_call(call), q_of_slots, pages, decoded)
+            row = jnp.where(is_single, seqs.starts, call.tokens)
+            out, lse = out.at[row].set(single.out, mode="drop"), lse.at[row].set(single.lse, mode="drop")
+        return AttentionState(out, lse)
+
+    def run_update(
         self,
         program: Program,
         schedule: RaggedSchedule,
-        q: Float[Array, "tokens q_heads head_dim"],
+        call: Call,
+        q: Array,
+        k: Array,
+        v: Array,
         pages: Pages,
-        batch: RaggedBatch,
-    ) -> AttentionState:
-        """The batch's state in float32, without sinks. Its gradient is the XLA lowering's."""
-        return state_with_gradient(_state, self, program, schedule, q, pages, batch)
-
-    def update(
-        self, program: Program, schedule: RaggedSchedule, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch
+        seqs: Sequences,
     ) -> tuple[AttentionState, Pages]:
         """Write, then attend. The kernels that write have ended when the first page is read."""
-        return update_with_gradient(_update, self, program, schedule, q, k, v, pages, batch)
+        pages = self.write(k, v, pages, seqs, call.query_rows)
+        return self.run_state(program, schedule, call, q, pages, seqs), pages
 
     @property
     def _decode(self) -> TpuDecode:
         return TpuDecode(chip=self.chip, interpret=self.interpret)
-
-
-def _state(
-    lowering: TpuRagged, program: Program, schedule: RaggedSchedule, q: Array, pages: Pages, batch: RaggedBatch
-) -> AttentionState:
-    call = Call.of(q, pages, batch)
-    seqs = Sequences.of(batch, call.tokens, pages.layout.page_size)
-    launch = launch_of(program, pages.layout, call, schedule, lowering.target_chip, lowering.interpret)
-    # With a static number of rows per sequence, all sequences go to one kernel.
-    single_rows = schedule.single_rows if call.query_rows is None else None
-    is_tiled = seqs.counts > 0 if single_rows is None else seqs.counts > 1
-    tiled = seqs._replace(counts=jnp.where(is_tiled, seqs.counts, 0))
-    has_tile = tiled.owner(call.tokens)[1]
-    state = _state_of_tiles(launch, tiled, q, pages)
-    out = jnp.where(has_tile[:, None, None], state.out, 0.0)
-    lse = jnp.where(has_tile[:, None], state.lse, -jnp.inf)
-    if single_rows is not None:
-        # The decode kernel is given one row for every slot. Slots with another number of rows see no key there, and
-        # what it computes for them is dropped.
-        is_single = seqs.counts == 1
-        decoded = Sequences(
-            starts=jnp.arange(call.slots, dtype=jnp.int32),
-            counts=jnp.ones_like(seqs.counts),
-            lengths=jnp.where(is_single, seqs.lengths, 0),
-            tables=seqs.tables,
-        )
-        q_of_slots = q[jnp.minimum(seqs.starts, call.tokens - 1)]
-        single = state_of_sequences(
-            lowering._decode, program, single_rows, _decode_call(call), q_of_slots, pages, decoded
-        )
-        row = jnp.where(is_single, seqs.starts, call.tokens)
-        out, lse = out.at[row].set(single.out, mode="drop"), lse.at[row].set(single.lse, mode="drop")
-    return AttentionState(out, lse)
-
-
-def _update(
-    lowering: TpuRagged,
-    program: Program,
-    schedule: RaggedSchedule,
-    q: Array,
-    k: Array,
-    v: Array,
-    pages: Pages,
-    batch: Any,
-) -> tuple[AttentionState, Pages]:
-    pages = lowering.write(k, v, pages, batch)
-    return _state(lowering, program, schedule, q, pages, batch), pages
 
 
 def _state_of_tiles(launch: PrefillLaunch, seqs: Sequences, q: Array, pages: Pages) -> AttentionState:
@@ -163,7 +140,7 @@ def _state_of_tiles(launch: PrefillLaunch, seqs: Sequences, q: Array, pages: Pag
     schedule, layout, width = launch.schedule, pages.layout, seqs.tables.shape[1]
     most = most_tiles(q.shape[0], seqs.starts.shape[0], schedule.rows_per_tile)
     tiles_per_kernel, entries_per_kernel = rows_and_entries((most, width), launch.chip)
-    tiles = QueryTiles.cut(seqs, schedule.rows_per_tile, -(-most // tiles_per_kernel) * tiles_per_kernel)
+    tiles = seqs.cut(schedule.rows_per_tile, -(-most // tiles_per_kernel) * tiles_per_kernel)
     visited = Visited.of(launch.program, tiles, layout.page_size, pages.num_pages)
     laid_out, states = launch.lay_out(q), []
     for first in range(0, width, entries_per_kernel):

@@ -139,7 +139,7 @@ class Granules(NamedTuple):
         entry = jnp.clip(position // page_size, 0, seqs.tables.shape[1] - 1)
         page = seqs.tables[seq, entry]
         page = jnp.where(is_real & (page >= 0) & (page < num_pages), page, -1)
-        row = seqs.starts[seq] + position - (seqs.lengths - seqs.counts)[seq]
+        row = seqs.starts[seq] + position - seqs.positions[seq]
         count = jnp.sum(is_real, dtype=jnp.int32)
         return cls(GranuleLists(page, position % page_size, *written, turn=jnp.where(page < 0, -1, 0)), row, count)
 
@@ -158,7 +158,8 @@ class Granules(NamedTuple):
 
 
 def _first_position(seqs: Sequences) -> Int[Array, " seqs"]:
-    return jnp.maximum(seqs.lengths - seqs.counts, 0)
+    """The first position that is written; ``lengths``, which ends what is written, where none is."""
+    return jnp.clip(seqs.positions, 0, seqs.lengths)
 
 
 def _round_up(position: Array) -> Array:

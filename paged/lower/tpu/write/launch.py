@@ -12,7 +12,7 @@ import jax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from paged.spec import Pages, RaggedBatch
+from paged.spec import Pages
 
 from ...program import Sequences
 from ...xla import XLA_BLOCKS, token_rows, write_scales
@@ -24,42 +24,45 @@ from .kernel import Inputs, Kernel, Outputs, Partial, Scalars, Scratch, Whole
 from .plan import Writer
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def write_rows(chip: Chip, interpret: Any, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def write_rows(
+    chip: Chip, interpret: Any, query_rows: int | None, k: Array, v: Array, pages: Pages, seqs: Sequences
+) -> Pages:
     """The pages with each row's key and value at its position, in place where the pages are donated.
 
-    Rows of no sequence, and rows whose page is a hole, are dropped. If two rows have the same place in the pages, which
-    is a fault of the caller, one of them is written. The gradient is that of the XLA write.
+    Dropped are rows of no sequence, rows past the table, and rows whose page is a hole. If two rows have the same place
+    in the pages, which is a fault of the caller, one of them is written. The gradient is that of the XLA write.
     """
-    return in_turn(functools.partial(_write, chip, interpret))(k, v, pages, batch)
+    return in_turn(functools.partial(_write, chip, interpret, query_rows))(k, v, pages, seqs)
 
 
-def _write_forward(chip: Chip, interpret: Any, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Any:
-    return write_rows(chip, interpret, k, v, pages, batch), (k, v, pages, batch)
+def _write_forward(chip: Chip, interpret: Any, query_rows: int | None, *args: Any) -> Any:
+    return write_rows(chip, interpret, query_rows, *args), args
 
 
-def _write_backward(chip: Chip, interpret: Any, residuals: Any, cotangent: Any) -> Any:
-    *differentiable, batch = residuals
+def _write_backward(chip: Chip, interpret: Any, query_rows: int | None, residuals: Any, cotangent: Any) -> Any:
+    *differentiable, seqs = residuals
     del chip, interpret
-    _, pull = jax.vjp(lambda k, v, pages: XLA_BLOCKS.write(k, v, pages, batch), *differentiable)
+    _, pull = jax.vjp(lambda k, v, pages: XLA_BLOCKS.write(k, v, pages, seqs, query_rows), *differentiable)
     return (*pull(cotangent), None)
 
 
 write_rows.defvjp(_write_forward, _write_backward)
 
 
-def _write(chip: Chip, interpret: Any, k: Array, v: Array, pages: Pages, batch: RaggedBatch) -> Pages:
+def _write(
+    chip: Chip, interpret: Any, query_rows: int | None, k: Array, v: Array, pages: Pages, seqs: Sequences
+) -> Pages:
     writer, tokens, size = Writer(pages.layout), k.shape[0], pages.layout.page_size
-    seqs = Sequences.of(batch, tokens, size)
     rows, pools = token_rows(k, v, pages), pages.arrays
-    if (batch.query_rows or tokens) >= GRANULE:
+    if (query_rows or tokens) >= GRANULE:
         in_block = writer.granules_per_block
         most = -(-(tokens // GRANULE) // in_block) * in_block
         granules = Granules.whole(seqs, most, size, pages.num_pages)
         pools = _launch(Whole, writer, granules, rows, pools, chip, interpret)
     granules = Granules.partial(seqs, tokens, size, pages.num_pages)
     pools = _launch(Partial, writer, granules, rows, pools, chip, interpret)
-    return Pages(pools, *write_scales(rows[len(pools) :], pages, batch), layout=pages.layout)
+    return Pages(pools, *write_scales(rows[len(pools) :], pages, seqs), layout=pages.layout)
 
 
 def _launch(
