@@ -1,4 +1,4 @@
-"""The entry points over one case's arrays, and the same on the native surface."""
+"""Every entry point, called with the arrays of a case, and the same case on the native surface."""
 
 import functools
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from tests.support.oracle import attention_by_loops
 
 SPEC = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
 RICH = SPEC.replace(window=5, soft_cap=4.0, scale=0.3)
-# The most that float32 sums of a few keys of 3 x normal are off; a term left out changes outputs by more than 0.1.
+# The largest rounding error of float32 sums over a few keys of 3 x normal. Without a term outputs differ by over 0.1.
 CLOSE = 1e-4
 
 
 class Entry(NamedTuple):
-    """An entry point: the order of its pages, its phase, what it calls things, and whether it writes."""
+    """An entry point: the order of its pages, its phase, its names for arguments, and whether it writes."""
 
     call: Callable[..., Any]
     order: str
@@ -32,13 +32,13 @@ class Entry(NamedTuple):
     takes_sinks: bool = False
 
     def case(self, spec: AttentionSpec = SPEC, **facts: Any) -> Case:
-        """A case of a spec over this entry's pages."""
+        """A case of this entry point's phase and page order."""
         rows = {"prefill": 6}.get(self.phase, 1)
         sinks = (spec.num_q_heads,) if spec.sinks else None
         return Case(spec=spec, order=self.order, phase=self.phase, rows=rows, sink_shape=sinks).replace(**facts)
 
     def arguments(self, spec: AttentionSpec) -> dict[str, Any]:
-        """What a spec is in this entry's words."""
+        """A spec as arguments of this entry point."""
         said = {self.scale: spec.scale, self.soft_cap: spec.soft_cap, "sliding_window": spec.window}
         return {name: value for name, value in said.items() if value is not None}
 
@@ -52,10 +52,10 @@ ENTRIES = {
 
 
 def arrays_of(name: str, built: Built) -> list[Any]:
-    """A case's arrays in the order in which an entry point takes them; v3's pages are a copy, to be donated."""
+    """A case's arrays in the order of an entry point's arguments. Version 3 donates its pages, so it gets a copy."""
     batch, pages = built.batch, built.pages.arrays
     if name == "page":
-        # No argument says which sequences live: those that do not have length 0.
+        # No argument says which sequences are live: the others have length 0.
         lengths = jnp.where(jnp.arange(batch.num_slots) < batch.num_seqs, batch.lengths, 0)
         return [built.q, *pages, lengths, batch.block_tables]
     if name == "prefill":
@@ -78,18 +78,18 @@ def arrays_of(name: str, built: Built) -> list[Any]:
 
 
 def built_for(name: str, case: Case, **how: Any) -> Built:
-    """The arrays of a case; those of an entry that writes do not hold the new tokens yet."""
+    """The arrays of a case. Where the entry point writes, pages do not hold the new tokens yet."""
     return build(case, hold_new=not ENTRIES[name].writes, **how)
 
 
 def output(name: str, built: Built, **arguments: Any) -> Any:
-    """What an entry point computes for a case of its own spec."""
+    """The output of an entry point for a case."""
     got = results(name, built, **arguments)
     return got[0] if ENTRIES[name].writes else got
 
 
 def results(name: str, built: Built, **arguments: Any) -> Any:
-    """All that an entry point returns."""
+    """Everything that an entry point returns."""
     entry = ENTRIES[name]
     arguments = {**entry.arguments(built.case.spec), "target": "xla", **arguments}
     return entry.call(*arrays_of(name, built), **arguments)
@@ -97,18 +97,18 @@ def results(name: str, built: Built, **arguments: Any) -> Any:
 
 @functools.cache
 def native(case: Case, **how: Any) -> paged.Attend:
-    """The native surface for a case."""
+    """The attention of the native surface for a case."""
     return paged.lower(case.spec, case.layout, **{"target": "xla", **how})
 
 
 @functools.cache
 def in_place(attend: paged.Attend) -> Callable[..., Any]:
-    """Its update of donated pages. From JAX 0.12 on, CPU's code differs in a last bit from that for other pages."""
+    """Its update, of donated pages: from JAX 0.12 on the results on CPUs differ in a last bit where pages are kept."""
     return jax.jit(attend.update, donate_argnums=3)
 
 
 def native_results(name: str, built: Built, **how: Any) -> Any:
-    """What the native surface computes for the same."""
+    """The output of the native surface for a case."""
     attend = native(built.case.replace(corner="mixed", seed=0), **how)
     if ENTRIES[name].writes:
         pages = built.case.layout.wrap(jnp.array(built.pages.arrays[0]))
@@ -118,14 +118,14 @@ def native_results(name: str, built: Built, **how: Any) -> Any:
 
 
 def native_batch(name: str, built: Built) -> RaggedBatch:
-    """The batch as an entry point is told of it."""
+    """The batch that an entry point's arguments can express."""
     if name != "page":
         return built.batch
     return RaggedBatch.decode(arrays_of(name, built)[3], built.batch.block_tables)
 
 
 def by_loops(name: str, built: Built, spec: AttentionSpec | None = None) -> np.ndarray:
-    """The oracle's output, of the case's spec or another; ``built`` holds this step's tokens."""
+    """The oracle's output for the case's spec or another. ``built`` has this step's tokens in its pages."""
     pools, batch = (np.asarray(x, np.float64) for x in (built.pages.keys(), built.pages.values())), built.batch
     told = native_batch(name, built)
     integers = [np.asarray(x) for x in (told.lengths, told.block_tables, batch.query_starts)]
@@ -134,5 +134,5 @@ def by_loops(name: str, built: Built, spec: AttentionSpec | None = None) -> np.n
 
 
 def numpy(x: Any) -> np.ndarray:
-    """As float64."""
+    """The array in float64."""
     return np.asarray(x, np.float64)

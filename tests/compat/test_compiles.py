@@ -1,4 +1,4 @@
-"""The real TPU compiler on the entry points: no cache is copied, packed or not, and v3's is written in place."""
+"""Entry points through the real TPU compiler: no cache is copied, and version 3 writes its cache in place."""
 
 import functools
 import importlib.util

@@ -1,4 +1,4 @@
-"""Each entry point is the native surface, bitwise, and so the reference; what shapes it takes, and what it donates."""
+"""Each entry point equals the native surface, bitwise, and so the reference; accepted shapes; donated arrays."""
 
 import dataclasses
 import inspect
@@ -38,7 +38,7 @@ from .entries import (
 
 every_entry = pytest.mark.parametrize("name", ENTRIES)
 slow = pytest.mark.slow
-# One shape and one set of static arguments for most of the tests that always run: to compile takes their time.
+# Most of the fast tests share one shape and one set of static arguments, because compiling takes most of their time.
 SPECS = {"rich": RICH, "plain": SPEC}
 JITTED = {"page": split._decode, "prefill": split._prefill, "v2": ragged._attend, "v3": ragged._update}
 
@@ -128,7 +128,7 @@ def test_packed_pages_are_read_as_well():
 
 @slow
 def test_a_head_dimension_padded_to_whole_lanes_is_taken_and_kept_zero():
-    """Slots without a token hold poison in their padding too; those with one hold zeros."""
+    """The padding of a live token is 0. The padding of all other places is poison."""
     built = built_for("v3", ENTRIES["v3"].case(RICH))
     args, spare = arrays_of("v3", built), jnp.isnan(built.pages.arrays[0][..., :1])
     padding = jnp.where(spare, jnp.nan, jnp.zeros((*args[3].shape[:-1], 120)))

@@ -21,7 +21,7 @@ every_entry = pytest.mark.parametrize("name", ENTRIES)
 
 
 class Xla:
-    """Small pages; cases share traces with `test_entry_points`."""
+    """A case with small pages, whose traces are shared with `test_entry_points`."""
 
     page_size = 4
 
@@ -30,7 +30,7 @@ class Xla:
 
 
 class Tpu:
-    """The least pages that kernels take."""
+    """A case with the smallest pages that kernels accept."""
 
     page_size = 8
 
@@ -66,7 +66,7 @@ def assert_apart(name, out, built, spec):
 def test_a_window_a_cap_and_a_scale_each_change_a_step(target, name):
     """The output was the same with a window and without; a cap raised; one entry point had no scale."""
     case = case_of(target, name, corner="first page masked")
-    # Built without the window, so that what it hides is there to be seen.
+    # Built without the window, so that the hidden keys are live and would change the result.
     built = built_for(name, case.replace(spec=case.spec.replace(window=None)))
     out = out_of(target, name, built, sliding_window=RICH.window)
     assert_close(name, out, built, case.spec)
@@ -82,7 +82,7 @@ def test_length_0_gives_0_and_not_a_mean_of_other_requests_values(target, name):
 
 @slow
 def test_the_page_order_is_not_guessed_from_divisibility(target):
-    """Four pages of two heads, or two pages of four: it is the first axis that counts heads."""
+    """The shape could mean four pages of two heads or two pages of four: the first axis counts heads."""
     size = target.page_size
     q, k, v = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 4, 8), *[(4, 2, size, 8)] * 2]))
     how = {} if isinstance(target, Xla) else {"target": "tpu", "interpret": params()}
@@ -152,7 +152,7 @@ def test_batches_need_no_padding(target, tokens):
 
 @slow
 def test_sums_are_not_in_bfloat16():
-    """A sum of 512 equal weights in bfloat16 stops at 256, and the mean would be twice too large."""
+    """A bfloat16 sum of 512 equal weights stops at 256, which would make the mean twice as large."""
     kv_pages = jnp.ones((64, 8, 2, 8), jnp.bfloat16)
     table = jnp.arange(64)[None]
     out = ragged_page_attention_v2(jnp.ones((1, 2, 8), jnp.bfloat16), kv_pages, [512], table, [0, 1], 1)
@@ -192,7 +192,7 @@ def test_decode_does_not_make_scores_of_all_positions_with_all():
 
 
 def test_lengths_count_this_steps_own_tokens(target):
-    """A sequence of one token sees itself; were its length that before the step, it would see nothing."""
+    """A sequence of one token sees itself. If lengths were counted before the step, it would see nothing."""
     built = built_for("v3", case_of(target, "v3", corner="one token"))
     out = out_of(target, "v3", built)
     assert np.abs(out[:5]).max() > 0.1

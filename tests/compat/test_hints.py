@@ -122,7 +122,7 @@ def test_the_public_arguments_of_ragged_batches_reach_the_kernel():
 
 @pytest.mark.parametrize(("compute_dtype", "window"), [("bfloat16", 31), ("float16", 32), ("float32", 33)])
 def test_compute_dtype_widens_to_float32_and_narrows_nothing(compute_dtype, window, monkeypatch):
-    """A window each, so that each is traced: calls that say the same are traced once."""
+    """Each call has another window, because calls with equal arguments are traced once."""
     calls = []
     monkeypatch.setattr(ragged, "lowered", lambda *args: calls.append(args[-1]) or lowered(*args))
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in V2]

@@ -17,7 +17,7 @@ SLOTS, ROWS, WIDTH = 5, 16, 4
 
 
 class Target(NamedTuple):
-    """Where a program runs, with the least pages that it takes, and for how many steps."""
+    """A target to run programs on: its arguments, its smallest page size, and how many steps to run."""
 
     page_size: int
     steps: int
@@ -33,7 +33,7 @@ KERNELS = Target(8, 2, {"target": "tpu", "interpret": pltpu.InterpretParams(unin
 
 
 class Requests:
-    """What a server would hold: which pages a slot has, and how many tokens."""
+    """The state of a server: the pages and the number of tokens of every slot."""
 
     def __init__(self, seed: int, case: Case):
         self.rng, self.case = np.random.default_rng(seed), case
@@ -53,13 +53,13 @@ class Requests:
             left -= counts[s]
         self.lengths += counts
         starts = np.concatenate([[0], np.cumsum(counts)])
-        # Entries past a length are what they happen to be: pages of the slot, or nonsense.
+        # Table entries past a length may be pages of the slot, or nonsense.
         used = np.arange(WIDTH) * self.case.page_size < self.lengths[:, None]
         tables = np.where(used, self.tables, self.rng.choice([-1, 7, 10**6], self.tables.shape))
         return RaggedBatch(self.lengths, tables, starts, SLOTS)
 
     def draw(self, *shape: int) -> jax.Array:
-        """Something about 3 x normal."""
+        """Random numbers of about 3 x normal."""
         return jax.numpy.asarray(self.rng.normal(0, 3, shape), "float32")
 
 
@@ -91,7 +91,7 @@ def test_random_programs_equal_the_native_surface_bitwise(target, seed):
 
 
 def assert_split_entries_agree(target, requests, q, kv_pages, batch):
-    """The same tokens in a cache of two arrays: one more row for every sequence, then six of one of them."""
+    """The tokens in a cache of two arrays: one more row for every sequence, then six rows of one sequence."""
     arrays = tuple(jax.numpy.asarray(np.moveaxis(kv_pages[:, :, i::2], 2, 0)) for i in range(2))
     one, prefill = target.case("page"), target.case("prefill")
     pages = one.layout.wrap(*arrays)
@@ -109,7 +109,7 @@ def assert_split_entries_agree(target, requests, q, kv_pages, batch):
 
 
 def assert_loops(name, case, out, q, pages: Pages, batch, sinks):
-    """The oracle's, within float32's rounding."""
+    """Equals the oracle's output, within float32's rounding."""
     some = built_for(name, case)
     built = type(some)(**{**vars(some), "q": q, "pages": pages, "batch": batch, "sinks": sinks})
     np.testing.assert_allclose(out, by_loops(name, built), rtol=0, atol=CLOSE)

@@ -1,4 +1,4 @@
-"""What the entry points refuse, in which words: each names its own argument, when traced, on any target."""
+"""What the entry points refuse: every error names the argument, when traced, on any target."""
 
 import jax
 import jax.numpy as jnp

@@ -1,1 +1,1 @@
-"""Attention over many devices: eight of this process, simulated, and two processes."""
+"""Tests of attention on many devices: eight simulated devices of this process, and two processes."""

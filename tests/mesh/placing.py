@@ -1,4 +1,4 @@
-"""Cases put on a mesh: pools that devices can share evenly, and what each device exchanges with others."""
+"""Puts the arrays of cases on a mesh, and finds what devices exchange in a compiled program."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ needs_devices = pytest.mark.skipif(
 
 
 def mesh_of(sizes: dict[str, int], *, explicit: bool = False) -> tuple[jax.sharding.Mesh, paged.Axes]:
-    """A mesh in which each field of `paged.Axes` has so many devices, and the axes."""
+    """A mesh with the given number of devices for each field of `paged.Axes`, and the axes."""
     names = tuple(SIZES[field] for field in sizes)
     kind = AxisType.Explicit if explicit else AxisType.Auto
     count = int(np.prod(list(sizes.values())))
@@ -36,7 +36,7 @@ def mesh_of(sizes: dict[str, int], *, explicit: bool = False) -> tuple[jax.shard
 def placed(
     attend: ShardedAttend, builts: list[Built]
 ) -> tuple[jax.Array, jax.Array, jax.Array, Pages, RaggedBatch, jax.Array | None]:
-    """``(q, k, v, pages, batch, sinks)`` of one built case a shard of sequences, as the attention's specs say."""
+    """``(q, k, v, pages, batch, sinks)`` from one built case per shard of sequences, where the specs want them."""
     at = attend.shardings
     q, k, v = (jnp.concatenate([getattr(b, name) for b in builts]) for name in "qkv")
     pools = [widened(attend.adopt(b.pages), attend.shares.context) for b in builts]
@@ -57,7 +57,7 @@ def placed(
 
 
 def widened(pages: Pages, devices: int) -> Pages:
-    """A pool with pages of poison at its end, until devices can share it evenly."""
+    """A pool with pages of poison added at its end, so that devices can share it evenly."""
     more = -pages.num_pages % devices
 
     def widen(x: jax.Array, axis: int) -> jax.Array:
@@ -72,13 +72,13 @@ def widened(pages: Pages, devices: int) -> Pages:
 
 @functools.cache
 def built(case: Case, shards: int, hold_new: bool = True) -> list[Built]:
-    """A case for each shard of sequences: the same sequences, of other lengths, elsewhere in the pool."""
+    """One case per shard of sequences, which differ in lengths and in the order of pages."""
     corners = [case.corner, "exact pages", "one past a page"]
     return [build(case.replace(corner=corners[i % 3]), physical_seed=i, hold_new=hold_new) for i in range(shards)]
 
 
 def rows_of(state: AttentionState, shard: int, shards: int) -> AttentionState:
-    """The rows of one shard of sequences, as arrays of the host."""
+    """The rows of one shard of sequences, on the host."""
     return AttentionState(*(jnp.asarray(np.split(np.asarray(x), shards)[shard]) for x in state))
 
 

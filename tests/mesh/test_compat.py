@@ -14,7 +14,7 @@ from .placing import mesh_of, needs_devices
 
 pytestmark = needs_devices
 HEADS, CACHE = P(None, "model"), P(None, None, "model")
-# Two KV heads, on so many devices; how the arrays lie on them.
+# For two KV heads: the number of devices, and how the call says where its arrays lie.
 WAYS = {
     "page": (4, {"axes": paged.Axes(kv_heads="model")}),
     "prefill": (2, {"in_specs": (P(None, "model", None), P("model"), P("model"), P(), P()), "out_specs": HEADS}),
@@ -36,7 +36,7 @@ def test_entry_points_on_a_mesh_compute_the_same(name):
 
 
 def test_v3_writes_each_head_as_often_as_devices_need_it():
-    """Into a packed cache that has room for copies, donated, of which each device has its pages' own head."""
+    """The cache is packed, donated, and has two copies of each head; each device writes to its own pages and head."""
     mesh, _ = mesh_of({"kv_heads": 4, "context": 2})
     axes = paged.Axes(kv_heads="model", context="pages")
     case = ENTRIES["v3"].case(RICH, corner="mixed")

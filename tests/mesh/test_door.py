@@ -1,4 +1,4 @@
-"""`lower` with a mesh: what it refuses, what specs it derives, and what it says of itself."""
+"""`lower` with a mesh: what it refuses, which specs it derives, and what `explain` says."""
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def test_errors_name_what_is_wrong_and_what_would_be_right(name):
 @pytest.mark.parametrize("scales", [None, "tensor", "head", "token"])
 @pytest.mark.parametrize("order", PAGE_ORDERS)
 def test_specs_cut_heads_and_pages_of_every_array(order, scales):
-    """Every device of 2 x 2 x 2 gets a quarter of the pages, and half of the heads."""
+    """Each of 2 x 2 x 2 devices has a quarter of the pages and half of the heads."""
     dtype = jnp.float32 if scales is None else jnp.int8
     layout = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=dtype, order=order, scales=scales)
     mesh, axes = mesh_of(ALL)

@@ -1,4 +1,4 @@
-"""Kernels for TPUs on a mesh: interpreted, and compiled for several chips; pages of other devices are holes to them."""
+"""Kernels for TPUs on a mesh, interpreted and compiled for four chips; pages of other devices are holes."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,7 @@ SCHEDULES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", SCHEDULES)
 def test_kernels_skip_holes_and_the_parts_merge_to_the_whole(phase):
-    """Each page of the pool on one of two devices, whichever it is: tokens of the others are invisible, not moved."""
+    """Each page lies on one of two devices. The other device does not see its tokens, and positions do not change."""
     case = case_of("rich", phase, page_size=64).replace(sink_shape=None)
     case = case.replace(spec=case.spec.replace(sinks=False))
     one, attend = build(case), interpreted(case, SCHEDULES[phase])
@@ -62,7 +62,7 @@ def test_interpreted_kernels_on_two_devices_equal_the_reference(field):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu")
 @pytest.mark.parametrize("field", ["kv_heads", pytest.param("context", marks=pytest.mark.slow)])
 def test_the_tpu_compiler_takes_a_step_on_four_chips(field):
-    """Decode with its write, donated: nothing is exchanged, or states alone."""
+    """A decode step that writes donated pages. Devices exchange nothing, or states only."""
     chip, spec = CHIPS["v5e"], paged.AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128, scores=(ALiBi(),))
     devices = np.array(_topology(chip.topology).devices)
     mesh, axes = Mesh(devices, (SIZES[field],)), paged.Axes(**{field: SIZES[field]})

@@ -1,4 +1,4 @@
-"""Two processes of this machine, by `jax.distributed`: what they compute together is what one device computes."""
+"""Two processes of this machine, by `jax.distributed`, compute what one device computes."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ import sys
 from .worker import WAYS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PATIENCE = 120.0  # seconds; alone on a core they take ten
+PATIENCE = 120.0  # seconds; on an idle core both processes take ten
 
 
 def test_two_processes_equal_one_device():

@@ -1,4 +1,4 @@
-"""The attention of many devices is that of one: every way of sharing it, and what devices exchange for it."""
+"""Many devices compute what one device computes, for every way of sharing; and what they exchange for it."""
 
 import dataclasses
 
@@ -16,13 +16,13 @@ from tests.support.specs import PHASES, RICH, table_bias
 from .placing import built, collectives, mesh_of, needs_devices, placed, rows_of
 
 pytestmark = needs_devices
-# A window, a soft cap and sinks; and two operations that depend on which head it is, among all.
+# A window, a soft cap and sinks, and two operations that depend on the number of a head among all heads.
 SPEC = RICH.replace(scores=(ALiBi(), Bias(table_bias)))
 SCHEDULE = XlaSchedule(pages_per_block=1, rows_per_tile=4)
 ALL = {"sequences": 2, "kv_heads": 2, "context": 2}
 INT8 = {"dtype": "int8"}
 
-# name: devices by what they share, the phase, and what else the case says.
+# name: how many devices share what, the phase, and other facts of the case.
 STATES = {
     "heads": ({"kv_heads": 2}, "decode", {}),
     "heads, each on two devices": ({"kv_heads": 4}, "ragged", {"order": "interleaved"}),
@@ -55,7 +55,7 @@ def _lowered(case, sizes, **choices):
 
 
 def _assert_exchange(attend, text, rows):
-    """Nothing, or where contexts are shared their states in one collective: never keys or values."""
+    """Devices exchange nothing, or where they share contexts their states in one collective; never keys or values."""
     shares, heads = attend.shares, attend.spec.num_q_heads // attend.shares.kv_heads
     gathered = shares.context * rows * heads * (attend.layout.value_dim + 1)
     assert collectives(text) == ([(gathered, "f32", "all-gather")] if shares.context > 1 else [])
@@ -63,7 +63,7 @@ def _assert_exchange(attend, text, rows):
 
 @pytest.mark.parametrize("name", _rows(STATES))
 def test_states_equal_the_reference(name):
-    """In every corner, empty and padding rows included, with NaN wherever no live token is."""
+    """For several corners, empty and padding rows included, with NaN wherever there is no live token."""
     sizes, phase, facts = STATES[name]
     case = _case(phase, **facts)
     attend, shards = _lowered(case, sizes), sizes.get("sequences", 1)
@@ -102,7 +102,7 @@ def test_updates_write_to_donated_pages_what_one_device_writes(name):
 
 
 def test_gradients_are_those_of_one_device():
-    """Of queries, pages, sinks and what a bias closes over, through the output and its log-sum-exp."""
+    """Gradients of queries, pages, sinks and a bias's table, through the output and the log-sum-exp."""
     sizes, case = {"kv_heads": 4, "context": 2}, _case("decode")
     one = built(case, 1)[0]
     table = jnp.linspace(-1.0, 1.0, 16).reshape(4, 4)
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_one_device():
 
 
 def test_explicit_meshes_and_arrays_that_lie_elsewhere():
-    """A mesh as `jax.make_mesh` gives it; arrays on one device are moved."""
+    """A mesh with explicit axes, as `jax.make_mesh` makes it; arrays that lie on one device are moved."""
     case = _case("decode")
     attend = _lowered(case, {"context": 2, "kv_heads": 2}, explicit=True)
     one = built(case, 1)[0]

@@ -1,4 +1,4 @@
-"""One of two processes that share a mesh: every way of sharing, against the answer of this process's own device.
+"""One of two processes that share a mesh: compares every way of sharing with this process's own device.
 
 Run by `test_processes`, with the port of the first process and its own number.
 """
@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 import paged
 from paged.spec import RaggedBatch
 
-DEVICES = 2  # of each process
+DEVICES = 2  # per process
 
 SPEC = paged.AttentionSpec(
     num_q_heads=4, num_kv_heads=2, head_dim=8, window=9, soft_cap=20.0, sinks=True, scores=(paged.ALiBi(),)
 )
 LAYOUT = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
-# "far" is between the two processes, "near" between the devices of one.
+# The mesh axis "far" lies between the two processes, "near" between the devices of one process.
 WAYS = {
     "contexts": paged.Axes(context="far", kv_heads="near"),
     "sequences": paged.Axes(sequences="far", context="near"),
@@ -27,7 +27,7 @@ WAYS = {
 
 
 def arrays(shard: int):
-    """``(q, k, v, pages, batch)`` of a shard of sequences, NaN in slots that hold nothing; the same everywhere."""
+    """``(q, k, v, pages, batch)`` of a shard of sequences, NaN where no token is; equal in both processes."""
     rng = np.random.default_rng(shard)
     q, k, v = (rng.normal(0, 3, (3, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     pool = rng.normal(0, 3, LAYOUT.array_shapes(16)[0]).astype(np.float32)
@@ -37,7 +37,7 @@ def arrays(shard: int):
 
 
 def run(axes: paged.Axes) -> float:
-    """The largest difference from what one device computes, of the outputs that this process has."""
+    """The largest difference between this process's outputs and what one device computes."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, DEVICES), ("far", "near"))
     attend = paged.lower(SPEC, LAYOUT, mesh=mesh, axes=axes)
     shards, sinks = [arrays(i) for i in range(attend.shares.sequences)], np.arange(4, dtype=np.float32)
@@ -62,7 +62,7 @@ def run(axes: paged.Axes) -> float:
 
 
 def _everywhere(tree, where):
-    """Arrays of all processes, of which each holds its own part."""
+    """Global arrays, of which each process holds its own part."""
 
     def place(x, sharding):
         x = np.asarray(x)

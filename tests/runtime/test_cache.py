@@ -1,4 +1,4 @@
-"""`PagedCache`: state in and out, checks by default and once, and errors."""
+"""`PagedCache`: pages in the state, checks that are on by default and run once, and errors."""
 
 import equinox as eqx
 import jax

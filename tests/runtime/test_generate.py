@@ -1,4 +1,4 @@
-"""`generate` against greedy dense recomputation, from pools too small for all; scheduling invisible; few traces."""
+"""`generate` equals greedy dense recomputation, with too few pages for all prompts; scheduling changes no token."""
 
 import equinox as eqx
 import jax
@@ -87,7 +87,7 @@ def test_one_trace_a_kind_while_everything_varies():
 
 
 def test_other_lengths_compile_nothing_at_all():
-    """Not the steps, and not the small programs around them."""
+    """Neither the steps of the model nor the small programs around them."""
     model, state = tiny(seed=1)
     compiled: list[str] = []
     run((model, state), num_pages=8)
@@ -114,7 +114,7 @@ def test_the_callers_state_survives_unless_donated():
 
 
 class Counter(eqx.Module):
-    """After token t comes t + 1. Without attention, so that many schedules run fast."""
+    """After token t it likes t + 1 best. It has no attention, so that many schedules run in little time."""
 
     def __call__(self, tokens, batch, state):
         del batch

@@ -1,4 +1,4 @@
-"""`PagePool` against a model in plain Python, over random programs and at its edges."""
+"""`PagePool` against the same book-keeping in plain Python, over random operations, and at its edges."""
 
 import chex
 import jax
@@ -25,7 +25,7 @@ OPERATIONS = st.one_of(
 
 
 class PoolRef:
-    """The same book-keeping with lists and a loop."""
+    """The book-keeping of `PagePool` with lists and a loop."""
 
     def __init__(self):
         self.tables = [[] for _ in range(SLOTS)]

@@ -1,4 +1,4 @@
-"""`Rotary` and its scalings against formulas written again in float64, and the property that it is there for."""
+"""`Rotary` and its scalings against formulas in float64; scores depend on distances only."""
 
 import math
 
@@ -15,7 +15,7 @@ POSITIONS = np.array([0, 1, 2, 7, 31, 100])
 
 
 def rotary_ref(x, positions, frequencies, is_interleaved):
-    """As complex numbers: one multiplication by e^(i p f) a pair."""
+    """A pair as a complex number, multiplied by e^(i p f)."""
     dim = 2 * len(frequencies)
     out, head = x.copy(), x[..., :dim]
     pairs = (
@@ -83,9 +83,9 @@ def test_ntk_keeps_the_fastest_and_divides_the_slowest():
 
 
 def test_llama3_by_hand():
-    """theta 10^4 and 4 pairs turn 1, 0.1, 0.01, 0.001 radians a position: wavelengths 6.3, 62.8, 628, 6283."""
+    """theta 10^4 and 4 pairs turn 1, 0.1, 0.01, 0.001 radians per position: wavelengths 6.3, 62.8, 628, 6283."""
     scaling = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=1000)
-    turns = 1000 * 0.01 / (2 * math.pi)  # of the third pair: 1.59, in the band from 1 to 4
+    turns = 1000 * 0.01 / (2 * math.pi)  # turns of the third pair: 1.59, in the band from 1 to 4
     kept = (turns - 1) / 3
     expected = [1.0, 0.1, kept * 0.01 + (1 - kept) * 0.01 / 8, 0.001 / 8]
     np.testing.assert_allclose(Rotary(8, theta=10000.0, scaling=scaling).frequencies, expected, rtol=1e-12)

@@ -19,7 +19,7 @@ def draw(logits, sampler, seed=0, draws=DRAWS):
 
 
 def support_ref(logits, top_k, top_p):
-    """Temperature 1: rank by logit, then id; keep k; renormalise; keep until the mass is reached."""
+    """Tokens that may be drawn at temperature 1: rank by logit, then id; keep k; renormalise; keep up to the mass."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
     weights = np.exp(np.asarray(logits, np.float64)[order])
     kept, mass = [], 0.0

@@ -1,4 +1,4 @@
-"""`Scheduler`: order of admission, who is preempted, and what its request and slots then are."""
+"""`Scheduler`: the order of admission, which sequence is preempted, and its request and slots afterwards."""
 
 from paged.runtime import PagePool
 from paged.runtime._scheduler import Request, Scheduler
@@ -20,7 +20,7 @@ def waiting(scheduler):
 
 
 def draw(scheduler):
-    """What a decode step does: one token for every sequence that goes on."""
+    """A decode step: one more token for every sequence that goes on."""
     for slot in scheduler.extend_decoding():
         scheduler.running[slot].known.append(1)
 

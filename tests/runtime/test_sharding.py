@@ -1,4 +1,4 @@
-"""Layers and caches put on devices by `equinox.filter_shard`: the same numbers, and arrays where they were put."""
+"""Layers and caches on devices by `equinox.filter_shard`: same results, and arrays stay where they were put."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""A tiny random language model with everything that a serving bug could hide behind, and its dense recomputation."""
+"""A tiny random language model with every feature that serving may get wrong, and its dense recomputation."""
 
 import equinox as eqx
 import jax
@@ -59,7 +59,7 @@ class Tiny(eqx.Module):
 
 
 class _Traces(list):
-    """A list that is its own static fact: hashed and compared by identity."""
+    """A list that can be a static field: hashed and compared by identity."""
 
     def __hash__(self):
         return id(self)
@@ -79,7 +79,7 @@ def _padded_logits(model, tokens):
 
 
 def greedy_ref(model, prompt, max_new_tokens, eos=(), width=64):
-    """Greedy decoding by recomputing everything for each token. Padding lies in the future, which is hidden."""
+    """Greedy decoding that recomputes everything for each token. Padding is at later positions, which are hidden."""
     known = list(prompt)
     for _ in range(max_new_tokens):
         padded = jnp.zeros(width, jnp.int32).at[: len(known)].set(jnp.asarray(known))

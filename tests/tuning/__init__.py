@@ -1,1 +1,1 @@
-"""Tests of schedules from elsewhere than `lower`'s own argument: contexts, tuning files, and tuning itself."""
+"""Tests of schedules that are not given to `lower`: contexts, tuning files, and tuning itself."""

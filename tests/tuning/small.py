@@ -16,7 +16,7 @@ BATCH = paged.RaggedBatch.decode([13, 2], [[3, 1, 4, 6], [5, -1, -1, -1]])
 Q = jnp.asarray(np.random.default_rng(1).normal(0, 3, (2, 4, 8)), jnp.float32)
 CALL = Call.of(Q, PAGES, BATCH)
 
-# Four that differ from each other and from the heuristic's.
+# Four schedules that differ from each other and from the heuristic's.
 EXPLICIT, CONTEXT, FILE, OTHER = (XlaSchedule(pages_per_block=n) for n in (1, 2, 3, 4))
 
 
@@ -28,7 +28,7 @@ def key(spec=SPEC, call=CALL, **changes):
 
 
 def entry(schedule=FILE, of=None):
-    """An entry, of the small call unless said otherwise."""
+    """An entry for a key; by default the small call's."""
     return Entry(key() if of is None else of, schedule.to_json(), 1e-3, 0.5)
 
 
@@ -40,6 +40,6 @@ def stored(path, *entries):
 
 
 def chosen(attend, call=CALL):
-    """What runs in a call, and who said so."""
+    """The schedule that runs a call, and who picked it."""
     choice = attend.choice(call)
     return choice.schedule, choice.source

@@ -1,4 +1,4 @@
-"""The candidates of every lowering: few, its own choice first, each able to run, and each giving the same attention."""
+"""The candidates of every lowering: few, the heuristic's first, each can run, and each gives the same attention."""
 
 import importlib.util
 
@@ -11,9 +11,9 @@ from paged.lower import LOWERINGS, Call, Program, compile_for
 from paged.lower.tpu import CHIPS
 from tests.support import ALL_LOWERINGS, SPECS, Case, assert_state, build, state_of
 
-MOST = 24  # candidates of one call
+MOST = 24  # candidates per call
 
-# Facts of models people have: query heads to a KV head, head_dim, and what else the spec and the layout say.
+# Facts of released models: query heads per KV head, head_dim, and what else the spec and the layout have.
 MODELS = {
     "llama": (4, 128, {}, {}),
     "one head": (1, 64, {}, {"order": "joined", "page_size": 64}),
@@ -99,7 +99,7 @@ def _require_the_reference(lowering, built, schedule):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("lowering", ALL_LOWERINGS)
 def test_some_candidates_give_the_reference(lowering, name):
-    """The smallest sizes, or the most lanes; all of them in the test below."""
+    """The smallest sizes, or the most row blocks at once; the test below runs all of them."""
     built, candidates = _case_and_candidates(lowering, name)
     assert len(candidates) > 4
     _require_the_reference(lowering, built, candidates[-1 if name == "ragged" else 1])

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    """Where the process's tuning file is to be."""
+    """The path of the process's tuning file."""
     monkeypatch.setenv("PAGED_TUNING", str(tmp_path / "folder" / "tuned.json"))
     return tmp_path / "folder" / "tuned.json"
 
@@ -30,7 +30,7 @@ def _write(path, text):
 
 
 def _texts(path):
-    """The file with its one entry, as JSON to be spoilt."""
+    """The content of a file with one entry, as JSON to be changed."""
     stored(path, entry())
     return json.loads(path.read_text())
 
@@ -43,7 +43,7 @@ def _with_entry(**changes):
     return spoil
 
 
-# What a file may hold instead, and what the warning says.
+# Contents of damaged files, and the warning for each.
 CORRUPT = {
     "empty": (lambda content: "", "cannot be read"),
     "truncated": (lambda content: json.dumps(content)[:-9], "cannot be read"),

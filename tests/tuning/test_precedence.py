@@ -53,7 +53,7 @@ def test_explicit_then_context_then_file_then_heuristic(file, given, context, ha
     assert f"runs as {want[0]} (from: {want[1]})" in str(explanation)
 
 
-def test_without_a_call_a_context_speaks_and_a_file_cannot(file):
+def test_without_a_call_a_context_counts_and_a_file_cannot(file):
     attend = paged.lower(SPEC, LAYOUT)
     assert attend.explain().source == "heuristic" and attend.schedule == attend.explain().schedule != FILE
     with paged.schedules(CONTEXT):
@@ -61,7 +61,7 @@ def test_without_a_call_a_context_speaks_and_a_file_cannot(file):
     assert attend.schedule == CONTEXT and "(from: context)" in str(attend.explain())
 
 
-def test_contexts_nest_and_the_inner_one_speaks_first(file, tmp_path):
+def test_contexts_nest_and_the_inner_one_comes_first(file, tmp_path):
     inner = stored(tmp_path / "inner.json", entry(OTHER))
     elsewhere = dataclasses.replace(CALL, slots=64, tokens=64)
     with paged.schedules(CONTEXT):
@@ -85,8 +85,8 @@ def test_a_context_ends_with_an_error_and_is_not_of_other_threads():
     assert seen == ["heuristic"] and chosen(paged.lower(SPEC, LAYOUT))[1] == "heuristic"
 
 
-def test_what_was_lowered_keeps_what_was_said_then(file):
-    """It is part of the value that traces are cached by: nothing is read inside of one."""
+def test_what_was_lowered_keeps_the_advice_of_that_moment(file):
+    """The advice is part of the value that traces are cached by. Nothing is read while tracing."""
     before, text = paged.lower(SPEC, LAYOUT), str(paged.lower(SPEC, LAYOUT).explain(Q, PAGES, BATCH))
     out = before(Q, PAGES, BATCH)
     with paged.schedules(CONTEXT):
@@ -135,7 +135,7 @@ def test_calls_of_one_class_of_shapes_share_a_schedule_and_others_do_not(file):
         assert chosen(paged.lower(SPEC, dataclasses.replace(LAYOUT, **changes)))[1] == "heuristic"
 
 
-# A TPU's attention, whose facts are known without one.
+# An attention on a TPU: schedules are chosen for it without a TPU.
 TPU_SPEC = paged.AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
 TPU_LAYOUT = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
 TPU_CALL = Call(tokens=4, slots=4, pages_per_seq=64, num_pages=256, query_rows=1, q_dtype=jnp.dtype("bfloat16"))
@@ -182,7 +182,7 @@ def test_on_another_chip_the_file_is_asked_for_that_chip(tmp_path):
     assert chosen(attend.on_chip("v6e"), TPU_CALL)[1] == "heuristic"
 
 
-def test_layers_and_entry_points_listen_too(file):
+def test_layers_and_entry_points_use_contexts_and_files_too(file):
     assert chosen(PagedCache(SPEC, LAYOUT, 9).attend) == (FILE, "tuning file tuned.json")
     with paged.schedules(CONTEXT):
         layer = PagedCache(SPEC, LAYOUT, 9)
@@ -190,8 +190,8 @@ def test_layers_and_entry_points_listen_too(file):
     assert chosen(layer.attend) == chosen(entry_point) == (CONTEXT, "context")
 
 
-def test_devices_of_a_mesh_run_what_is_said_of_one_devices_share(tmp_path, monkeypatch):
-    """Biases by head are another program on each device; what was tuned for the share of one is for all."""
+def test_devices_of_a_mesh_run_what_was_tuned_for_one_devices_share(tmp_path, monkeypatch):
+    """With biases by head each device has another program. A schedule tuned for the first device's is used by all."""
     spec, mesh = SPEC.replace(scores=(paged.ALiBi(),)), jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
     axes = paged.Axes(kv_heads="model")
     share = paged.lower(spec, LAYOUT, mesh=mesh, axes=axes).first_device
@@ -210,8 +210,8 @@ def test_devices_of_a_mesh_run_what_is_said_of_one_devices_share(tmp_path, monke
     assert ran == [FILE]
 
 
-def test_an_entry_point_of_compat_listens_at_each_call(monkeypatch):
-    """The programs that it keeps are for what contexts and files said."""
+def test_an_entry_point_of_compat_asks_the_sources_at_each_call(monkeypatch):
+    """Its cached programs are for the sources of schedules at the call."""
     ran, choice = [], paged.Attend.choice
 
     def recorded(self, call=None):

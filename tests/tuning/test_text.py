@@ -1,4 +1,4 @@
-"""The text of a program: the same in every process, and another for whatever may change what is fast."""
+"""The text of a program: the same in every process, and different where another schedule may be faster."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ class Striped(paged.Mask):
 
 
 class Callable:
-    """A callable that is no function."""
+    """A callable object."""
 
     def __call__(self, p, j):
         return j <= p

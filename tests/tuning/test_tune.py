@@ -1,4 +1,4 @@
-"""Tuning: what wins, what is left out and why, what is stored; with invented times, so that no machine decides."""
+"""Tuning: what wins, what is left out and why, what is stored; times are invented, so that no machine decides."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ A, B, C = (OWN.replace(pages_per_block=pages, blocks_per_step=1) for pages in (1
 
 @dataclasses.dataclass(frozen=True)
 class Invented(paged.Timing):
-    """Seconds of each schedule, 1 unless said, in each of the two rounds."""
+    """A timing with invented seconds per schedule and round; 1 second by default."""
 
     times: tuple[dict, ...] = ({}, {})
     rounds: list = dataclasses.field(default_factory=list)
@@ -49,7 +49,7 @@ def _tune(timing, attend=ATTEND, **options):
 
 
 def test_the_best_of_the_last_round_wins():
-    """A was lucky in the first round, and loses where it counts."""
+    """A is faster in the first round only, and the second round decides."""
     timing = Invented(times=({A: 0.2, B: 0.5, C: 0.6}, {A: 1.5, B: 0.5, C: 0.6}), finalists=2)
     tuned = _tune(timing)
     assert (tuned.schedule, tuned.heuristic, tuned.ratio, tuned.source) == (B, OWN, 0.5, "timed")
@@ -81,7 +81,8 @@ def test_what_fails_or_is_wrong_is_left_out_with_its_reason(monkeypatch):
     monkeypatch.setattr(type(XLA_BLOCKS), "state", sabotaged)
     monkeypatch.setattr(type(XLA_BLOCKS), "alternatives", lambda *_: iter((A, B)))
     times = {A: 0.1, B: 0.1}
-    tuned = _tune(Invented(times=(times, times)), paged.lower(SPEC.replace(window=6), LAYOUT))  # of no other test
+    fresh = paged.lower(SPEC.replace(window=6), LAYOUT)  # no other test has compiled this spec
+    tuned = _tune(Invented(times=(times, times)), fresh)
     reasons = {trial.schedule: trial.reason for trial in tuned.trials}
     assert tuned.schedule == OWN and reasons[OWN] is None
     assert reasons[A] == "NotImplementedError: Mosaic: no such layout" and "results differ" in reasons[B]
@@ -112,7 +113,7 @@ def test_the_winner_is_stored_and_found_and_timed_again_when_asked(tmp_path):
 
 
 def test_the_heuristics_choice_is_stored_too(tmp_path, monkeypatch):
-    """So that it is not timed again, and `explain` says that it was."""
+    """A stored heuristic is not timed again, and `explain` names the file."""
     monkeypatch.setenv("PAGED_TUNING", str(tmp_path / "tuned.json"))
     tuned = _tune(Invented(), file=None)
     assert tuned.stored == tmp_path / "tuned.json"
@@ -171,7 +172,7 @@ def test_what_cannot_be_tuned_is_refused():
 
 
 class Clock:
-    """A clock that only calls move."""
+    """A clock that advances only in calls."""
 
     def __init__(self):
         self.now = 0.0
@@ -180,7 +181,7 @@ class Clock:
         return self.now
 
     def call(self, *seconds):
-        """A call that takes these times in turn, and the last from then on."""
+        """A call that takes these times in turn, and then always the last one."""
         left = list(seconds)
 
         def run():
