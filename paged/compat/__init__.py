@@ -1,18 +1,25 @@
-"""The field's own entry points, argument for argument: code moves over by changing an import.
+"""The field's own entry points, argument for argument: port code to `paged` by changing an import.
 
-Each adopts the caller's cache as it lies, without a copy, and runs what `paged.lower` runs for the same spec. What the
-originals reject, ignore or compute wrongly on some of their backends (windows, soft caps, sinks, splits, scales, empty
-sequences) means the same here on every target. `docs/porting.md` lists the differences, argument by argument.
+Each entry point uses the caller's cache in place, without a copy, and runs what `paged.lower` runs for the same spec.
+The originals reject, ignore or wrongly compute some features on some of their backends: windows, soft caps, sinks,
+splits, scales, empty sequences. Here every feature means the same on every target. `docs/porting.md` lists the
+differences, argument by argument.
 
-All take ``target`` and ``interpret``, those of `paged.lower`. Arguments that describe a kernel (blocks, splits, cores,
-memory) are checked on every target, become the `paged.Schedule` on TPUs, and have no effect where there is no kernel.
-Arguments that are not arrays must be known when JAX traces.
+Arguments that are not arrays must be known when JAX traces. Arguments that describe a kernel (blocks, splits, cores,
+memory) are checked on every target. On TPUs they become the `paged.Schedule`; elsewhere there is no kernel, and they
+have no effect.
 
-All run on many devices: ``mesh``, and ``axes``, a `paged.Axes` of KV heads, contexts or both, or else ``in_specs``, a
-`PartitionSpec` for each array in order, or by name, from which they follow; ``out_specs`` is that of the output, or of
-the output and the cache. Tables and lengths are whole on every device. Where there are fewer KV heads than devices, a
-cache that is read may have each head once, and is copied at every call, or as often as devices need it; one that is
-written must have them so.
+Every entry point runs on many devices:
+
+* ``mesh``: the devices, a ``jax.sharding.Mesh``.
+* ``axes``: the `paged.Axes` that divide KV heads, contexts or both.
+* ``in_specs``: instead of ``axes``, a ``PartitionSpec`` for each array, as a tuple in the order of the arguments or as
+  a dict by name. Block tables, lengths and other integers are whole on every device.
+* ``out_specs``: the spec of the output; or a pair, for the output and the cache, where the cache is returned.
+
+With fewer KV heads than devices, entry points that only read accept each head once (then the cache is copied, with
+heads repeated, at every call) or already repeated. `ragged_page_attention_v3`, which writes, needs heads already
+repeated.
 """
 
 from .ragged import ragged_page_attention_v2 as ragged_page_attention_v2

@@ -1,4 +1,4 @@
-"""Arguments that are arrays: checked by the caller's names, and given the shapes of the native surface."""
+"""Arguments that are arrays: checked by the caller's names, and brought into the shapes of `paged.lower`."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ _MAY_BE_0 = ("batch", "chunk", "seqs", "tokens")
 
 
 def as_arrays(**named: Any) -> tuple[Any, ...]:
-    """The arguments as arrays, lists and Python numbers among them as int32; ``TypeError`` for anything else."""
+    """The arguments as arrays. Lists and Python numbers become int32; anything else raises ``TypeError``."""
     return tuple(x if _is_array(x) else _integers(name, x) for name, x in named.items())
 
 
 def _is_array(x: Any) -> bool:
-    """Asked of the type first: an array's own shape takes a while."""
+    """Whether it has a shape and a dtype. The type is asked first: the shape of a JAX array takes longer to get."""
     kind = type(x)
     return (hasattr(kind, "shape") and hasattr(kind, "dtype")) or (hasattr(x, "shape") and hasattr(x, "dtype"))
 
@@ -40,8 +40,10 @@ def _integers(name: str, value: Any) -> np.ndarray:
 
 
 def require_shape(name: str, array: Any, shape: tuple[Any, ...], meaning: str) -> None:
-    """``ValueError`` unless the array has this shape; a string stands for any size, of at least 1 where that of rows or
-    sequences is not meant."""
+    """``ValueError`` unless the array has this shape.
+
+    A string stands for any size of at least 1, or of at least 0 for rows and sequences.
+    """
     got = tuple(array.shape)
     fits = len(got) == len(shape) and all(
         n >= (want not in _MAY_BE_0) if isinstance(want, str) else n == want for n, want in zip(got, shape, strict=True)
@@ -58,13 +60,13 @@ def require_integers(name: str, array: Any) -> None:
 
 
 def require_floats(name: str, array: Any) -> None:
-    """``TypeError`` unless the array holds floats that queries and pages may be of."""
+    """``TypeError`` unless the array has a dtype that queries and pages may have."""
     if array.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16 or float32; got {array.dtype.name}.")
 
 
 def require_pages(name: str, array: Any) -> None:
-    """``TypeError`` for a cache that these signatures have no scales for."""
+    """``TypeError`` for a quantised cache: these signatures have no scales."""
     if array.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float16, bfloat16 or float32; got {array.dtype.name}. Quantised pages have scales, which "
@@ -74,7 +76,7 @@ def require_pages(name: str, array: Any) -> None:
 
 
 def rows_of(name: str, array: Any, seq: int | None = None) -> Any:
-    """``[tokens, heads, head_dim]`` of that, or of ``[batch, seq, heads, head_dim]``, whose rows lie in that order."""
+    """Rows ``[tokens, heads, head_dim]``, from that shape or from ``[batch, seq, heads, head_dim]``."""
     require_floats(name, array)
     if array.ndim == 4:
         if seq is not None:
@@ -119,7 +121,7 @@ def sinks_of(softmax_aux: Any, heads: int, kv_heads: int) -> Sinks | None:
 
 
 def interleaved_layout(name: str, cache: Any, head_dim: int, kv_heads: int | None = None) -> PageLayout:
-    """The layout of ``[pages, page_size, 2 * kv_heads, D']`` pages, or of the packed form of five dimensions."""
+    """The layout of pages ``[pages, page_size, 2 * kv_heads, D']``, or of packed ones, with five dimensions."""
     require_pages(name, cache)
     forms = "[pages, page_size, 2 * kv_heads, head_dim], or packed [pages, page_size, 2 * kv_heads / pack, pack, "
     forms += "head_dim]"
@@ -144,6 +146,6 @@ def interleaved_layout(name: str, cache: Any, head_dim: int, kv_heads: int | Non
 
 
 def padded(rows: Array, head_dim: int) -> Array:
-    """Rows with zeros after their own head dimension, where pages have a larger one."""
+    """Rows padded with zeros to the pages' head dimension."""
     missing = head_dim - rows.shape[-1]
     return jnp.pad(rows, ((0, 0), (0, 0), (0, missing))) if missing else rows

@@ -1,4 +1,4 @@
-"""Entry points over a cache of one array with keys and values in turn: ragged batches, mixed prefill and decode."""
+"""Entry points over a cache of one array, keys on even heads and values on odd ones: ragged batches."""
 
 import dataclasses
 import functools
@@ -51,22 +51,36 @@ def ragged_page_attention_v2(
     in_specs: Any = None,
     out_specs: Any = None,
 ) -> Float[Array, "*tokens q_heads head_dim"]:
-    """A ragged batch over pages that hold this step's keys and values already; causal.
+    """Causal attention of a ragged batch over pages that hold this step's keys and values already.
 
-    Sequence ``s`` owns rows ``query_start_loc[s] : query_start_loc[s + 1]``, the last of its ``context_lens[s]``
-    tokens. Returns float[tokens, q_heads, head_dim] in the query's dtype, 0 in rows of no sequence and in empty ones.
-    ``query`` may be ``[batch, seq, q_heads, head_dim]``, and pages packed as of `ragged_page_attention_v3`.
+    **Arguments:**
 
-    * ``softmax_aux``: sinks, learnt logits in the denominator: ``[q_heads]`` or ``[kv_heads, group]`` is one sink of
-      each query head; ``[n]`` is ``n`` sinks of every head, ``[kv_heads, n]`` is ``n`` sinks of every head of a group,
-      and they add up. `paged.lower` accepts ``[q_heads]`` and ``[q_heads, n]`` alone: these are made of the others.
-    * ``compute_dtype``: float32 takes products and weights in float32 also where queries and pages are narrower;
-      others change nothing, for nothing is computed in less than queries and pages have, and softmax is float32.
-    * ``optimized``: chose between two implementations. There is one here, and it changes nothing.
-    * ``num_kv_pages_per_block``, ``num_queries_per_block``, ``vmem_limit_bytes``: the schedule, on TPUs, of the kernel
-      for sequences of several rows, and the vector memory that kernels may take.
+    - `query`: rows of all sequences, one after the other, or ``[batch, seq, q_heads, head_dim]``.
+    - `kv_pages`: pages with keys on even heads and values on odd ones, or packed; see `ragged_page_attention_v3`.
+    - `context_lens`: how many tokens each sequence has, this step's included.
+    - `block_tables`: token ``j`` of sequence ``s`` lies in page ``block_tables[s, j // page_size]``. Entries that no
+      visible token needs may hold anything.
+    - `query_start_loc`: sequence ``s`` owns the rows ``query_start_loc[s] : query_start_loc[s + 1]``, its last tokens.
+    - `num_seqs`: the first ``num_seqs`` sequences are live.
+    - `softmax_aux`: sinks, learnt logits in the denominator. ``[q_heads]`` and ``[kv_heads, group]`` are one sink of
+      each query head. ``[n]`` are ``n`` sinks of every head, ``[kv_heads, n]`` are ``n`` sinks of every head of a
+      group, and they add up. `paged.lower` accepts only ``[q_heads]`` and ``[q_heads, n]``.
+    - `softmax_scale`: scale of scores. None: ``1 / sqrt(head_dim)``.
+    - `logits_soft_cap`: scores become ``cap * tanh(score / cap)``, before the mask. None: no cap.
+    - `compute_dtype`: float32 computes products and weights in float32 even where queries and pages are narrower. Other
+      dtypes change nothing: products are never narrower than queries and pages, and the softmax is float32.
+    - `optimized`: not needed. It chose between two implementations, and here there is one.
+    - `sliding_window`: how many tokens a query sees, its own included. None: all.
+    - `mask_value`: not needed. Values that could change a result are refused.
+    - `num_kv_pages_per_block`, `num_queries_per_block`: the schedule, on TPUs, of the kernel for sequences of several
+      rows. Any schedule gives the same attention; None leaves it to `paged`.
+    - `vmem_limit_bytes`: the vector memory that kernels may use, on TPUs. None: what the chip has.
+    - `target`, `interpret`: see `paged.lower`.
+    - `mesh`, `axes`, `in_specs`, `out_specs`: many devices, see `paged.compat`.
 
-    Others, and errors, as of `page_attention`.
+    **Returns:** the output in the query's shape and dtype, 0 in rows of no sequence and in rows that see no key.
+
+    Raises ``ValueError`` or ``TypeError``, when traced, naming the argument.
 
     >>> kv_pages, query = jnp.ones((8, 4, 2 * 2, 16)), jnp.ones((5, 4, 16))
     >>> ragged_page_attention_v2(query, kv_pages, [6, 2], [[3, 1], [0, -1]], [0, 3, 4], 2).shape
@@ -113,21 +127,35 @@ def ragged_page_attention_v3(
     in_specs: Any = None,
     out_specs: Any = None,
 ) -> tuple[Float[Array, "*tokens q_heads head_dim"], Shaped[Array, "pages page_size *heads head_dim"]]:
-    """Write this step's keys and values into their slots, then attend: a ragged batch in any order.
+    """Write the keys and values of a ragged batch into its pages, then attend causally.
 
-    ``context_lens`` count this step's own tokens. Returns ``(out, kv_pages)``, ``out`` as of
-    `ragged_page_attention_v2`. ``kv_pages`` is donated: the array passed is gone. Inside of another ``jax.jit``, donate
-    it there.
+    ``kv_pages`` is donated: the array that was passed is gone afterwards. Inside of another ``jax.jit``, donate it
+    there.
 
-    * ``kv_pages``: ``[pages, page_size, 2 * kv_heads, D']``, keys on even heads and values on odd ones, or packed,
-      ``[pages, page_size, 2 * kv_heads / pack, pack, D']``: the same bytes, returned as they came. ``D'`` is
-      ``head_dim``, or that padded with zeros to a multiple of 128.
-    * ``block_tables``: the rows of all sequences, one after the other.
-    * ``distribution``: ``[decode_end, prefill_end, total]``, of which only ``total``, the number of live sequences, is
-      needed. They must not decrease, nor exceed the slots; checked where they are known.
+    **Arguments:**
 
-    Others, and errors, as of `ragged_page_attention_v2`. ``queries``, ``keys`` and ``values`` may be
-    ``[batch, seq, heads, head_dim]``.
+    - `queries`, `keys`, `values`: rows of all sequences, one after the other, or ``[batch, seq, heads, head_dim]``.
+    - `kv_pages`: pages ``[pages, page_size, 2 * kv_heads, D']``, keys on even heads and values on odd ones; or packed,
+      ``[pages, page_size, 2 * kv_heads / pack, pack, D']``, which are the same bytes. ``D'`` is ``head_dim``, or the
+      next multiple of 128, padded with zeros.
+    - `context_lens`: how many tokens each sequence has, this step's included.
+    - `block_tables`: the table rows of all sequences, one after the other. Token ``j`` of sequence ``s`` lies in page
+      ``block_tables[s * pages_per_seq + j // page_size]``. Entries that no visible token needs may hold anything.
+    - `query_start_loc`: sequence ``s`` owns the rows ``query_start_loc[s] : query_start_loc[s + 1]``, its last tokens.
+    - `distribution`: ``[decode_end, prefill_end, total]``. Only ``total``, the number of live sequences, is needed. The
+      three must not decrease or exceed the number of sequences, which is checked where their values are known.
+    - `softmax_aux`: sinks, in the shapes of `ragged_page_attention_v2`.
+    - `softmax_scale`: scale of scores. None: ``1 / sqrt(head_dim)``.
+    - `logits_soft_cap`: scores become ``cap * tanh(score / cap)``, before the mask. None: no cap.
+    - `sliding_window`: how many tokens a query sees, its own included. None: all.
+    - `vmem_limit_bytes`: the vector memory that kernels may use, on TPUs. None: what the chip has.
+    - `target`, `interpret`: see `paged.lower`.
+    - `mesh`, `axes`, `in_specs`, `out_specs`: many devices, see `paged.compat`.
+
+    **Returns:** ``(out, kv_pages)``. ``out`` has the queries' shape and dtype, and is 0 in rows of no sequence and in
+    rows that see no key. ``kv_pages`` has the shape that was passed.
+
+    Raises ``ValueError`` or ``TypeError``, when traced, naming the argument.
 
     >>> kv_pages, q, kv = jnp.zeros((8, 4, 2 * 2, 16)), jnp.ones((4, 4, 16)), jnp.ones((4, 2, 16))
     >>> out, kv_pages = ragged_page_attention_v3(q, kv, kv, kv_pages, [3, 1], [3, 1, 0, -1], [0, 3, 4], [0, 0, 2])
@@ -215,7 +243,7 @@ def _update(
 
 
 def _pages(layout: PageLayout, kv_pages: Array) -> Pages:
-    """Those of either form: packed ones are the same bytes, which a reshape under ``jax.jit`` does not move."""
+    """The pages, packed or not. A packed cache is the same bytes: a reshape under ``jax.jit`` moves nothing."""
     return layout.wrap(kv_pages.reshape(layout.array_shapes(kv_pages.shape[0])[0]))
 
 
@@ -229,7 +257,7 @@ def _as_queries(out: Array, query: Array) -> Array:
 def _prepare(
     options: Options, q: Array, kv_pages: Array, layout: PageLayout, batch: RaggedBatch, sinks: Sinks | None
 ) -> tuple[AnyAttend, Array]:
-    """The attention, and its queries as wide as the pages."""
+    """The attention, and the queries padded to the head dimension of the pages."""
     spec = options.spec(q.shape[1], q.shape[2], layout, sinks is not None)
     wide = arrays.padded(q.astype(jnp.float32) if options.is_float32 else q, layout.head_dim)
     call = Call(wide.shape[0], batch.num_slots, batch.pages_per_seq, kv_pages.shape[0], None, jnp.dtype(wide.dtype))
@@ -248,7 +276,7 @@ def _require_sequences(context_lens: Array, query_start_loc: Array) -> int:
 
 
 def _require_known_num_seqs(num_seqs: Any, context_lens: Any) -> None:
-    """The value, where it is no JAX array and its shape is right, which `_attend` looks at."""
+    """Check the value of ``num_seqs`` where it is known. `_attend` checks its shape and dtype."""
     if not isinstance(num_seqs, np.ndarray | np.integer) or num_seqs.size != 1 or num_seqs.dtype.kind not in "iu":
         return
     if len(context_lens.shape) == 1 and not 0 <= int(num_seqs.reshape(())) <= context_lens.shape[0]:
@@ -259,7 +287,7 @@ def _require_known_num_seqs(num_seqs: Any, context_lens: Any) -> None:
 
 
 def _require_ends(distribution: Any, context_lens: Any) -> None:
-    """The values, where they are known and their shapes are right, which `_update` looks at."""
+    """Check the values of ``distribution`` where they are known. `_update` checks its shape and dtype."""
     if isinstance(distribution, jax.core.Tracer | jax.ShapeDtypeStruct):
         return
     if distribution.shape != (3,) or distribution.dtype.kind not in "iu" or len(context_lens.shape) != 1:

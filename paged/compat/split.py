@@ -1,4 +1,4 @@
-"""Entry points over a cache of two arrays, ``[kv_heads, pages, page_size, head_dim]`` each: decode, and one prompt."""
+"""Entry points over a cache of two arrays ``[kv_heads, pages, page_size, head_dim]``: decode, and one prompt."""
 
 import functools
 from collections.abc import Sequence
@@ -44,22 +44,30 @@ def page_attention(
     in_specs: Any = None,
     out_specs: Any = None,
 ) -> Float[Array, "seqs q_heads head_dim"]:
-    """Decode: each sequence's one query row over its ``context_lens`` tokens, its own included.
+    """Decode: attention of one query row per sequence over the pages of that sequence.
 
-    Returns float[seqs, q_heads, head_dim] in the query's dtype, 0 for a sequence of length 0. ``query`` may be
-    ``[batch, 1, q_heads, head_dim]``; the output then is too.
+    **Arguments:**
 
-    * ``attn_scale``: of scores; ``1 / sqrt(head_dim)`` when None.
-    * ``attn_logits_soft_cap``: scores become ``cap * tanh(score / cap)``, before the mask.
-    * ``sliding_window``: tokens seen, the query's own included.
-    * ``max_context_len``: a promise that no sequence is longer. Table entries past it are not looked at; a longer
-      sequence is a fault of the caller, and is cut to it.
-    * ``mask_value``: no longer needed, see `docs/porting.md`.
-    * ``num_splits`` (0: chosen), ``pages_per_compute_block``, ``inline_seq_dim``: the kernel's schedule on TPUs, any
-      of which gives the same attention. ``megacore_mode``: ``"batch"`` and None alike use both cores of a chip that
-      has two; ``"kv_head"`` is refused.
+    - `query`: one row per sequence, or ``[batch, 1, q_heads, head_dim]``.
+    - `key_cache`, `value_cache`: the pages.
+    - `context_lens`: how many tokens each sequence has, the query's own included.
+    - `block_tables`: token ``j`` of sequence ``s`` lies in page ``block_tables[s, j // page_size]``. Entries that no
+      visible token needs may hold anything.
+    - `attn_scale`: scale of scores. None: ``1 / sqrt(head_dim)``.
+    - `max_context_len`: a promise that no sequence is longer. Table entries beyond it are not read. A longer sequence
+      breaks the promise, and is cut.
+    - `num_splits`, `pages_per_compute_block`, `inline_seq_dim`: the kernel's schedule on TPUs. Any schedule gives the
+      same attention; 0 and None leave it to `paged`.
+    - `mask_value`: not needed. Values that could change a result are refused.
+    - `attn_logits_soft_cap`: scores become ``cap * tanh(score / cap)``, before the mask. None: no cap.
+    - `megacore_mode`: ``"batch"`` and None use both cores of a chip that has two. ``"kv_head"`` is refused.
+    - `sliding_window`: how many tokens a query sees, its own included. None: all.
+    - `target`, `interpret`: see `paged.lower`.
+    - `mesh`, `axes`, `in_specs`, `out_specs`: many devices, see `paged.compat`.
 
-    Raises ``ValueError`` or ``TypeError`` naming the argument, when traced.
+    **Returns:** the output in the query's shape and dtype, 0 for a sequence of length 0.
+
+    Raises ``ValueError`` or ``TypeError``, when traced, naming the argument.
 
     >>> cache = jnp.ones((2, 8, 4, 16))
     >>> out = page_attention(jnp.ones((2, 4, 16)), cache, cache, [5, 0], [[3, 1], [-1, -1]], sliding_window=3)
@@ -101,11 +109,28 @@ def prefill_page_attention(
     in_specs: Any = None,
     out_specs: Any = None,
 ) -> Float[Array, "chunk q_heads head_dim"]:
-    """One sequence's chunk: the last rows of its ``context_len`` tokens, which count the chunk's own; causal.
+    """Prefill: causal attention of one sequence's chunk, the last rows of its tokens, over the pages of that sequence.
 
-    Row ``i`` of ``C`` is at position ``context_len - C + i``, whatever divides what. ``query`` may be ``[1, chunk,
-    q_heads, head_dim]``. Arguments, results and errors otherwise as of `page_attention`; its ``attn_scale`` is called
-    ``softmax_scale`` here.
+    The pages hold the chunk's own keys and values already. Row ``i`` of a chunk of ``n`` rows has the position
+    ``context_len - n + i``.
+
+    **Arguments:**
+
+    - `query`: the chunk's rows, or ``[1, chunk, q_heads, head_dim]``.
+    - `key_cache`, `value_cache`: the pages.
+    - `context_len`: how many tokens the sequence has, the chunk's own included.
+    - `page_indices`: token ``j`` lies in page ``page_indices[j // page_size]``. Entries that no visible token needs may
+      hold anything.
+    - `softmax_scale`: scale of scores. None: ``1 / sqrt(head_dim)``.
+    - `mask_value`: not needed. Values that could change a result are refused.
+    - `attn_logits_soft_cap`: scores become ``cap * tanh(score / cap)``, before the mask. None: no cap.
+    - `sliding_window`: how many tokens a query sees, its own included. None: all.
+    - `target`, `interpret`: see `paged.lower`.
+    - `mesh`, `axes`, `in_specs`, `out_specs`: many devices, see `paged.compat`.
+
+    **Returns:** the output in the query's shape and dtype, 0 in rows that see no key.
+
+    Raises ``ValueError`` or ``TypeError``, when traced, naming the argument.
 
     >>> cache = jnp.ones((2, 8, 4, 16))
     >>> prefill_page_attention(jnp.ones((3, 4, 16)), cache, cache, jnp.array([6]), jnp.array([3, 1])).shape
@@ -124,7 +149,7 @@ def _decode(
     options: Options, query: Array, key_cache: Array, value_cache: Array, context_lens: Array, block_tables: Array
 ) -> Array:
     q = arrays.rows_of("query", query, seq=1)
-    arrays.require_shape("context_lens", context_lens, (q.shape[0],), "[seqs], one a row of query,")
+    arrays.require_shape("context_lens", context_lens, (q.shape[0],), "[seqs], one per row of query,")
     arrays.require_integers("context_lens", context_lens)
     arrays.require_shape("block_tables", block_tables, (q.shape[0], "max_blocks"), "[seqs, max_blocks]")
     arrays.require_integers("block_tables", block_tables)

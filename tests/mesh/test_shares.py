@@ -46,7 +46,8 @@ def _rows(table):
 
 
 def _case(phase, **facts):
-    return Case(spec=SPEC, phase=phase, sink_shape=(4,), **{**PHASES[phase], **facts})
+    sink_shape = (4, 2) if phase == "ragged" else (4,)  # two sinks of each head, or one
+    return Case(spec=SPEC, phase=phase, sink_shape=sink_shape, **{**PHASES[phase], **facts})
 
 
 def _lowered(case, sizes, **choices):

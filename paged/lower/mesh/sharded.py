@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -20,7 +19,6 @@ from paged.spec import (
     RaggedBatch,
     Sinks,
     require_sinks,
-    sinks_per_head,
 )
 
 from .._check import check_values
@@ -298,7 +296,7 @@ def _state(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch, si
         (specs.q, specs.pages, specs.batch, specs.sinks),
         AttentionState(specs.out, specs.lse),
     )
-    return run(q, pages, batch, _per_head(attend, sinks))
+    return run(q, pages, batch, sinks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -312,7 +310,7 @@ def _update(
         (specs.q, specs.k, specs.v, specs.pages, specs.batch, specs.sinks),
         (specs.out, specs.pages),
     )
-    return run(q, k, v, pages, batch, _per_head(attend, sinks))
+    return run(q, k, v, pages, batch, sinks)
 
 
 def _state_on_device(
@@ -351,10 +349,3 @@ def _check_shard(attend: ShardedAttend, batch: RaggedBatch, tokens: int, num_pag
     """One shard's batch, its values checked. ``num_pages`` is of all devices that share its contexts."""
     size = attend.layout.page_size
     return check_values(batch, page_size=size, num_pages=num_pages, tokens=tokens, mask=attend.spec.visibility)
-
-
-def _per_head(attend: ShardedAttend, sinks: Array | None) -> Array | None:
-    """One sink per query head, the shape that can be divided by heads."""
-    if sinks is None or jnp.shape(sinks) == (attend.spec.num_q_heads,):
-        return sinks
-    return sinks_per_head(attend.spec, sinks)
