@@ -36,22 +36,33 @@ Merge = Callable[[AttentionState], AttentionState]
 class Attend:
     """A lowered attention: a pure function of arrays, made by `lower`. Hashable; works under every JAX transform.
 
-    ``out = attend(q, pages, batch, sinks=None)``, where ``q`` is float[tokens, q_heads, head_dim] and ``out`` is
-    float[tokens, q_heads, value_dim] in ``q``'s dtype, 0 in empty rows and in rows of no sequence. Gradients flow to
-    ``q``, float ``pages``, ``sinks`` and whatever the spec's biases close over, and are finite in empty rows; scales
-    of quantised pages are constants.
+    * ``attend(q, pages, batch, sinks)`` attends over the pages as they are.
+    * ``attend.state(q, pages, batch, sinks)`` also gives the log-sum-exp, for `merge`.
+    * ``attend.update(q, k, v, pages, batch, sinks)`` writes new keys and values first.
+    * ``attend.explain(q, pages, batch)`` says what will run.
+
+    Gradients flow to ``q``, float ``pages``, ``sinks`` and whatever the spec's biases close over. They are finite in
+    empty rows. Scales of quantised pages are constants.
+
+    >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+    >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8)
+    >>> batch = RaggedBatch.decode(lengths=[3, 0], block_tables=[[3, 1], [-1, -1]])
+    >>> attend, pages = lower(spec, layout), layout.init(num_pages=4)
+    >>> state = attend.state(jnp.ones((2, 4, 8)), pages, batch)
+    >>> state.out.shape, state.lse[:, 0].tolist() == [float(jnp.log(3.0)), -jnp.inf]
+    ((2, 4, 8), True)
     """
 
     spec: AttentionSpec
     layout: PageLayout
     program: Program
-    lowerings: tuple[Lowering, ...]  # those that take the program, in order of preference
+    lowerings: tuple[Lowering, ...]  # the lowerings that accept the program, in order of preference
     pinned: Schedule | None  # the caller's schedule
     check: bool
-    advice: Advice = NO_ADVICE  # what contexts and the tuning file said when it was lowered
+    advice: Advice = NO_ADVICE  # what contexts and the tuning file proposed when it was lowered
 
     def __hash__(self) -> int:
-        """Computed once: by it every call outside of ``jax.jit`` finds its program."""
+        """Computed once, because every call outside of ``jax.jit`` finds its program by it."""
         return self._hash
 
     @functools.cached_property
@@ -59,31 +70,44 @@ class Attend:
         return hash((self.spec, self.layout, self.lowerings, self.pinned, self.check, self.advice))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: a hash means nothing in another process."""
+        """The fields, without the hash, which differs in another process."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def lowering(self) -> Lowering:
-        """The lowering of choice; a call that it refuses goes to the next."""
+        """The preferred lowering. A call that it refuses goes to the next one."""
         return self.lowerings[0]
 
     @property
     def schedule(self) -> Schedule:
-        """The caller's schedule, or a context's, or else what the lowering would choose for a common call."""
+        """The schedule of a common call: the caller's, or else a context's, or else the lowering's heuristic."""
         return self.choice().schedule
 
     def on_chip(self, generation: str) -> "Attend":
-        """This attention as it would be lowered for a chip, whatever this process has: ``"v5e"``, for example.
+        """This attention as it would be lowered for a chip, whatever this process has.
 
-        Raises ``ValueError`` for an unknown generation, with those that are known.
+        **Arguments:**
+
+        - `generation`: a key of `paged.CHIPS`, such as ``"v5e"``.
+
+        **Returns:** the attention, to ask for its schedule and explanation, or to compile with `compile_for`.
+
+        Raises ``ValueError`` that lists the known generations, for another one.
         """
         kinds = device_kinds(generation)
         lowerings = tuple(lowering.on_chip(generation) for lowering in self.lowerings)
         return dataclasses.replace(self, lowerings=lowerings, advice=self.advice.on(kinds))
 
     def choice(self, call: Call | None = None) -> Choice:
-        """The lowering that runs a call of these shapes, its schedule, and who picked that; without a call, for a
-        common one. Raises ``ValueError`` when no lowering takes the call, or when the caller's schedule cannot run."""
+        """The lowering that runs a call, its schedule, and who picked the schedule.
+
+        **Arguments:**
+
+        - `call`: the shapes of the call; None for a common call.
+
+        **Returns:** ``(lowering, schedule, source)``. Raises ``ValueError`` when no lowering accepts the call, and when
+        the schedule of the caller or of a context cannot run.
+        """
         if call is None:
             return choose_for_any_call(self.program, self.layout, self.lowering, self.pinned, self.advice)
         return choose(self.program, self.layout, self.lowerings, self.pinned, self.advice, call)
@@ -95,7 +119,20 @@ class Attend:
         batch: RaggedBatch,
         sinks: Sinks | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
-        """Attend over the pages as they are."""
+        """Attend over the pages as they are.
+
+        **Arguments:**
+
+        - `q`: queries, one row per query token of the batch, in float16, bfloat16 or float32.
+        - `pages`: pages of the layout that was lowered for. They hold this step's own keys and values already.
+        - `batch`: whose rows these are, and where the tokens of their sequences lie.
+        - `sinks`: logits of the sinks, float[q_heads] or float[q_heads, n]; given exactly when the spec has sinks.
+
+        **Returns:** the output in ``q``'s dtype, 0 in rows that see no key and in rows of no sequence.
+
+        Raises ``ValueError`` or ``TypeError`` that names the argument, for a wrong shape or dtype when traced; with
+        ``check`` also ``ValueError`` for a wrong value in the batch, see `check`.
+        """
         return self.state(q, pages, batch, sinks).out
 
     def state(
@@ -105,7 +142,14 @@ class Attend:
         batch: RaggedBatch,
         sinks: Sinks | None = None,
     ) -> AttentionState:
-        """The output and its log-sum-exp, for `paged.merge`; in an empty row ``(0, -inf)``, or ``(0, sink)``."""
+        """The output and its log-sum-exp, to `merge` with the state over other tokens.
+
+        **Arguments:** see `__call__`.
+
+        **Returns:** the output in ``q``'s dtype, and the natural log-sum-exp of the scores, float32[tokens, q_heads],
+        with sinks. A row that sees no key has ``(0, -inf)``, or with sinks ``(0, sink)``. A row of no sequence has
+        ``(0, -inf)``. Raises as a call does.
+        """
         require_queries(self.spec, q, batch)
         require_pages(self.layout, pages)
         require_sinks(self.spec, sinks)
@@ -122,7 +166,16 @@ class Attend:
         batch: RaggedBatch,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
-        """Write this step's keys and values into their slots, then attend. In place where ``pages`` are donated."""
+        """Write this step's keys and values into the pages, then attend.
+
+        **Arguments:**
+
+        - `q`, `pages`, `batch`, `sinks`: see `__call__`. Donate ``pages`` to ``jax.jit``: they are updated in place.
+        - `k`, `v`: new keys and values, one row per row of ``q``. Row ``i`` of a sequence with ``n`` rows is written
+          as its token ``lengths - n + i``.
+
+        **Returns:** the output, as a call's, and the new pages. Raises as a call does.
+        """
         require_queries(self.spec, q, batch)
         require_pages(self.layout, pages)
         require_sinks(self.spec, sinks)
@@ -138,8 +191,15 @@ class Attend:
         pages: Pages | None = None,
         batch: RaggedBatch | None = None,
     ) -> Explanation:
-        """What will run, who chose its schedule, and why not the others; with a concrete batch also the pages and bytes
-        it touches."""
+        """Explain what a call will run: program, schedule, who picked it, and why other lowerings refuse.
+
+        **Arguments:**
+
+        - `q`, `pages`, `batch`: the arrays of a call; or none of them, for a common call. Only the batch must be
+          concrete.
+
+        **Returns:** the explanation. With a batch it also counts the pages and bytes that the call touches.
+        """
         call = None if q is None or pages is None or batch is None else Call.of(q, pages, batch)
         return explain(self.program, self.layout, self.choice(call), call, batch)
 

@@ -56,19 +56,30 @@ def lower(
     check: bool = False,
     interpret: Any = False,
 ) -> Attend | ShardedAttend:
-    """Lower a spec over a page layout to a target: ``"xla"``, ``"tpu"``, or ``"auto"``, the best that takes each call.
+    """Lower a spec over a page layout to a target: make a declaration a function of arrays.
 
-    ``schedule`` goes before what the context says (`schedules`), that before what `tune` has stored, and that before
-    the lowering's own choice. With ``check`` every call checks the batch's values with `paged.check`; without, faults
-    of the caller give the results that `docs/semantics.md` lists under "Edges", and never a crash.
-    ``interpret`` runs kernels on any machine, slowly: True, or the interpreter's own settings
-    (``jax.experimental.pallas.tpu.InterpretParams``).
+    **Arguments:**
 
-    With ``mesh`` and ``axes`` it is a `ShardedAttend`, which runs on every device of the mesh. How arrays lie there
-    follows from the axes; or the axes follow from ``in_specs``, by argument (of ``pages``, that of their first array),
-    and ``out_specs``. Given together they must agree.
+    - `spec`: what the attention means.
+    - `layout`: how the pages lie in memory.
+    - `target`: ``"xla"``; ``"tpu"``; or ``"auto"``, which uses for each call the best lowering that runs on this
+      process's devices and accepts the call.
+    - `mesh`: many devices. The result is then a `ShardedAttend`.
+    - `axes`: which axes of the mesh divide KV heads, sequences and contexts. Where each array lies follows from them.
+    - `in_specs`, `out_specs`: instead of `axes`, from which the axes follow: a dict of a ``PartitionSpec`` by argument
+      (for ``pages``, the one of their first array), and the output's. Where both are given they must agree.
+    - `schedule`: a schedule, which goes before a context's (see `schedules`), before a tuned one (see `tune`), and
+      before the lowering's heuristic.
+    - `check`: whether every call checks the values of its batch with `paged.check`. False by default, since the check
+      under ``jax.jit`` calls the host; the layers of `paged.runtime` check by default. Without it, faults of the caller
+      give the results that `docs/semantics.md` lists under "Edges", and never a crash.
+    - `interpret`: True runs kernels on any machine, slowly; or the interpreter's settings, a
+      ``jax.experimental.pallas.tpu.InterpretParams``.
 
-    Raises ``ValueError`` when no lowering of the target takes the spec, with every candidate's reason.
+    **Returns:** the attention, a pure function of arrays.
+
+    Raises ``ValueError`` where layout and spec do not fit together, and where no lowering of the target accepts the
+    spec, with every lowering's reason.
 
     >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=4)
     >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
@@ -100,15 +111,23 @@ def write(
     *,
     interpret: Any = False,
 ) -> Pages:
-    """Write this step's keys and values into their slots; in place where ``pages`` are donated under ``jax.jit``.
+    """Write this step's keys and values into the pages, without attending.
 
-    Row ``i`` of a sequence with ``n`` rows goes to token ``lengths - n + i``. Rows of no sequence, tokens before the
-    first and table entries outside the pool are dropped. Float pages take ``k`` and ``v`` rounded to their dtype;
-    quantised ones take ``k / scale``, rounded and saturated, where scales a token are computed here. Gradients flow to
-    ``k``, ``v`` and float ``pages``.
+    Row ``i`` of a sequence with ``n`` rows is written as its token ``lengths - n + i``. Rows of no sequence, tokens
+    before the first or past the table, and tokens whose table entry is no page of the pool are dropped. Gradients flow
+    to ``k``, ``v`` and float ``pages``.
 
-    ``target`` and ``interpret`` are those of `lower`; ``"auto"`` is a kernel on TPUs and XLA elsewhere. Raises
-    ``ValueError`` when nothing on the target writes pages of this layout.
+    **Arguments:**
+
+    - `k`, `v`: new keys and values, one row per query token of the batch. Float pages store them rounded to their
+      dtype. Quantised pages store ``k / scale``, rounded and saturated; per-token scales are computed here.
+    - `pages`: the pages. Donate them to ``jax.jit``, and they are updated in place.
+    - `batch`: whose rows these are, and where the tokens of their sequences lie.
+    - `target`: ``"xla"``, ``"tpu"``, or ``"auto"``: a kernel on TPUs, and XLA elsewhere.
+    - `interpret`: see `lower`.
+
+    **Returns:** the new pages. Raises ``ValueError`` or ``TypeError`` for wrong shapes and dtypes, and ``ValueError``
+    where nothing on the target writes pages of this layout.
 
     >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=1, dtype=jnp.float32)
     >>> batch = RaggedBatch.prefill(length=3, block_table=[2, 0], query_rows=2)
