@@ -1,4 +1,7 @@
-"""What the tests share: cases, an independent oracle, tolerances and the table of lowerings."""
+"""What the tests share: cases, an independent oracle, tolerances and the table of lowerings.
+
+`docs/extending.md` lists the tables that a new mask, score operation, page order or lowering needs a row of.
+"""
 
 from .arrays import Built as Built
 from .arrays import build as build
