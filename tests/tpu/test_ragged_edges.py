@@ -7,8 +7,7 @@ import pytest
 
 import paged
 from paged.lower import DecodeSchedule, RaggedSchedule
-from paged.lower.tpu import CHIPS
-from paged.lower.tpu.prefill import lowering as ragged_lowering
+from paged.lower.tpu import CHIPS, TpuDecode
 from paged.lower.tpu.prefill.launch import PrefillLaunch
 from paged.spec import AttentionSpec
 from tests.support import CORNERS, Case, Corner, assert_bitwise, build, exact_state
@@ -231,8 +230,8 @@ def _launch(spec, layout, query_rows):
 @pytest.mark.parametrize("single_rows", [None, DecodeSchedule(pages_per_block=1, buffers=3)])
 def test_single_rows_are_decoded_as_the_schedule_says(single_rows, monkeypatch):
     """By exactly that schedule, which `explain` shows; without one, the prefill kernel computes them."""
-    decoded, original = [], ragged_lowering.state_of_sequences
-    monkeypatch.setattr(ragged_lowering, "state_of_sequences", lambda *args: decoded.append(args[2]) or original(*args))
+    decoded, run_state = [], TpuDecode.run_state
+    monkeypatch.setattr(TpuDecode, "run_state", lambda *args: decoded.append(args[2]) or run_state(*args))
     attend, built = interpreted(CASE, _schedule(single_rows=single_rows)), _built()
     jax.eval_shape(attend.state, built.q, built.pages, built.batch)
     assert decoded == ([] if single_rows is None else [single_rows])
