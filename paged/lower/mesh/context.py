@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from paged.spec import AttentionState, RaggedBatch, merge_stacked
@@ -27,7 +28,7 @@ def merge_over(state: AttentionState, axes: Names) -> AttentionState:
     return merge_stacked(AttentionState(gathered[..., :-1], gathered[..., -1]))
 
 
-def spread(ids: Array, num_pages: int, devices: int) -> Array:
+def spread(ids: Array | np.ndarray, num_pages: int, devices: int) -> Array:
     """Page ids renamed so that consecutive ids lie on the devices in turn; see `ShardedAttend.deal`."""
     is_page = (ids >= 0) & (ids < num_pages)
     return jnp.where(is_page, ids % devices * (num_pages // devices) + ids // devices, ids)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -108,7 +109,7 @@ class ShardedAttend:
         """
         return repeated(pages, self.layout)
 
-    def deal(self, ids: Int[Array, "..."], num_pages: int) -> Int[Array, "..."]:
+    def deal(self, ids: Int[Array | np.ndarray, "..."], num_pages: int) -> Int[Array, "..."]:
         """Rename page ids so that consecutive ids lie on the devices of a context in turn.
 
         Allocators that hand out the lowest free id, such as `paged.runtime.PagePool`, would otherwise put a sequence on
