@@ -91,7 +91,7 @@ def test_gradients_are_the_references(lowering, name, corner):
 @every_lowering
 @pytest.mark.parametrize("order", [order for order in PAGE_ORDERS if order != "packed"])
 def test_gradients_of_the_other_page_orders_are_the_references(lowering, order):
-    case = _case("window, cap, sinks", order=order, value_dim=3 if order == "split" else 0)
+    case = _case("window, cap, sinks", order=order, value_dim=3 if order == "split" else None)
     built = build(case)
     attend = lowered(
         lowering, case, pages_per_block=1, rows_per_tile=3, row_blocks_at_once=2 if order == "split" else 1

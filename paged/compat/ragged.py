@@ -1,6 +1,5 @@
 """Entry points over a cache of one array, keys on even heads and values on odd ones: ragged batches."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -220,7 +219,7 @@ def _update(
     arrays.require_shape("values", v, k.shape, "[tokens, kv_heads, head_dim]")
     repeats = 1 if options.devices is None else options.devices.repeats(k.shape[1])
     layout = arrays.interleaved_layout("kv_pages", kv_pages, q.shape[-1], k.shape[1] * repeats)
-    layout = dataclasses.replace(layout, num_kv_heads=k.shape[1])
+    layout = layout.replace(num_kv_heads=k.shape[1])
     slots = _require_sequences(context_lens, query_start_loc)
     width = block_tables.size // max(slots, 1)
     if block_tables.ndim != 1 or block_tables.size != slots * width or (slots and not width):

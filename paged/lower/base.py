@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from jaxtyping import Array
 
-from paged.spec import AttentionState, PageLayout, Pages
+from paged.spec import AttentionState, PageLayout, Pages, require_positive_int
 
 from .program import Call, Program, Sequences
 
@@ -49,10 +49,8 @@ class Schedule:
             elif "schedule" in rules:
                 if value is not None and type(value) is not rules["schedule"]:
                     raise TypeError(f"{field.name} must be a {rules['schedule'].__name__} or None; got {value!r}.")
-            elif isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{field.name} must be a Python int; got {value!r}.")
-            elif value < rules.get("least", 1):
-                raise ValueError(f"{field.name} must be at least {rules.get('least', 1)}; got {value}.")
+            else:
+                require_positive_int(field.name, value, rules.get("least", 1))
 
     def replace(self, **changes: Any) -> Self:
         """This schedule with some fields changed, checked again."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from paged.spec import RaggedBatch, register_module
+from paged.spec import RaggedBatch, register_module, require_positive_int
 
 
 class PagePool(eqx.Module):
@@ -54,10 +54,7 @@ class PagePool(eqx.Module):
         """
         sizes = {"num_pages": num_pages, "num_slots": num_slots, "pages_per_seq": pages_per_seq, "page_size": page_size}
         for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a Python int; got {value!r}.")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+            require_positive_int(name, value)
         if pages_per_seq * page_size > np.iinfo(np.int32).max:
             raise ValueError(
                 f"pages_per_seq * page_size must fit in int32, in which lengths are counted; got {pages_per_seq} * "

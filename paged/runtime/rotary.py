@@ -1,12 +1,13 @@
 """`Rotary`: rotary position embedding of queries and keys."""
 
 import math
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from paged.spec import require_int
 
 from .rotary_scaling import RotaryScaling, plain_frequencies
 
@@ -58,9 +59,7 @@ class Rotary(eqx.Module):
         self.scaling = scaling
         self.is_interleaved = is_interleaved
         for name in ("head_dim", "rotary_dim"):
-            value: Any = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a Python int; got {value!r}.")
+            require_int(name, getattr(self, name))
         if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= head_dim:
             raise ValueError(
                 "rotary_dim must be even, because features are turned in pairs, and in [2, head_dim]; got "

@@ -1,7 +1,9 @@
 """The reference: what a spec means, dense and readable. Slow, and kept free of everything the lowerings do."""
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .attention import AttentionSpec
 from .batch import RaggedBatch
@@ -44,11 +46,11 @@ def reference_state(
     tokens, dtype = q.shape[0], jnp.promote_types(q.dtype, jnp.float32)
     if not batch.has_rows(tokens):
         return AttentionState.empty(tokens, spec.num_q_heads, pages.layout.value_dim, q.dtype)
-    row = _rows(batch, tokens, pages.layout.page_size)
-    j, keys, values, is_stored = _sequence_keys(pages, batch, row["seq"], row["length"], dtype)
+    row = _rows(batch, tokens)
+    j, keys, values, is_stored = _sequence_keys(pages, batch, row, dtype)
 
-    p, h = row["position"][:, None, None], jnp.arange(spec.num_q_heads)[:, None]
-    is_visible = spec.visibility(p, j) & is_stored[:, None, :] & row["is_live"][:, None, None]
+    p, h = row.position[:, None, None], jnp.arange(spec.num_q_heads)[:, None]
+    is_visible = spec.visibility(p, j) & is_stored[:, None, :] & row.is_live[:, None, None]
     # A stale table entry may lead to another sequence's NaN, which a weight of 0 does not silence.
     keys, values = (jnp.where(is_visible[:, 0, :, None, None], x, 0) for x in (keys, values))
 
@@ -68,13 +70,21 @@ def reference_state(
     if sinks is not None:
         with_sinks = add_sinks(state, sinks_per_head(spec, sinks))
         state = AttentionState(
-            *(jnp.where(_like(row["is_live"], x), x, y) for x, y in zip(with_sinks, state, strict=True))
+            *(jnp.where(_like(row.is_live, x), x, y) for x, y in zip(with_sinks, state, strict=True))
         )
     return AttentionState(state.out.astype(q.dtype), state.lse.astype(jnp.float32))
 
 
-def _rows(batch: RaggedBatch, tokens: int, page_size: int) -> dict[str, Array]:
-    """Each query row's sequence, position and KV length, one comparison at a time."""
+class _Rows(NamedTuple):
+    """What each query row is: whether a live sequence owns it, and if so which, that one's length, and its position."""
+
+    is_live: Bool[Array, " tokens"]
+    seq: Int[Array, " tokens"]
+    length: Int[Array, " tokens"]
+    position: Int[Array, " tokens"]
+
+
+def _rows(batch: RaggedBatch, tokens: int) -> _Rows:
     slots = jnp.arange(batch.num_slots)
     is_live_slot = slots < batch.num_seqs
     start, stop = batch.query_starts[:-1], batch.query_starts[1:]
@@ -83,17 +93,15 @@ def _rows(batch: RaggedBatch, tokens: int, page_size: int) -> dict[str, Array]:
     seq = jnp.argmax(owns, axis=1)
     length = jnp.maximum(batch.lengths, 0)[seq]
     position = length - (stop - start)[seq] + row[:, 0] - start[seq]
-    return {"seq": seq, "is_live": owns.any(axis=1), "length": length, "position": position}
+    return _Rows(owns.any(axis=1), seq, length, position)
 
 
-def _sequence_keys(
-    pages: Pages, batch: RaggedBatch, seq: Int[Array, " tokens"], length: Int[Array, " tokens"], dtype
-) -> tuple[Array, Array, Array, Array]:
+def _sequence_keys(pages: Pages, batch: RaggedBatch, row: _Rows, dtype: Any) -> tuple[Array, Array, Array, Array]:
     """For each row: key positions, keys, values (0 where none is stored) and which positions are stored."""
     size = pages.layout.page_size
     j = jnp.arange(batch.pages_per_seq * size)
-    page = batch.block_tables[seq][:, j // size]  # [tokens, positions]
-    is_stored = (j < length[:, None]) & (page >= 0) & (page < pages.num_pages)
+    page = batch.block_tables[row.seq][:, j // size]  # [tokens, positions]
+    is_stored = (j < row.length[:, None]) & (page >= 0) & (page < pages.num_pages)
     page = jnp.where(is_stored, page, 0)
 
     def read(pool: Array) -> Array:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from .masks import And, Causal, Everything, Mask, Window
+from .numbers import require_positive_int
 from .scores import ScoreOp, SoftCap
 
 
@@ -41,7 +42,7 @@ class AttentionSpec:
 
     def __post_init__(self):
         for name in ("num_q_heads", "num_kv_heads", "head_dim"):
-            _require_positive_integer(name, getattr(self, name))
+            require_positive_int(name, getattr(self, name))
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads must be a multiple of num_kv_heads, so that every KV head serves a whole group of query "
@@ -104,10 +105,3 @@ class AttentionSpec:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         shown = [f"{k}={getattr(self, k)!r}" for k, d in defaults.items() if getattr(self, k) != d]
         return f"AttentionSpec({', '.join(shown)})"
-
-
-def _require_positive_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a Python int; got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}.")

@@ -25,21 +25,6 @@ class Coverage(NamedTuple):
     some: BoolLike
     full: BoolLike
 
-    @property
-    def is_empty(self) -> BoolLike:
-        """No pair of the rectangle is visible; never wrong."""
-        return _not(self.some)
-
-    @property
-    def is_full(self) -> BoolLike:
-        """Every pair of the rectangle is visible; never wrong."""
-        return self.full
-
-    @property
-    def is_partial(self) -> BoolLike:
-        """Neither is certain."""
-        return self.some & _not(self.full)
-
     def __and__(self, other: "Coverage") -> "Coverage":
         return Coverage(self.some & other.some, self.full & other.full)
 

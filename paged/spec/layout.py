@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from .numbers import require_positive_int
 from .orders import ARRAY_AXES, PAGE_ORDERS, SCALE_AXES, SCALE_KINDS, PageOrder, ScaleKind
 
 # Where only shapes and dtypes count, a `jax.ShapeDtypeStruct` stands for an array.
@@ -50,18 +51,15 @@ class PageLayout:
     head_dim: int
     dtype: Any = jnp.bfloat16
     order: PageOrder = "packed"
-    value_dim: int = 0  # 0 is replaced by head_dim at construction
+    value_dim: Any = None  # an int: head_dim where it is left out
     scales: ScaleKind | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
+        if self.value_dim is None:
+            object.__setattr__(self, "value_dim", self.head_dim)
         for name in ("page_size", "num_kv_heads", "head_dim", "value_dim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a Python int; got {value!r}.")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+            require_positive_int(name, getattr(self, name))
         if self.order not in PAGE_ORDERS:
             raise ValueError(f"order must be one of {PAGE_ORDERS}; got {self.order!r}.")
         if self.order != "split" and self.value_dim != self.head_dim:
@@ -79,6 +77,19 @@ class PageLayout:
                 f"dtype {self.dtype.name} and scales={self.scales!r} do not go together: int8 and float8 pages need "
                 f"scales, one of {SCALE_KINDS}; float pages have none."
             )
+
+    def replace(self, **changes: Any) -> "PageLayout":
+        """This layout with some fields changed, checked again.
+
+        A ``value_dim`` that equals ``head_dim`` follows a new ``head_dim``, unless it is changed too.
+
+        >>> layout = PageLayout(page_size=16, num_kv_heads=8, head_dim=128)
+        >>> layout.replace(head_dim=64).value_dim
+        64
+        """
+        if "head_dim" in changes and self.value_dim == self.head_dim:
+            changes = {"value_dim": None, **changes}
+        return dataclasses.replace(self, **changes)
 
     @property
     def is_quantised(self) -> bool:
@@ -188,8 +199,7 @@ class PageLayout:
 
     def init(self, num_pages: int) -> "Pages":
         """A pool of ``num_pages`` zeroed pages, with scales of 1."""
-        if num_pages < 1:
-            raise ValueError(f"num_pages must be at least 1; got {num_pages}.")
+        require_positive_int("num_pages", num_pages)
         arrays = tuple(jnp.zeros(shape, self.dtype) for shape in self.array_shapes(num_pages))
         shape = self.scale_shape(num_pages)
         if shape is None:

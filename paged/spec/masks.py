@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .coverage import PARTIAL, Coverage
+from .functions import function_name, require_hashable_function
 
 Position = Any  # an int, or an integer array; shapes broadcast
 
@@ -315,25 +316,6 @@ class Not(Mask):
 
     def __str__(self):
         return f"~({self.term})"
-
-
-def function_name(fn: Callable[..., Any]) -> str:
-    """How a user's function is called in a printed program."""
-    return getattr(fn, "__name__", None) or type(fn).__name__
-
-
-def require_hashable_function(owner: str, fn: Any, signature: str) -> None:
-    """Reject what cannot be a term: a ``TypeError`` for a non-callable or a callable without a hash."""
-    if not callable(fn):
-        raise TypeError(f"{owner} needs a function {signature}; got {fn!r}.")
-    try:
-        hash(fn)
-    except TypeError:
-        raise TypeError(
-            f"{owner} needs a hashable function, because specs are compared and cached by their terms; "
-            f"{type(fn).__name__} has no hash (a Module that holds arrays, perhaps). "
-            f"Wrap it once: `fn = lambda *args: module(*args)`, and keep that function."
-        ) from None
 
 
 def _require_integer(owner: str, name: str, value: Any) -> None:

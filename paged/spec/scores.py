@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .masks import function_name, require_hashable_function
+from .functions import function_name, require_hashable_function
 
 
 class ScoreOp(abc.ABC):

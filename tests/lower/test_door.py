@@ -22,7 +22,7 @@ OTHER = paged.PageLayout(page_size=2, num_kv_heads=2, head_dim=8, dtype=jnp.floa
 
 
 def _layout(**changes):
-    return dataclasses.replace(LAYOUT, **{"value_dim": 0, **changes})
+    return LAYOUT.replace(**changes)
 
 
 ERRORS = {

@@ -89,6 +89,9 @@ def test_layouts_are_values_and_print():
     layout = PageLayout(order="split", value_dim=4, **FACTS)
     assert layout == PageLayout(order="split", value_dim=4, **{**FACTS, "dtype": "float32"})
     assert len({layout, PageLayout(**FACTS)}) == 2
+    assert layout.replace(head_dim=4).value_dim == 4 and layout.replace(head_dim=16).value_dim == 4
+    assert PageLayout(**FACTS).replace(head_dim=4) == PageLayout(**{**FACTS, "head_dim": 4})
+    assert PageLayout(**FACTS).replace(order="split", head_dim=4, value_dim=8).value_dim == 8
     assert str(layout) == "PageLayout(order=split, page_size=4, kv_heads=2, head_dim=8, value_dim=4, dtype=float32)"
     assert layout.init(3).arrays[1].shape == (2, 3, 4, 4)
 
@@ -97,6 +100,7 @@ LAYOUT_ERRORS = {
     "order": ({"order": "blocked"}, ValueError, "order must be one of .*packed.*got 'blocked'"),
     "page size": ({"page_size": 0}, ValueError, "page_size must be at least 1; got 0"),
     "page size type": ({"page_size": 4.0}, TypeError, r"page_size must be a Python int; got 4\.0"),
+    "value dim of 0": ({"value_dim": 0}, ValueError, "value_dim must be at least 1; got 0"),
     "value dim": ({"value_dim": 4}, ValueError, r'value_dim must equal head_dim.*value_dim=4.*order="split" takes'),
     "dtype": ({"dtype": "int32"}, TypeError, "dtype of pages must be one of .*int8.*got int32"),
     "double": ({"dtype": np.float64}, TypeError, "dtype of pages must be one of .*got float64"),

@@ -40,7 +40,7 @@ def test_any_other_shape_is_refused_with_what_to_write(shape):
 
 
 def test_several_sinks_of_a_head_add_up():
-    sinks = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    sinks = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
     np.testing.assert_array_equal(sinks_per_head(SPEC, sinks[:, 0]), sinks[:, 0])
     np.testing.assert_allclose(sinks_per_head(SPEC, sinks), np.logaddexp.reduce(sinks, axis=1), rtol=1e-6)
     np.testing.assert_array_equal(sinks_per_head(SPEC, jnp.full((6, 3), -jnp.inf)), np.full(6, -np.inf))

@@ -51,7 +51,7 @@ class Case:
     order: str = "packed"
     dtype: str = "float32"
     scales: str | None = None
-    value_dim: int = 0
+    value_dim: int | None = None
     q_dtype: str = "float32"
     phase: Phase = "ragged"
     corner: str | Corner = "mixed"

@@ -59,7 +59,7 @@ def share_of(spec: AttentionSpec, layout: PageLayout, shares: int, axes: Names) 
         scores = tuple(op if isinstance(op, SoftCap) else WithGlobalHeads(op, heads, axes) for op in ops)
     return (
         spec.replace(num_q_heads=heads, num_kv_heads=kv_heads, scores=scores),
-        dataclasses.replace(layout, num_kv_heads=kv_heads),
+        layout.replace(num_kv_heads=kv_heads),
     )
 
 

@@ -165,7 +165,7 @@ class ShardedAttend:
         """
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
-        require_new_tokens(dataclasses.replace(self.layout, num_kv_heads=self.spec.num_kv_heads), k, v, q.shape[0])
+        require_new_tokens(self.layout.replace(num_kv_heads=self.spec.num_kv_heads), k, v, q.shape[0])
         return _update(self, q, k, v, pages, batch, sinks)
 
     def explain(
@@ -280,7 +280,7 @@ def lower_on_mesh(
     if not isinstance(axes, Axes):
         raise TypeError(f'axes must be paged.Axes, such as Axes(kv_heads="model"); got {axes!r}.')
     shares = Shares.of(axes, mesh).kv_heads
-    whole = dataclasses.replace(layout, num_kv_heads=layout.num_kv_heads * repeats_of(spec, shares))
+    whole = layout.replace(num_kv_heads=layout.num_kv_heads * repeats_of(spec, shares))
     first_device = lower_one(*share_of(spec, whole, shares, None))
     own_spec, _ = share_of(spec, whole, shares, axes.kv_heads)
     sharded = ShardedAttend(spec, whole, mesh, axes, first_device, Program.from_spec(own_spec), check)

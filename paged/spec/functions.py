@@ -1,0 +1,26 @@
+"""A user's function as a term of a spec: what it must be, and how it prints."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """The name of a user's function in a printed program: its own, or that of its class."""
+    return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def require_hashable_function(owner: str, fn: Any, signature: str) -> None:
+    """Raise ``TypeError`` unless ``fn`` is a callable with a hash: specs are compared and cached by their terms.
+
+    ``owner`` is the class that needs the function and ``signature`` what it must look like; both are for the message.
+    """
+    if not callable(fn):
+        raise TypeError(f"{owner} needs a function {signature}; got {fn!r}.")
+    try:
+        hash(fn)
+    except TypeError:
+        raise TypeError(
+            f"{owner} needs a hashable function, because specs are compared and cached by their terms; "
+            f"{type(fn).__name__} has no hash (a Module that holds arrays, perhaps). "
+            f"Wrap it once: `fn = lambda *args: module(*args)`, and keep that function."
+        ) from None
