@@ -165,12 +165,12 @@ def _unclamped_lengths(original):
 
 
 def _last_page_dropped(original):
-    def visible_pages(*args):
+    def visits_by_scatter(*args):
         visits = original(*args)
         count = jnp.maximum(visits.count - 1, 0)
         return visits._replace(count=count, num_full=jnp.minimum(visits.num_full, count))
 
-    return visible_pages
+    return visits_by_scatter
 
 
 def _before_the_first_token(original):
@@ -209,7 +209,7 @@ MUTANTS = {
     "scores out of order": _method(
         "lower.program", "Program", "scores", lambda _: lambda self, s, p, j, h: _reversed_scores(self, s, p, j, h)
     ),
-    "last page dropped": _function("lower.program", "visible_pages", _last_page_dropped),
+    "last page dropped": _function("lower.program", "visits_by_scatter", _last_page_dropped),
     "dead slots live": _method("lower.program", "Sequences", "of", _dead_slots_live),
     "lengths not clamped": _method("lower.program", "Sequences", "of", _unclamped_lengths),
     "writes before the first token": _method("lower.program", "Sequences", "rows", _before_the_first_token),

@@ -30,7 +30,8 @@ from .program import Program as Program
 from .program import Sequences as Sequences
 from .program import normal_form as normal_form
 from .program import page_coverage as page_coverage
-from .program import visible_pages as visible_pages
+from .program import visits_by_scatter as visits_by_scatter
+from .program import visits_by_sort as visits_by_sort
 from .registry import LOWERINGS as LOWERINGS
 from .registry import TARGETS as TARGETS
 from .registry import refusals as refusals

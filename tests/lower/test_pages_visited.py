@@ -1,4 +1,4 @@
-"""Exactly which pages are read: counts from `explain` and `visible_pages` for windows, chunks, gaps, empty slots."""
+"""Exactly which pages are read: counts from `explain` and `visits_by_scatter` for windows, chunks, gaps, no rows."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.lower import Program, page_coverage, visible_pages
+from paged.lower import Program, page_coverage, visits_by_scatter
 from paged.spec import AttentionSpec, Chunk, Prefix, RaggedBatch, Where, Window
 
 SPEC = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
@@ -71,7 +71,7 @@ def test_visible_pages_are_those_of_brute_force(window, mask, rows):
     """
     spec = SPEC.replace(window=window, mask=mask)
     program, table = Program.from_spec(spec), jnp.arange(5) + 7
-    visits_of = jax.jit(lambda length: visible_pages(program, length - rows, length, length, table, 4, 100))
+    visits_of = jax.jit(lambda length: visits_by_scatter(program, length - rows, length, length, table, 4, 100))
     cover = jax.jit(lambda length: page_coverage(program, length - rows, length, length, table, 4, 100))
     p, j = np.arange(-3, 20)[:, None], np.arange(20)[None, :]
     values = np.asarray(spec.visibility(jnp.asarray(p), jnp.asarray(j)))

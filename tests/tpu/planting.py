@@ -60,22 +60,23 @@ def never_awaited(original):
 
 
 def page_too_few(original):
-    """`Visited.of` without the last page of every list."""
+    """`TileVisits.of` without the last page of every list."""
 
     def of(cls, *args):
         visited = original(cls, *args)
-        count = jnp.maximum(visited.count - 1, 0)
-        return visited._replace(count=count, num_full=jnp.minimum(visited.num_full, count))
+        count = jnp.maximum(visited.visits.count - 1, 0)
+        num_full = jnp.minimum(visited.visits.num_full, count)
+        return visited._replace(visits=visited.visits._replace(count=count, num_full=num_full))
 
     return of
 
 
 def all_full(original):
-    """`Visited.of` with every page taken for one that needs no mask."""
+    """`TileVisits.of` with every page taken for one that needs no mask."""
 
     def of(cls, *args):
         visited = original(cls, *args)
-        return visited._replace(num_full=visited.count)
+        return visited._replace(visits=visited.visits._replace(num_full=visited.visits.count))
 
     return of
 

@@ -15,7 +15,7 @@ from paged.lower.tpu.decode.launch import Launch
 from paged.lower.tpu.pages import work as work_module
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
-from paged.lower.tpu.pages.work import Visited
+from paged.lower.tpu.pages.work import TileVisits
 from paged.spec import AttentionState
 from tests.support import Case, case_of
 from tests.support.specs import PLAIN
@@ -79,7 +79,7 @@ def _one_too_long(original):
     return attend
 
 
-def _one_slot(original):
+def _one_stage(original):
     def attend(self, refs, blocks, *args, **kwargs):
         return original(self, refs, [block._replace(slot=blocks[0].slot) for block in blocks], *args, **kwargs)
 
@@ -103,14 +103,14 @@ def _wrong_place(original):
 
 
 def _tail_lost(original):
-    def work(self, rows, entries, *, splits, **rest):
+    def work_list(self, rows, entries, *, splits, **rest):
         done = original(self, rows, entries, splits=splits, **rest)
         is_last = jnp.arange(done.count.shape[0]) % splits == splits - 1
         count = jnp.where(is_last, jnp.maximum(done.count - 1, 0), done.count)
         busy = work_module._next_busy(count)
         return done._replace(count=count, num_full=jnp.minimum(done.num_full, count), busy=busy)
 
-    return work
+    return work_list
 
 
 def _parts_added_up(out, lse):
@@ -123,15 +123,15 @@ BUGS = {
     "no wait for the last pages": (method(Transfers, "wait_for", nothing), "late", "nan"),
     "no wait for queries": (method(Decode, "_query_copies", never_awaited), "late", "nan"),
     "no wait for results": (method(Decode, "_result_copies", never_awaited), "early", "race"),
-    "one semaphore for all slots": (
+    "one semaphore for all stages": (
         all_of(*(method(Transfers, name, _one_semaphore) for name in ("start", "wait"))), "late, one a block", "nan",
     ),
     "results from the wrong place": (method(Decode, "_result_copies", _wrong_place), "late", "race"),
     "j <= length": (method(Decode, "_attend", _one_too_long), "late", "nan"),
-    "values past the length not silenced": (method(Transfers, "silence", nothing), "late", "nan"),
-    "values of empty places not silenced": (method(Stream, "silence", all_clean), "late", "nan"),
-    "a page too few": (method(Visited, "of", page_too_few), "late", "wrong"),
-    "partial pages taken for full": (method(Visited, "of", all_full), "late", "nan"),
+    "values past the length not zeroed": (method(Transfers, "zero_dead_values", nothing), "late", "nan"),
+    "values of entries without a page not zeroed": (method(Stream, "zero_dead_values", all_clean), "late", "nan"),
+    "a page too few": (method(TileVisits, "of", page_too_few), "late", "wrong"),
+    "partial pages taken for full": (method(TileVisits, "of", all_full), "late", "nan"),
     "cursor a block behind": (
         method(Stream, "move_cursor", lambda move: lambda self, item, at: move(self, item, at - 1)),
         "early",
@@ -142,7 +142,7 @@ BUGS = {
         "late",
         "exception",
     ),
-    "one slot for items together": (method(Decode, "_attend", _one_slot), "together", "wrong"),
+    "one stage for items together": (method(Decode, "_attend", _one_stage), "together", "wrong"),
     "an item past the end together with the last": (
         method(Decode, "_are_short", lambda short: lambda self, refs, item, end: short(self, refs, item, end + 1)),
         "together",
@@ -151,7 +151,7 @@ BUGS = {
     "an empty item together with another": (
         method(Decode, "_are_short", _none_empty), "together, one empty", "exception",
     ),
-    "tail of a split lost": (method(Visited, "work", _tail_lost), "split", "wrong"),
+    "tail of a split lost": (method(TileVisits, "work_list", _tail_lost), "split", "wrong"),
     "scale of keys for values": (
         method(Launch, "_head_scales", lambda scales: lambda self, pages: scales(self, pages)[:1] * 2),
         "split",

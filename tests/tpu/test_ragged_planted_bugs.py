@@ -10,7 +10,7 @@ from paged.lower import DecodeSchedule, RaggedSchedule, Sequences
 from paged.lower.tpu.decode import TpuDecode
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
-from paged.lower.tpu.pages.work import Visited
+from paged.lower.tpu.pages.work import TileVisits
 from paged.lower.tpu.prefill import tile as tile_module
 from paged.lower.tpu.prefill.block import Block, BlockKernel
 from paged.lower.tpu.prefill.kernel import PrefillKernel
@@ -167,10 +167,10 @@ BUGS = {
     "no wait for any results": (method(PrefillKernel, "_results", never_awaited), "early", "race"),
     "j <= length": (method(BlockKernel, "find_visible", _one_too_long), "late", "nan"),
     "no mask": (method(BlockKernel, "_visible", lambda visible: lambda *args: jnp.bool_(True)), "early", "nan"),
-    "values past the length not zeroed": (method(Transfers, "silence", nothing), "late", "nan"),
-    "values of places without a page not zeroed": (method(Stream, "silence", all_clean), "half blocks", "nan"),
-    "a page too few": (method(Visited, "of", page_too_few), "early", "wrong"),
-    "partial pages taken for full": (method(Visited, "of", all_full), "early", "nan"),
+    "values past the length not zeroed": (method(Transfers, "zero_dead_values", nothing), "late", "nan"),
+    "values of places without a page not zeroed": (method(Stream, "zero_dead_values", all_clean), "half blocks", "nan"),
+    "a page too few": (method(TileVisits, "of", page_too_few), "early", "wrong"),
+    "partial pages taken for full": (method(TileVisits, "of", all_full), "early", "nan"),
     "keys of another head": (method(BlockKernel, "_stored", _of_the_other_head), "early", "wrong"),
     "results of another head": (method(TileShape, "q_head_of", _results_of_the_other_head), "early", "wrong"),
     "tiles a row too far": (method(Sequences, "cut", _a_row_too_far), "early", "exception"),

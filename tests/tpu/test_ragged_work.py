@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from paged.lower import Program, Sequences
-from paged.lower.tpu.pages.work import Visited
+from paged.lower.tpu.pages.work import TileVisits
 from paged.lower.tpu.prefill.shape import _MOST_ROWS, TileShape, most_tiles
 from paged.spec import AttentionSpec, Causal, Chunk, Prefix
 from tests.support import CORNERS, Case, Corner, build
@@ -70,7 +70,7 @@ def _visited(spec, corner, rows, hole=False):
     if hole:
         seqs = seqs._replace(tables=seqs.tables.at[0, 7].set(-1).at[3, 3].set(built.pages.num_pages))
     tiles = seqs.cut(rows, most_tiles(64, 5, rows))
-    return case, tiles, Visited.of(Program.from_spec(spec), tiles, 8, built.pages.num_pages)
+    return case, tiles, TileVisits.of(Program.from_spec(spec), tiles, 8, built.pages.num_pages)
 
 
 def _pairs(spec, tiles, t):
@@ -103,14 +103,17 @@ def test_a_tile_lists_exactly_the_pages_that_it_sees(name, rows, hole):
             pages, table = _pairs(case.spec, tiles, t).reshape(-1, 9, 8), np.asarray(tiles.tables[t])
             is_there = (table >= 0) & (table < case.num_pages) & (len(pages) > 0)
             some, full = pages.any(axis=(0, 2)) & is_there, pages.all(axis=(0, 2)) & is_there
-            count, num_full = int(visited.count[t]), int(visited.num_full[t])
-            listed = visited.index[t, :count].tolist()
+            count, num_full = int(visited.visits.count[t]), int(visited.visits.num_full[t])
+            listed = visited.visits.index[t, :count].tolist()
             if name in ROUGH:
                 coverage = _coverage(case.spec, tiles, t)
                 assert set(np.flatnonzero(some)) <= set(listed) and set(listed[:num_full]) <= set(np.flatnonzero(full))
                 some, full = coverage.some & is_there, coverage.full & is_there
             assert listed == [*np.flatnonzero(full), *np.flatnonzero(some & ~full)], (corner, t)
-            assert num_full == full.sum() and visited.page[t, :count].tolist() == table[listed].tolist(), (corner, t)
+            assert num_full == full.sum() and visited.visits.page[t, :count].tolist() == table[listed].tolist(), (
+                corner,
+                t,
+            )
 
 
 @pytest.mark.parametrize("window", [1, 8, 20, 72])
@@ -121,9 +124,9 @@ def test_pages_fetched_under_a_window_are_the_windows_alone(window, rows):
     case, tiles, visited = _visited(PLAIN.replace(window=window), Corner(((9, 0),) * 5, (17, 1, 5, 33, 8)), rows)
     first, last = np.asarray(tiles.positions), np.asarray(tiles.positions + tiles.counts - 1)
     want = np.where(tiles.counts > 0, last // 8 - np.maximum(first - window + 1, 0) // 8 + 1, 0)
-    np.testing.assert_array_equal(visited.count, want)
+    np.testing.assert_array_equal(visited.visits.count, want)
     n = want.shape[0]
-    work = visited.work(slice(0, n), slice(0, 9), splits=1, pages_per_block=2, cores=1)
+    work = visited.work_list(slice(0, n), slice(0, 9), splits=1, pages_per_block=2, cores=1)
     np.testing.assert_array_equal(work.count, want)
     fetched = sum(int(c) for c in work.count) * case.layout.bytes_per_page
     assert fetched == want.sum() * 2 * 8 * case.spec.num_kv_heads * case.spec.head_dim * 4

@@ -68,7 +68,7 @@ def test_with_few_buffers_or_slow_memory_items_go_alone(buffers, generation, mon
 
 
 def _views(**changes):
-    views = Views(CASE.layout, pages_per_block=3, rows=1, group=8, compute_dtype="bfloat16", is_paired=True)
+    views = Views(CASE.layout, pages_per_block=3, query_rows=1, group=8, compute_dtype="bfloat16", is_paired=True)
     return dataclasses.replace(views, **changes)
 
 

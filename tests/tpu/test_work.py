@@ -9,7 +9,7 @@ import pytest
 from paged.lower import Program, Sequences
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.pages import chunks
-from paged.lower.tpu.pages.work import Visited, _bounds
+from paged.lower.tpu.pages.work import TileVisits, _bounds
 from paged.spec import Prefix
 from tests.support import Case, build
 from tests.support.specs import PLAIN
@@ -21,7 +21,7 @@ def _visited(corner="mixed", **facts):
     case = Case(spec=SPEC, page_size=8, phase="decode", corner=corner, pages_per_seq=9, **facts)
     built = build(case)
     seqs = Sequences.of(built.batch, built.q.shape[0], 8)
-    return Visited.of(Program.from_spec(case.spec), seqs, 8, built.pages.num_pages)
+    return TileVisits.of(Program.from_spec(case.spec), seqs, 8, built.pages.num_pages)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
@@ -29,12 +29,12 @@ def _visited(corner="mixed", **facts):
 def test_every_page_is_in_one_item(splits, pages_per_block):
     """Of a sequence's items, together, its pages in their order; parts are whole blocks but for the last."""
     visited = _visited("first page masked")
-    work = visited.work(slice(0, 5), slice(0, 9), splits=splits, pages_per_block=pages_per_block, cores=1)
+    work = visited.work_list(slice(0, 5), slice(0, 9), splits=splits, pages_per_block=pages_per_block, cores=1)
     assert work.begin.shape == (5 * splits,)
     for s in range(5):
         items = range(s * splits, (s + 1) * splits)
         taken = [(int(work.begin[i]) + at, at < int(work.num_full[i])) for i in items for at in range(work.count[i])]
-        full, count = int(visited.num_full[s]), int(visited.count[s])
+        full, count = int(visited.visits.num_full[s]), int(visited.visits.count[s])
         assert taken == [(9 * s + at, at < full) for at in range(count)]
         parts = [int(work.count[i]) for i in items if work.count[i]]
         assert all(part % pages_per_block == 0 for part in parts[:-1])
@@ -47,7 +47,7 @@ def test_every_page_is_in_one_item(splits, pages_per_block):
 def test_entries_taken_in_pieces_are_the_whole():
     visited = _visited("first page masked")
     cut = {"splits": 1, "pages_per_block": 2, "cores": 1}
-    whole, *pieces = (visited.work(slice(0, 5), piece, **cut) for piece in (slice(0, 9), slice(0, 2), slice(2, 9)))
+    whole, *pieces = (visited.work_list(slice(0, 5), piece, **cut) for piece in (slice(0, 9), slice(0, 2), slice(2, 9)))
     for name in ("count", "num_full"):
         np.testing.assert_array_equal(getattr(whole, name), sum(getattr(piece, name) for piece in pieces))
 

@@ -16,4 +16,5 @@ from .terms import refused_operations as refused_operations
 from .visits import Visits as Visits
 from .visits import most_pages_seen as most_pages_seen
 from .visits import page_coverage as page_coverage
-from .visits import visible_pages as visible_pages
+from .visits import visits_by_scatter as visits_by_scatter
+from .visits import visits_by_sort as visits_by_sort

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -13,25 +14,29 @@ from .program import Program
 
 
 class Visits(NamedTuple):
-    """Pages of one sequence to visit: first those that are visible in full, then the others, each in ascending order.
+    """Pages of a sequence to visit: first those that are visible in full, then the others, each in ascending order.
 
     The first ``count`` entries are valid, and the first ``num_full`` of them need no mask. ``index`` counts pages of
-    the sequence (page ``i`` holds tokens ``i * P`` onward); ``page`` is where each lies in the pool, ``0`` in the
-    entries past ``count``.
+    the sequence (page ``i`` holds tokens ``i * P`` onward); ``page`` is where each lies in the pool. Entries past
+    ``count`` hold any page of the table, or page 0.
+
+    There are two ways to make the list, with the same result: `visits_by_scatter` for one sequence, and
+    `visits_by_sort` for many at once, on hardware that scatters slowly.
     """
 
-    index: Int[Array, " pages_per_seq"]
-    page: Int[Array, " pages_per_seq"]
-    num_full: Int[Array, ""]
-    count: Int[Array, ""]
+    index: Int[Array, "*tiles pages_per_seq"]
+    page: Int[Array, "*tiles pages_per_seq"]
+    num_full: Int[Array, "*tiles"]
+    count: Int[Array, "*tiles"]
 
 
-def visible_pages(
+def visits_by_scatter(
     program: Program, p0: Any, p1: Any, length: Any, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
 ) -> Visits:
     """The pages that the query positions ``[p0, p1)`` may see in a sequence of ``length`` tokens.
 
-    A table entry outside the pool is a hole: its page is never visited, so its tokens are invisible.
+    Every page computes its place in the list and is scattered there. A table entry outside the pool is a hole: its page
+    is never visited, so its tokens are invisible.
     """
     some, full = page_coverage(program, p0, p1, length, table, page_size, num_pages)
     num_full, count = jnp.sum(full, dtype=jnp.int32), jnp.sum(some, dtype=jnp.int32)
@@ -41,6 +46,31 @@ def visible_pages(
     column = jnp.arange(width, dtype=jnp.int32)
     index = jnp.zeros(width, jnp.int32).at[jnp.where(some, rank, width)].set(column, mode="drop")
     return Visits(index, jnp.where(column < count, table[index], 0), num_full, count)
+
+
+def visits_by_sort(
+    program: Program,
+    p0: Int[Array, " tiles"],
+    p1: Int[Array, " tiles"],
+    lengths: Int[Array, " tiles"],
+    tables: Int[Array, "tiles pages_per_seq"],
+    page_size: int,
+    num_pages: int,
+) -> Visits:
+    """`visits_by_scatter` for many tiles of query positions at once, by one sort: a TPU has no fast scatter."""
+
+    def coverage(p0, p1, length, table):
+        return page_coverage(program, p0, p1, length, table, page_size, num_pages)
+
+    some, full = jax.vmap(coverage)(p0, p1, lengths, tables)
+    width = tables.shape[1]
+    index = jnp.arange(width, dtype=jnp.int32)
+    # Full pages sort before all partial ones, and these before all others; within each kind the index decides.
+    key = index + jnp.where(full, 0, jnp.where(some, width, 2 * width))
+    key, page = jax.lax.sort((key, tables), dimension=1, num_keys=1)
+    index = jax.lax.rem(key, width)
+    num_full, count = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (full, some))
+    return Visits(index, page, num_full, count)
 
 
 def page_coverage(

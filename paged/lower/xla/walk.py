@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paged.spec import Pages
 
-from ..program import Program, Sequences, Terms, Visits, visible_pages
+from ..program import Program, Sequences, Terms, Visits, visits_by_scatter
 from .blocks import Block
 
 # Up to this many rows, keys are the left operand of the product: XLA:CPU then need not repack the larger side. And up
@@ -76,7 +76,7 @@ class Walk:
         pages, table = operands.pages, operands.seqs.tables[block.seq]
         p0, p1 = block.position_range
         size = pages.layout.page_size
-        return visible_pages(self.program, p0, p1, block.length, table, size, pages.num_pages)
+        return visits_by_scatter(self.program, p0, p1, block.length, table, size, pages.num_pages)
 
     def num_tiles(self, visits: Visits) -> Int[Array, ""]:
         """How many blocks of pages the visits make."""

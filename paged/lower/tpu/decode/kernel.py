@@ -1,6 +1,14 @@
 """The decode kernel: online softmax over the visible pages of each sequence, streamed from HBM without a pause.
 
-The pages of all items come as one `Stream` of blocks, which runs ahead of the work, from one sequence into the next.
+A core works on its items one after the other, and on the blocks of pages of each item in order. For a block, every tile
+takes one step of the online softmax (see `Views` for tiles). Three kinds of copies run beside the work:
+
+    pages       by the `Stream`, several blocks ahead, from one item into the next
+    queries     of the next items, into a ring of `ROWS_IN_FLIGHT` stages
+    results     of the last items, out of a ring of as many stages
+
+Items of one block are so short that one step must wait for the step before it. Two of them are worked on together, so
+that the steps of one fill the waits of the other.
 """
 
 import dataclasses
@@ -15,79 +23,41 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ...program import Running, Terms
 from ..chips import LANES
-from ..pages import Stream, Views, Work, dot
-from ..references import Copies, Ref
+from ..pages import Views, dot
+from ..references import Copies
+from .refs import Refs
 
-# Tiles whose scores are held at once: their products overlap, and more would not fit the registers.
+# Tiles whose scores are held at once: their products overlap, and the scores of more would not fit the registers.
 _TILES_AT_ONCE = 8
-# Items of one block each that are worked on at once, at most: alone, a stage of one waits for the stage before.
+# The most items of one block each that are worked on together.
 ITEMS_AT_ONCE = 2
-# Items whose queries and results are in memory at once: a short item is done before a copy of either has arrived.
+# Items whose queries or results are in memory at once. A short item is done before a copy of either has arrived.
 ROWS_IN_FLIGHT = 2 * ITEMS_AT_ONCE
 _QUERIES_AHEAD = ROWS_IN_FLIGHT - ITEMS_AT_ONCE
-# Scores of items together: as many registers, of 1024, as leave room for the rest.
+# Scores of items that are worked on together: 32 registers of 1024 scores, which leave room for the rest.
 _SCORES_TOGETHER = 32 * 1024
 
 
-class Inputs(NamedTuple):
-    """What the kernel reads. ``new`` are the rows to write first, ``pools`` the arrays of the pages."""
-
-    k_scale: Ref | None  # f32[tiles, tile_rows, 1]
-    v_scale: Ref | None  # f32[tiles, tile_rows, 1]
-    arrays: tuple[Ref, ...]  # what the terms need: [tiles, tile_rows, 1], or one number for each tile
-    q: Ref  # [tokens, kv_heads, group, key_lanes]
-    new: tuple[Ref, ...]  # f32[tokens, *row] for each pool; none if nothing is written
-    pools: tuple[Ref, ...]
-
-
-class Outputs(NamedTuple):
-    """What the kernel writes. ``pools`` are those of the inputs, in place; none if nothing is written."""
-
-    out: Ref  # f32[splits, tokens, kv_heads, group, result_lanes]
-    lse: Ref  # f32[splits, tokens, heads * group, LANES]: lane t is tile t's
-    pools: tuple[Ref, ...]
-
-
-class Scratch(NamedTuple):
-    """What the kernel works in."""
-
-    pages: tuple[Ref, ...]  # [buffers, pages_per_block, *page] for each pool: the stream's ring
-    pages_arrived: Ref  # a semaphore for each stage of that ring
-    q: Ref  # [ROWS_IN_FLIGHT, rows, kv_heads, group, key_lanes]
-    q_arrived: Ref
-    out: Ref  # f32[ROWS_IN_FLIGHT, rows, kv_heads, group, result_lanes]
-    lse: Ref  # f32[ROWS_IN_FLIGHT, rows, heads * group, LANES]
-    out_left: Ref
-    cursor: Ref  # i32[2]
-    is_clean: Ref  # i32[buffers]
-    next_stage: Ref  # i32[1]: between the steps of a grid, the stage of the next item's first block
-    staging: Any  # memory for new rows, see `Staging`; None if nothing is written
-
-
-class Refs(NamedTuple):
-    """All memory of the kernel, by what it is for, and the stream of pages."""
-
-    work: Work
-    inputs: Inputs
-    outputs: Outputs
-    scratch: Scratch
-    stream: Stream
-
-
 class Block(NamedTuple):
-    """Block ``i`` of an item, arrived in ``slot``; its queries and the softmax so far, of every tile. None for a first
-    block, which has no softmax yet."""
+    """Block ``i`` of an item, which has arrived in a stage of the stream, with the item's queries for every tile.
+
+    ``running`` is the softmax of the blocks before, for every tile; None if the item has only this block.
+    """
 
     item: Any
     i: Any
-    slot: Any
+    stage: Any
     q: list
     running: tuple[Running, ...] | None
 
 
 class Seen(NamedTuple):
-    """What a block's scores are computed with: positions where they are needed, what is visible (None: all), and the
-    scales a token of keys and values."""
+    """What the scores of a block need beside products.
+
+    * ``p``, ``j``: positions of query rows and of keys; None if neither scores nor a mask need them.
+    * ``visible``: which pairs are visible; None if all are.
+    * ``scales``: per-token scales of keys and of values; None if there are none.
+    """
 
     p: Any
     j: Any
@@ -97,11 +67,12 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """The kernel's static facts. ``splits`` items make one sequence; ``items_at_once`` of one block each, 1 to
-    `ITEMS_AT_ONCE`, are worked on at once.
+    """The kernel's static facts.
 
-    ``bodies`` are the views of a block's first pages, smallest first and at last the whole block, with the terms at
-    their shape: a last block of few pages need not cost what a whole one does.
+    * ``bodies``: views of a block's first pages with the terms at their shape, fewest pages first, at last those of the
+      whole block. A block of few pages then costs less than a whole one.
+    * ``splits``: the items of each sequence.
+    * ``items_at_once``: items of one block that are worked on together, from 1 to `ITEMS_AT_ONCE`.
     """
 
     bodies: tuple[tuple[Views, Terms], ...]
@@ -114,46 +85,49 @@ class Decode:
         return self.bodies[-1][0]
 
     def run_items(self, refs: Refs, first: Any, end: Any) -> None:
-        """All items of one core, one after the other, or some short ones at once."""
+        """Attend over the items ``first`` to ``end`` of a core, short ones together."""
         self.begin(refs, first, end)
 
         def step(carry):
-            item, slot = carry
+            item, stage = carry
             are_short = self._are_short(refs, item, end)
-            slot = jax.lax.cond(
+            stage = jax.lax.cond(
                 are_short,
-                lambda: self._run_together(refs, item, first, end, slot),
-                lambda: self.run_item(refs, item, first, end, slot),
+                lambda: self._run_together(refs, item, first, end, stage),
+                lambda: self.run_item(refs, item, first, end, stage),
             )
-            return item + jnp.where(are_short, self.items_at_once, 1), slot
+            return item + jnp.where(are_short, self.items_at_once, 1), stage
 
-        # While some are worked on, as many more must be on their way.
-        if self._body_together is None or refs.stream.buffers < 2 * self.items_at_once:
+        # Items together need twice as many stages: while their blocks are worked on, as many more must be on their way.
+        # Else the wait for pages would be longer than what working together saves.
+        if self._body_together is None or refs.stream.stages < 2 * self.items_at_once:
             run = functools.partial(self.run_item, refs, first=first, end=end)
-            jax.lax.fori_loop(first, end, lambda item, slot: run(item, slot=slot), jnp.int32(0))
+            jax.lax.fori_loop(first, end, lambda item, stage: run(item, stage=stage), jnp.int32(0))
         else:
             jax.lax.while_loop(lambda carry: carry[0] < end, step, (jnp.int32(first), jnp.int32(0)))
         self.drain(refs, first, end)
 
     def begin(self, refs: Refs, first: Any, end: Any) -> None:
-        """Set the stream going."""
+        """Start the copies of the first items' queries and of the first blocks of pages."""
         for ahead in range(_QUERIES_AHEAD):
             pl.when(first + ahead < end)(self._query_copies(refs, first + ahead).start)
         refs.stream.begin(first, end)
 
-    def run_item(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
-        """Attend over one item's pages, whose first block is in ``slot``; the slot of the next item's first block."""
+    def run_item(self, refs: Refs, item: Any, first: Any, end: Any, stage: Any) -> Any:
+        """Attend over one item, whose first block is in ``stage``. Returns the stage of the next item's first block."""
         q = self._queries(refs, item, end)
-        start = (slot, self._start())
-        slot, running = self._over_blocks(refs, item, end, q, start)
+        start = (stage, self._start())
+        stage, running = self._over_blocks(refs, item, end, q, start)
+        # Here and not earlier: the results leave while this item is worked on. Here and not later: `_finish` writes to
+        # the stage of the ring that they leave from.
         self._result_copies(refs, item - ROWS_IN_FLIGHT, first).wait()
         self._finish(refs, item, running)
         self._result_copies(refs, item, first).start()
-        return slot
+        return stage
 
     @property
     def _body_together(self) -> tuple[Views, Terms] | None:
-        """The longest body at which items can be worked on together; None where not even the shortest is."""
+        """The longest body at which items can be worked on together; None if even the shortest is too long."""
         if self.items_at_once == 1:
             return None
         fits = [
@@ -168,76 +142,90 @@ class Decode:
         (views, _), last = self._body_together or self.bodies[0], refs.work.count.shape[0] - 1
         are_short = item + self.items_at_once <= end
         for behind in range(self.items_at_once):
+            # At the end of the list the last item is looked up again; the result is False in any case.
             count = refs.work.count[jnp.minimum(item + behind, last)]
             are_short &= (count > 0) & (count <= views.pages_per_block)
         return are_short
 
-    def _run_together(self, refs: Refs, item: Any, first: Any, end: Any, slot: Any) -> Any:
-        """`run_item` for the next ``items_at_once``, of one block each: every stage for all of them before the next."""
+    def _run_together(self, refs: Refs, item: Any, first: Any, end: Any, stage: Any) -> Any:
+        """`run_item` for the next ``items_at_once`` items, of one block each: every step for all of them in turn."""
         stream, items, blocks = refs.stream, [item + behind for behind in range(self.items_at_once)], []
-        queries = [self._queries(refs, one, end) for one in items]
-        stream.fetch_next(end, stream.before(slot))
-        for one, q in zip(items, queries, strict=True):
-            stream.wait(one, 0, slot)
-            stream.silence(one, 0, slot)
-            blocks.append(Block(one, 0, slot, q, None))
-            slot = stream.after(slot)
-        for one in items:
-            self._result_copies(refs, one - ROWS_IN_FLIGHT, first).wait()
-        for one, running in zip(items, self._attend(refs, blocks, True, body=self._body_together), strict=True):
-            self._finish(refs, one, running)
-        for one in items:
-            self._result_copies(refs, one, first).start()
-        # Into the slots just read; the last of them is the next turn's.
+        queries = [self._queries(refs, each, end) for each in items]
+        stream.fetch_next(end, stream.before(stage))
+        for each, q in zip(items, queries, strict=True):
+            stream.wait(each, 0, stage)
+            # After the wait, or the pages would arrive on top of the zeros; before a product reads the values.
+            stream.zero_dead_values(each, 0, stage)
+            blocks.append(Block(each, 0, stage, q, None))
+            stage = stream.after(stage)
+        for each in items:
+            self._result_copies(refs, each - ROWS_IN_FLIGHT, first).wait()
+        for each, running in zip(items, self._attend(refs, blocks, True, body=self._body_together), strict=True):
+            self._finish(refs, each, running)
+        for each in items:
+            self._result_copies(refs, each, first).start()
+        # One block was fetched above for all of these items: fetch the others. Only now are the stages of these items
+        # free. The stage of the last one stays free, for the block that the next turn fetches first.
         for block in blocks[:-1]:
-            stream.fetch_next(end, block.slot)
-        return slot
+            stream.fetch_next(end, block.stage)
+        return stage
 
     def _queries(self, refs: Refs, item: Any, end: Any) -> list:
-        """An item's queries, of every tile; those of a later one are sent for."""
-        later, place = item + _QUERIES_AHEAD, jax.lax.rem(item, ROWS_IN_FLIGHT)
+        """An item's queries for every tile. The copy of a later item's queries is started."""
+        later, row_stage = item + _QUERIES_AHEAD, jax.lax.rem(item, ROWS_IN_FLIGHT)
+        # Before the wait, so that it is on its way meanwhile. The stage is free: its last item is done.
         pl.when(later < end)(self._query_copies(refs, later).start)
         self._query_copies(refs, item).wait()
-        return [self.views.queries(refs.scratch.q.at[place], tile) for tile in range(self.views.tiles)]
+        return [self.views.queries(refs.scratch.q.at[row_stage], tile) for tile in range(self.views.tiles)]
 
     def drain(self, refs: Refs, first: Any, end: Any) -> None:
-        """Wait for the last results to leave."""
+        """Wait for the last results to leave: a kernel must not end while a copy is on its way."""
         for behind in range(ROWS_IN_FLIGHT):
             self._result_copies(refs, end - 1 - behind, first).wait()
 
     def _over_blocks(self, refs: Refs, item: Any, end: Any, q: list, start: Any) -> Any:
-        """Fold the item's blocks: first, without a branch, those visible in full while whole blocks follow."""
+        """Fold the item's blocks into the softmax, in three loops.
+
+        * ``step_straight``: blocks that are visible in full, while the block to fetch is a whole block of this item. It
+          has no branches, so copies start between products.
+        * ``step`` without a mask: the other blocks that are visible in full.
+        * ``step`` with a mask: all other blocks.
+        """
         block = self.views.pages_per_block
         stream, count = refs.stream, refs.work.count[item]
-        ahead = stream.buffers - 1
+        ahead = stream.stages - 1
         whole = jax.lax.div(refs.work.num_full[item], block)
         total = jax.lax.div(count + block - 1, block)
         straight = jnp.maximum(jnp.minimum(whole, jax.lax.div(count, block) - ahead), 0)
 
         def step_straight(i, carry):
-            slot, running = carry
-            stream.wait_whole(slot)
-            fetch = stream.fetch_in_parts(item, i + ahead, stream.before(slot), self.views.tiles)
-            return stream.after(slot), self._attend(refs, [Block(item, i, slot, q, running)], False, fetch)[0]
+            stage, running = carry
+            stream.wait_whole(stage)
+            fetch = stream.fetch_whole_piecewise(item, i + ahead, stream.before(stage), self.views.tiles)
+            return stream.after(stage), self._attend(refs, [Block(item, i, stage, q, running)], False, fetch)[0]
 
         def step(i, carry, is_masked):
-            slot, running = carry
-            stream.fetch_next(end, stream.before(slot))
-            stream.wait(item, i, slot)
+            stage, running = carry
+            # Before the wait: the stage before is free since the last step, and HBM must not pause.
+            stream.fetch_next(end, stream.before(stage))
+            stream.wait(item, i, stage)
             if not is_masked:
-                return stream.after(slot), self._attend(refs, [Block(item, i, slot, q, running)], False)[0]
-            stream.silence(item, i, slot)
+                return stream.after(stage), self._attend(refs, [Block(item, i, stage, q, running)], False)[0]
+            # After the wait, or the pages would arrive on top of the zeros; before a product reads the values.
+            stream.zero_dead_values(item, i, stage)
             pages = stream.pages_of(item, i)
 
             def attend(running, body):
-                return self._attend(refs, [Block(item, i, slot, q, running)], True, body=body)[0]
+                return self._attend(refs, [Block(item, i, stage, q, running)], True, body=body)[0]
 
             bodies = [functools.partial(attend, body=body) for body in self.bodies]
             enough = sum((pages > views.pages_per_block).astype(jnp.int32) for views, _ in self.bodies[:-1])
-            return stream.after(slot), jax.lax.switch(enough, bodies, running)
+            return stream.after(stage), jax.lax.switch(enough, bodies, running)
 
         carry = jax.lax.fori_loop(0, straight, step_straight, start)
 
+        # The straight steps fetched blocks without the cursor. `fetch_next` must go on where they ended, or it would
+        # fetch blocks of this item again.
         @pl.when(straight > 0)
         def _():
             stream.move_cursor(item, straight + ahead - 1)
@@ -253,58 +241,65 @@ class Decode:
         between: Callable[[int], None] = lambda tile: None,
         body: tuple[Views, Terms] | None = None,
     ) -> list[tuple[Running, ...]]:
-        """One step of the online softmax for all tiles of some blocks; ``between(tile)`` is called after the
-        product of each."""
+        """One step of the online softmax for all tiles of some blocks, each of another item.
+
+        ``between(tile)`` is called after each tile's product. ``body`` is that of a whole block if none is given.
+        """
         body = body or self.bodies[-1]
         views, buffers = body[0], refs.stream.transfers.buffers
         seen = [self._seen(refs, block, is_masked, body) for block in blocks]
         new: list[list[Running]] = [[] for _ in blocks]
+        # All products, then all weights, then all values: the compiler keeps this order, and within each line nothing
+        # waits for anything else.
         for chunk in range(0, views.tiles, _TILES_AT_ONCE):
             tiles = range(chunk, min(chunk + _TILES_AT_ONCE, views.tiles))
-            pairs = [(at, tile) for at in range(len(blocks)) for tile in tiles]
+            pairs = [(b, tile) for b in range(len(blocks)) for tile in tiles]
             products = []
-            for at, tile in pairs:
-                products.append(dot(blocks[at].q[tile], views.keys(buffers, blocks[at].slot, tile), contract=1))
+            for b, tile in pairs:
+                products.append(dot(blocks[b].q[tile], views.keys(buffers, blocks[b].stage, tile), contract=1))
                 between(tile)
             weighed = [
-                self._weigh(refs, blocks[at], tile, product, seen[at], body[1])
-                for (at, tile), product in zip(pairs, products, strict=True)
+                self._weigh(refs, blocks[b], tile, product, seen[b], body[1])
+                for (b, tile), product in zip(pairs, products, strict=True)
             ]
-            for (at, tile), (taken, weights) in zip(pairs, weighed, strict=True):
-                v = views.values(buffers, blocks[at].slot, tile)
-                new[at].append(taken.add(weights, v, self._product(seen[at].scales, tile)))
-        return [tuple(one) for one in new]
+            for (b, tile), (running, weights) in zip(pairs, weighed, strict=True):
+                v = views.values(buffers, blocks[b].stage, tile)
+                new[b].append(running.add(weights, v, self._product(seen[b].scales, tile)))
+        return [tuple(of_block) for of_block in new]
 
     def _seen(self, refs: Refs, block: Block, is_masked: bool, body: tuple[Views, Terms]) -> Seen:
-        """Positions, visibility and scales of a block, which its tiles share."""
+        """Positions, visibility and scales of a block. All tiles share them."""
         (views, terms), item = body, block.item
         base = refs.work.begin[item] + block.i * self.views.pages_per_block
         pages = refs.work.count[item] - block.i * self.views.pages_per_block
         p: Any = None
         j: Any = None
         if is_masked or terms.scores_use_positions:
-            p = refs.work.position[item] + views.row()
-            j = views.positions(lambda at: jnp.where(at < pages, refs.work.index[base + at], views.nowhere))
+            p = refs.work.position[item] + views.query_row()
+            j = views.positions(
+                lambda entry: jnp.where(entry < pages, refs.work.index[base + entry], views.absent_index)
+            )
         visible = views.is_own_key()
         if is_masked:
             seen = terms.visible(tuple(ref[0] for ref in refs.inputs.arrays), p, j, refs.work.length[item])
             visible = seen if visible is None else seen & visible
-        if not self._scales_tokens:
+        if not self._has_token_scales:
             return Seen(p, j, visible, None)
-        scales = [views.scales(buffer, block.slot) for buffer in refs.stream.transfers.buffers[-2:]]
+        scales = [views.scales(buffer, block.stage) for buffer in refs.stream.transfers.buffers[-2:]]
         if is_masked:
+            # Past the length scales may be NaN. A key's is masked with its score; a value's would meet a weight of 0.
             scales[1] = jnp.where(j[:1] < refs.work.length[item], scales[1], 0.0)
         return Seen(p, j, visible, scales)
 
     def _weigh(self, refs: Refs, block: Block, tile: int, product: Any, seen: Seen, terms: Terms) -> Any:
-        """The softmax's first half for a tile, from its products."""
+        """The first half of a step of the softmax for one tile, from its products: a `Running`, and the weights."""
         s = self._scaled(refs, tile, product * terms.factor, seen.scales)
         s = terms.scores(tuple(ref[tile] for ref in refs.inputs.arrays), s, seen.p, seen.j)
         s = s if seen.visible is None else jnp.where(seen.visible, s, -jnp.inf)
         return Running.first(s, self.views.result_lanes) if block.running is None else block.running[tile].weigh(s)
 
     def _scaled(self, refs: Refs, tile: int, s: Any, scales: Any) -> Any:
-        """Products of queries and keys, from those of stored keys."""
+        """Products of queries and keys, from products of queries and stored keys."""
         if refs.inputs.k_scale is not None:
             s = s * refs.inputs.k_scale[tile]
         if scales is not None:
@@ -312,9 +307,11 @@ class Decode:
         return s
 
     def _product(self, scales: list | None, tile: int) -> Callable[..., Any]:
+        """A function of weights and stored values: the weighted values of each row's own head."""
+
         def product(weights, v):
             weights = weights if scales is None else weights * scales[1][tile : tile + 1]
-            return self.views.own(dot(self.views.align(weights).astype(v.dtype), v, contract=0))
+            return self.views.own_head(dot(self.views.align(weights).astype(v.dtype), v, contract=0))
 
         return product
 
@@ -323,47 +320,53 @@ class Decode:
         return tuple(Running.start(views.tile_rows, dim=views.result_lanes) for _ in range(views.tiles))
 
     def _finish(self, refs: Refs, item: Any, running: tuple[Running, ...]) -> None:
-        """Normalise. The log-sum-exp of tile ``t`` is lane ``t``."""
-        views, place = self.views, jax.lax.rem(item, ROWS_IN_FLIGHT)
+        """Store an item's normalised results. The log-sum-exps of tile ``t`` are lane ``t``."""
+        views, row_stage = self.views, jax.lax.rem(item, ROWS_IN_FLIGHT)
         lane = jax.lax.broadcasted_iota(jnp.int32, (views.tile_rows, LANES), 1)
         lses = jnp.zeros((views.tile_rows, LANES), jnp.float32)
         for tile in range(views.tiles):
             out, lse = running[tile].finish()
             if refs.inputs.v_scale is not None:
                 out = out * refs.inputs.v_scale[tile]
-            views.store(refs.scratch.out.at[place], tile, out)
+            views.store(refs.scratch.out.at[row_stage], tile, out)
             lses = jnp.where(lane == tile, lse, lses)
-        refs.scratch.lse[place] = lses.reshape(refs.scratch.lse.shape[1:])
+        refs.scratch.lse[row_stage] = lses.reshape(refs.scratch.lse.shape[1:])
 
     def _query_copies(self, refs: Refs, item: Any) -> Copies:
-        """An item's query rows into memory."""
+        """An item's query rows, from HBM."""
 
         def each(act):
-            place, last = jax.lax.rem(item, ROWS_IN_FLIGHT), refs.inputs.q.shape[0] - 1
-            for row in range(self.views.rows):
+            row_stage, last = jax.lax.rem(item, ROWS_IN_FLIGHT), refs.inputs.q.shape[0] - 1
+            for row in range(self.views.query_rows):
+                # Every item copies as many rows, so that a wait counts as many bytes. A row past the last is copied
+                # from the last, and its result is not stored.
                 source = refs.inputs.q.at[jnp.minimum(refs.work.row[item] + row, last)]
-                act(pltpu.make_async_copy(source, refs.scratch.q.at[place, row], refs.scratch.q_arrived.at[place]))
+                target = refs.scratch.q.at[row_stage, row]
+                act(pltpu.make_async_copy(source, target, refs.scratch.q_arrived.at[row_stage]))
 
         return Copies(each)
 
     def _result_copies(self, refs: Refs, item: Any, first: Any) -> Copies:
-        """An item's results to its own rows. A row that its sequence does not have is not written, and nothing is for
-        an item before the core's first."""
+        """An item's results, to its own rows in HBM.
+
+        A row that the item does not have is not copied, nor is an item before the core's first.
+        """
 
         def each(act):
-            one = jnp.maximum(item, 0)
-            rows = jnp.where(item >= first, refs.work.rows[one], 0)
-            split, place = jax.lax.rem(one, self.splits), jax.lax.rem(one, ROWS_IN_FLIGHT)
-            for row in range(self.views.rows):
+            looked_up = jnp.maximum(item, 0)
+            rows = jnp.where(item >= first, refs.work.rows[looked_up], 0)
+            split, row_stage = jax.lax.rem(looked_up, self.splits), jax.lax.rem(looked_up, ROWS_IN_FLIGHT)
+            for row in range(self.views.query_rows):
 
                 @pl.when(row < rows)
                 def _(row=row):
-                    for buffer, ref in ((refs.scratch.out, refs.outputs.out), (refs.scratch.lse, refs.outputs.lse)):
-                        target = ref.at[split, refs.work.row[one] + row]
-                        act(pltpu.make_async_copy(buffer.at[place, row], target, refs.scratch.out_left.at[place]))
+                    scratch, outputs = refs.scratch, refs.outputs
+                    for buffer, results in ((scratch.out, outputs.out), (scratch.lse, outputs.lse)):
+                        target = results.at[split, refs.work.row[looked_up] + row]
+                        act(pltpu.make_async_copy(buffer.at[row_stage, row], target, scratch.out_left.at[row_stage]))
 
         return Copies(each)
 
     @property
-    def _scales_tokens(self) -> bool:
+    def _has_token_scales(self) -> bool:
         return self.views.layout.scales == "token"

@@ -15,9 +15,10 @@ from paged.spec import AttentionState, Pages, merge
 
 from ...program import Program, kernel_terms
 from ..chips import LANES, Chip, padded_bytes
-from ..pages import Stream, Transfers, Views, Work, pools_of
+from ..pages import Stream, Transfers, Views, WorkList, pools_of
 from ..references import call_kernel
-from .kernel import ROWS_IN_FLIGHT, Decode, Inputs, Outputs, Refs, Scratch
+from .kernel import ROWS_IN_FLIGHT, Decode
+from .refs import Inputs, Outputs, Refs, Scalars, Scratch
 from .update import Targets, Write, WriteRefs
 
 
@@ -26,13 +27,6 @@ class New(NamedTuple):
 
     targets: Targets
     rows: tuple[Float[Array, "tokens ..."], ...]
-
-
-class Scalars(NamedTuple):
-    """What the kernel reads from scalar memory. ``targets`` is None if nothing is written."""
-
-    work: Work
-    targets: Targets | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +44,12 @@ class Launch:
     interpret: Any
 
     def __call__(
-        self, work: Work, q: Float[Array, "tokens q_heads dim"], pages: Pages, new: New | None = None
+        self, work: WorkList, q: Float[Array, "tokens q_heads dim"], pages: Pages, new: New | None = None
     ) -> tuple[AttentionState, Pages]:
         """The state of the work's rows, float32; other rows hold anything. With ``new`` rows these are written first,
         in place where the pages are donated; there must be one item a sequence then."""
         views = self.views
-        bodies = tuple((part, kernel_terms(self.program, part.tile_rows, part.columns)) for part in views.parts())
+        bodies = tuple((part, kernel_terms(self.program, part.tile_rows, part.columns)) for part in views.prefixes())
         arrays = self._arrays(bodies[-1][1])
         inputs = Inputs(*self._head_scales(pages), arrays, self._pad(q), new.rows if new else (), _pools(pages))
         hbm: Any = pltpu.HBM
@@ -90,7 +84,7 @@ class Launch:
         def write() -> None:
             if scalars.targets is not None:
                 written = WriteRefs(work, scalars.targets, inputs.new, pools, scratch.staging)
-                Write(layout, self.views.rows).run(written, first, end)
+                Write(layout, self.views.query_rows).run(written, first, end)
 
         if self.sequence == "inline":
             write()
@@ -135,13 +129,13 @@ class Launch:
             cursor=pltpu.SMEM((2,), jnp.int32),
             is_clean=pltpu.SMEM((self.buffers,), jnp.int32),
             next_stage=pltpu.SMEM((1,), jnp.int32),
-            staging=Write(self.views.layout, self.views.rows).scratch() if is_update else None,
+            staging=Write(self.views.layout, self.views.query_rows).scratch() if is_update else None,
         )
 
     def _outputs(self, tokens: int, pools: tuple[Array, ...]) -> Outputs:
         views, layout, f32 = self.views, self.views.layout, jnp.float32
         out = (self.splits, tokens, layout.num_kv_heads, views.group, views.result_lanes)
-        lse = (self.splits, tokens, views.heads * views.group, LANES)
+        lse = (self.splits, tokens, views.heads_per_tile * views.group, LANES)
         written = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools)
         return Outputs(jax.ShapeDtypeStruct(out, f32), jax.ShapeDtypeStruct(lse, f32), written)
 
@@ -165,11 +159,11 @@ def _vmem_scratch(views: Views, buffers: int) -> tuple[tuple[Any, ...], tuple[An
     """Vector memory for pages; and for queries, results and log-sum-exps."""
     layout, block, f32 = views.layout, views.pages_per_block, jnp.float32
     pages = tuple(pltpu.VMEM((buffers, block, *pool.page_shape), pool.dtype) for pool in pools_of(layout))
-    rows = (ROWS_IN_FLIGHT, views.rows, layout.num_kv_heads, views.group)
+    rows = (ROWS_IN_FLIGHT, views.query_rows, layout.num_kv_heads, views.group)
     return pages, (
         pltpu.VMEM((*rows, views.key_lanes), views.compute_dtype),
         pltpu.VMEM((*rows, views.result_lanes), f32),
-        pltpu.VMEM((ROWS_IN_FLIGHT, views.rows, views.heads * views.group, LANES), f32),
+        pltpu.VMEM((ROWS_IN_FLIGHT, views.query_rows, views.heads_per_tile * views.group, LANES), f32),
     )
 
 

@@ -14,7 +14,7 @@ from ...base import Schedule
 from ...program import Call, Program, Sequences
 from ...xla import token_rows
 from ..base import TpuLowering
-from ..pages import Visited, Work, chunks, pools_of
+from ..pages import TileVisits, WorkList, chunks, pools_of
 from ..write.granules import row_shape
 from .launch import New
 from .plan import alternatives, fits, launch_of, plan_schedule, refuses_call, vmem_bytes
@@ -71,11 +71,11 @@ class TpuDecode(TpuLowering):
         """The state of sequences that have at most ``call.query_rows`` rows each."""
         layout = pages.layout
         launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret)
-        visited = Visited.of(program, seqs, layout.page_size, pages.num_pages)
+        visited = TileVisits.of(program, seqs, layout.page_size, pages.num_pages)
         states = []
         for part in chunks(seqs.tables.shape, launch.chip, schedule.kv_splits):
-            work = visited.work(*part, **_cut(schedule))
-            states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.rows))
+            work = visited.work_list(*part, **_cut(schedule))
+            states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.query_rows))
         return functools.reduce(merge, states)
 
     def run_update(
@@ -101,16 +101,16 @@ class TpuDecode(TpuLowering):
             pages = self.write(k, v, pages, seqs, call.query_rows)
             return self.run_state(program, schedule, call, q, pages, seqs), pages
         targets = Targets.of(seqs, call.query_rows or 1, layout.page_size, pages.num_pages)
-        work = Visited.of(program, seqs, layout.page_size, pages.num_pages).work(*parts[0], **_cut(schedule))
+        work = TileVisits.of(program, seqs, layout.page_size, pages.num_pages).work_list(*parts[0], **_cut(schedule))
         rows = tuple(
             x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
             for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
         )
         state, pages = launch(work, q, pages, New(targets, rows))
-        return _own_rows(state, work, launch.views.rows), pages
+        return _own_rows(state, work, launch.views.query_rows), pages
 
 
-def _own_rows(state: AttentionState, work: Work, most: int) -> AttentionState:
+def _own_rows(state: AttentionState, work: WorkList, most: int) -> AttentionState:
     """The state in the rows that a kernel writes, and the empty state in all others: it writes those of the work's
     sequences, and of each no more than the static number, whatever the batch's values say."""
     row, count = jnp.arange(state.out.shape[0]), jnp.minimum(work.rows, most)

@@ -114,7 +114,7 @@ def alternatives(call: Call, own: DecodeSchedule) -> Iterator[DecodeSchedule]:
 
 
 def _round_up(pages: int, page_size: int) -> int:
-    """From 256 tokens on, a power of two times 128, whose halves of halves are blocks as well (`Views.parts`)."""
+    """From 256 tokens on, a power of two times 128, whose halves of halves are blocks as well (`Views.prefixes`)."""
     if pages * page_size <= 256 or 128 % page_size:
         return pages
     return 2 ** (pages * page_size - 1).bit_length() // page_size

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from paged.spec import PageLayout
 
 from ...program import Sequences
-from ..pages import Work, pools_of
+from ..pages import WorkList, pools_of
 from ..references import Copies, Ref
 from ..write.granules import GRANULE, granule_at, granule_shape, granules_per_seq, row_shape, token_axis
 
@@ -66,7 +66,7 @@ class Staging(NamedTuple):
 class WriteRefs(NamedTuple):
     """What the writing part of a kernel reads, writes and works in. ``new`` are the rows to write, by pool."""
 
-    work: Work
+    work: WorkList
     targets: Targets
     new: tuple[Ref, ...]
     pools: tuple[Ref, ...]

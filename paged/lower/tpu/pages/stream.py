@@ -1,7 +1,17 @@
-"""The stream of pages: blocks of all items follow one another into a ring of slots, fetched ahead of the work.
+"""The stream of pages: the blocks of all items follow one another through a ring of buffers, fetched ahead of the work.
 
-The place from which to fetch, the *cursor*, is a block of an item; while one block is worked on, the next ones are on
-their way, those of the next item too.
+An *item* of the work list has a list of pages, and its *blocks* are ``pages_per_block`` pages of that list each, the
+last one perhaps fewer. The stream is the blocks of all items of a core, in order. Each block is copied into the next
+*stage* of the ring. Here item 0 has three blocks, items 1 and 2 have one and three, and the ring has 4 stages:
+
+    block      0.0   0.1   0.2   1.0   2.0   2.1   2.2
+    stage       0     1     2     3     0     1     2
+                            ^     `-----'     ^
+                     worked on   on their    cursor: fetched next,
+                                   way       into the stage that block 0.1 has left
+
+The *cursor* is the block to fetch next, as an item and a number of its block. It runs ``stages - 1`` blocks ahead of
+the work and does not stop where an item ends. So HBM stays busy while a short sequence is finished and the next begun.
 """
 
 import dataclasses
@@ -12,67 +22,76 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from ..references import Ref
 from .transfer import Transfers
-from .work import Work
-
-Ref = Any
+from .work import WorkList
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Blocks of pages, in the order of ``work``. Block ``i`` of an item is its pages from ``i * pages_per_block`` on;
-    whoever works on the blocks takes them in order, from slot 0 on, and fetches one for each that is done.
+    """The blocks of pages of a work list, through the ring of ``transfers``.
 
-    ``cursor`` i32[2] is an item and a block; ``is_clean`` i32[buffers] tells which slots hold finite values only.
+    Whoever works on the blocks takes them in order, from stage 0 on. For each block it first has one more block
+    fetched, into the stage `before` the block's own, and then waits for the block itself.
+
+    * ``cursor`` i32[2]: the item and the number of the block to fetch next.
+    * ``is_clean`` i32[stages]: 1 where values of every entry of a stage are finite, see `zero_dead_values`.
     """
 
-    work: Work
+    work: WorkList
     transfers: Transfers
     cursor: Ref
     is_clean: Ref
 
     @property
-    def buffers(self) -> int:
-        """Slots, which are blocks in flight."""
+    def stages(self) -> int:
+        """Stages of the ring. One holds the block that is worked on; the others are for blocks on their way."""
         return self.transfers.buffers[0].shape[0]
 
     @property
     def pages_per_block(self) -> int:
-        """Pages that a slot holds."""
+        """Pages that a stage holds."""
         return self.transfers.buffers[0].shape[1]
 
-    def before(self, slot: Any) -> Any:
-        """The slot that is free while this one is worked on."""
-        return jnp.where(slot == 0, self.buffers - 1, slot - 1)
+    def before(self, stage: Any) -> Any:
+        """The stage that is free while the block in ``stage`` is worked on: that of the block before it."""
+        return jnp.where(stage == 0, self.stages - 1, stage - 1)
 
-    def after(self, slot: Any) -> Any:
-        """The slot of the block after this slot's."""
-        return jnp.where(slot == self.buffers - 1, 0, slot + 1)
+    def after(self, stage: Any) -> Any:
+        """The stage of the next block."""
+        return jnp.where(stage == self.stages - 1, 0, stage + 1)
 
     def begin(self, first: Any, end: Any) -> None:
-        """Set the stream of items ``first`` to ``end`` going: all slots but the last."""
+        """Start to fetch the first blocks of the items ``first`` to ``end``: one for each stage but the last.
+
+        The last stage is the one before stage 0. It is filled when the first block is worked on, as every stage is.
+        """
         self.cursor[0] = self.work.busy[first]
         self.cursor[1] = 0
-        for slot in range(self.buffers):
-            self.is_clean[slot] = 0
-        for slot in range(self.buffers - 1):
-            self.fetch_next(end, slot)
+        for stage in range(self.stages):
+            self.is_clean[stage] = 0
+        for stage in range(self.stages - 1):
+            self.fetch_next(end, stage)
 
-    def fetch_next(self, end: Any, slot: Any) -> None:
-        """Begin to fetch the block at the cursor into ``slot``, and move on; nothing at the end of the stream."""
+    def fetch_next(self, end: Any, stage: Any) -> None:
+        """Start to fetch the block at the cursor into a free stage, and move the cursor on.
+
+        At the end of the stream nothing happens. A stage is free when every load from it is earlier in the program:
+        pages that arrive would otherwise replace a block that is still read.
+        """
         item, i, block = self.cursor[0], self.cursor[1], self.pages_per_block
 
         @pl.when(item < end)
         def _():
             base, pages = self.work.begin[item] + i * block, self.work.count[item] - i * block
 
-            def fetch(at):
-                self.transfers.start(self.work.page[base + at], slot, at)
+            def fetch(entry):
+                self.transfers.start(self.work.page[base + entry], stage, entry)
 
             @pl.when(pages >= block)
             def _():
-                for at in range(block):
-                    fetch(at)
+                for entry in range(block):
+                    fetch(entry)
 
             @pl.when(pages < block)
             def _():
@@ -80,82 +99,96 @@ class Stream:
 
             self.move_cursor(item, i)
 
-    def fetch_in_parts(self, item: Any, i: Any, slot: Any, parts: int) -> Callable[[int], None]:
-        """Fetch block ``i``, a whole one, by calls of the result with 0 to ``parts - 1``, so that addresses are
-        computed beside products. Then `move_cursor`."""
+    def fetch_whole_piecewise(self, item: Any, i: Any, stage: Any, pieces: int) -> Callable[[int], None]:
+        """A function that starts to fetch a piece of an item's block ``i``, which must be a whole block.
+
+        Call it with 0 to ``pieces - 1``, each time after a product: addresses are then computed while the matrix unit
+        works. The cursor stays; call `move_cursor` when the last such block is fetched.
+        """
         block = self.pages_per_block
         base = self.work.begin[item] + i * block
 
-        def fetch(part):
-            for at in range(part * block // parts, (part + 1) * block // parts):
-                self.transfers.start(self.work.page[base + at], slot, at)
+        def fetch(piece):
+            for entry in range(piece * block // pieces, (piece + 1) * block // pieces):
+                self.transfers.start(self.work.page[base + entry], stage, entry)
 
         return fetch
 
-    def fetch_beside(self, end: Any, slot: Any, parts: int) -> Callable[[int], None]:
-        """`fetch_next` in parts, by calls of the result with 0 to ``parts - 1``, in order: for straight lines of code,
-        where whether there is a page to fetch must not be a branch."""
+    def fetch_next_piecewise(self, end: Any, stage: Any, pieces: int) -> Callable[[int], None]:
+        """`fetch_next` as a function that fetches one piece of the block at each call.
+
+        Call it with 0 to ``pieces - 1``, in order. It is for straight lines of code: whether there is a page to fetch
+        is decided page by page, and never by a branch around the whole block.
+        """
         block = self.pages_per_block
         item, i = self.cursor[0], self.cursor[1]
         is_more = item < end
-        one = jnp.minimum(item, end - 1)
-        base = self.work.begin[one] + i * block
-        pages = jnp.where(is_more, self.work.count[one] - i * block, 0)
+        # At the end of the stream the cursor is past the last item, whose entries can still be looked up.
+        looked_up = jnp.minimum(item, end - 1)
+        base = self.work.begin[looked_up] + i * block
+        pages = jnp.where(is_more, self.work.count[looked_up] - i * block, 0)
 
-        def fetch(part):
-            for at in range(part * block // parts, (part + 1) * block // parts):
+        def fetch(piece):
+            for entry in range(piece * block // pieces, (piece + 1) * block // pieces):
 
-                @pl.when(at < pages)
-                def _(at=at):
-                    self.transfers.start(self.work.page[base + at], slot, at)
+                @pl.when(entry < pages)
+                def _(entry=entry):
+                    self.transfers.start(self.work.page[base + entry], stage, entry)
 
-            if part == parts - 1:
+            # With the last piece: `fetch_next` for the block after this one must find the cursor moved.
+            if piece == pieces - 1:
                 pl.when(is_more)(lambda: self.move_cursor(item, i))
 
         return fetch
 
     def move_cursor(self, item: Any, fetched: Any) -> None:
-        """To the block after block ``fetched`` of ``item``."""
+        """Move the cursor to the block after block ``fetched`` of ``item``, perhaps the first of the next item with
+        pages."""
         is_last = (fetched + 1) * self.pages_per_block >= self.work.count[item]
         self.cursor[0] = jnp.where(is_last, self.work.busy[item + 1], item)
         self.cursor[1] = jnp.where(is_last, 0, fetched + 1)
 
     def pages_of(self, item: Any, i: Any) -> Any:
-        """How many pages block ``i`` of an item has."""
+        """The number of pages of an item's block ``i``."""
         return jnp.minimum(self.work.count[item] - i * self.pages_per_block, self.pages_per_block)
 
-    def wait_whole(self, slot: Any) -> None:
-        """Wait until a whole block has arrived in a slot."""
-        self.transfers.wait(slot, self.pages_per_block)
+    def wait_whole(self, stage: Any) -> None:
+        """Wait until a whole block has arrived in a stage."""
+        self.transfers.wait(stage, self.pages_per_block)
 
-    def wait(self, item: Any, i: Any, slot: Any) -> None:
-        """Wait until block ``i`` of an item, of any number of pages, has arrived in its slot."""
-        self.transfers.wait_for(slot, self.pages_of(item, i))
+    def wait(self, item: Any, i: Any, stage: Any) -> None:
+        """Wait until an item's block ``i``, of any number of pages, has arrived in its stage."""
+        self.transfers.wait_for(stage, self.pages_of(item, i))
 
-    def silence(self, item: Any, i: Any, slot: Any) -> None:
-        """Values that no live token has must be finite, since a weight of 0 would not silence them: those past the
-        length in a sequence's last page, and those of places where no page has ever arrived."""
+    def zero_dead_values(self, item: Any, i: Any, stage: Any) -> None:
+        """Set to 0 the values that belong to no live token in an item's block ``i``, which must have arrived.
+
+        A masked key has weight 0, but 0 times NaN is NaN. Two kinds of values may be NaN: those past the length in the
+        last page of a sequence, and those of entries of the stage into which no page has ever been copied.
+        """
         size, block, pages = self.transfers.layout.page_size, self.pages_per_block, self.pages_of(item, i)
         last = self.work.begin[item] + i * block + pages - 1
         live = self.work.length[item] - self.work.index[last] * size
 
+        # At every visit, because the page has just been copied from the pool again.
         @pl.when(live < size)
         def _():
-            self.transfers.silence(slot, pages - 1, live)
+            self.transfers.zero_dead_values(stage, pages - 1, live)
 
-        @pl.when((pages < block) & (self.is_clean[slot] == 0))
+        # Once for each stage: from then on, what an entry keeps from an earlier block is finite.
+        @pl.when((pages < block) & (self.is_clean[stage] == 0))
         def _():
-            jax.lax.fori_loop(pages, block, lambda at, _: self.transfers.silence(slot, at, 0), None)
-            self.is_clean[slot] = 1
+            jax.lax.fori_loop(pages, block, lambda entry, _: self.transfers.zero_dead_values(stage, entry, 0), None)
+            self.is_clean[stage] = 1
 
 
-def _for_each(number: Any, act: Callable[[Any], None]) -> None:
-    """``act`` on every number of ``range(number)``, four at a turn as long as there are."""
+def _for_each(count: Any, act: Callable[[Any], None]) -> None:
+    """Call ``act(i)`` for every ``i < count``, four in each turn of a loop while there are four."""
 
     def four(i, _):
-        for at in range(4):
-            act(4 * i + at)
+        for step in range(4):
+            act(4 * i + step)
 
-    fours = jax.lax.div(number, 4)
+    fours = jax.lax.div(count, 4)
     jax.lax.fori_loop(0, fours, four, None)
-    jax.lax.fori_loop(4 * fours, number, lambda i, _: act(i), None)
+    jax.lax.fori_loop(4 * fours, count, lambda i, _: act(i), None)

@@ -1,4 +1,7 @@
-"""Pages between HBM and VMEM, for every page order: buffers of whole blocks, filled page by page, awaited at once."""
+"""Copies of pages from HBM to vector memory, for every page order.
+
+A stage of the ring of buffers holds one block of pages. It is filled page by page and awaited as a whole.
+"""
 
 from typing import Any, NamedTuple
 
@@ -14,8 +17,11 @@ from ..references import Ref
 
 
 class Pool(NamedTuple):
-    """One array of the pages: which axis counts them, the shape and dtype of one page's part, and whether it is
-    scales a token, ``[kv_heads, page_size]``."""
+    """One array of the pages.
+
+    ``page_axis`` counts the pages; ``page_shape`` is the shape of one page, without that axis. ``is_scale`` is True for
+    per-token scales, whose pages are ``[kv_heads, page_size]``.
+    """
 
     page_axis: int
     page_shape: tuple[int, ...]
@@ -28,7 +34,7 @@ class Pool(NamedTuple):
 
 
 def pools_of(layout: PageLayout) -> tuple[Pool, ...]:
-    """The pool's arrays, then its scales a token."""
+    """The arrays of a layout's pages, and then its per-token scales."""
     page_axis, shapes = layout.page_axis, layout.array_shapes(1)
     pools = [Pool(page_axis, tuple(n for i, n in enumerate(s) if i != page_axis), layout.dtype) for s in shapes]
     if layout.scales == "token":
@@ -46,54 +52,65 @@ def refuses_layout(layout: PageLayout) -> str | None:
 
 
 class Transfers(NamedTuple):
-    """Asynchronous copies of pages into ``buffers [slots, pages_per_block, *page]``; one semaphore a slot."""
+    """Asynchronous copies of pages into ``buffers``, one for each array: ``[stages, pages_per_block, *page]``.
+
+    There is a semaphore for each stage in ``arrived``. With one semaphore for all, the bytes of a later block could be
+    taken for those of the block that is waited for, since copies may finish in any order.
+    """
 
     layout: PageLayout
     pools: tuple[Ref, ...]
     buffers: tuple[Ref, ...]
     arrived: Ref
 
-    def start(self, page: Any, slot: Any, at: Any) -> None:
-        """Begin to copy page ``page`` of the pool to place ``at`` of a slot."""
+    def start(self, page: Any, stage: Any, entry: Any) -> None:
+        """Start to copy a page of the pool into an entry of a stage."""
         for pool, ref, buffer in zip(pools_of(self.layout), self.pools, self.buffers, strict=True):
-            pltpu.make_async_copy(pool.page(ref, page), buffer.at[slot, at], self.arrived.at[slot]).start()
+            pltpu.make_async_copy(pool.page(ref, page), buffer.at[stage, entry], self.arrived.at[stage]).start()
 
-    def wait(self, slot: Any, pages: int) -> None:
-        """Wait until ``pages`` more pages have arrived in a slot: semaphores count bytes, whichever they are."""
+    def wait(self, stage: Any, pages: int) -> None:
+        """Wait until ``pages`` more pages have arrived in a stage.
+
+        A semaphore counts bytes, and a wait takes as many from it as its copy would move. So one wait is enough for all
+        copies, and it need not name the pages: any part of the stage that is as large will do.
+        """
         for buffer in self.buffers:
-            landed = buffer.at[slot, pl.ds(0, pages)]
-            pltpu.make_async_copy(landed, landed, self.arrived.at[slot]).wait()
+            landed = buffer.at[stage, pl.ds(0, pages)]
+            pltpu.make_async_copy(landed, landed, self.arrived.at[stage]).wait()
 
-    def wait_for(self, slot: Any, pages: Any) -> None:
-        """Wait for a number of pages known when it runs, at most a block: for a part of one in powers of two, so in few
-        waits."""
+    def wait_for(self, stage: Any, pages: Any) -> None:
+        """`wait` for a number of pages that is known only when the kernel runs, at most a block.
+
+        A wait needs a static size. A number below a block is split into powers of two, so that few waits are enough.
+        """
         block = self.buffers[0].shape[1]
 
         @pl.when(pages == block)
         def _():
-            self.wait(slot, block)
+            self.wait(stage, block)
 
         @pl.when(pages != block)
         def _():
             for power in (1 << bit for bit in range(block.bit_length())):
-                pl.when((pages & power) != 0)(lambda power=power: self.wait(slot, power))
+                pl.when((pages & power) != 0)(lambda power=power: self.wait(stage, power))
 
-    def silence(self, slot: Any, at: Any, live: Any) -> None:
-        """Make the values of a page's tokens from ``live`` on 0: they may be NaN, and a weight of 0 would not help."""
+    def zero_dead_values(self, stage: Any, entry: Any, live: Any) -> None:
+        """Set the values of a page's tokens from offset ``live`` on to 0. The page must have arrived, or it would
+        arrive on top of the zeros."""
         if jnp.issubdtype(self.layout.dtype, jnp.integer):
-            return
-        ref, token_axis = self._values(slot, at)
+            return  # No integer is NaN.
+        ref, token_axis = self._values(stage, entry)
         values = ref[...].astype(jnp.float32)
         token = jax.lax.broadcasted_iota(jnp.int32, values.shape, token_axis)
         ref[...] = jnp.where(token < live, values, 0.0).astype(ref.dtype)
 
-    def _values(self, slot: Any, at: Any) -> tuple[Ref, int]:
-        """The part of a page that holds its values (in joined and interleaved order the keys as well), and its token
-        axis."""
+    def _values(self, stage: Any, entry: Any) -> tuple[Ref, int]:
+        """The part of a page that holds its values, and the token axis of that part. In joined and interleaved order
+        the part holds the keys as well."""
         axes = [axis for axis in self.layout.array_axes[-1] if axis != "page"]
         buffer = self.buffers[len(self.layout.array_axes) - 1]
         if "kv" not in axes:
-            return buffer.at[slot, at], axes.index("offset")
+            return buffer.at[stage, entry], axes.index("offset")
         values = [slice(None)] * axes.index("kv")
         axes.remove("kv")
-        return buffer.at[(slot, at, *values, 1)], axes.index("offset")
+        return buffer.at[(stage, entry, *values, 1)], axes.index("offset")

@@ -1,4 +1,4 @@
-"""What a kernel has to do, as integers for its scalar memory, computed from the batch before it starts."""
+"""Work lists: what a kernel has to do, as integers for its scalar memory, computed from the batch before it starts."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -7,27 +7,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ...program import Program, Sequences, page_coverage
+from ...program import Program, Sequences, Visits, visits_by_sort
 from ..chips import Chip
 
-# Bytes of scalar memory for each entry and each item.
-_BYTES_AN_ENTRY, _BYTES_AN_ITEM = 8, 40
+# Bytes of scalar memory for each entry of a list of pages, and for each item.
+_BYTES_PER_ENTRY, _BYTES_PER_ITEM = 8, 40
 
 
-class Work(NamedTuple):
-    """Items of work, and the pages of each. An item is one tile of query rows (in decode, one sequence), or one of the
-    parts that its pages are split into.
+class WorkList(NamedTuple):
+    """Items of work, and the pages of each.
 
-    Pages are listed for every tile as `Visits` lists them, ``width`` entries each, flat because scalar memory pads
-    rows: first those visible in full, then the others, each in ascending order. Item ``i`` takes ``count[i]`` entries
-    from ``begin[i]`` on, the first ``num_full[i]`` of which need no mask.
+    An item is one tile of query rows with its pages, or with one KV split of its pages. In decode a tile is the rows of
+    one sequence. Pages are listed for every tile as in `Visits`: first those that are visible in full, then the others.
+    A tile's list has ``width`` entries. All lists are one flat array, because scalar memory pads the rows of a matrix.
+    Item ``i`` has the ``count[i]`` entries from entry ``begin[i]`` on, and the first ``num_full[i]`` of these need no
+    mask.
 
-    * ``page`` i32[tiles * width]: where the page lies in the pool.
+    * ``page`` i32[tiles * width]: where each page is in the pool.
     * ``index`` i32[tiles * width + pages_per_block - 1]: which page of its sequence it is.
     * ``begin``, ``count``, ``num_full`` i32[items].
-    * ``length`` i32[items]: of its sequence; ``position`` of the first of its query rows.
-    * ``row``, ``rows`` i32[items]: its first query row, and how many there are (0 for a dead slot).
-    * ``busy`` i32[items + 1]: the first item from ``i`` on that has a page; ``items`` where none has.
+    * ``length`` i32[items]: the length of the item's sequence.
+    * ``position`` i32[items]: the position of the item's first query row.
+    * ``row``, ``rows`` i32[items]: the item's first query row, and the number of its rows (0 for an unused slot).
+    * ``busy`` i32[items + 1]: the first item from ``i`` on that has a page; ``items`` if none has.
     * ``bounds`` i32[cores + 1]: core ``c`` does the items from ``bounds[c]`` to ``bounds[c + 1]``.
     """
 
@@ -44,58 +46,52 @@ class Work(NamedTuple):
     bounds: Int[Array, " cores_plus_1"]
 
 
-class Visited(NamedTuple):
-    """The pages that each tile of query rows visits, in the order of `Visits`: those visible in full first."""
+class TileVisits(NamedTuple):
+    """Tiles of query rows, and the pages that each tile visits.
+
+    A tile is some consecutive query rows of one sequence: all of its rows in decode, or what `Sequences.cut` gives.
+    """
 
     tiles: Sequences
-    page: Int[Array, "tiles width"]
-    index: Int[Array, "tiles width"]
-    num_full: Int[Array, " tiles"]
-    count: Int[Array, " tiles"]
+    visits: Visits
 
     @classmethod
-    def of(cls, program: Program, tiles: Sequences, page_size: int, num_pages: int) -> "Visited":
-        """`visible_pages` for all tiles at once, by one sort: a TPU has no fast scatter."""
+    def of(cls, program: Program, tiles: Sequences, page_size: int, num_pages: int) -> "TileVisits":
+        """The pages that the program cannot rule out for any row of a tile."""
+        starts, ends = tiles.positions, tiles.positions + tiles.counts
+        return cls(tiles, visits_by_sort(program, starts, ends, tiles.lengths, tiles.tables, page_size, num_pages))
 
-        def coverage(position, rows, length, table):
-            return page_coverage(program, position, position + rows, length, table, page_size, num_pages)
-
-        some, full = jax.vmap(coverage)(tiles.positions, tiles.counts, tiles.lengths, tiles.tables)
-        width = tiles.tables.shape[1]
-        index = jnp.arange(width, dtype=jnp.int32)
-        key = index + jnp.where(full, 0, jnp.where(some, width, 2 * width))
-        key, page = jax.lax.sort((key, tiles.tables), dimension=1, num_keys=1)
-        count = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (full, some))
-        return cls(tiles, page, jax.lax.rem(key, width), *count)
-
-    def part(self, first: Any, tiles: int) -> "Visited":
-        """That many tiles from ``first`` on, which may be traced."""
+    def sliced(self, first: Any, tiles: int) -> "TileVisits":
+        """So many tiles from tile ``first`` on, which may be traced."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, tiles), self)
 
-    def work(self, rows: slice, entries: slice, *, splits: int, pages_per_block: int, cores: int) -> Work:
-        """The work of some tiles on a part of their entries, each split into ``splits`` parts of whole blocks."""
+    def work_list(self, rows: slice, entries: slice, *, splits: int, pages_per_block: int, cores: int) -> WorkList:
+        """The work list of some tiles, ``rows``, on some entries of their lists of pages.
 
-        def of_items(x: Array) -> Array:
+        Each tile's pages are split into ``splits`` items of whole blocks, the last block perhaps excepted.
+        """
+
+        def for_items(x: Array) -> Array:
             return jnp.repeat(x[rows], splits, total_repeat_length=x[rows].shape[0] * splits) if splits > 1 else x[rows]
 
-        width = entries.stop - entries.start
-        count, num_full = (jnp.clip(of_items(x) - entries.start, 0, width) for x in (self.count, self.num_full))
+        visits, width = self.visits, entries.stop - entries.start
+        count, num_full = (jnp.clip(for_items(x) - entries.start, 0, width) for x in (visits.count, visits.num_full))
         items = count.shape[0]
-        part = _ceil_div(_ceil_div(count, pages_per_block), splits) * pages_per_block
+        per_split = _ceil_div(_ceil_div(count, pages_per_block), splits) * pages_per_block
         item = jnp.arange(items, dtype=jnp.int32)
-        offset = item % splits * part
-        item_count = jnp.clip(count - offset, 0, part)
-        return Work(
-            page=self.page[rows, entries].reshape(-1),
-            # A kernel looks up the positions of a whole block, also of places past the last list's end.
-            index=jnp.pad(self.index[rows, entries].reshape(-1), (0, pages_per_block - 1)),
-            begin=item // splits * width + offset,
+        first = item % splits * per_split
+        item_count = jnp.clip(count - first, 0, per_split)
+        return WorkList(
+            page=visits.page[rows, entries].reshape(-1),
+            # A kernel looks up the indices of a whole block, also of entries past the end of the last list.
+            index=jnp.pad(visits.index[rows, entries].reshape(-1), (0, pages_per_block - 1)),
+            begin=item // splits * width + first,
             count=item_count,
-            num_full=jnp.clip(num_full - offset, 0, item_count),
-            length=of_items(self.tiles.lengths),
-            position=of_items(self.tiles.positions),
-            row=of_items(self.tiles.starts),
-            rows=of_items(self.tiles.counts),
+            num_full=jnp.clip(num_full - first, 0, item_count),
+            length=for_items(self.tiles.lengths),
+            position=for_items(self.tiles.positions),
+            row=for_items(self.tiles.starts),
+            rows=for_items(self.tiles.counts),
             busy=_next_busy(item_count),
             bounds=_bounds(_ceil_div(item_count, pages_per_block), cores),
         )
@@ -107,12 +103,13 @@ def _ceil_div(a: Array, b: int) -> Array:
 
 def _next_busy(count: Int[Array, " items"]) -> Int[Array, " items_plus_1"]:
     items = count.shape[0]
-    own = jnp.where(count > 0, jnp.arange(items, dtype=jnp.int32), items)
-    return jnp.append(jax.lax.cummin(own, reverse=True), items).astype(jnp.int32)
+    busy = jnp.where(count > 0, jnp.arange(items, dtype=jnp.int32), items)
+    return jnp.append(jax.lax.cummin(busy, reverse=True), items).astype(jnp.int32)
 
 
 def _bounds(blocks: Int[Array, " items"], cores: int) -> Int[Array, " cores_plus_1"]:
-    """Where to cut the items so that every core has about as many blocks; an item costs one more by itself."""
+    """Where to cut the items so that every core has about as many blocks. An item counts as one block more, for what it
+    costs by itself."""
     items = blocks.shape[0]
     done = jnp.cumsum(blocks + 1)
     cuts = [jnp.sum(done * cores <= done[-1] * core, dtype=jnp.int32) for core in range(1, cores)]
@@ -120,7 +117,10 @@ def _bounds(blocks: Int[Array, " items"], cores: int) -> Int[Array, " cores_plus
 
 
 def chunks(tables: tuple[int, ...], chip: Chip, splits: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Sequences and table entries of each kernel, so that its lists fit scalar memory: usually one kernel for all."""
+    """The block tables of each kernel, and the entries of these: usually one kernel has all of them.
+
+    There are several kernels where scalar memory cannot hold the work list.
+    """
     rows, entries = rows_and_entries((tables[0], tables[1]), chip, splits)
     for first_row in range(0, tables[0], rows):
         for first_entry in range(0, tables[1], entries):
@@ -131,9 +131,9 @@ def chunks(tables: tuple[int, ...], chip: Chip, splits: int = 1) -> Iterator[tup
 
 
 def rows_and_entries(tables: tuple[int, int], chip: Chip, splits: int = 1) -> tuple[int, int]:
-    """How many tables, and how many entries of each, one kernel can list in scalar memory."""
-    seqs, width = tables
+    """How many block tables one kernel can list in scalar memory, and how many entries of each."""
+    num_tables, width = tables
     budget = chip.smem_for_lists
-    per_item = _BYTES_AN_ITEM * splits
-    entries = max(1, min(width, (budget - per_item) // _BYTES_AN_ENTRY))
-    return max(1, min(seqs, budget // (entries * _BYTES_AN_ENTRY + per_item))), entries
+    per_item = _BYTES_PER_ITEM * splits
+    entries = max(1, min(width, (budget - per_item) // _BYTES_PER_ENTRY))
+    return max(1, min(num_tables, budget // (entries * _BYTES_PER_ENTRY + per_item))), entries

@@ -67,11 +67,13 @@ class BlockKernel:
         scratch, work, buffers = refs.scratch, refs.stream.work, refs.stream.transfers.buffers
         keys = pl.ds(0, self.keys)
         if scratch.deinterleaved is not None:
-            self.views.set_apart(buffers, block.stage, scratch.deinterleaved.at[block.half])
+            self.views.deinterleave(buffers, block.stage, scratch.deinterleaved.at[block.half])
         if not (is_masked or self.scores.scores_use_positions or scratch.token_scales is not None):
             return
         # Places without a page get a position past every length, so that the mask hides them.
-        j = self.views.positions(lambda at: jnp.where(at < pages, work.index[block.entry + at], self.views.nowhere))
+        j = self.views.positions(
+            lambda at: jnp.where(at < pages, work.index[block.entry + at], self.views.absent_index)
+        )
         scratch.key_position[block.half, :, keys] = j
         if scratch.token_scales is not None:
             heads = self.views.layout.num_kv_heads
@@ -176,7 +178,7 @@ class BlockKernel:
     def _stored(self, refs: Refs, block: Block, head: Index, which: int) -> Any:
         """A KV head's keys (``which`` 0) or values (1)."""
         if refs.scratch.deinterleaved is not None:
-            return self.views.read_apart(refs.scratch.deinterleaved.at[block.half], head, which)
+            return self.views.read_deinterleaved(refs.scratch.deinterleaved.at[block.half], head, which)
         read = self.views.values if which else self.views.keys
         return read(refs.stream.transfers.buffers, block.stage, head)
 

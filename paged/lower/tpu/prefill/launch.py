@@ -15,7 +15,7 @@ from paged.spec import AttentionState, PageLayout, Pages
 
 from ...program import Program, Running, kernel_terms
 from ..chips import LANES, SUBLANES, Chip, padded_bytes
-from ..pages import Stream, Transfers, Views, Work, pools_of
+from ..pages import Stream, Transfers, Views, WorkList, pools_of
 from ..references import call_kernel
 from .block import BlockKernel
 from .kernel import PrefillKernel
@@ -56,10 +56,10 @@ class PrefillLaunch:
         return Views(
             self.layout,
             self.schedule.pages_per_block,
-            rows=SUBLANES,
+            query_rows=SUBLANES,
             group=1,
             compute_dtype=self.compute_dtype,
-            is_apart=self._is_deinterleaved,
+            is_deinterleaved=self._is_deinterleaved,
         )
 
     @property
@@ -82,7 +82,7 @@ class PrefillLaunch:
         return jnp.pad(x, ((0, 0), (0, stride - heads * columns), (0, 0))).reshape(tokens * stride, LANES)
 
     def __call__(
-        self, work: Work, q: Float[Array, "rows lanes"], pages: Pages, results: Array | None = None
+        self, work: WorkList, q: Float[Array, "rows lanes"], pages: Pages, results: Array | None = None
     ) -> Float[Array, "rows_of_results lanes"]:
         """Run the kernel on a work list, and return results as the kernel writes them: see `Strides`.
 
@@ -93,7 +93,7 @@ class PrefillLaunch:
         arrays, (k_scale, _) = self._arrays(kernel.tiles[-1].blocks[-1]), self._head_scales(pages)
         pools: Any = (*pages.arrays, *((pages.k_scale, pages.v_scale) if self._has_token_scales else ()))
 
-        def run(work: Work, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+        def run(work: WorkList, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
             transfers = Transfers(self.layout, inputs.pools, scratch.page_buffers, scratch.pages_arrived)
             refs = Refs(Stream(work, transfers, scratch.cursor, scratch.is_clean), inputs, outputs, scratch)
             core = pl.program_id(0)
@@ -205,7 +205,7 @@ class PrefillLaunch:
             sums=vmem(strides.sums, self.schedule.rows_per_tile, LANES),
             key_position=vmem(2, SUBLANES, keys, dtype=jnp.int32),
             token_scales=vmem(2, 2 * layout.num_kv_heads * SUBLANES, keys) if self._has_token_scales else None,
-            deinterleaved=vmem(2, *views.apart_shape()) if self._is_deinterleaved else None,
+            deinterleaved=vmem(2, *views.deinterleaved_shape()) if self._is_deinterleaved else None,
         )
 
     @property

@@ -19,7 +19,7 @@ from ...base import Schedule
 from ...program import COMMON, Call, Program, Sequences
 from ..base import TpuLowering
 from ..decode import TpuDecode
-from ..pages import Visited, Work, rows_and_entries
+from ..pages import TileVisits, WorkList, rows_and_entries
 from .launch import PrefillLaunch
 from .plan import alternatives, fits, launch_of, plan_schedule, refuses_call
 from .schedule import RaggedSchedule
@@ -141,7 +141,7 @@ def _state_of_tiles(launch: PrefillLaunch, seqs: Sequences, q: Array, pages: Pag
     most = most_tiles(q.shape[0], seqs.starts.shape[0], schedule.rows_per_tile)
     tiles_per_kernel, entries_per_kernel = rows_and_entries((most, width), launch.chip)
     tiles = seqs.cut(schedule.rows_per_tile, -(-most // tiles_per_kernel) * tiles_per_kernel)
-    visited = Visited.of(launch.program, tiles, layout.page_size, pages.num_pages)
+    visited = TileVisits.of(launch.program, tiles, layout.page_size, pages.num_pages)
     laid_out, states = launch.lay_out(q), []
     for first in range(0, width, entries_per_kernel):
         entries = slice(first, min(first + entries_per_kernel, width))
@@ -151,25 +151,27 @@ def _state_of_tiles(launch: PrefillLaunch, seqs: Sequences, q: Array, pages: Pag
     return functools.reduce(merge, states)
 
 
-def _work(schedule: RaggedSchedule, entries: slice, visited: Visited) -> Work:
+def _work(schedule: RaggedSchedule, entries: slice, visited: TileVisits) -> WorkList:
     """The work list for all tiles of ``visited``, over a range of their entries."""
-    return visited.work(slice(None), entries, splits=1, pages_per_block=schedule.pages_per_block, cores=schedule.cores)
+    return visited.work_list(
+        slice(None), entries, splits=1, pages_per_block=schedule.pages_per_block, cores=schedule.cores
+    )
 
 
 def _results(
     launch: PrefillLaunch,
-    work_of: Callable[[Visited], Work],
-    visited: Visited,
+    work_of: Callable[[TileVisits], WorkList],
+    visited: TileVisits,
     tiles_per_kernel: int,
     q: Array,
     pages: Pages,
 ) -> Array:
     """Results of all tiles, as the kernel writes them. Each run of the kernel is for ``tiles_per_kernel`` tiles."""
-    if visited.page.shape[0] == tiles_per_kernel:
+    if visited.visits.page.shape[0] == tiles_per_kernel:
         return launch(work_of(visited), q, pages)
 
     def run(i: Any, results: Array) -> Array:
-        return launch(work_of(visited.part(i * tiles_per_kernel, tiles_per_kernel)), q, pages, results)
+        return launch(work_of(visited.sliced(i * tiles_per_kernel, tiles_per_kernel)), q, pages, results)
 
     live = jnp.sum(visited.tiles.counts > 0, dtype=jnp.int32)
     return jax.lax.fori_loop(0, (live + tiles_per_kernel - 1) // tiles_per_kernel, run, launch.empty_results(q))

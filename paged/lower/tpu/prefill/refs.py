@@ -70,7 +70,7 @@ class Scratch(NamedTuple):
     * ``key_position`` i32[2, 8, keys]: the same in every row.
     * ``token_scales`` f32[2, 2 * kv_heads * 8, keys]: scales of keys, then of values, each the same in 8 rows; None
       without per-token scales.
-    * ``deinterleaved`` f32[2, ...]: the block with its heads apart, see `Views.set_apart`; None in other page orders.
+    * ``deinterleaved`` f32[2, ...]: the block with its heads apart, see `Views.deinterleave`; None in other orders.
     """
 
     page_buffers: tuple[Any, ...]

@@ -125,7 +125,7 @@ class TileKernel:
             stream.fetch_next(end, stream.before(stage))
             stream.wait(item, i, stage)
             # After the wait, or the pages would arrive on top of the zeros; before any product reads the values.
-            stream.silence(item, i, stage)
+            stream.zero_dead_values(item, i, stage)
             pages = stream.pages_of(item, i)
             enough = sum((pages > block.views.pages_per_block).astype(jnp.int32) for block in self.blocks[:-1])
             branches = [functools.partial(self._fold_masked, refs, block, item) for block in self.blocks]
@@ -152,8 +152,8 @@ class TileKernel:
         group, and a wait for a copy that has not started never ends.
         """
         is_line = even_divisor(self.shape.strip_groups, self.most_unrolled) == self.shape.strip_groups
-        if self.fetches_beside and is_line and stream.buffers > 2:
-            return stream.fetch_beside(end, stage, self.shape.strip_groups)
+        if self.fetches_beside and is_line and stream.stages > 2:
+            return stream.fetch_next_piecewise(end, stage, self.shape.strip_groups)
         return stream.fetch_next(end, stage)
 
     def _fold_masked(self, refs: Refs, kernel: BlockKernel, item: Index, here: Block, pages: Index) -> None:

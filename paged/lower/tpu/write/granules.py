@@ -143,7 +143,7 @@ class Granules(NamedTuple):
         count = jnp.sum(is_real, dtype=jnp.int32)
         return cls(GranuleLists(page, position % page_size, *written, turn=jnp.where(page < 0, -1, 0)), row, count)
 
-    def slice(self, entries: slice) -> "Granules":
+    def sliced(self, entries: slice) -> "Granules":
         """A slice of the lists."""
         count = jnp.clip(self.count - entries.start, 0, entries.stop - entries.start)
         return Granules(GranuleLists(*(x[entries] for x in self.lists)), self.row[entries], count)

@@ -78,7 +78,7 @@ def _launch(
     length, most = granules.row.shape[0], writer.most_listed(chip, len(GranuleLists._fields))
     hbm: Any = pltpu.HBM
     for first in range(0, length, most):
-        part = granules.slice(slice(first, min(first + most, length)))
+        part = granules.sliced(slice(first, min(first + most, length)))
         new = [part.gather(x, token_axis(writer.layout, pool)) for x, pool in zip(rows, writer.pools, strict=False)]
         outputs: Outputs = call_kernel(
             functools.partial(_run, kind, writer),

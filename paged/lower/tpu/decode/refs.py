@@ -1,0 +1,90 @@
+"""The memory that the decode kernel reads, writes and works in."""
+
+from typing import NamedTuple
+
+from ..pages import Stream, WorkList
+from ..references import Ref
+from .update import Staging, Targets
+
+
+class Scalars(NamedTuple):
+    """What the kernel reads from scalar memory. ``targets`` says where new rows go; None if nothing is written."""
+
+    work: WorkList
+    targets: Targets | None
+
+
+class Inputs(NamedTuple):
+    """The kernel's operands.
+
+    * ``k_scale``, ``v_scale`` f32[tiles, tile_rows, 1]: the factor of each row's KV head; None without such scales.
+    * ``arrays``: a tuple of what the scores and the mask need of each row, [tiles, tile_rows, 1], or of each tile.
+    * ``q`` [tokens, kv_heads, group, key_lanes]: queries, padded to whole registers.
+    * ``new``: for each array of pages the rows to write, f32[tokens, *row]; empty if nothing is written.
+    * ``pools``: the arrays of pages, and then their per-token scales.
+    """
+
+    k_scale: Ref | None
+    v_scale: Ref | None
+    arrays: tuple[Ref, ...]
+    q: Ref
+    new: tuple[Ref, ...]
+    pools: tuple[Ref, ...]
+
+
+class Outputs(NamedTuple):
+    """The kernel's results. A KV split is one of the items that make a sequence.
+
+    * ``out`` f32[splits, tokens, kv_heads, group, result_lanes].
+    * ``lse`` f32[splits, tokens, heads_per_tile * group, lanes]: lane ``t`` holds the log-sum-exps of tile ``t``.
+    * ``pools``: the same memory as `Inputs.pools`; empty if nothing is written.
+    """
+
+    out: Ref
+    lse: Ref
+    pools: tuple[Ref, ...]
+
+
+class Scratch(NamedTuple):
+    """The kernel's scratch memory: shapes when the kernel is launched, references inside it.
+
+    The stream of pages, see `Stream`:
+
+    * ``pages``: for each array of pages [stages, pages_per_block, *page].
+    * ``pages_arrived``: a semaphore for each stage.
+    * ``cursor`` i32[2], ``is_clean`` i32[stages]: in scalar memory.
+
+    A ring for queries and results on their way. Item ``i`` is in stage ``i % ROWS_IN_FLIGHT``, and each stage has a
+    semaphore for queries, ``q_arrived``, and one for results, ``out_left``:
+
+    * ``q`` [ROWS_IN_FLIGHT, query_rows, kv_heads, group, key_lanes].
+    * ``out`` f32[ROWS_IN_FLIGHT, query_rows, kv_heads, group, result_lanes].
+    * ``lse`` f32[ROWS_IN_FLIGHT, query_rows, heads_per_tile * group, lanes].
+
+    Others:
+
+    * ``next_stage`` i32[1]: the stage of the stream that the next item begins in, from one grid step to the next.
+    * ``staging``: memory for new rows on their way into pages; None if nothing is written.
+    """
+
+    pages: tuple[Ref, ...]
+    pages_arrived: Ref
+    q: Ref
+    q_arrived: Ref
+    out: Ref
+    lse: Ref
+    out_left: Ref
+    cursor: Ref
+    is_clean: Ref
+    next_stage: Ref
+    staging: Staging | None
+
+
+class Refs(NamedTuple):
+    """All memory of the kernel, by references. The stream holds the pools and the buffers of pages."""
+
+    work: WorkList
+    inputs: Inputs
+    outputs: Outputs
+    scratch: Scratch
+    stream: Stream
