@@ -81,7 +81,7 @@ def _one_too_long(original):
 
 def _one_stage(original):
     def attend(self, refs, blocks, *args, **kwargs):
-        return original(self, refs, [block._replace(slot=blocks[0].slot) for block in blocks], *args, **kwargs)
+        return original(self, refs, [block._replace(stage=blocks[0].stage) for block in blocks], *args, **kwargs)
 
     return attend
 

@@ -82,7 +82,7 @@ class Launch:
         first, end = work.bounds[core], work.bounds[core + 1]
 
         def write() -> None:
-            if scalars.targets is not None:
+            if scalars.targets is not None and scratch.staging is not None:
                 written = WriteRefs(work, scalars.targets, inputs.new, pools, scratch.staging)
                 Write(layout, self.views.query_rows).run(written, first, end)
 
