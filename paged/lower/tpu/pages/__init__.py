@@ -9,6 +9,6 @@ from .views import Views as Views
 from .views import compute_dtype as compute_dtype
 from .views import dot as dot
 from .work import TileVisits as TileVisits
-from .work import Work as WorkList
+from .work import WorkList as WorkList
 from .work import chunks as chunks
 from .work import rows_and_entries as rows_and_entries
