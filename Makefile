@@ -29,7 +29,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.examples
 	$(BIN)/python -m benchmarks.xla_cpu $(BENCH)
 
-# One stamp an extra: installed when missing or when the dependencies change.
+# One stamp file per extra: installed when missing, or when the dependencies change.
 $(VENV)/.%: pyproject.toml | $(BIN)/python
 	@echo "Installing paged[$*] into $(VENV) ..."
 	$(PIP) install -e ".[$*]"
