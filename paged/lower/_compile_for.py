@@ -54,7 +54,7 @@ def compile_for(
     q: Any,
     pages: Pages,
     batch: RaggedBatch,
-    sinks: Sinks | None = None,
+    sinks: Sinks | jax.ShapeDtypeStruct | None = None,
     *,
     new: tuple[Any, Any] | None = None,
 ) -> Compiled:
