@@ -16,11 +16,16 @@ from .schedule import HEURISTIC, Choice
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What runs. ``str`` of it is for people; the fields are for tests and tools. ``source`` is who chose the schedule:
-    "explicit", "context", "tuning file <name>", or "heuristic".
+    """What a call runs. Print it to read it; the fields are for tests and tools.
 
-    ``pages_visited`` counts, for every live sequence, the pages that its query rows as a whole may see: each is read
-    at least once. ``pages_held`` counts the pages its tokens fill. Both are None without a concrete batch.
+    * ``program``, ``layout``: the attention in normal form, and the pages that it is over.
+    * ``schedule``: the schedule that runs, which names its lowering.
+    * ``source``: who picked the schedule: "explicit" (the caller), "context", "tuning file <name>", or "heuristic".
+    * ``refused``: for every other lowering that refuses the call, its reason.
+    * ``pages_visited``: the pages that the rows of a sequence may see, summed over live sequences. Each page is read at
+      least once. None without a batch.
+    * ``pages_held``: the pages that the tokens of live sequences fill. None without a batch.
+    * ``notes``: lines of the lowering about memory and time.
     """
 
     program: Program
@@ -34,7 +39,7 @@ class Explanation:
 
     @property
     def bytes_visited(self) -> int | None:
-        """Bytes of keys and values in the pages visited, scales not counted."""
+        """Bytes of keys and values in the visited pages, without scales. None without a batch."""
         return None if self.pages_visited is None else self.pages_visited * self.layout.bytes_per_page
 
     def __str__(self) -> str:

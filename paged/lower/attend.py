@@ -1,4 +1,4 @@
-"""`Attend`: a lowered attention on one device, as a function of arrays and what there is to ask of it."""
+"""`Attend`: a lowered attention on one device, which is called with arrays and answers what a call will run."""
 
 import dataclasses
 import functools

@@ -3,5 +3,6 @@
 from .dense import dense_attention as dense_attention
 from .lowering import XLA_BLOCKS as XLA_BLOCKS
 from .schedule import XlaSchedule as XlaSchedule
+from .write import Places as Places
 from .write import token_rows as token_rows
 from .write import write_scales as write_scales

@@ -8,8 +8,8 @@ from paged.spec import PageLayout
 
 from ..program import Call, Program, most_pages_seen
 from ..schedule import grid, powers_up_to
+from .cpu import FEW_ROWS
 from .schedule import XlaSchedule
-from .walk import FEW_ROWS
 
 # Sizes to try, where the first is the tokens of a block of pages. A core works on one block of rows at a time, and what
 # it holds must fit its cache; a large machine is filled by row blocks side by side, and pays for every step.

@@ -15,27 +15,27 @@ from paged.spec import AttentionState, Pages
 
 from ..program import select_values
 from . import tiles
-from .blocks import Block, Blocks
+from .blocks import RowBlock, RowBlocks
 from .walk import Operands, Walk
 
 
 def backward(walk: Walk, saved: tuple[Operands, AttentionState], cotangent: AttentionState) -> tuple[Operands]:
     """Gradients of `attend`'s operands; None stands for no gradient, which integers and quantised pages get."""
     operands, state = saved
-    blocks = Blocks.of(operands.seqs, operands.is_member, walk.rows)
+    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows)
     is_differentiable = not operands.pages.layout.is_quantised
     pools = tuple(jnp.zeros(a.shape, jnp.float32) for a in operands.pages.arrays if is_differentiable)
     zeros = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), operands.constants)
 
-    def block_gradient(which, carry):
+    def add_row_block(which, carry):
         q_gradient, pools, constants = carry
-        block = blocks.block(which, walk.rows)
-        q, pools, constants = _block_gradient(walk, block, operands, state, cotangent, pools, constants)
-        row = jnp.where(block.is_row, block.row, operands.q.shape[0])
+        row_block = row_blocks.block(which, walk.rows)
+        q, pools, constants = _row_block_gradient(walk, row_block, operands, state, cotangent, pools, constants)
+        row = jnp.where(row_block.is_row, row_block.row, operands.q.shape[0])
         return q_gradient.at[row].set(walk.unfold(q), mode="drop"), pools, constants
 
     start = (jnp.zeros(operands.q.shape, jnp.float32), pools, zeros)
-    q, pools, constants = jax.lax.fori_loop(0, blocks.count, block_gradient, start)
+    q, pools, constants = jax.lax.fori_loop(0, row_blocks.count, add_row_block, start)
     pages = None
     if is_differentiable:
         cast = tuple(pool.astype(array.dtype) for pool, array in zip(pools, operands.pages.arrays, strict=True))
@@ -44,24 +44,24 @@ def backward(walk: Walk, saved: tuple[Operands, AttentionState], cotangent: Atte
     return (Operands(q.astype(operands.q.dtype), pages, constants, None, None),)  # pyright: ignore
 
 
-def _block_gradient(walk: Walk, block: Block, operands: Operands, state, cotangent, pools, constants):
-    """One block's gradients: of its queries, and added to those of the pools and constants."""
-    at_rows = functools.partial(_rows_of, walk, block)
+def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, state, cotangent, pools, constants):
+    """The gradient of one row block's queries; and those of pools and constants, with the row block's part added."""
+    at_rows = functools.partial(_rows_of, walk, row_block)
     q, out, out_gradient = at_rows(operands.q), at_rows(state.out), at_rows(cotangent.out)
     lse, lse_gradient = at_rows(state.lse[..., None]), at_rows(cotangent.lse[..., None])
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     # d loss / d s_j = w_j (<d out, v_j> - <d out, out> + d lse): the softmax's Jacobian, and lse's.
     common = lse_gradient - jnp.sum(out_gradient * out, axis=-1, keepdims=True)
-    visits, p = walk.visits(block, operands), walk.positions(block)
+    visits, p = walk.visits(row_block, operands), walk.positions(row_block)
 
     def step(i, carry, is_masked):
         q_gradient, pools, constants = carry
-        tile = walk.tile(i, visits, operands.pages.layout.page_size)
-        k, v = tiles.gather(operands.pages, tile.ids, i)
+        page_block = walk.page_block(i, visits, operands.pages.layout.page_size)
+        k, v = tiles.gather(operands.pages, page_block.ids, i)
         if is_masked:
-            is_visible = walk.visible(tile, block, operands.constants)
+            is_visible = walk.visible(page_block, row_block, operands.constants)
             k, v = select_values(is_visible, k), select_values(is_visible, v)
-        s, pull = jax.vjp(lambda q, k, c: walk.scores(q, k, c, p, tile.j), q, k, operands.constants)
+        s, pull = jax.vjp(lambda q, k, c: walk.scores(q, k, c, p, page_block.j), q, k, operands.constants)
         weights = jnp.exp(s - lse)
         if is_masked:
             weights = jnp.where(is_visible, weights, 0.0)  # pyright: ignore
@@ -70,15 +70,15 @@ def _block_gradient(walk: Walk, block: Block, operands: Operands, state, cotange
         s_gradient = jnp.where(weights > 0, weights * (w_gradient + common), 0.0)
         q_step, k_gradient, c_step = pull(s_gradient)
         if pools:
-            pools = tiles.scatter_add(operands.pages.layout, pools, tile.ids, k_gradient, v_gradient)
+            pools = tiles.scatter_add(operands.pages.layout, pools, page_block.ids, k_gradient, v_gradient)
         return q_gradient + q_step, pools, _accumulate(constants, c_step)
 
-    return walk.over_tiles(0, walk.num_tiles(visits), visits, step, (jnp.zeros_like(q), pools, constants))
+    return walk.over_page_blocks(0, walk.num_page_blocks(visits), visits, step, (jnp.zeros_like(q), pools, constants))
 
 
-def _rows_of(walk: Walk, block: Block, x: Float[Array, "tokens q_heads dim"]) -> Array:
-    """The block's rows of an array, folded; 0 for rows that are not the block's."""
-    rows = jnp.where(block.is_row[:, None, None], x[block.row].astype(jnp.float32), 0.0)
+def _rows_of(walk: Walk, row_block: RowBlock, x: Float[Array, "tokens q_heads dim"]) -> Array:
+    """The row block's rows of an array, folded; 0 for rows that its sequence does not have."""
+    rows = jnp.where(row_block.is_row[:, None, None], x[row_block.row].astype(jnp.float32), 0.0)
     return walk.fold(rows)
 
 

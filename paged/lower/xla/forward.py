@@ -1,9 +1,9 @@
-"""The XLA lowering's forward pass: blocks of query rows, each over the pages that it can see, by online softmax.
+"""The XLA lowering's forward pass: every row block, over the page blocks that it can see, by online softmax.
 
-Blocks of rows run one after the other (or in lanes, several at once), and inside each a loop runs over its blocks of
-pages, first those that need no mask and then the rest, with as many steps as there are visible pages. Where rows are
-few, a step takes several blocks of pages. So scores of a whole row never exist, work follows what is visible, and a
-sequence's result depends on nothing but itself.
+Row blocks run one after the other, or several side by side. For each of them a loop runs over its page blocks: first
+those that need no mask, then the others, as many as are visible. With few query rows, one step of the loop takes
+several page blocks. So no score of a whole row is ever stored, work follows what is visible, and a sequence's result
+depends on that sequence alone. What is here for the sake of CPUs is in `cpu`.
 """
 
 import functools
@@ -16,70 +16,71 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionState
 
-from ..program import Running, Visits, select_values
+from ..program import Running, Visits
 from . import tiles
 from .backward import backward
-from .blocks import Block, Blocks
-from .tiles import NO_BUFFERS, Buffers
+from .blocks import RowBlock, RowBlocks
+from .cpu import Buffers, dot_products_keys_left
 from .walk import Operands, Walk
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(walk: Walk, operands: Operands) -> AttentionState:
     """State of the members' rows, float32; rows of no member are empty. Every gradient is finite."""
-    tokens, dim = operands.q.shape[0], operands.pages.layout.value_dim
-    blocks = Blocks.of(operands.seqs, operands.is_member, walk.rows)
+    tokens, layout = operands.q.shape[0], operands.pages.layout
+    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows)
+    at_once = walk.row_blocks_at_once
 
     def attend_one(which, buffers):
-        block = blocks.block(which, walk.rows)
-        (out, lse), buffers = _attend_block(walk, block, operands, buffers)
-        row = jnp.where(block.is_row, block.row, tokens)
+        row_block = row_blocks.block(which, walk.rows)
+        (out, lse), buffers = _attend_row_block(walk, row_block, operands, buffers)
+        row = jnp.where(row_block.is_row, row_block.row, tokens)
         return (row, walk.unfold(out), walk.unfold(lse)[..., 0]), buffers
 
-    def attend_lanes(i, carry):
+    def attend_some(i, carry):
         state, buffers = carry
-        if walk.lanes == 1:
+        if at_once == 1:
             (row, out, lse), buffers = attend_one(i, buffers)
         else:
-            which = i * walk.lanes + jnp.arange(walk.lanes)
+            which = i * at_once + jnp.arange(at_once)
             (row, out, lse), _ = jax.vmap(attend_one, in_axes=(0, None))(which, buffers)
+        # Rows that the sequence does not have are sent past the end, and dropped.
         state = AttentionState(state.out.at[row].set(out, mode="drop"), state.lse.at[row].set(lse, mode="drop"))
         return state, buffers
 
     heads = walk.program.num_q_heads
     empty = AttentionState(
-        jnp.zeros((tokens, heads, dim), jnp.float32), jnp.full((tokens, heads), -jnp.inf, jnp.float32)
+        jnp.zeros((tokens, heads, layout.value_dim), jnp.float32), jnp.full((tokens, heads), -jnp.inf, jnp.float32)
     )
-    buffers = Buffers.of(operands.pages.layout, walk.pages_per_block) if walk.has_buffers else NO_BUFFERS
-    state, _ = jax.lax.fori_loop(0, -(-blocks.count // walk.lanes), attend_lanes, (empty, buffers))
+    buffers = Buffers.of(
+        layout,
+        pages_per_block=walk.pages_per_block,
+        blocks_per_step=walk.blocks_per_step,
+        row_blocks_at_once=at_once,
+    )
+    state, _ = jax.lax.fori_loop(0, -(-row_blocks.count // at_once), attend_some, (empty, buffers))
     return state
 
 
-def _attend_block(
-    walk: Walk, block: Block, operands: Operands, buffers: Buffers
+def _attend_row_block(
+    walk: Walk, row_block: RowBlock, operands: Operands, buffers: Buffers
 ) -> tuple[tuple[Float[Array, "kv_heads group_rows dim"], Float[Array, "kv_heads group_rows 1"]], Buffers]:
-    """One block of query rows over all the pages it visits."""
-    pages, constants = operands.pages, operands.constants
-    q = walk.fold(operands.q[block.row].astype(jnp.float32))
-    visits, p = walk.visits(block, operands), walk.positions(block)
+    """One row block over all the pages it visits: the normalised output, and the log-sum-exp."""
+    pages, constants, size = operands.pages, operands.constants, operands.pages.layout.page_size
+    q = walk.fold(operands.q[row_block.row].astype(jnp.float32))
+    visits, p = walk.visits(row_block, operands), walk.positions(row_block)
 
     def scores(i: Array, buffers: Buffers, is_masked: bool) -> tuple[Array, Buffers]:
-        tile = walk.tile(i, visits, pages.layout.page_size)
-        k, buffers = buffers.put_keys(lambda a, b: tiles.gather(pages, tile.ids[a:b], i)[0], walk.pages_per_block)
-        s = walk.scores_keys_left(q, k, constants, p, tile.j)
-        s = jnp.where(walk.visible(tile, block, constants), s, -jnp.inf) if is_masked else s
+        page_block = walk.page_block(i, visits, size)
+        k, buffers = tiles.keys(pages, page_block.ids, i, buffers)
+        s = walk.scores(q, k, constants, p, page_block.j, dot_products_keys_left)
+        s = jnp.where(walk.visible(page_block, row_block, constants), s, -jnp.inf) if is_masked else s
         return s, buffers
 
     def values(i: Array, buffers: Buffers, is_masked: bool) -> tuple[Array, Buffers]:
-        size = pages.layout.page_size
-        tile = walk.tile(i, visits, size)
-        is_visible = walk.visible(tile, block, constants) if is_masked else None
-
-        def take(first: int, last: int) -> Array:
-            _, v = tiles.gather(pages, tile.ids[first:last], i)
-            return v if is_visible is None else select_values(is_visible[..., first * size : last * size], v)
-
-        return buffers.put_values(take, walk.pages_per_block)
+        page_block = walk.page_block(i, visits, size)
+        is_visible = walk.visible(page_block, row_block, constants) if is_masked else None
+        return tiles.values(pages, page_block.ids, i, buffers, is_visible)
 
     def step(i: Array, carry: tuple[Running, Buffers], is_masked: bool) -> tuple[Running, Buffers]:
         running, buffers = carry
@@ -89,10 +90,10 @@ def _attend_block(
 
     start = Running.start(walk.program.num_kv_heads, q.shape[1], dim=pages.layout.value_dim), buffers
     if walk.blocks_per_step == 1:
-        running, buffers = walk.over_tiles(0, walk.num_tiles(visits), visits, step, start)
+        running, buffers = walk.over_page_blocks(0, walk.num_page_blocks(visits), visits, step, start)
     else:
-        steps = -(-walk.num_tiles(visits) // walk.blocks_per_step)
-        keys = walk.pages_per_block * pages.layout.page_size
+        steps = -(-walk.num_page_blocks(visits) // walk.blocks_per_step)
+        keys = walk.pages_per_block * size
         step_of_several = functools.partial(_step_of_several, walk, visits, keys, scores, values)
         running, buffers = jax.lax.fori_loop(0, steps, step_of_several, start)
     return running.finish(), buffers
@@ -107,31 +108,31 @@ def _step_of_several(
     which: Array,
     carry: tuple[Running, Buffers],
 ) -> tuple[Running, Buffers]:
-    """Step number ``which`` of the softmax, over several tiles of ``keys`` keys.
+    """Step number ``which`` of the softmax, over several page blocks of ``keys`` keys.
 
-    The scores of all of them come first, and then their values: a tile of either kind is half of what the cache must
-    hold, and what the softmax costs a step is paid once for all of them. It is their scores that are kept meanwhile,
-    so it is for few query rows.
+    First come the scores of all page blocks, then one softmax, then the values of all page blocks. So the cache holds
+    tiles of keys or tiles of values at a time, and the fixed cost of a softmax step is paid once. The scores of all
+    page blocks are kept meanwhile, which is cheap where query rows are few.
     """
     running, buffers = carry
     first = which * walk.blocks_per_step
-    last = jnp.minimum(first + walk.blocks_per_step, walk.num_tiles(visits))
+    last = jnp.minimum(first + walk.blocks_per_step, walk.num_page_blocks(visits))
 
     def put_scores(i: Array, carry: tuple[Array, Buffers], is_masked: bool) -> tuple[Array, Buffers]:
         s, buffers = carry
-        part, buffers = scores(i, buffers, is_masked)
-        return jax.lax.dynamic_update_slice_in_dim(s, part, (i - first) * keys, axis=2), buffers
+        of_block, buffers = scores(i, buffers, is_masked)
+        return jax.lax.dynamic_update_slice_in_dim(s, of_block, (i - first) * keys, axis=2), buffers
 
     def add_values(i: Array, carry: tuple[Running, Buffers], is_masked: bool) -> tuple[Running, Buffers]:
         running, buffers = carry
-        part = jax.lax.dynamic_slice_in_dim(weights, (i - first) * keys, keys, axis=2)
+        of_block = jax.lax.dynamic_slice_in_dim(weights, (i - first) * keys, keys, axis=2)
         v, buffers = values(i, buffers, is_masked)
-        return running.add(part, v), buffers
+        return running.add(of_block, v), buffers
 
     no_scores = jnp.full((*running.top.shape[:2], walk.blocks_per_step * keys), -jnp.inf, jnp.float32)
-    s, buffers = walk.over_tiles(first, last, visits, put_scores, (no_scores, buffers))
+    s, buffers = walk.over_page_blocks(first, last, visits, put_scores, (no_scores, buffers))
     running, weights = running.weigh(s)
-    return walk.over_tiles(first, last, visits, add_values, (running, buffers))
+    return walk.over_page_blocks(first, last, visits, add_values, (running, buffers))
 
 
 def _forward(walk: Walk, operands: Operands) -> Any:

@@ -12,9 +12,10 @@ from paged.spec import AttentionState, PageLayout, Pages, merge
 from ..base import Lowering, Schedule
 from ..program import Call, Program, Sequences, plain_terms
 from .alternatives import alternatives
+from .cpu import FEW_ROWS
 from .forward import attend
 from .schedule import XlaSchedule
-from .walk import FEW_ROWS, Operands, Walk
+from .walk import Operands, Walk
 from .write import write
 
 

@@ -1,64 +1,49 @@
-"""Head views of the page orders: pages in, one contiguous float32 tile of keys and of values a head out, and back.
+"""Tiles of keys and values: pages of any order in, one contiguous float32 tile per KV head out, and back for gradients.
 
-A tile is gathered once and used at once, while it is in cache. Copying page by page into a tile that the loop carries
-is slower where keys and values take turns, and halves of a tile into a carried buffer no slower where they don't
-(measured: benchmarks/xla_cpu).
+A tile is gathered once and used at once, while it is in the cache.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from paged.spec import PageLayout, Pages
 
-from .bits import as_bits, from_bits
-
-Tile = Float[Array, "kv_heads tokens dim"]
-
-
-class Buffers(NamedTuple):
-    """Where tiles of keys and of values are put, carried from block to block; None where each tile is made anew.
-
-    One buffer serves both where they have one shape, so that the cache need hold only one.
-    """
-
-    keys: Tile | None
-    values: Tile | None
-
-    @classmethod
-    def of(cls, layout: PageLayout, pages: int) -> "Buffers":
-        """Buffers for tiles of so many pages."""
-        heads_keys = (layout.num_kv_heads, pages * layout.page_size)
-        is_shared = layout.head_dim == layout.value_dim
-        values = None if is_shared else jnp.zeros((*heads_keys, layout.value_dim), jnp.float32)
-        return cls(jnp.zeros((*heads_keys, layout.head_dim), jnp.float32), values)
-
-    def put_keys(self, take: Callable[[int, int], Tile], pages: int) -> tuple[Tile, "Buffers"]:
-        """The tile of keys ``take(0, pages)``, in its buffer if there is one."""
-        k = _fill(self.keys, take, pages)
-        return k, self if self.keys is None else self._replace(keys=k)
-
-    def put_values(self, take: Callable[[int, int], Tile], pages: int) -> tuple[Tile, "Buffers"]:
-        """A tile of values, likewise."""
-        if self.values is None:
-            return self.put_keys(take, pages)
-        v = _fill(self.values, take, pages)
-        return v, self._replace(values=v)
+from ..program import select_values
+from .cpu import Buffers, Tile, as_bits, from_bits
 
 
-NO_BUFFERS = Buffers(None, None)
+def keys(pages: Pages, ids: Int[Array, " pages_per_block"], counter: Any, buffers: Buffers) -> tuple[Tile, Buffers]:
+    """The keys of a page block, and the buffers that now hold them."""
+    return buffers.put_keys(lambda first, last: gather(pages, ids[first:last], counter)[0], ids.shape[0])
 
 
-def gather(pages: Pages, ids: Int[Array, " block"], step: Any) -> tuple[Tile, Tile]:
+def values(
+    pages: Pages,
+    ids: Int[Array, " pages_per_block"],
+    counter: Any,
+    buffers: Buffers,
+    is_visible: Bool[Array, "1 group_rows keys"] | None,
+) -> tuple[Tile, Buffers]:
+    """The values of a page block, 0 for keys that no row sees, and the buffers that now hold them."""
+    size = pages.layout.page_size
+
+    def take(first: int, last: int) -> Tile:
+        _, v = gather(pages, ids[first:last], counter)
+        return v if is_visible is None else select_values(is_visible[..., first * size : last * size], v)
+
+    return buffers.put_values(take, ids.shape[0])
+
+
+def gather(pages: Pages, ids: Int[Array, " block"], counter: Any) -> tuple[Tile, Tile]:
     """Keys and values of the pages ``ids``, in that order, dequantised: ``[kv_heads, block * page_size, dim]``.
 
-    ``ids`` must be in the pool. ``step`` is the counter of the loop that this is called in.
+    ``ids`` must be in the pool. ``counter`` is the counter of the loop that this is called in: see `as_bits`.
     """
     layout = pages.layout
-    pools = tuple(as_bits(pool, step) for pool in pages.arrays)
+    pools = tuple(as_bits(pool, counter) for pool in pages.arrays)
     match layout.order:
         case "packed":
             # Keys and values of page i are rows 2i and 2i + 1 of one array.
@@ -99,20 +84,6 @@ def scatter_add(
             return (pool.at[ids, :, 2 * heads].add(k).at[ids, :, 2 * heads + 1].add(v),)
         case _:
             assert_never(layout.order)
-
-
-def _fill(buffer: Tile | None, take: Callable[[int, int], Tile], pages: int) -> Tile:
-    """``take(0, pages)``; with a buffer, one half after the other put into it.
-
-    XLA:CPU hands a gather from a large pool to several threads, and to fork and join them at every block costs more
-    than it gains. An update in place it leaves to one thread, and an update of the whole would be no update (measured:
-    benchmarks/xla_cpu).
-    """
-    if buffer is None:
-        return take(0, pages)
-    first, second = take(0, pages // 2), take(pages // 2, pages)
-    buffer = jax.lax.dynamic_update_slice_in_dim(buffer, first, 0, axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, second, first.shape[1], axis=1)
 
 
 def _take(pool: Array, ids: Int[Array, " block"], axis: int) -> Array:

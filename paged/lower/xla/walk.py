@@ -1,6 +1,6 @@
 """The walk over tiles that the forward pass and its gradient share: which tiles there are, and what each means.
 
-A tile is one block of query rows, of one sequence, against one block of the pages that it can see.
+A tile is one row block, of one sequence, against one page block: some of the pages that the rows can see.
 """
 
 import dataclasses
@@ -15,11 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 from paged.spec import Pages
 
 from ..program import Program, Sequences, Terms, Visits, visits_by_scatter
-from .blocks import Block
+from .blocks import RowBlock
 
-# Up to this many rows, keys are the left operand of the product: XLA:CPU then need not repack the larger side. And up
-# to as many, keeping the scores of several blocks is cheap (measured: benchmarks/xla_cpu).
-FEW_ROWS = 32
+
+def dot_products(
+    q: Float[Array, "kv_heads group_rows head_dim"], k: Float[Array, "kv_heads keys head_dim"]
+) -> Float[Array, "kv_heads group_rows keys"]:
+    """Products of queries and keys, in full float32."""
+    return jnp.einsum("hrd,hkd->hrk", q, k, precision="highest")
 
 
 class Operands(NamedTuple):
@@ -32,8 +35,11 @@ class Operands(NamedTuple):
     is_member: Bool[Array, " seqs"]
 
 
-class Tile(NamedTuple):
-    """A block of visited pages: where they lie, and the position of each key. The last block repeats a page."""
+class PageBlock(NamedTuple):
+    """Pages that one row block visits: where they lie in the pool, and the position of each key.
+
+    The last page block is filled up by repeating a page; ``is_visit`` is False there.
+    """
 
     ids: Int[Array, " pages_per_block"]
     j: Int[Array, "1 1 keys"]
@@ -42,10 +48,12 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Walk:
-    """The static facts of a walk: the program and its terms, query rows a block, pages a block, such blocks a step of
-    the softmax, blocks of rows at once.
+    """The static facts of a walk.
 
-    Query heads that share a KV head and the rows of a block are one axis, ``group_rows``, heads first.
+    ``rows`` are the query rows of a row block, and ``row_blocks_at_once`` of these are worked on side by side. A page
+    block has ``pages_per_block`` pages, and one step of the softmax takes ``blocks_per_step`` of these.
+
+    Arrays of a tile have an axis ``group_rows``: the query heads that share a KV head, and for each the rows.
     """
 
     program: Program
@@ -53,13 +61,7 @@ class Walk:
     rows: int
     pages_per_block: int
     blocks_per_step: int
-    lanes: int
-
-    @property
-    def has_buffers(self) -> bool:
-        """Whether tiles are put into a buffer: on XLA:CPU, where keys and values don't take turns within a step."""
-        is_several = self.blocks_per_step > 1 and self.pages_per_block > 1
-        return is_several and self.lanes == 1 and jax.default_backend() == "cpu"
+    row_blocks_at_once: int
 
     def fold(self, x: Float[Array, "rows q_heads dim"]) -> Float[Array, "kv_heads group_rows dim"]:
         """Rows of all query heads, as rows of KV heads."""
@@ -71,60 +73,54 @@ class Walk:
         split = x.reshape(self.program.num_kv_heads, self.program.group, self.rows, -1)
         return jnp.moveaxis(split, 2, 0).reshape(self.rows, self.program.num_q_heads, -1)
 
-    def visits(self, block: Block, operands: Operands) -> Visits:
-        """The pages the block visits."""
-        pages, table = operands.pages, operands.seqs.tables[block.seq]
-        p0, p1 = block.position_range
+    def visits(self, row_block: RowBlock, operands: Operands) -> Visits:
+        """The pages that the row block visits."""
+        pages, table = operands.pages, operands.seqs.tables[row_block.seq]
+        p0, p1 = row_block.position_range
         size = pages.layout.page_size
-        return visits_by_scatter(self.program, p0, p1, block.length, table, size, pages.num_pages)
+        return visits_by_scatter(self.program, p0, p1, row_block.length, table, size, pages.num_pages)
 
-    def num_tiles(self, visits: Visits) -> Int[Array, ""]:
-        """How many blocks of pages the visits make."""
+    def num_page_blocks(self, visits: Visits) -> Int[Array, ""]:
+        """How many page blocks the visits make."""
         return -(-visits.count // self.pages_per_block)
 
-    def over_tiles(self, first: Any, last: Any, visits: Visits, step: Callable[..., Any], start: Any) -> Any:
-        """Fold ``carry = step(i, carry, is_masked)`` over the visits' blocks of pages in ``[first, last)``.
+    def over_page_blocks(self, first: Any, last: Any, visits: Visits, step: Callable[..., Any], start: Any) -> Any:
+        """Fold ``carry = step(i, carry, is_masked)`` over the page blocks ``first <= i < last``.
 
-        Blocks of pages that are visible in full come first, and with ``is_masked`` False: they need no mask.
+        Page blocks that are visible in full come first, with ``is_masked`` False.
         """
         masked = jnp.clip(visits.num_full // self.pages_per_block, first, last)
         carry = jax.lax.fori_loop(first, masked, functools.partial(step, is_masked=False), start)
         return jax.lax.fori_loop(masked, last, functools.partial(step, is_masked=True), carry)
 
-    def tile(self, step: Any, visits: Visits, page_size: int) -> Tile:
-        """Block number ``step`` of the visited pages."""
-        slot = step * self.pages_per_block + jnp.arange(self.pages_per_block)
-        is_visit = slot < visits.count
-        slot = jnp.minimum(slot, jnp.maximum(visits.count - 1, 0))
-        j = visits.index[slot][:, None] * page_size + jnp.arange(page_size)
-        return Tile(visits.page[slot], j.reshape(1, 1, -1), jnp.repeat(is_visit, page_size).reshape(1, 1, -1))
+    def page_block(self, which: Any, visits: Visits, page_size: int) -> PageBlock:
+        """Page block number ``which`` of the visited pages."""
+        entry = which * self.pages_per_block + jnp.arange(self.pages_per_block)
+        is_visit = entry < visits.count
+        entry = jnp.minimum(entry, jnp.maximum(visits.count - 1, 0))
+        j = visits.index[entry][:, None] * page_size + jnp.arange(page_size)
+        return PageBlock(visits.page[entry], j.reshape(1, 1, -1), jnp.repeat(is_visit, page_size).reshape(1, 1, -1))
 
-    def visible(self, tile: Tile, block: Block, constants: Any) -> Bool[Array, "1 group_rows keys"]:
+    def visible(self, page_block: PageBlock, row_block: RowBlock, constants: Any) -> Bool[Array, "1 group_rows keys"]:
         """Which pairs of the tile are visible."""
-        p, is_row = self.positions(block), jnp.tile(block.is_row, self.program.group).reshape(1, -1, 1)
-        return self.terms.visible(constants, p, tile.j, block.length) & tile.is_visit & is_row
+        p, is_row = self.positions(row_block), jnp.tile(row_block.is_row, self.program.group).reshape(1, -1, 1)
+        return self.terms.visible(constants, p, page_block.j, row_block.length) & page_block.is_visit & is_row
 
     def scores(
-        self, q: Array, k: Array, constants: Any, p: Int[Array, "1 group_rows 1"], j: Int[Array, "1 1 keys"]
+        self,
+        q: Array,
+        k: Array,
+        constants: Any,
+        p: Int[Array, "1 group_rows 1"],
+        j: Int[Array, "1 1 keys"],
+        product: Callable[[Array, Array], Array] = dot_products,
     ) -> Float[Array, "kv_heads group_rows keys"]:
         """The tile's scores before the mask, from folded queries and the tile's keys, both float32."""
-        products = jnp.einsum("hrd,hkd->hrk", q * self.program.scale, k, precision="highest")
-        return self.terms.scores(constants, products, p, j, self.heads)
+        return self.terms.scores(constants, product(q * self.program.scale, k), p, j, self.heads)
 
-    def scores_keys_left(
-        self, q: Array, k: Array, constants: Any, p: Int[Array, "1 group_rows 1"], j: Int[Array, "1 1 keys"]
-    ) -> Float[Array, "kv_heads group_rows keys"]:
-        """`scores`, with the product in the form that is fastest on CPU when rows are few; not for differentiation."""
-        if q.shape[1] > FEW_ROWS:
-            return self.scores(q, k, constants, p, j)
-        products = jnp.einsum("hkd,hrd->hkr", k, q * self.program.scale, precision="highest")
-        # Without the barrier XLA swaps the operands back.
-        products = jnp.swapaxes(jax.lax.optimization_barrier(products), 1, 2)
-        return self.terms.scores(constants, products, p, j, self.heads)
-
-    def positions(self, block: Block) -> Int[Array, "1 group_rows 1"]:
+    def positions(self, row_block: RowBlock) -> Int[Array, "1 group_rows 1"]:
         """The position of each row of a tile."""
-        return jnp.tile(block.position, self.program.group).reshape(1, -1, 1)
+        return jnp.tile(row_block.position, self.program.group).reshape(1, -1, 1)
 
     @property
     def heads(self) -> Int[Array, "kv_heads group_rows 1"]:

@@ -1,4 +1,4 @@
-"""Writing a step's keys and values into their slots, in place where the pages are donated."""
+"""Writing a step's keys and values to their places in the pages; in place where the pages are donated."""
 
 import functools
 from typing import Any, NamedTuple
@@ -11,15 +11,26 @@ from paged.spec import PageLayout, Pages
 
 from ..jax_version import HAS_BIT_UPDATES_IN_PLACE
 from ..program import Sequences
-from .bits import as_bits, from_bits
+from .cpu import as_bits, from_bits
 
 
-class Slots(NamedTuple):
-    """Where each row of a step goes: page and slot, in range, and whether it goes anywhere."""
+class Places(NamedTuple):
+    """Where each query row is written: a page and an offset in it, both in range, and whether it is written at all."""
 
     page: Int[Array, " tokens"]
-    slot: Int[Array, " tokens"]
-    is_mapped: Bool[Array, " tokens"]
+    offset: Int[Array, " tokens"]
+    is_written: Bool[Array, " tokens"]
+
+    @classmethod
+    def of(cls, seqs: Sequences, tokens: int, pages: Pages) -> "Places":
+        """Rows without a place are rows of no sequence, before the first position, past the table, or in a hole."""
+        size = pages.layout.page_size
+        seq, position, is_live = seqs.rows(tokens)
+        has_entry = is_live & (position < seqs.tables.shape[1] * size)
+        position = jnp.where(has_entry, position, 0)
+        page = seqs.tables[seq, position // size]
+        is_written = has_entry & (page >= 0) & (page < pages.num_pages)
+        return cls(jnp.where(is_written, page, 0), position % size, is_written)
 
 
 def write(
@@ -28,29 +39,26 @@ def write(
     pages: Pages,
     seqs: Sequences,
 ) -> Pages:
-    """The pages with each row's key and value at its position.
-
-    Dropped are rows of no sequence, rows before the first position or past the table, and rows whose page is a hole.
-    """
+    """The pages with each row's key and value, and its scales if it has its own, in its place."""
     rows, count = token_rows(k, v, pages), len(pages.arrays)
-    slots = _slots(seqs, k.shape[0], pages)
+    places = Places.of(seqs, k.shape[0], pages)
     axes = pages.layout.page_axis, pages.layout.offset_axis
-    arrays: Any = _put(axes, rows[:count], pages.arrays, slots)
-    return Pages(tuple(arrays), *write_scales(rows[count:], pages, seqs), layout=pages.layout)
+    arrays: Any = _put(axes, rows[:count], pages.arrays, places)
+    return Pages(tuple(arrays), *write_scales(rows[count:], pages, places), layout=pages.layout)
 
 
-def write_scales(rows: tuple[Array, ...], pages: Pages, seqs: Sequences) -> tuple[Array | None, Array | None]:
-    """The pages' scales, with those of each row [tokens, kv_heads] at its position where tokens have their own."""
+def write_scales(rows: tuple[Array, ...], pages: Pages, places: Places) -> tuple[Array | None, Array | None]:
+    """The pages' scales; per-token scales with those of each row, ``rows [tokens, kv_heads]``, in its place."""
     scales, names = (pages.k_scale, pages.v_scale), pages.layout.scale_axes
     if names is None or "offset" not in names:
         return scales
     axes = names.index("page"), names.index("offset")
-    k_scale, v_scale = _put(axes, rows, scales, _slots(seqs, rows[0].shape[0], pages))  # pyright: ignore
+    k_scale, v_scale = _put(axes, rows, scales, places)  # pyright: ignore
     return k_scale, v_scale
 
 
 def token_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
-    """Each token's part of every array of the pages, as it is stored; then its scales, if it has its own."""
+    """Each row as the pages store it: its part of every array, then its key's and value's scales if it has its own."""
     k, k_row_scale = _stored(k, pages.layout, pages.k_scale)
     v, v_row_scale = _stored(v, pages.layout, pages.v_scale)
     rows = pages.layout.stack(k, v)
@@ -58,20 +66,20 @@ def token_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _put(axes: tuple[int, int], rows: tuple[Array, ...], pools: tuple[Array, ...], slots: Slots) -> tuple[Array, ...]:
-    """The pools with ``rows`` [tokens, ...] in their slots; ``axes`` are the pools' page and slot axes.
+def _put(axes: tuple[int, int], rows: tuple[Array, ...], pools: tuple[Array, ...], places: Places) -> tuple[Array, ...]:
+    """The pools with ``rows [tokens, ...]`` in their places; ``axes`` are the pools' axes of pages and of offsets.
 
-    New rows get the gradient of their slots, and what they overwrite gets none.
+    The gradient of a place goes to the row that was written there, and none to what was there before.
     """
     one_by_one = functools.partial(_put_one_by_one, axes)
     at_once = functools.partial(_put_at_once, axes)
-    return jax.lax.platform_dependent(rows, pools, slots, cpu=one_by_one, default=at_once)
+    return jax.lax.platform_dependent(rows, pools, places, cpu=one_by_one, default=at_once)
 
 
-def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Array, ...]:
-    """For CPU, where a scatter may convert or copy the whole pool: a loop over the rows that go somewhere."""
+def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, places: Places) -> tuple[Array, ...]:
+    """A loop over the rows that are written. On CPU a scatter may convert or copy the whole pool: see `cpu`."""
     dtypes = [pool.dtype for pool in pools]
-    order = jnp.argsort(~slots.is_mapped, stable=True)
+    order = jnp.argsort(~places.is_written, stable=True)
     if not HAS_BIT_UPDATES_IN_PLACE:
         rows, pools = (tuple(as_bits(x) for x in arrays) for arrays in (rows, pools))
 
@@ -80,66 +88,60 @@ def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) 
 
         def put_in(pool: Array, row: Array) -> Array:
             start: list[Any] = [jnp.int32(0)] * pool.ndim
-            start[axes[0]], start[axes[1]] = slots.page[token], slots.slot[token]
+            start[axes[0]], start[axes[1]] = places.page[token], places.offset[token]
             row = as_bits(jnp.expand_dims(row[token], axes))
             return from_bits(jax.lax.dynamic_update_slice(as_bits(pool, i), row, start), pool.dtype)
 
         return tuple(put_in(pool, row) for pool, row in zip(pools, rows, strict=True))
 
-    pools = jax.lax.fori_loop(0, jnp.sum(slots.is_mapped), put_row, tuple(pools))
+    pools = jax.lax.fori_loop(0, jnp.sum(places.is_written), put_row, tuple(pools))
     return tuple(from_bits(pool, dtype) for pool, dtype in zip(pools, dtypes, strict=True))
 
 
-def _put_at_once(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Array, ...]:
-    """One scatter, with rows that go nowhere out of range."""
+def _put_at_once(axes: tuple[int, int], rows: Any, pools: Any, places: Places) -> tuple[Array, ...]:
+    """One scatter. Rows that are not written are sent past the last page, and dropped."""
 
     def put_in(pool: Array, row: Array) -> Array:
-        page = jnp.where(slots.is_mapped, slots.page, pool.shape[axes[0]])
-        row = jnp.moveaxis(row, 0, axes[0]) if axes[1] == axes[0] + 1 else row
-        return pool.at[_index(axes, page, slots.slot)].set(row, mode="drop")
+        page = jnp.where(places.is_written, places.page, pool.shape[axes[0]])
+        row = jnp.moveaxis(row, 0, _token_axis(axes))
+        return pool.at[_index(axes, page, places.offset)].set(row, mode="drop")
 
     return tuple(put_in(pool, row) for pool, row in zip(pools, rows, strict=True))
 
 
-def _put_forward(axes: tuple[int, int], rows: Any, pools: Any, slots: Slots) -> tuple[Any, Slots]:
-    return _put(axes, rows, pools, slots), slots
+def _put_forward(axes: tuple[int, int], rows: Any, pools: Any, places: Places) -> tuple[Any, Places]:
+    return _put(axes, rows, pools, places), places
 
 
-def _put_backward(axes: tuple[int, int], slots: Slots, cotangent: tuple[Array, ...]) -> Any:
+def _put_backward(axes: tuple[int, int], places: Places, cotangent: tuple[Array, ...]) -> Any:
     def of_rows(c: Array) -> Array:
-        row = c[_index(axes, slots.page, slots.slot)]
-        row = jnp.moveaxis(row, axes[0], 0) if axes[1] == axes[0] + 1 else row
-        return jnp.where(slots.is_mapped.reshape(-1, *[1] * (row.ndim - 1)), row, 0)
+        row = jnp.moveaxis(c[_index(axes, places.page, places.offset)], _token_axis(axes), 0)
+        return jnp.where(places.is_written.reshape(-1, *[1] * (row.ndim - 1)), row, 0)
 
     rows = tuple(of_rows(c) for c in cotangent)
-    return rows, _put_at_once(axes, tuple(jnp.zeros_like(row) for row in rows), cotangent, slots), None
+    return rows, _put_at_once(axes, tuple(jnp.zeros_like(row) for row in rows), cotangent, places), None
 
 
 _put.defvjp(_put_forward, _put_backward)
 
 
-def _index(axes: tuple[int, int], page: Array, slot: Array) -> tuple[Any, ...]:
-    """An index of every token's row; it puts tokens first, or at the page axis where the slot's is next to it."""
+def _index(axes: tuple[int, int], page: Array, offset: Array) -> tuple[Any, ...]:
+    """The index of every token's part of a pool."""
     index: list[Any] = [slice(None)] * (axes[1] + 1)
-    index[axes[0]], index[axes[1]] = page, slot
+    index[axes[0]], index[axes[1]] = page, offset
     return tuple(index)
 
 
-def _slots(seqs: Sequences, tokens: int, pages: Pages) -> Slots:
-    size = pages.layout.page_size
-    seq, position, is_live = seqs.rows(tokens)
-    has_entry = is_live & (position < seqs.lengths[seq])
-    position = jnp.where(has_entry, position, 0)
-    page = seqs.tables[seq, position // size]
-    is_mapped = has_entry & (page >= 0) & (page < pages.num_pages)
-    return Slots(jnp.where(is_mapped, page, 0), position % size, is_mapped)
+def _token_axis(axes: tuple[int, int]) -> int:
+    """The axis of tokens in what `_index` selects. NumPy puts it where adjacent index arrays are, and else first."""
+    return axes[0] if axes[1] == axes[0] + 1 else 0
 
 
 def _stored(x: Array, layout: PageLayout, scale: Array | None) -> tuple[Array, Array | None]:
-    """``x [tokens, kv_heads, dim]`` as the pages store it, and for scales a token its scales [tokens, kv_heads].
+    """``x [tokens, kv_heads, dim]`` as the pages store it, and per-token scales ``[tokens, kv_heads]`` or None.
 
-    Scales a token and head are computed here, the row's largest magnitude over the dtype's; the others are the
-    caller's, and values beyond them saturate.
+    A per-token scale is computed here: the row's largest magnitude over the largest number of the dtype. Other scales
+    are the caller's, and values beyond them saturate.
     """
     if scale is None:
         return x.astype(layout.dtype), None

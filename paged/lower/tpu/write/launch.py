@@ -15,7 +15,7 @@ from jaxtyping import Array
 from paged.spec import Pages
 
 from ...program import Sequences
-from ...xla import XLA_BLOCKS, token_rows, write_scales
+from ...xla import XLA_BLOCKS, Places, token_rows, write_scales
 from ..chips import Chip
 from ..references import call_kernel
 from ..transforms import in_turn
@@ -62,7 +62,7 @@ def _write(
         pools = _launch(Whole, writer, granules, rows, pools, chip, interpret)
     granules = Granules.partial(seqs, tokens, size, pages.num_pages)
     pools = _launch(Partial, writer, granules, rows, pools, chip, interpret)
-    return Pages(pools, *write_scales(rows[len(pools) :], pages, seqs), layout=pages.layout)
+    return Pages(pools, *write_scales(rows[len(pools) :], pages, Places.of(seqs, tokens, pages)), layout=pages.layout)
 
 
 def _launch(
