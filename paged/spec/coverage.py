@@ -1,20 +1,24 @@
-"""Three-valued answers: does a rectangle of positions hold no, some or only visible pairs?"""
+"""Three-valued answers: are no pairs, some pairs or all pairs of a rectangle of positions visible?"""
 
 from typing import Any, NamedTuple
 
-BoolLike = Any  # a Python bool, a NumPy bool, or a boolean array: the algebra is the same for all
+BoolLike = Any  # a Python bool, a NumPy bool, or a bool array
 
 
 class Coverage(NamedTuple):
-    """What is known of the pairs ``(p, j)`` in a rectangle, as two certainties.
+    """What is certain about the pairs ``(p, j)`` of a rectangle of positions.
 
-    * ``some`` False: certainly *empty*, no pair is visible.
-    * ``full`` True: certainly *full*, every pair is visible.
-    * otherwise *partial*: anything may be the case, so the mask must be evaluated.
+    **Arguments:**
 
-    These are the truth values of Kleene's strong three-valued logic (S. C. Kleene, *Introduction to
-    Metamathematics*, 1952, section 64) coded as a pair of bounds, so that ``& | ~`` work the same on Python
-    bools at trace time and on arrays of rectangles at run time.
+    - `some`: False where the rectangle is certainly *empty*: no pair is visible.
+    - `full`: True where the rectangle is certainly *full*: every pair is visible. Then ``some`` is True too.
+
+    Otherwise the rectangle is *partial*: nothing is certain, so the mask must be evaluated. Both fields are Python
+    bools for one rectangle, or bool arrays for many.
+
+    These are the truth values of Kleene's strong three-valued logic (S. C. Kleene, *Introduction to Metamathematics*,
+    1952, section 64), written as a lower and an upper bound. So ``&``, ``|`` and ``~`` are the same operations for
+    Python bools when JAX traces and for arrays when the program runs.
 
     >>> Coverage(some=True, full=False) & Coverage(some=True, full=True)
     Coverage(some=True, full=False)
@@ -42,5 +46,5 @@ PARTIAL = Coverage(some=True, full=False)
 
 
 def _not(value: BoolLike) -> BoolLike:
-    # `~True` is -2 for a Python bool, and True for nobody.
+    # A Python bool needs `not`: `~True` is the integer -2, which counts as true.
     return not value if isinstance(value, bool) else ~value

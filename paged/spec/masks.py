@@ -1,4 +1,4 @@
-"""Masks: which key position ``j`` a query at position ``p`` may see, and their Boolean algebra."""
+"""Masks: which key positions ``j`` a query at position ``p`` sees. Masks combine by ``&``, ``|`` and ``~``."""
 
 import abc
 import dataclasses
@@ -14,10 +14,11 @@ Position = Any  # an int, or an integer array; shapes broadcast
 
 
 class Mask(abc.ABC):
-    """A predicate over absolute positions: hashable, without arrays, and composable with ``& | ~``.
+    """A predicate over absolute positions. A mask is hashable, holds no arrays, and combines by ``&``, ``|`` and ``~``.
 
-    A new mask is one frozen dataclass with the two methods below; every lowering then evaluates it, and skips
-    the pages that it hides.
+    A new mask is one frozen dataclass with `__call__` and `coverage`. Every lowering then evaluates the mask, and skips
+    the pages that the mask hides. With `implies`, programs that use the mask become simpler; ``__str__`` is how they
+    print it. `docs/extending.md` walks through an example.
 
     >>> local = Causal() & (Window(4) | Prefix(1))
     >>> [j for j in range(9) if local(8, j)]
@@ -26,31 +27,49 @@ class Mask(abc.ABC):
     'empty'
     """
 
-    # Whether the mask may close over arrays, which lowerings then carry for it. A built-in mask says that it does not.
+    # Whether the mask may close over arrays. Lowerings carry such arrays to where the mask is evaluated.
     is_opaque: bool = True
-    # Where a normal form lists the mask among others: by rank, and masks of one rank by their text.
+    # The place of the mask among others in a normal form: by rank, and by text among masks of one rank.
     rank: int = 4
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if "is_opaque" not in vars(cls):  # a subclass of a built-in mask may compute anything
+        if "is_opaque" not in vars(cls):  # A subclass of a built-in mask may compute anything.
             cls.is_opaque = True
 
     @abc.abstractmethod
     def __call__(self, p: Position, j: Position) -> Any:
-        """Whether the query at position ``p`` sees the key at ``j``; integer arrays broadcast to a bool array."""
+        """Whether the query at position ``p`` sees the key at position ``j``.
+
+        **Arguments:**
+
+        - `p`, `j`: integers, or integer arrays that broadcast against each other. Positions may be negative.
+
+        **Returns:** a bool, or a bool array of the broadcast shape.
+        """
 
     @abc.abstractmethod
     def coverage(self, p0: Position, p1: Position, j0: Position, j1: Position) -> Coverage:
-        """What is certain for the rectangle ``[p0, p1) x [j0, j1)``, which must not be empty.
+        """What is certain about the pairs of the rectangle ``[p0, p1) x [j0, j1)``.
 
-        *empty* and *full* must never be wrong; *partial* is always allowed. Integer arrays broadcast.
+        **Arguments:**
+
+        - `p0`, `p1`: the query positions ``p0 .. p1 - 1``, of which there is at least one.
+        - `j0`, `j1`: the key positions ``j0 .. j1 - 1``, of which there is at least one. All four are integers, or
+          integer arrays that broadcast, for many rectangles at once.
+
+        **Returns:** a `Coverage`. *Empty* and *full* must never be wrong, because lowerings then skip the keys or the
+        mask. *Partial* is always allowed.
         """
 
     def implies(self, other: "Mask") -> bool:
-        """Whether every pair visible here is visible in ``other``, as far as is known; False is always allowed.
+        """Whether every pair that is visible in this mask is certainly visible in ``other``.
 
-        A program is simplified by it: in ``a & b`` a term that another implies is dropped.
+        True must never be wrong. False is always allowed. Programs use the answer to drop terms: in ``a & b``, ``b`` is
+        dropped when ``a`` implies ``b``.
+
+        >>> Window(4).implies(Window(8)), Window(8).implies(Window(4))
+        (True, False)
         """
         return self == other
 
@@ -76,7 +95,7 @@ _NO_TRUTH_VALUE = """A mask has no truth value, so `and`, `or`, `not` and chaine
 
 @dataclasses.dataclass(frozen=True)
 class Everything(Mask):
-    """Every key is visible: the neutral element of ``&``."""
+    """Every key is visible. ``mask & Everything()`` is ``mask``."""
 
     is_opaque = False
 
@@ -92,7 +111,7 @@ class Everything(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Nothing(Mask):
-    """No key is visible: the neutral element of ``|``."""
+    """No key is visible. ``mask | Nothing()`` is ``mask``."""
 
     is_opaque = False
 
@@ -108,7 +127,11 @@ class Nothing(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
-    """``j <= p``: a query sees itself and the past."""
+    """``j <= p``: a query sees its own position and the past.
+
+    >>> [j for j in range(4) if Causal()(1, j)]
+    [0, 1]
+    """
 
     is_opaque, rank = False, 0
 
@@ -124,11 +147,19 @@ class Causal(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Window(Mask):
-    """``p - j < width``: the last ``width`` tokens, *including* the query's own.
+    """``p - j < width``: a query sees the last ``width`` tokens, its own included, and the future.
 
-    This is the convention of Mistral, Gemma, gpt-oss and the paged kernels of this field. The other family
-    counts the tokens to the left, ``p - j <= left``: that is ``Window(left + 1)``. It bounds the past only;
-    ``Causal`` bounds the future.
+    A window bounds the past only; ``Causal`` bounds the future. Mistral, Gemma, gpt-oss and most paged kernels count
+    this way. Others count the tokens to the left of the query, ``p - j <= left``, which is ``Window(left + 1)``.
+
+    **Arguments:**
+
+    - `width`: tokens that a query sees of the past, its own included. At least 1.
+
+    **Raises:** ``TypeError`` unless ``width`` is a Python int; ``ValueError`` below 1 and above ``2**31 - 1``.
+
+    >>> [j for j in range(9) if (Causal() & Window(3))(6, j)]
+    [4, 5, 6]
     """
 
     is_opaque, rank = False, 1
@@ -158,7 +189,19 @@ class Window(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(Mask):
-    """``j < size``: the first ``size`` tokens, to be or-ed with a causal mask (prefix-LM, image blocks)."""
+    """``j < size``: every query sees the first ``size`` tokens. Combine it with a causal mask by ``|``.
+
+    Prefix language models and blocks of image tokens attend this way.
+
+    **Arguments:**
+
+    - `size`: tokens at the beginning of a sequence. At least 1.
+
+    **Raises:** ``TypeError`` unless ``size`` is a Python int; ``ValueError`` below 1 and above ``2**31 - 1``.
+
+    >>> [j for j in range(9) if (Causal() | Prefix(3))(1, j)]
+    [0, 1, 2]
+    """
 
     is_opaque, rank = False, 3
 
@@ -184,7 +227,17 @@ class Prefix(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Chunk(Mask):
-    """``j // size == p // size``: attention inside aligned chunks (Llama 4's local layers)."""
+    """``j // size == p // size``: a query sees the tokens of its own chunk. Llama 4's local layers attend this way.
+
+    **Arguments:**
+
+    - `size`: tokens per chunk. At least 1. The first chunk begins at position 0.
+
+    **Raises:** ``TypeError`` unless ``size`` is a Python int; ``ValueError`` below 1 and above ``2**31 - 1``.
+
+    >>> [j for j in range(9) if (Causal() & Chunk(4))(6, j)]
+    [4, 5, 6]
+    """
 
     is_opaque, rank = False, 2
 
@@ -215,12 +268,22 @@ class Chunk(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Where(Mask):
-    """A user's own predicate ``fn(p, j) -> bool``; opaque, so no page is ever skipped for its sake.
+    """A user's own predicate. Its coverage is always *partial*, so on its own it lets no lowering skip a page.
 
-    ``fn`` gets integer arrays that broadcast against each other and must work elementwise on them (``&`` rather
-    than ``and``). It may close over arrays, traced ones too. Two are equal when their functions are, so keep one
-    function object rather than a new lambda a call: a new one is a new spec, and is traced again.
-    And it with built-in masks to skip pages: ``Causal() & Window(128) & Where(fn)``.
+    Combine it with built-in masks, and their pages are skipped: ``Causal() & Window(128) & Where(fn)``.
+
+    **Arguments:**
+
+    - `fn`: ``fn(p, j) -> bool``. It receives integer arrays that broadcast against each other, works on them
+      elementwise (``&``, and not ``and``), and returns a bool array. It may close over arrays, traced ones included.
+      Two masks are equal when they have the same function object. Keep that object: a new lambda in every call makes a
+      new spec, which JAX traces again.
+
+    **Raises:** ``TypeError`` unless ``fn`` is a callable with a hash, and when its result is not boolean.
+
+    >>> even = Where(lambda p, j: j % 2 == 0)
+    >>> [j for j in range(9) if (Causal() & even)(6, j)]
+    [0, 2, 4, 6]
     """
 
     fn: Callable[[Any, Any], Any]
@@ -244,7 +307,7 @@ class Where(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class And(Mask):
-    """Visible where every term is; written ``a & b``."""
+    """``a & b``: visible where every one of ``terms`` is visible."""
 
     terms: tuple[Mask, ...]
 
@@ -270,7 +333,7 @@ class And(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
-    """Visible where any term is; written ``a | b``."""
+    """``a | b``: visible where at least one of ``terms`` is visible."""
 
     terms: tuple[Mask, ...]
 
@@ -296,7 +359,7 @@ class Or(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Not(Mask):
-    """Visible where the term is not; written ``~a``."""
+    """``~a``: visible where ``term`` is not visible."""
 
     term: Mask
 

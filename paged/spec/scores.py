@@ -1,4 +1,4 @@
-"""Score operations: what happens to a score between the scaled product and the mask, in the order listed."""
+"""Score operations: elementwise changes of scores, after the scaled product and before the mask."""
 
 import abc
 import dataclasses
@@ -12,36 +12,61 @@ from .functions import function_name, require_hashable_function
 
 
 class ScoreOp(abc.ABC):
-    """An elementwise map of float32 scores; hashable, without arrays, and the same on every target.
+    """An elementwise operation on float32 scores. It is hashable, holds no arrays, and means the same on every target.
 
-    A new one is a frozen dataclass with ``__call__``. Positions and heads are integer arrays that broadcast
-    against the scores.
+    A new score operation is a frozen dataclass with `__call__`. Every target then evaluates it, as long as it uses
+    elementwise arithmetic only. A spec lists its operations in ``scores``, and they run in that order.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Halve(ScoreOp):
+    ...     def __call__(self, s, p, j, h):
+    ...         return s / 2
+    >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=8, scores=(Halve(),))
     """
 
-    # Whether the operation may close over arrays, which lowerings then carry for it. A built-in one says that it does
-    # not.
+    # Whether the operation may close over arrays. Lowerings carry such arrays to where the operation is evaluated.
     is_opaque: bool = True
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if "is_opaque" not in vars(cls):  # a subclass of a built-in operation may compute anything
+        if "is_opaque" not in vars(cls):  # A subclass of a built-in operation may compute anything.
             cls.is_opaque = True
 
     @abc.abstractmethod
     def __call__(self, s: Any, p: Any, j: Any, h: Any) -> Any:
-        """New scores from scores ``s``, query positions ``p``, key positions ``j`` and query heads ``h``."""
+        """The changed scores.
+
+        **Arguments:**
+
+        - `s`: float32 scores, any shape.
+        - `p`, `j`, `h`: query positions, key positions and query heads: integer arrays that broadcast against ``s``.
+
+        **Returns:** float32 scores in the shape of ``s``.
+        """
 
     def bind(self, num_q_heads: int) -> "ScoreOp":
-        """The same operation with everything that depends on the number of query heads made explicit."""
+        """This operation for a spec of so many query heads, with every default that depends on their number filled in.
+
+        **Raises:** ``ValueError`` where the operation is made for another number of heads.
+        """
         del num_q_heads
         return self
 
 
 @dataclasses.dataclass(frozen=True)
 class SoftCap(ScoreOp):
-    """``s = cap * tanh(s / cap)``: scores bounded by ``cap`` (Gemma 2, arXiv:2408.00118, section 2).
+    """``s = cap * tanh(s / cap)``: scores stay between ``-cap`` and ``cap`` (Gemma 2, arXiv:2408.00118, section 2).
 
-    It comes before the mask: capping a masked score would turn ``-inf`` into ``-cap`` and leak hidden keys.
+    The mask comes after it. A cap after the mask would turn ``-inf`` into ``-cap`` and show hidden keys.
+
+    **Arguments:**
+
+    - `cap`: the bound, positive and finite.
+
+    **Raises:** ``ValueError`` for any other ``cap``.
+
+    >>> SoftCap(5.0)(jnp.array([0.0, 1e6]), 0, 0, 0).tolist()
+    [0.0, 5.0]
     """
 
     is_opaque = False
@@ -64,10 +89,14 @@ class SoftCap(ScoreOp):
 
 @dataclasses.dataclass(frozen=True)
 class ALiBi(ScoreOp):
-    """``s = s + slope[h] * (j - p)``: linear biases (Press et al., arXiv:2108.12409).
+    """``s = s + slope[h] * (j - p)``: a penalty that grows with distance (Press et al., arXiv:2108.12409).
 
-    ``slopes`` is one float a query head; left out, they are the paper's geometric sequence, which for a number of
-    heads that is no power of two takes every other slope of the next one (the authors' code).
+    **Arguments:**
+
+    - `slopes`: one float per query head. By default the paper's geometric sequence for the spec's number of query
+      heads, see `alibi_slopes`; `bind` fills it in.
+
+    **Raises:** ``ValueError`` where a spec has another number of query heads, and when called before it is bound.
 
     >>> ALiBi().bind(4).slopes
     (0.25, 0.0625, 0.015625, 0.00390625)
@@ -84,7 +113,7 @@ class ALiBi(ScoreOp):
     def bind(self, num_q_heads: int) -> "ALiBi":
         slopes = alibi_slopes(num_q_heads) if self.slopes is None else self.slopes
         if len(slopes) != num_q_heads:
-            raise ValueError(f"ALiBi needs one slope a query head: the spec has {num_q_heads}, got {len(slopes)}.")
+            raise ValueError(f"ALiBi needs one slope per query head: the spec has {num_q_heads}, got {len(slopes)}.")
         return ALiBi(slopes)
 
     def __call__(self, s, p, j, h):
@@ -98,11 +127,21 @@ class ALiBi(ScoreOp):
 
 @dataclasses.dataclass(frozen=True)
 class Bias(ScoreOp):
-    """``s = s + fn(p, j, h)``: a user's additive bias, elementwise over arrays that broadcast.
+    """``s = s + fn(p, j, h)``: a user's own bias.
 
-    ``fn`` may close over arrays, and gradients flow to them: inside a loss,
-    ``Bias(lambda p, j, h: table[h, bucket(p - j)])`` trains ``table``. Like ``Where``, equal when its function is.
-    A bias of ``-inf`` hides a key, as a mask does, but skips no page: prefer a mask.
+    A bias of ``-inf`` hides a key, as a mask does, but no page is skipped for it: prefer a mask.
+
+    **Arguments:**
+
+    - `fn`: ``fn(p, j, h) -> float``. It receives integer arrays that broadcast against each other, works on them
+      elementwise, and returns a float array. It may close over arrays, and gradients flow to them: inside a loss,
+      ``Bias(lambda p, j, h: table[h, bucket(p - j)])`` trains ``table``. Two biases are equal when they have the same
+      function object, so keep that object, as for `Where`.
+
+    **Raises:** ``TypeError`` unless ``fn`` is a callable with a hash.
+
+    >>> Bias(lambda p, j, h: 0.5 * h)(jnp.zeros(2), 0, 0, jnp.arange(2)).tolist()
+    [0.0, 0.5]
     """
 
     fn: Callable[[Any, Any, Any], Any]
@@ -118,7 +157,14 @@ class Bias(ScoreOp):
 
 
 def alibi_slopes(num_q_heads: int) -> tuple[float, ...]:
-    """The ALiBi paper's slopes for a number of heads: ``2 ** (-8 (h + 1) / n)`` for a power of two ``n``."""
+    """The ALiBi paper's slopes for a number of query heads.
+
+    For a power of two ``n`` they are ``2 ** (-8 * (h + 1) / n)``. For any other number they are the slopes of the power
+    of two below, then every other slope of the power of two above, as in the authors' code.
+
+    >>> alibi_slopes(3)
+    (0.0625, 0.00390625, 0.25)
+    """
     power = 2 ** int(math.log2(num_q_heads))
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     between = [2.0 ** (-4.0 * (h + 1) / power) for h in range(0, 2 * power, 2)]

@@ -63,7 +63,7 @@ ERRORS = {
     "mask function": ({"mask": lambda p, j: True}, TypeError, r"mask must be a Mask.*Where\(lambda"),
     "score function": ({"scores": (abs,)}, TypeError, r"scores must be a tuple of.*built-in function abs"),
     "score alone": ({"scores": ALiBi()}, TypeError, r"scores must be a tuple of.*got ALiBi\(slopes=None\)"),
-    "slopes": ({"scores": (ALiBi((1.0, 2.0)),)}, ValueError, "one slope a query head: the spec has 8, got 2"),
+    "slopes": ({"scores": (ALiBi((1.0, 2.0)),)}, ValueError, "one slope per query head: the spec has 8, got 2"),
 }
 
 
