@@ -1,4 +1,4 @@
-"""What an attention means: specs, masks, score operations, page layouts, batches and states. No target, no arrays."""
+"""The meaning of an attention, the same for every target: specs, masks, scores, pages, batches, states, a reference."""
 
 from . import presets as presets
 from ._reference import reference as reference

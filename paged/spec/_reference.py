@@ -1,4 +1,4 @@
-"""The reference: what a spec means, dense and readable. Slow, and kept free of everything the lowerings do."""
+"""The reference: the meaning of a spec as plain code. It is slow, and shares no code with the lowerings."""
 
 from typing import Any, NamedTuple
 
@@ -19,11 +19,18 @@ def reference(
     batch: RaggedBatch,
     sinks: Sinks | None = None,
 ) -> Float[Array, "tokens q_heads value_dim"]:
-    """Attention as `docs/semantics.md` defines it, with every score in memory; for tests and for understanding.
+    """Attention as `docs/semantics.md` defines it, with all scores in memory. It is for tests and for reading.
 
-    Takes and gives what a lowered call does: ``q`` float[tokens, q_heads, head_dim], output in ``q``'s dtype, 0 for
-    empty rows and for rows of no sequence. Computes in float32, or in float64 when ``q`` is float64 (with
-    ``jax_enable_x64``). Memory and time grow with tokens x table width.
+    **Arguments:**
+
+    - `spec`: the attention.
+    - `q`, `pages`, `batch`, `sinks`: as in a call of a lowered attention, see `paged.Attend`. A float64 ``q``, with
+      ``jax_enable_x64``, makes it compute in float64, and otherwise it computes in float32.
+
+    **Returns:** the output in the dtype of ``q``: 0 in empty rows and in rows of no sequence. Memory and time grow with
+    the number of rows times the tokens that a table can hold.
+
+    **Raises:** ``ValueError`` or ``TypeError`` for sinks that do not fit the spec, see `require_sinks`.
 
     >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
     >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
@@ -41,7 +48,19 @@ def reference_state(
     batch: RaggedBatch,
     sinks: Sinks | None = None,
 ) -> AttentionState:
-    """`reference` together with the log-sum-exp; ``lse`` is ``-inf`` (or the sink) for an empty row."""
+    """`reference`, and the log-sum-exp.
+
+    **Arguments, raises:** as in `reference`.
+
+    **Returns:** the `AttentionState`. In an empty row ``lse`` is ``-inf``, or the logarithm of the sinks' sum; in a row
+    of no sequence it is ``-inf``.
+
+    >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
+    >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
+    >>> batch = RaggedBatch.decode(lengths=[0], block_tables=[[1, 0]])
+    >>> reference_state(spec, jnp.ones((1, 2, 4)), layout.init(num_pages=2), batch).lse.tolist()
+    [[-inf, -inf]]
+    """
     require_sinks(spec, sinks)
     tokens, dtype = q.shape[0], jnp.promote_types(q.dtype, jnp.float32)
     if not batch.has_rows(tokens):
@@ -51,7 +70,7 @@ def reference_state(
 
     p, h = row.position[:, None, None], jnp.arange(spec.num_q_heads)[:, None]
     is_visible = spec.visibility(p, j) & is_stored[:, None, :] & row.is_live[:, None, None]
-    # A stale table entry may lead to another sequence's NaN, which a weight of 0 does not silence.
+    # An old table entry may lead to another sequence's NaN, and a weight of 0 times NaN is NaN: select, and then weigh.
     keys, values = (jnp.where(is_visible[:, 0, :, None, None], x, 0) for x in (keys, values))
 
     grouped = q.astype(dtype).reshape(tokens, spec.num_kv_heads, spec.group, -1)
@@ -76,7 +95,7 @@ def reference_state(
 
 
 class _Rows(NamedTuple):
-    """What each query row is: whether a live sequence owns it, and if so which, that one's length, and its position."""
+    """For each query row: whether a live sequence owns it, that sequence's slot and length, and the row's position."""
 
     is_live: Bool[Array, " tokens"]
     seq: Int[Array, " tokens"]
@@ -97,7 +116,7 @@ def _rows(batch: RaggedBatch, tokens: int) -> _Rows:
 
 
 def _sequence_keys(pages: Pages, batch: RaggedBatch, row: _Rows, dtype: Any) -> tuple[Array, Array, Array, Array]:
-    """For each row: key positions, keys, values (0 where none is stored) and which positions are stored."""
+    """Key positions; for each query row the keys and values there, 0 where none is stored; and which are stored."""
     size = pages.layout.page_size
     j = jnp.arange(batch.pages_per_seq * size)
     page = batch.block_tables[row.seq][:, j // size]  # [tokens, positions]

@@ -1,4 +1,4 @@
-"""`AttentionSpec`: what an attention means, independent of any target, page order or shape of a batch."""
+"""`AttentionSpec`: the meaning of an attention, whatever the target, the page order and the shape of a batch."""
 
 import dataclasses
 import math
@@ -11,16 +11,26 @@ from .scores import ScoreOp, SoftCap
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """A declaration of attention: hashable, comparable, printable, and composed with `replace`.
+    """A declaration of attention. It is hashable, can be compared and printed, and `replace` makes variants of it.
 
-    For a query at position ``p`` of head ``h`` over keys ``j``: ``s_j = scale * <q, k_j>``, then the score
-    operations in order (the soft cap, then ``scores``), then the mask (``causal``, ``window`` and ``mask``, and-ed),
-    then a softmax in float32 with the sinks, if any, in its denominator only.
+    For a query of head ``h`` at position ``p`` and keys at positions ``j``: ``s_j = scale * <q, k_j>``; then the score
+    operations in order, the soft cap first; then the mask; then a softmax in float32, with sinks in its denominator
+    only.
 
-    **Arguments:** ``num_q_heads`` a multiple of ``num_kv_heads``: query head ``h`` reads KV head
-    ``h // (num_q_heads // num_kv_heads)``. ``window`` counts tokens including the query's own. ``scale`` defaults
-    to ``1 / sqrt(head_dim)``. ``mask`` is any `Mask`, ``scores`` any score operations. With ``sinks`` every call
-    takes learnt logits. Raises ``ValueError`` or ``TypeError`` for a declaration that means nothing.
+    **Arguments:**
+
+    - `num_q_heads`: query heads, a multiple of ``num_kv_heads``.
+    - `num_kv_heads`: KV heads. Query head ``h`` reads KV head ``h // (num_q_heads // num_kv_heads)``.
+    - `head_dim`: the dimension of queries and keys.
+    - `causal`: whether a query sees no later position. True by default.
+    - `window`: how many tokens of the past a query sees, its own included. None for all of them.
+    - `soft_cap`: a bound of scores, ``cap * tanh(s / cap)``. None for no bound.
+    - `sinks`: whether every call comes with sinks, learnt logits of each query head.
+    - `scale`: the factor of ``<q, k>``, ``1 / sqrt(head_dim)`` by default.
+    - `mask`: any `Mask`. A query sees what ``causal``, ``window`` and ``mask`` all allow.
+    - `scores`: score operations, in order.
+
+    **Raises:** ``ValueError`` or ``TypeError``, naming the field, for a declaration that has no meaning.
 
     >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64, window=128)
     >>> spec.group, spec == spec.replace(window=256).replace(window=128)
@@ -73,12 +83,12 @@ class AttentionSpec:
 
     @property
     def group(self) -> int:
-        """Query heads that share one KV head."""
+        """The number of query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
 
     @property
     def visibility(self) -> Mask:
-        """The whole mask: ``causal``, ``window`` and ``mask`` and-ed."""
+        """The whole mask: ``causal & window & mask``, of those that the spec has."""
         terms: list[Mask] = [Causal()] if self.causal else []
         if self.window is not None:
             terms.append(Window(self.window))
@@ -88,13 +98,13 @@ class AttentionSpec:
 
     @property
     def score_ops(self) -> tuple[ScoreOp, ...]:
-        """Every score operation after the scale, in order, bound to this spec's heads."""
+        """All score operations in order, the soft cap first, bound to this spec's query heads."""
         cap = () if self.soft_cap is None else (SoftCap(self.soft_cap),)
         return tuple(op.bind(self.num_q_heads) for op in (*cap, *self.scores))
 
     @property
     def softmax_scale(self) -> float:
-        """The factor of ``<q, k>``."""
+        """The factor of ``<q, k>``, a number also where ``scale`` is None."""
         return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
     def replace(self, **changes: Any) -> "AttentionSpec":

@@ -1,4 +1,4 @@
-"""`RaggedBatch`: which sequences a step works on, where their tokens live, and which query rows are theirs."""
+"""`RaggedBatch`: the sequences of one step, where their tokens are stored, and which query rows belong to them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,22 +13,27 @@ from .masks import Mask
 
 
 class RaggedBatch(eqx.Module):
-    """The integers of one step over ``S`` sequence slots; rows of all sequences lie packed, one after the other.
+    """The integers of one step. A batch has ``S`` sequence slots, and each slot holds one sequence or none.
 
-    * ``lengths`` i32[S]: KV tokens of each sequence *after* this step's own tokens are written.
-    * ``block_tables`` i32[S, pages_per_seq]: token ``j`` of sequence ``s`` is slot ``j % P`` of page
-      ``block_tables[s, j // P]``. Entries that no visible token needs may hold anything.
-    * ``query_starts`` i32[S + 1]: sequence ``s`` owns query rows ``query_starts[s] : query_starts[s + 1]``.
-      Row ``i`` of a sequence with ``n`` rows has position ``lengths[s] - n + i``.
-    * ``num_seqs`` i32[]: the first ``num_seqs`` slots are live; the others are never read.
-    * ``query_rows``, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
-    * ``checked_for``, static: the page size, pages, query rows and mask that `paged.check` has found the values
-      sound for, else None.
+    The query rows of all sequences lie packed, one sequence after the other. A slot is a sequence's place in the batch;
+    an offset is a token's place in its page.
 
-    `stack` gives the batches of several shards of sequences as one, each array with a leading axis of shards.
+    **Arguments:**
 
-    Raises ``ValueError`` or ``TypeError`` for a wrong rank, shape or dtype. What only the values show is the
-    business of `paged.check`.
+    - `lengths` i32[S]: tokens of each sequence *after* this step's own tokens are written.
+    - `block_tables` i32[S, pages_per_seq]: where tokens are stored. Token ``j`` of the sequence in slot ``s`` is at
+      offset ``j % P`` of page ``block_tables[s, j // P]``. Entries that no visible token needs may hold anything.
+    - `query_starts` i32[S + 1]: slot ``s`` owns the query rows ``query_starts[s] : query_starts[s + 1]``. Row ``i`` of
+      ``n`` is at position ``lengths[s] - n + i``.
+    - `num_seqs` i32[]: the first ``num_seqs`` slots are live, by default all. Values of the others are never used.
+    - `query_rows`, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
+    - `checked_for`, static: the page size, the number of pages, the number of query rows and the mask for which
+      `paged.check` has found the values right, else None.
+
+    A batch may have no slots, and a step no rows: its results have no rows then.
+
+    **Raises:** ``ValueError`` or ``TypeError`` for a wrong rank, shape or dtype, and for a ``num_seqs`` outside
+    ``[0, S]`` that is known when the batch is built. `paged.check` finds the other values that cannot be right.
 
     >>> batch = RaggedBatch.decode(lengths=[5, 9], block_tables=[[3, 0], [1, 2]])
     >>> batch.num_slots, batch.pages_per_seq, batch.query_starts.tolist()
@@ -72,23 +77,48 @@ class RaggedBatch(eqx.Module):
 
     @classmethod
     def decode(cls, lengths: Any, block_tables: Any, num_seqs: Any = None, *, query_rows: int = 1) -> "RaggedBatch":
-        """A step in which every slot has ``query_rows`` rows: 1, or more to score drafted tokens."""
+        """A step in which every slot has the same number of query rows.
+
+        **Arguments:**
+
+        - `lengths`, `block_tables`, `num_seqs`: as in `RaggedBatch`.
+        - `query_rows`: rows per slot: 1 to decode, more to score drafted tokens.
+
+        >>> RaggedBatch.decode(lengths=[5, 9], block_tables=[[3], [1]], query_rows=2).query_starts.tolist()
+        [0, 2, 4]
+        """
         slots = np.shape(lengths)[0] if np.ndim(lengths) == 1 else 0
         starts = np.arange(slots + 1, dtype=np.int32) * query_rows
         return cls(lengths, block_tables, starts, num_seqs, query_rows=query_rows)
 
     @classmethod
     def prefill(cls, length: Any, block_table: Any, query_rows: int) -> "RaggedBatch":
-        """One sequence's chunk: the last ``query_rows`` of its ``length`` tokens; ``block_table`` is i32[pages]."""
+        """A step of one sequence: a prompt, or a chunk of it.
+
+        **Arguments:**
+
+        - `length`: tokens of the sequence, those of this step included.
+        - `block_table` i32[pages_per_seq]: the sequence's pages.
+        - `query_rows`: rows of this step: the last tokens of the sequence.
+
+        >>> RaggedBatch.prefill(length=6, block_table=[4, 2], query_rows=3).lengths.tolist()
+        [6]
+        """
         table = _as_int32("block_table", block_table, 1)
         return cls(jnp.reshape(jnp.asarray(length), (1,)), table[None], [0, query_rows], query_rows=query_rows)
 
     @classmethod
     def stack(cls, batches: "Sequence[RaggedBatch]") -> "RaggedBatch":
-        """Batches of one shape, one for each shard of the sequences on a mesh, in arrays with a new leading axis.
+        """Put the batches of several shards of sequences into one, whose arrays have a leading axis of shards.
 
-        Only attentions lowered with ``axes=Axes(sequences=...)`` take such a batch, and ``jax.vmap`` over its arrays.
-        Raises ``ValueError`` for batches that differ in slots or in the width of tables: pad them, with ``num_seqs``.
+        An attention that was lowered with ``axes=Axes(sequences=...)`` accepts such a batch, and so does ``jax.vmap``.
+
+        **Arguments:**
+
+        - `batches`: one batch for each shard, all with as many slots and tables as wide. Pad the smaller ones, and set
+          their ``num_seqs``.
+
+        **Raises:** ``ValueError`` for batches of different shapes.
 
         >>> RaggedBatch.stack([RaggedBatch.decode([5], [[3]]), RaggedBatch.decode([9], [[2]])]).lengths.tolist()
         [[5], [9]]
@@ -105,17 +135,17 @@ class RaggedBatch(eqx.Module):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
 
     def has_rows(self, tokens: int) -> bool:
-        """Whether a step of ``tokens`` query rows may have a row that belongs to a sequence, as far as shapes tell."""
+        """Whether this batch and a step of ``tokens`` query rows have room for a row of a sequence, by their shapes."""
         return tokens > 0 and self.num_slots > 0
 
     @property
     def num_slots(self) -> int:
-        """Sequence slots ``S``, live or not."""
+        """The number of sequence slots ``S``, live or not."""
         return self.lengths.shape[-1]
 
     @property
     def pages_per_seq(self) -> int:
-        """Width of the block tables."""
+        """Entries in the block table of one sequence: the most pages that a sequence may have."""
         return self.block_tables.shape[-1]
 
 
@@ -140,7 +170,7 @@ def _as_int32(name: str, value: Any, rank: int) -> Any:
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name} must be int32; got {value.dtype.name}.")
     if name == "num_seqs" and value.shape == (1,) and not isinstance(value, jax.ShapeDtypeStruct):
-        value = value.reshape(())  # the field passes it either way
+        value = value.reshape(())  # callers of other libraries pass [1]
     if value.ndim != rank:
         raise ValueError(f"{name} must have {rank} dimension(s); got shape {tuple(value.shape)}.")
     is_done = isinstance(value, jax.ShapeDtypeStruct) or (isinstance(value, jax.Array) and value.dtype == jnp.int32)

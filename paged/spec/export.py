@@ -1,7 +1,7 @@
-"""How `jax.export` writes down functions that take or return this package's pytrees: their static parts as JSON.
+"""How `jax.export` stores the pytrees of this package in an exported function: their static fields as JSON.
 
-Importing this module registers `Pages`, `RaggedBatch` and `AttentionState`, and the package imports it. Serialisation
-needs the package ``flatbuffers``, as all of ``jax.export`` does.
+The package imports this module, which registers `Pages`, `RaggedBatch` and `AttentionState`. To serialise an exported
+function, JAX needs the package ``flatbuffers``.
 """
 
 import dataclasses
@@ -20,9 +20,13 @@ from .state import AttentionState
 
 
 def register_module(example: eqx.Module, *static: str) -> None:
-    """Register an example's class, whose last fields, static, are numbers, strings, None or a `PageLayout`.
+    """Register the class of a module with `jax.export`.
 
-    ``Exported.serialize`` raises ``ValueError`` where one of them is anything else.
+    **Arguments:**
+
+    - `example`: an instance, for the structure of its pytree.
+    - `static`: the names of its static fields, which must be its last fields. Their values are numbers, strings, None
+      or a `PageLayout`; for any other value ``Exported.serialize`` raises ``ValueError``.
     """
     cls, tree = type(example), jax.tree.structure(example, is_leaf=lambda part: part is not example)
 

@@ -1,4 +1,4 @@
-"""`PageLayout` and `Pages`: how a pool of key and value pages lies in memory."""
+"""`PageLayout` and `Pages`: how a pool of pages of keys and values lies in memory."""
 
 import dataclasses
 import math
@@ -13,31 +13,42 @@ from jaxtyping import Array, Float, Shaped
 from .numbers import require_positive_int
 from .orders import ARRAY_AXES, PAGE_ORDERS, SCALE_AXES, SCALE_KINDS, PageOrder, ScaleKind
 
-# Where only shapes and dtypes count, a `jax.ShapeDtypeStruct` stands for an array.
+# A `jax.ShapeDtypeStruct` stands for an array where only shape and dtype count.
 AnyArray = Array | jax.ShapeDtypeStruct
 
-_LANES = 128  # of a TPU's registers
+_LANES = 128  # numbers in one row of a TPU's registers
 FLOAT_DTYPES = tuple(jnp.dtype(d) for d in ("float16", "bfloat16", "float32"))
 QUANTISED_DTYPES = tuple(jnp.dtype(d) for d in ("int8", "float8_e4m3fn", "float8_e5m2"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PageLayout:
-    """The static facts of a page pool. ``N`` pages of ``P = page_size`` tokens, in one of four orders:
+    """How a pool of pages lies in memory: the page size, the heads, the dtype, and the order of the axes.
 
-    * ``"packed"``, the default: one array ``[N, 2, Hkv, P, D]``, keys before values. A page of all heads is one
-      contiguous transfer, and one head's keys one aligned tile.
-    * ``"joined"``: one array ``[N, Hkv, P, lanes]``, a token's key and its value side by side in ``lanes``, the
-      multiple of 128 that holds both: the value begins at ``lanes / 2``, and what neither fills is 0. For TPUs and a
-      head dimension that is no multiple of 128: XLA would lay the others out in a way that no kernel can read, and
-      copy the pool at every call.
-    * ``"split"``: two arrays ``[Hkv, N, P, D]`` and ``[Hkv, N, P, Dv]``.
-    * ``"interleaved"``: one array ``[N, P, 2 * Hkv, D]``, keys on even heads and values on odd ones.
+    A layout is hashable and static. `init` makes a pool, and `wrap` adopts arrays that there are already.
 
-    ``value_dim`` (``Dv``) differs from ``head_dim`` only in ``"split"`` order. Pages of ``int8``, ``float8_e4m3fn``
-    or ``float8_e5m2`` hold ``k / scale``, and carry float32 scales, keys and values each their own:
-    one number (``"tensor"``, shape ``[]``), one a KV head (``"head"``, ``[Hkv]``), or one a token and head
-    (``"token"``, ``[N, Hkv, P]``, computed at the write).
+    **Arguments:**
+
+    - `page_size` (``P``): tokens per page.
+    - `num_kv_heads` (``Hkv``), `head_dim` (``D``): as in the `AttentionSpec`.
+    - `dtype`: of the pages: float16, bfloat16, float32, int8, float8_e4m3fn or float8_e5m2.
+    - `order`: the order of the axes, for a pool of ``N`` pages:
+        - ``"packed"``, the default: one array ``[N, 2, Hkv, P, D]``, keys before values. One page of all heads is one
+          contiguous transfer, and the keys of one head are one aligned tile.
+        - ``"joined"``: one array ``[N, Hkv, P, lanes]`` with the key and the value of a token side by side. ``lanes``
+          is the multiple of 128 that holds both; the value begins at ``lanes / 2``, and the rest is 0. This order is
+          for TPUs and head dimensions that are no multiple of 128: there XLA stores the other orders in a way that no
+          kernel can read, and copies the pool in every call.
+        - ``"split"``: an array of keys ``[Hkv, N, P, D]`` and an array of values ``[Hkv, N, P, Dv]``.
+        - ``"interleaved"``: one array ``[N, P, 2 * Hkv, D]``: keys at even heads, values at odd heads.
+    - `value_dim` (``Dv``): the dimension of a value, ``head_dim`` by default. Another one needs ``"split"`` order.
+    - `scales`: int8 and float8 pages hold ``k / scale``, with float32 scales for keys and others for values:
+        - ``"tensor"``: one number, shape ``[]``;
+        - ``"head"``: per-head scales, ``[Hkv]``;
+        - ``"token"``: a scale per token and head, ``[N, Hkv, P]``, computed when a token is written;
+        - None, for float pages.
+
+    **Raises:** ``TypeError`` or ``ValueError``, naming the field, for values that are not as above.
 
     >>> layout = PageLayout(page_size=16, num_kv_heads=8, head_dim=128, dtype=jnp.bfloat16)
     >>> layout.init(num_pages=4).arrays[0].shape
@@ -51,7 +62,7 @@ class PageLayout:
     head_dim: int
     dtype: Any = jnp.bfloat16
     order: PageOrder = "packed"
-    value_dim: Any = None  # an int: head_dim where it is left out
+    value_dim: Any = None  # an int after construction
     scales: ScaleKind | None = None
 
     def __post_init__(self):
@@ -93,17 +104,17 @@ class PageLayout:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether pages hold scaled int8 or float8 values."""
+        """Whether pages hold int8 or float8 values, which scales multiply."""
         return self.dtype in QUANTISED_DTYPES
 
     @property
     def value_lane(self) -> int:
-        """In ``"joined"`` order, the lane at which values begin: half of what a token and head takes."""
+        """In ``"joined"`` order, the lane at which a value begins: half of the lanes of one token and head."""
         return -(-2 * self.head_dim // _LANES) * _LANES // 2
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes of one page's keys and values, scales not counted."""
+        """Bytes of the keys and values of one page, without scales."""
         return sum(math.prod(shape) for shape in self.array_shapes(1)) * self.dtype.itemsize
 
     @property
@@ -133,12 +144,12 @@ class PageLayout:
         return axes.index("head" if "head" in axes else "kv_head")
 
     def array_shapes(self, num_pages: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the pool's arrays for ``num_pages`` pages."""
+        """The shape of each array of a pool of ``num_pages`` pages."""
         sizes = self._sizes(num_pages)
         return tuple(tuple(sizes[axis] for axis in axes) for axes in self.array_axes)
 
     def scale_shape(self, num_pages: int) -> tuple[int, ...] | None:
-        """Shape of ``k_scale`` and of ``v_scale``; None for float pages."""
+        """The shape of ``k_scale`` and of ``v_scale`` in a pool of ``num_pages`` pages; None for float pages."""
         sizes = self._sizes(num_pages)
         return None if self.scale_axes is None else tuple(sizes[axis] for axis in self.scale_axes)
 
@@ -157,7 +168,13 @@ class PageLayout:
     def stack(
         self, k: Shaped[Array, "*tokens kv_heads head_dim"], v: Shaped[Array, "*tokens kv_heads value_dim"]
     ) -> tuple[Array, ...]:
-        """Keys and values of tokens as the pool's arrays hold them: of each array, all axes but pages and offsets.
+        """Keys and values of tokens, as the pool's arrays hold them: one part for each array.
+
+        **Arguments:**
+
+        - `k`, `v`: keys and values [*tokens, kv_heads, head_dim], in the dtype of the pages.
+
+        **Returns:** for each array of a pool, the part of every token: the array's axes without pages and offsets.
 
         >>> layout = PageLayout(page_size=16, num_kv_heads=8, head_dim=128)
         >>> [rows.shape for rows in layout.stack(jnp.ones((5, 8, 128)), jnp.zeros((5, 8, 128)))]
@@ -177,12 +194,17 @@ class PageLayout:
                 assert_never(self.order)
 
     def unstack(self, arrays: tuple[Array, ...]) -> tuple[Array, Array]:
-        """Keys and values of tokens, from what `stack` gives for them."""
+        """The keys and the values that `stack` made ``arrays`` of.
+
+        >>> layout = PageLayout(page_size=16, num_kv_heads=8, head_dim=128, order="interleaved")
+        >>> [x.shape for x in layout.unstack((jnp.ones((5, 16, 128)),))]
+        [(5, 8, 128), (5, 8, 128)]
+        """
         axes = tuple(tuple(axis for axis in axes if axis not in ("page", "offset")) for axes in self.array_axes)
         return self._half(arrays, axes, 0), self._half(arrays, axes, 1)
 
     def _half(self, arrays: tuple[Array, ...], axes: tuple[tuple[str, ...], ...], which: int) -> Array:
-        """The keys (0) or the values (1) of arrays whose last axes have these names; ``kv_head`` becomes ``head``."""
+        """The keys (0) or the values (1) of arrays whose last axes have these names."""
         match self.order:
             case "packed":
                 after_kv = len(axes[0]) - axes[0].index("kv") - 1
@@ -198,7 +220,10 @@ class PageLayout:
                 assert_never(self.order)
 
     def init(self, num_pages: int) -> "Pages":
-        """A pool of ``num_pages`` zeroed pages, with scales of 1."""
+        """A pool of ``num_pages`` pages of zeros, with scales of 1.
+
+        **Raises:** ``TypeError`` or ``ValueError`` unless ``num_pages`` is a positive Python int.
+        """
         require_positive_int("num_pages", num_pages)
         arrays = tuple(jnp.zeros(shape, self.dtype) for shape in self.array_shapes(num_pages))
         shape = self.scale_shape(num_pages)
@@ -207,9 +232,18 @@ class PageLayout:
         return Pages(arrays, jnp.ones(shape, jnp.float32), jnp.ones(shape, jnp.float32), self)
 
     def wrap(self, *arrays: AnyArray, k_scale: AnyArray | None = None, v_scale: AnyArray | None = None) -> "Pages":
-        """Adopt existing arrays without a copy: ``wrap(kv)``, or ``wrap(k, v)`` in ``"split"`` order.
+        """Make `Pages` of arrays that there are already, without a copy.
 
-        Raises ``ValueError`` or ``TypeError`` naming the array when its shape or dtype is not this layout's.
+        **Arguments:**
+
+        - `arrays`: ``wrap(kv)``, or in ``"split"`` order ``wrap(k, v)``. Their shapes say how many pages there are.
+        - `k_scale`, `v_scale`: the scales of quantised pages.
+
+        **Raises:** ``ValueError`` or ``TypeError`` that names the array whose shape or dtype does not fit this layout.
+
+        >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
+        >>> layout.wrap(jnp.zeros((3, 2, 1, 2, 4))).num_pages
+        3
         """
         names = ("kv",) if len(self.array_axes) == 1 else ("k", "v")
         if len(arrays) != len(names):
@@ -236,9 +270,14 @@ class PageLayout:
 
 
 class Pages(eqx.Module):
-    """A pool of pages: a pytree of arrays that knows its layout. Made by `PageLayout.init` and `PageLayout.wrap`."""
+    """A pool of pages: the arrays and their layout, as a pytree. `PageLayout.init` and `PageLayout.wrap` make it.
 
-    # Of arrays; in a tree of how arrays lie on a mesh, of a `PartitionSpec` or a sharding for each.
+    - `arrays`: the keys and values, one array or two, see `PageLayout`.
+    - `k_scale`, `v_scale`: float32 scales of quantised pages, else None.
+    - `layout`: the `PageLayout`, static.
+    """
+
+    # Arrays. A tree that says how pages lie on a mesh holds a `PartitionSpec` or a sharding for each array instead.
     arrays: tuple[Any, ...]
     k_scale: Any
     v_scale: Any
@@ -246,15 +285,15 @@ class Pages(eqx.Module):
 
     @property
     def num_pages(self) -> int:
-        """Pages in the pool."""
+        """The number of pages in the pool."""
         return self.arrays[0].shape[self.layout.page_axis]
 
     def keys(self) -> Float[Array, "pages kv_heads page_size head_dim"]:
-        """All keys, dequantised to float32: a copy of the pool, for inspection and tests."""
+        """All keys in float32, multiplied by their scales. This copies the pool: it is for inspection and tests."""
         return self._dequantised(0, self.k_scale)
 
     def values(self) -> Float[Array, "pages kv_heads page_size value_dim"]:
-        """All values, dequantised to float32: a copy of the pool, for inspection and tests."""
+        """All values in float32, multiplied by their scales. This copies the pool: it is for inspection and tests."""
         return self._dequantised(1, self.v_scale)
 
     def _dequantised(self, which: int, scale: Array | None) -> Array:

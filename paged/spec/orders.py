@@ -1,14 +1,14 @@
-"""Page orders: the axes of a pool's arrays, by name. Shapes, axis numbers and shardings of pages follow from these.
+"""Page orders: the axes of a pool's arrays, by name. Shapes, axis numbers and shardings of pages follow from the names.
 
 | axis | what it counts | size |
 |---|---|---|
 | ``page`` | pages of the pool | ``N`` |
 | ``head`` | KV heads | ``Hkv`` |
-| ``offset`` | tokens of one page: a token's place in its page | ``P`` |
+| ``offset`` | places for tokens in one page | ``P`` |
 | ``kv`` | keys, then values | ``2`` |
 | ``kv_head`` | keys and values of heads in turn: head ``h`` has its key at ``2h``, its value next | ``2 * Hkv`` |
-| ``dim``, ``value_dim`` | numbers of one key, of one value | ``D``, ``Dv`` |
-| ``lanes`` | numbers of one key and its value side by side, padded with 0 | a multiple of 128 |
+| ``dim``, ``value_dim`` | numbers in one key, in one value | ``D``, ``Dv`` |
+| ``lanes`` | numbers in one key and its value side by side, padded with 0 | a multiple of 128 |
 """
 
 from typing import Literal, get_args

@@ -1,4 +1,8 @@
-"""Specs of published models, each with the place that defines its attention. Sizes are the small public ones."""
+"""Specs of published models, each with the paper that defines its attention.
+
+>>> print(presets.gemma3_4b_local())
+AttentionSpec(num_q_heads=8, num_kv_heads=4, head_dim=256, window=1024)
+"""
 
 from .attention import AttentionSpec
 
@@ -31,7 +35,7 @@ def gemma2_9b_global() -> AttentionSpec:
 def gemma3_4b_local() -> AttentionSpec:
     """Gemma 3 4B, local layers, five of six: window 1024, no cap (arXiv:2503.19786, section 2).
 
-    Head counts are those of the released configuration: 8 query and 4 KV heads of 256.
+    The released configuration has 8 query heads and 4 KV heads of dimension 256.
     """
     return AttentionSpec(num_q_heads=8, num_kv_heads=4, head_dim=256, window=1024)
 
@@ -44,16 +48,16 @@ def gemma3_4b_global() -> AttentionSpec:
 def qwen3_8b() -> AttentionSpec:
     """Qwen 3 8B: causal, 32 query and 8 KV heads of 128 (arXiv:2505.09388, table 1).
 
-    Its normalisation of queries and keys belongs to the layer, before attention.
+    The layer normalises queries and keys before the attention.
     """
     return AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128)
 
 
 def gpt_oss_20b_local() -> AttentionSpec:
-    """gpt-oss 20B, alternate layers: window 128 with a learnt sink a head (arXiv:2508.10925, section 2)."""
+    """gpt-oss 20B, alternate layers: window 128 with a learnt sink per head (arXiv:2508.10925, section 2)."""
     return AttentionSpec(num_q_heads=64, num_kv_heads=8, head_dim=64, window=128, sinks=True)
 
 
 def gpt_oss_20b_global() -> AttentionSpec:
-    """gpt-oss 20B, the other layers: causal with a learnt sink a head (arXiv:2508.10925, section 2)."""
+    """gpt-oss 20B, the other layers: causal with a learnt sink per head (arXiv:2508.10925, section 2)."""
     return gpt_oss_20b_local().replace(window=None)

@@ -18,11 +18,11 @@ def require_sinks(spec: AttentionSpec, sinks: Any) -> None:
 
     **Arguments:**
 
-    * ``spec``: the attention of the call.
-    * ``sinks``: the call's sinks, or None.
+    - `spec`: the attention of the call.
+    - `sinks`: the call's sinks, or None.
 
-    **Raises:** ``ValueError`` for sinks that are missing, not wanted, or of another shape. The message says what to
-    write instead. ``TypeError`` for sinks that are not floating point.
+    **Raises:** ``ValueError`` where sinks are missing, where the spec has none, and for any other shape; the message
+    says what to write instead. ``TypeError`` for sinks that are not floating point.
 
     >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, sinks=True)
     >>> require_sinks(spec, jnp.zeros(4))
@@ -52,8 +52,8 @@ def sinks_per_head(spec: AttentionSpec, sinks: Sinks) -> Float[Array, " q_heads"
 
     **Arguments:**
 
-    * ``spec``: an attention with sinks.
-    * ``sinks``: float[q_heads], or float[q_heads, n] for ``n`` sinks of each head.
+    - `spec`: an attention with sinks.
+    - `sinks`: float[q_heads], or float[q_heads, n] for ``n`` sinks of each head.
 
     **Returns:** float32[q_heads]. Sinks of ``-inf`` are no sinks.
 

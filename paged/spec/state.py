@@ -1,4 +1,4 @@
-"""`AttentionState`: attention over a subset of the keys, and the law that joins two of them."""
+"""`AttentionState`: attention over some of the keys, and `merge`, which joins two states into one."""
 
 from typing import Any, NamedTuple
 
@@ -8,13 +8,12 @@ from jaxtyping import Array, Float
 
 
 class AttentionState(NamedTuple):
-    """Attention over some of the keys: its normalised output, and the log of its softmax's denominator.
+    """Attention over some of the keys: the normalised output, and the logarithm of the softmax's denominator.
 
-    * ``out`` float[tokens, q_heads, value_dim], zero for an empty row.
-    * ``lse`` float32[tokens, q_heads], the *natural* log of ``sum_j exp(s_j)``, ``-inf`` for an empty row.
+    - `out` float[tokens, q_heads, value_dim]: 0 in an empty row.
+    - `lse` float32[tokens, q_heads]: the *natural* logarithm of ``sum_j exp(s_j)``; ``-inf`` in an empty row.
 
-    Split KV, shared prefixes and caches spread over devices are all one law, `merge`; its identity is
-    ``(0, -inf)``.
+    `merge` joins states over disjoint keys. Split KV, shared prefixes and caches spread over devices use it.
     """
 
     out: Float[Array, "tokens q_heads value_dim"]
@@ -22,12 +21,12 @@ class AttentionState(NamedTuple):
 
     @classmethod
     def empty(cls, tokens: int, q_heads: int, value_dim: int, dtype: Any = jnp.float32) -> "AttentionState":
-        """The state over no keys at all, ``(0, -inf)`` in every row: the identity of `merge`.
+        """The state over no keys: ``(0, -inf)`` in every row. Merging it into another state changes nothing.
 
         **Arguments:**
 
-        * ``tokens``, ``q_heads``, ``value_dim``: the shape of ``out``.
-        * ``dtype``: the dtype of ``out``. ``lse`` is float32.
+        - `tokens`, `q_heads`, `value_dim`: the shape of ``out``.
+        - `dtype`: the dtype of ``out``. ``lse`` is float32.
 
         >>> AttentionState.empty(tokens=1, q_heads=2, value_dim=4).lse.tolist()
         [[-inf, -inf]]
@@ -36,11 +35,20 @@ class AttentionState(NamedTuple):
 
 
 def merge(a: AttentionState, b: AttentionState) -> AttentionState:
-    """Attention over the union of two disjoint sets of keys, from the state over each.
+    """Attention over the union of two disjoint sets of keys, from the state over each set.
 
-    Two empty states merge to the empty state, without NaN, and all gradients are finite. The outputs are combined in
-    float32 and returned in ``a``'s dtype; keep states in float32 when many are merged.
-    Source: the online softmax of Milakov and Gimelshein, arXiv:1805.02867.
+    ``lse = log(exp(lse_a) + exp(lse_b))`` and ``out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b``, computed
+    in float32. Source: the online softmax of Milakov and Gimelshein, arXiv:1805.02867.
+
+    **Arguments:**
+
+    - `a`, `b`: states of one shape. Keep them in float32 when many are merged. Sinks must not be in them: add sinks
+      once, after the last merge.
+
+    **Returns:** the merged state, its output in the dtype of ``a.out``. Two empty rows merge to an empty row, without
+    NaN. All gradients are finite.
+
+    **Raises:** ``ValueError`` for states of different shapes.
 
     >>> empty = AttentionState(jnp.zeros((1, 1, 2)), jnp.full((1, 1), -jnp.inf))
     >>> one = AttentionState(jnp.ones((1, 1, 2)), jnp.zeros((1, 1)))
@@ -55,7 +63,18 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
 
 
 def merge_stacked(states: AttentionState) -> AttentionState:
-    """`merge` of any number of float32 states at once, stacked on a leading axis."""
+    """Merge any number of float32 states at once.
+
+    **Arguments:**
+
+    - `states`: a state whose arrays have a leading axis of states.
+
+    **Returns:** the merged state, without that axis.
+
+    >>> states = AttentionState(jnp.array([[[[1.0]]], [[[3.0]]]]), jnp.zeros((2, 1, 1)))
+    >>> merge_stacked(states).out.tolist()
+    [[[2.0]]]
+    """
     top = jax.lax.stop_gradient(jnp.max(states.lse, axis=0))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     share = exp_minus(states.lse, top)
@@ -67,9 +86,18 @@ def merge_stacked(states: AttentionState) -> AttentionState:
 
 
 def add_sinks(state: AttentionState, sinks: Float[Array, " q_heads"]) -> AttentionState:
-    """The state with one more logit a query head in the denominator: it takes weight and gives no value.
+    """The state with one more logit per query head in the denominator. A sink takes weight and has no value.
 
-    An empty row keeps ``out = 0`` and gets ``lse = sink``. A sink enters once, after every merge.
+    **Arguments:**
+
+    - `state`: the state over all keys. A sink enters once: add it after the last merge.
+    - `sinks`: float[q_heads], see `sinks_per_head`.
+
+    **Returns:** the state with sinks. An empty row keeps ``out = 0`` and has ``lse = sink``.
+
+    >>> state = AttentionState(jnp.ones((1, 1, 2)), jnp.zeros((1, 1)))
+    >>> add_sinks(state, jnp.zeros(1)).out.tolist()
+    [[[0.5, 0.5]]]
     """
     sinks = jnp.broadcast_to(sinks.astype(jnp.float32), state.lse.shape)
     weight, _, lse = _shares(state.lse, sinks)
@@ -78,15 +106,19 @@ def add_sinks(state: AttentionState, sinks: Float[Array, " q_heads"]) -> Attenti
 
 
 def log_add_exp(a: Array, b: Array) -> Array:
-    """``log(exp(a) + exp(b))``, with a finite gradient where one or both are ``-inf``."""
+    """``log(exp(a) + exp(b))``, elementwise. Gradients are finite where ``a``, ``b`` or both are ``-inf``.
+
+    >>> float(log_add_exp(jnp.float32(-jnp.inf), jnp.float32(2.0)))
+    2.0
+    """
     return _shares(a, b)[2]
 
 
 def _shares(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """``exp(a - lse)``, ``exp(b - lse)`` and ``lse = log(exp(a) + exp(b))``; two empty sets have shares of 0.
+    """``exp(a - lse)``, ``exp(b - lse)`` and ``lse = log(exp(a) + exp(b))``. Two empty sets have shares of 0.
 
-    The shares are quotients, which add up to 1 however large ``lse`` is: taken as exponentials of differences, they
-    would have its rounding error, which at ``|lse| = 1000`` is 3e-5 of the output, and is everything in the limit.
+    The shares are computed as quotients, so that they add up to 1 whatever ``lse`` is. Computed as ``exp(a - lse)``,
+    they would have the rounding error of ``lse``: 3e-5 of the output at ``|lse| = 1000``, and more at larger ones.
     """
     top = jax.lax.stop_gradient(jnp.maximum(a, b))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
@@ -97,7 +129,11 @@ def _shares(a: Array, b: Array) -> tuple[Array, Array, Array]:
 
 
 def exp_minus(a: Array, b: Array) -> Array:
-    """``exp(a - b)``, exactly 0 with gradient 0 where ``a`` is ``-inf``, even if ``b`` is too."""
+    """``exp(a - b)``, elementwise. Where ``a`` is ``-inf`` it is 0 with gradient 0, even if ``b`` is ``-inf`` too.
+
+    >>> float(exp_minus(jnp.float32(-jnp.inf), jnp.float32(-jnp.inf)))
+    0.0
+    """
     is_empty = jnp.isneginf(a)
     difference = jnp.where(is_empty, 0.0, a) - jnp.where(is_empty, 0.0, b)
     return jnp.where(is_empty, 0.0, jnp.exp(difference))
