@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from paged.lower import DecodeSchedule
-from paged.lower.tpu.decode.launch import Launch
+from paged.lower.tpu.decode.launch import DecodeLaunch
 from tests.support import CORNERS, Case, assert_bitwise, build, exact_state
 from tests.support.specs import PLAIN
 
@@ -103,7 +103,7 @@ def test_more_rows_than_the_static_number_give_no_row_what_nobody_wrote():
 
 def test_update_equals_write_then_attend_in_one_trace(monkeypatch):
     """For every corner."""
-    items = items_of_launches(monkeypatch, Launch)
+    items = items_of_launches(monkeypatch, DecodeLaunch)
     attend = interpreted(CASE, SCHEDULE, generation="v5p")
     for corner in CORNERS:
         built, held = (build(CASE.replace(corner=corner), hold_new=held) for held in (False, True))
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_the_xla_lowering():
 
 def test_page_lists_too_long_for_scalar_memory_are_cut_by_sequence(monkeypatch):
     """Three sequences, then two, of which a part or all may be dead."""
-    items = items_of_launches(monkeypatch, Launch)
+    items = items_of_launches(monkeypatch, DecodeLaunch)
     attend = with_scalar_memory(CASE, 3 * 72 / 0.6 + 1, SCHEDULE)
     for corner in ("mixed", "few live", "more rows than tokens"):
         assert_equals_reference(attend, build(CASE.replace(corner=corner)))
@@ -126,7 +126,7 @@ def test_page_lists_too_long_for_scalar_memory_are_cut_by_sequence(monkeypatch):
 
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
     """One sequence of four pages, two at a time, each two in two parts: the states of all four are merged."""
-    items = items_of_launches(monkeypatch, Launch)
+    items = items_of_launches(monkeypatch, DecodeLaunch)
     case = CASE.replace(phase="prefill", spec=PLAIN.replace(sinks=True), sink_shape=(4,))
     attend = with_scalar_memory(case, (2 * 8 + 80) / 0.6 + 1, SCHEDULE.replace(pages_per_block=1, kv_splits=2))
     for corner in ("first page masked", "exact pages", "empty"):

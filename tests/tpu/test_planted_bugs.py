@@ -11,7 +11,7 @@ import pytest
 from paged.lower import DecodeSchedule
 from paged.lower.tpu.decode import launch as launch_module
 from paged.lower.tpu.decode.kernel import ROWS_IN_FLIGHT, Decode
-from paged.lower.tpu.decode.launch import Launch
+from paged.lower.tpu.decode.launch import DecodeLaunch
 from paged.lower.tpu.pages import work as work_module
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
@@ -113,7 +113,7 @@ def _tail_lost(original):
     return work_list
 
 
-def _parts_added_up(out, lse):
+def _splits_added_up(out, lse):
     return AttentionState(jnp.sum(out, axis=0), jnp.max(lse, axis=0))
 
 
@@ -153,16 +153,18 @@ BUGS = {
     ),
     "tail of a split lost": (method(TileVisits, "work_list", _tail_lost), "split", "wrong"),
     "scale of keys for values": (
-        method(Launch, "_head_scales", lambda scales: lambda self, pages: scales(self, pages)[:1] * 2),
+        method(DecodeLaunch, "_head_scales", lambda scales: lambda self, pages: scales(self, pages)[:1] * 2),
         "split",
         "wrong",
     ),
-    "parts added up": (lambda patch: patch.setattr(launch_module, "_merge_parts", _parts_added_up), "split", "wrong"),
+    "splits added up": (
+        lambda patch: patch.setattr(launch_module, "_merge_splits", _splits_added_up), "split", "wrong",
+    ),
 }  # fmt: skip
 
 
 # Kin of others above, or slow to be seen: a kernel that never ends is stopped after some seconds.
-_SLOW = ("no wait for the last pages", "partial pages taken for full", "cursor a block ahead", "parts added up")
+_SLOW = ("no wait for the last pages", "partial pages taken for full", "cursor a block ahead", "splits added up")
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ CALLS = {
     ),
     "many rows": (
         RaggedBatch.decode([40, 9], [[0, 1, 2], [3, 4, 5]], query_rows=17),
-        "it decodes: 17 query rows a sequence are 136 rows a KV head, of at most 128",
+        "it decodes: 17 query rows per sequence are 136 rows per KV head, of at most 128",
     ),
 }
 

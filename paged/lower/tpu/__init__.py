@@ -1,4 +1,7 @@
-"""Kernels for TPUs, in Pallas: pages streamed from HBM, the next ones on their way while these are worked on."""
+"""Kernels for TPUs, in Pallas: pages are streamed from HBM, some on their way while others are worked on.
+
+There is a room for each kernel, `decode`, `prefill` and `write`, and one for what they share, `pages`.
+"""
 
 from .chips import CHIPS as CHIPS
 from .chips import Chip as Chip

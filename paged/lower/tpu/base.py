@@ -1,4 +1,4 @@
-"""What the lowerings for TPUs have in common: a chip, an interpreter in its place, rules of kernels, and writing."""
+"""What the lowerings for TPUs have in common: the chip, or an interpreter in its place; gradients; and the write."""
 
 import abc
 import dataclasses
@@ -19,7 +19,7 @@ from .write import refuses_write, write_rows
 
 @dataclasses.dataclass(frozen=True)
 class TpuLowering(Lowering):
-    """A lowering for ``chip``, None for this process's own; ``interpret`` is passed to Pallas."""
+    """A lowering for ``chip``, or for this process's chip if that is None. ``interpret`` is passed to Pallas."""
 
     target: ClassVar[str] = "tpu"
     generations: ClassVar[dict[str, tuple[str, ...]]] = {name: chip.device_kinds for name, chip in CHIPS.items()}
@@ -34,28 +34,28 @@ class TpuLowering(Lowering):
 
     @property
     def is_interpreted(self) -> bool:
-        """Whether Pallas was told to interpret."""
+        """Whether kernels are interpreted."""
         return bool(self.interpret)
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
-        """Pages that a TPU cannot move, terms that no kernel can compute, and calls that are not for this one."""
+        """Why the lowering refuses a program over a layout, or a call of it, or None."""
         reason = refuses_program(program, layout)
         return reason if reason is not None or call is None else self._refuses_call(program, layout, call)
 
     @abc.abstractmethod
     def _refuses_call(self, program: Program, layout: PageLayout, call: Call) -> str | None:
-        """Why this call is refused, or None, for a program and a layout that are not."""
+        """Why this call is refused, or None. The program and the layout are accepted."""
 
     def interpreted(self, interpret: Any) -> Self:
-        """With kernels interpreted as told."""
+        """This lowering with its kernels interpreted as told."""
         return dataclasses.replace(self, interpret=interpret)
 
     def on_chip(self, generation: str) -> Self:
-        """For that chip, compiled."""
+        """This lowering for another chip, compiled."""
         return dataclasses.replace(self, chip=chip_named(generation), interpret=False)
 
     def within_memory(self, limit: int) -> Self:
-        """For the same chip with less vector memory."""
+        """This lowering for a chip with less vector memory."""
         chip = dataclasses.replace(self.target_chip, vmem_bytes=min(limit, self.target_chip.vmem_bytes))
         return dataclasses.replace(self, chip=chip)
 
@@ -100,18 +100,18 @@ class TpuLowering(Lowering):
         """`update` by kernels, which has no rule for transforms."""
 
     def refuses_write(self, layout: PageLayout) -> str | None:
-        """Pages that a TPU cannot move by granules."""
+        """Why no kernel writes pages of this layout, or None."""
         return refuses_write(layout, self.target_chip)
 
     def write(self, k: Array, v: Array, pages: Pages, seqs: Sequences, query_rows: int | None) -> Pages:
-        """By kernels of their own, in place; by XLA what these refuse."""
+        """The pages with new rows written: by kernels in place, or by XLA if the kernels refuse the layout."""
         if self.refuses_write(pages.layout) is not None:
             return XLA_BLOCKS.write(k, v, pages, seqs, query_rows)
         return write_rows(self.target_chip, self.interpret, query_rows, k, v, pages, seqs)
 
 
 def refuses_program(program: Program, layout: PageLayout) -> str | None:
-    """Why no decode kernel takes this program over this layout, or None."""
+    """Why no kernel accepts this program over this layout, or None."""
     reason = refuses_layout(layout)
     if reason is not None:
         return reason

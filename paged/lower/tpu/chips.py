@@ -1,4 +1,4 @@
-"""Public facts of TPU generations: what a schedule has to fit, and what a model of its time divides by."""
+"""Public facts of TPU generations: the memory that a schedule has to fit, and the bandwidth of its model."""
 
 import dataclasses
 import math
@@ -13,15 +13,15 @@ class Chip:
     """One TPU generation, as one JAX device sees it.
 
     * ``topology``: the smallest slice that the compiler can be asked for ahead of time.
-    * ``device_kinds``: what ``jax.Device.device_kind`` says on it.
-    * ``cores``: TensorCores that one device drives at once ("megacore"); a kernel splits its work over them.
+    * ``device_kinds``: the names that ``jax.Device.device_kind`` has for it.
+    * ``cores``: TensorCores that one device drives at once ("megacore"). A kernel splits its work over them.
     * ``vmem_bytes``, ``smem_bytes``: vector and scalar memory of a core.
     * ``hbm_bytes_per_second``: peak bandwidth of one JAX device.
-    * ``has_tall_tiles``: vector memory holds 16-bit arrays in tiles of 16 rows, HBM in tiles of 8, so that rows of more
+    * ``has_tall_tiles``: vector memory holds 16-bit arrays in tiles of 16 rows, but HBM in tiles of 8. So rows of more
       than one register are copied by strides (seen in compiled code).
 
-    Sources: cloud.google.com/tpu/docs, the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" (bandwidth a chip; a device
-    of tpu7x is half a chip); memory sizes from the table of JAX's own ``pallas.tpu.get_tpu_info``.
+    Sources: cloud.google.com/tpu/docs, the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" (bandwidth per chip; a
+    device of tpu7x is half a chip). Sizes of memory are in the table of JAX's ``pallas.tpu.get_tpu_info``.
     """
 
     generation: str
@@ -46,7 +46,7 @@ class Chip:
 
 _BUFFER_SHARE, _LIST_SHARE = 0.6, 0.6
 
-# Lanes of a register, and its rows of 32-bit numbers: the tile in which memory is laid out.
+# The shape of a vector register of 32-bit numbers: 8 rows of 128 lanes. Memory is laid out in tiles of this shape.
 LANES, SUBLANES = 128, 8
 
 _MIB = 2**20
@@ -62,24 +62,24 @@ CHIPS: dict[str, Chip] = {
     )
 }
 
-# For a machine that is none of the above: one core, and no more memory than any of them has.
+# For a machine that is none of these: one core, and no more memory than any of them has.
 ANY_CHIP = Chip("any", "", (), 1, 16 * _MIB, 819e9)
 
 
 def chip_named(generation: str) -> Chip:
-    """The facts of a generation. Raises ``ValueError`` that lists those known."""
+    """The facts of a generation. Raises a ``ValueError`` that lists the known ones."""
     if generation not in CHIPS:
         raise ValueError(f"generation must be one of {sorted(CHIPS)}; got {generation!r}.")
     return CHIPS[generation]
 
 
 def this_chip() -> Chip:
-    """The chip of this process's first TPU; `ANY_CHIP` where there is none, or one that is not in the table."""
+    """The chip of this process's first TPU; `ANY_CHIP` if there is none or it is not in the table."""
     return chip_of(jax.devices()[0]) if jax.default_backend() == "tpu" else ANY_CHIP
 
 
 def chip_of(device: Any) -> Chip:
-    """The chip that a device is, or `ANY_CHIP`."""
+    """The chip of a device, or `ANY_CHIP`."""
     return next((chip for chip in CHIPS.values() if device.device_kind in chip.device_kinds), ANY_CHIP)
 
 

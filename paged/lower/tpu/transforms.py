@@ -1,4 +1,4 @@
-"""Transforms of kernels: gradients are those of the XLA lowering, which computes the same; ``vmap`` is a loop."""
+"""Transforms of kernels: gradients come from the XLA lowering, which computes the same; ``vmap`` is a loop."""
 
 import functools
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from ..xla import XLA_BLOCKS
 
 
 def in_turn(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays that runs kernels, which under ``jax.vmap`` run one after the other.
+    """``run``, a function of arrays that calls kernels, with kernels one after the other under ``jax.vmap``.
 
-    By its own rule for ``vmap`` Pallas would give every operand that is batched a block of its own, also where only
-    some are, and refuse that of operands which a kernel transfers itself: the pages of layers that share a batch.
+    Pallas has a rule for ``vmap`` of its own: it copies a block of every batched operand into the kernel. It refuses
+    operands that a kernel copies by itself, such as pages, and so does not allow several layers' pages with one batch.
     """
     return jax.custom_batching.sequential_vmap(run)
 

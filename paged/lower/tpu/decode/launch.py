@@ -1,4 +1,4 @@
-"""From arrays to a kernel and back: operands, scratch memory, grid, and the state that comes out."""
+"""From arrays to the decode kernel and back: its operands and scratch memory, and its results as a state."""
 
 import dataclasses
 import functools
@@ -19,26 +19,31 @@ from ..pages import Stream, Transfers, Views, WorkList, pools_of
 from ..references import call_kernel
 from .kernel import ROWS_IN_FLIGHT, Decode
 from .refs import Inputs, Outputs, Refs, Scalars, Scratch
+from .schedule import DecodeSchedule
 from .update import Targets, Write, WriteRefs
 
 
 class New(NamedTuple):
-    """New rows to write: where they go, and each array's part of every query row's token, float32."""
+    """New rows to write: where they go, and for each array of pages every query row's token, in float32."""
 
     targets: Targets
     rows: tuple[Float[Array, "tokens ..."], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Launch:
-    """One decode kernel: its views, and how its items are laid over cores and grid."""
+class DecodeLaunch:
+    """One decode kernel, ready to be called on a work list.
+
+    * ``views``: how a block of the schedule's ``pages_per_block`` pages is read.
+    * ``schedule``: its ``buffers`` are the stages of the stream's ring, its ``cores`` share the items, and with
+      ``sequence="grid"`` every item is a step of the grid.
+    * ``items_at_once``: items of one block that are worked on together.
+    * ``interpret``: passed to Pallas.
+    """
 
     program: Program
     views: Views
-    sequence: str
-    buffers: int
-    splits: int
-    cores: int
+    schedule: DecodeSchedule
     items_at_once: int
     chip: Chip
     interpret: Any
@@ -46,19 +51,26 @@ class Launch:
     def __call__(
         self, work: WorkList, q: Float[Array, "tokens q_heads dim"], pages: Pages, new: New | None = None
     ) -> tuple[AttentionState, Pages]:
-        """The state of the work's rows, float32; other rows hold anything. With ``new`` rows these are written first,
-        in place where the pages are donated; there must be one item a sequence then."""
+        """Run the kernel on a work list and return the state of its rows in float32, and the pages.
+
+        Rows that the work list does not name hold anything. ``new`` rows are written before any page is read, in place
+        where the pages are donated. Each sequence must then be one item: another item might read its pages first.
+        """
         views = self.views
-        bodies = tuple((part, kernel_terms(self.program, part.tile_rows, part.columns)) for part in views.prefixes())
+        bodies = tuple(
+            (prefix, kernel_terms(self.program, prefix.tile_rows, prefix.columns)) for prefix in views.prefixes()
+        )
         arrays = self._arrays(bodies[-1][1])
         inputs = Inputs(*self._head_scales(pages), arrays, self._pad(q), new.rows if new else (), _pools(pages))
         hbm: Any = pltpu.HBM
         in_memory = tuple(pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays)
-        # A core may be given any number of the items, so it has a step for each; those that are not its own are empty.
-        grid = (self.cores,) if self.sequence == "inline" else (self.cores, work.begin.shape[0])
+        # The number of a core's items is known only when the kernel runs. So each core has a step for every item, and
+        # does nothing in the steps past its own items.
+        cores, items = self.schedule.cores, work.begin.shape[0]
+        grid = (cores,) if self.schedule.sequence == "inline" else (cores, items)
         results: Outputs = call_kernel(
-            functools.partial(self._kernel, Decode(bodies, self.splits, self.items_at_once)),
-            name=f"paged_decode_{self.sequence}",
+            functools.partial(self._kernel, Decode(bodies, self.schedule.kv_splits, self.items_at_once)),
+            name=f"paged_decode_{self.schedule.sequence}",
             chip=self.chip,
             interpret=self.interpret,
             grid=grid,
@@ -73,7 +85,8 @@ class Launch:
 
     def _kernel(self, decode: Decode, scalars: Scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
         layout, work = self.views.layout, scalars.work
-        # Pages are read where they are written, so that what was written is what is read.
+        # Pages are read through the reference that they are written through. Then nothing depends on whether the input
+        # and the output really are the same memory, as they are on a chip.
         pools = outputs.pools or inputs.pools
         transfers = Transfers(layout, pools, scratch.pages, scratch.pages_arrived)
         stream = Stream(work, transfers, scratch.cursor, scratch.is_clean)
@@ -86,21 +99,21 @@ class Launch:
                 written = WriteRefs(work, scalars.targets, inputs.new, pools, scratch.staging)
                 Write(layout, self.views.query_rows).run(written, first, end)
 
-        if self.sequence == "inline":
+        if self.schedule.sequence == "inline":
+            # All new rows must be in place before the stream copies the first page.
             write()
             decode.run_items(refs, first, end)
         else:
             _run_step(decode, refs, first, end, write)
 
     def _arrays(self, terms: Any) -> tuple[Array, ...]:
-        """What the terms need, for every tile; numbers alone go to scalar memory."""
+        """What the scores and the mask need of each query row of a tile, such as the slopes of ALiBi."""
         h = jnp.asarray(self.views.q_head(self.program.group), jnp.int32)[..., None]
         arrays = jax.vmap(terms.early, out_axes=0)(h)
         return tuple(x.astype(jnp.int32) if x.dtype == bool else x for x in arrays)
 
     def _head_scales(self, pages: Pages) -> tuple[Array | None, Array | None]:
-        """Per-tensor and per-head scales of keys and of values, as one factor for every query row; None if there are
-        none."""
+        """The scales of keys and of values, one for every query row; None without per-tensor or per-head scales."""
         if pages.layout.scales not in ("tensor", "head"):
             return None, None
         heads = pages.layout.num_kv_heads
@@ -109,48 +122,48 @@ class Launch:
         return k_scale, v_scale
 
     def _pad(self, q: Array) -> Float[Array, "tokens kv_heads group dim"]:
-        """Query heads by KV head, padded to the rows of a vector register and to the lanes of a key."""
+        """Queries by KV head, with the group padded to whole registers and the head dimension to a key's lanes."""
         grouped = q.reshape(q.shape[0], self.program.num_kv_heads, self.program.group, -1)
         padding = [(0, 0), (0, 0), (0, self.views.group - self.program.group), (0, 0)]
         padding[3] = (0, self.views.key_lanes - q.shape[-1])
         return jnp.pad(grouped.astype(self.views.compute_dtype), padding)
 
     def _scratch(self, is_update: bool) -> Scratch:
-        dma = pltpu.SemaphoreType.DMA
-        pages, (q, out, lse) = _vmem_scratch(self.views, self.buffers)
+        dma, stages = pltpu.SemaphoreType.DMA, self.schedule.buffers
+        pages, (q, out, lse) = _vmem_scratch(self.views, stages)
         return Scratch(
             pages=pages,
-            pages_arrived=dma((self.buffers,)),
+            pages_arrived=dma((stages,)),
             q=q,
             q_arrived=dma((ROWS_IN_FLIGHT,)),
             out=out,
             lse=lse,
             out_left=dma((ROWS_IN_FLIGHT,)),
             cursor=pltpu.SMEM((2,), jnp.int32),
-            is_clean=pltpu.SMEM((self.buffers,), jnp.int32),
+            is_clean=pltpu.SMEM((stages,), jnp.int32),
             next_stage=pltpu.SMEM((1,), jnp.int32),
             staging=Write(self.views.layout, self.views.query_rows).scratch() if is_update else None,
         )
 
     def _outputs(self, tokens: int, pools: tuple[Array, ...]) -> Outputs:
-        views, layout, f32 = self.views, self.views.layout, jnp.float32
-        out = (self.splits, tokens, layout.num_kv_heads, views.group, views.result_lanes)
-        lse = (self.splits, tokens, views.heads_per_tile * views.group, LANES)
+        views, layout, splits, f32 = self.views, self.views.layout, self.schedule.kv_splits, jnp.float32
+        out = (splits, tokens, layout.num_kv_heads, views.group, views.result_lanes)
+        lse = (splits, tokens, views.heads_per_tile * views.group, LANES)
         written = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools)
         return Outputs(jax.ShapeDtypeStruct(out, f32), jax.ShapeDtypeStruct(lse, f32), written)
 
     def _state(self, out: Array, lse: Array) -> AttentionState:
-        """Parts merged, padding dropped, heads in their order."""
+        """The state in the kernel's results: KV splits merged, padding dropped, heads in the order of the queries."""
         views, program = self.views, self.program
-        parts, tokens = out.shape[:2]
-        out = out[:, :, :, : program.group, views.value_lanes].reshape(parts, tokens, program.num_q_heads, -1)
-        lse = jnp.moveaxis(lse[..., : views.tiles], -1, 2).reshape(parts, tokens, program.num_kv_heads, views.group)
-        lse = lse[..., : program.group].reshape(parts, tokens, program.num_q_heads)
-        return AttentionState(out[0], lse[0]) if parts == 1 else _merge_parts(out, lse)
+        splits, tokens = out.shape[:2]
+        out = out[:, :, :, : program.group, views.value_lanes].reshape(splits, tokens, program.num_q_heads, -1)
+        lse = jnp.moveaxis(lse[..., : views.tiles], -1, 2).reshape(splits, tokens, program.num_kv_heads, views.group)
+        lse = lse[..., : program.group].reshape(splits, tokens, program.num_q_heads)
+        return AttentionState(out[0], lse[0]) if splits == 1 else _merge_splits(out, lse)
 
     @staticmethod
     def vmem_bytes(views: Views, buffers: int) -> int:
-        """Vector memory that a kernel's buffers take, with every tile padded as the chips lay it out."""
+        """Vector memory of a kernel's buffers, with every tile padded as chips lay it out. ``buffers`` are stages."""
         pages, rows = _vmem_scratch(views, buffers)
         return sum(padded_bytes(x.shape, x.dtype) for x in (*pages, *rows))
 
@@ -168,11 +181,12 @@ def _vmem_scratch(views: Views, buffers: int) -> tuple[tuple[Any, ...], tuple[An
 
 
 def _run_step(decode: Decode, refs: Refs, first: Any, end: Any, write: Callable[[], None]) -> None:
-    """One item for each grid step, the first after all writes; the stream of pages runs on from step to step."""
+    """One step of the grid: one item. What an item passes to the next, here and in the stream, is in scratch memory."""
     step, next_stage = pl.program_id(1), refs.scratch.next_stage
 
     @pl.when(step == 0)
     def _():
+        # In this order: all new rows must be in place before the stream copies the first page.
         write()
         decode.begin(refs, first, end)
         next_stage[0] = 0
@@ -198,8 +212,7 @@ def _with_pools(pages: Pages, pools: tuple[Array, ...]) -> Pages:
     return Pages(pools[:count], *scales, layout=pages.layout)  # pyright: ignore
 
 
-def _merge_parts(
-    out: Float[Array, "parts tokens heads dim"], lse: Float[Array, "parts tokens heads"]
+def _merge_splits(
+    out: Float[Array, "splits tokens heads dim"], lse: Float[Array, "splits tokens heads"]
 ) -> AttentionState:
-    """The parts of every sequence, merged."""
-    return functools.reduce(merge, (AttentionState(*part) for part in zip(out, lse, strict=True)))
+    return functools.reduce(merge, (AttentionState(*split) for split in zip(out, lse, strict=True)))

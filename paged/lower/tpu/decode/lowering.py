@@ -1,4 +1,4 @@
-"""The TPU decode lowering's front: what it takes, its schedule, and a batch's state by one kernel or a few."""
+"""The TPU decode lowering: the state of a batch by one kernel, or by several if its work list is too long for one."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from ...base import Schedule
 from ...program import Call, Program, Sequences
 from ...xla import token_rows
 from ..base import TpuLowering
+from ..chips import LANES
 from ..pages import TileVisits, WorkList, chunks, pools_of
 from ..write.granules import row_shape
 from .launch import New
@@ -24,7 +25,10 @@ from .update import Targets
 
 @dataclasses.dataclass(frozen=True)
 class TpuDecode(TpuLowering):
-    """Decode on TPUs, one or a few query rows a sequence; every term that is elementwise, every page order."""
+    """Decode on TPUs: one query row per sequence, or a few, the same number for all.
+
+    The kernel accepts every page order, and every term that is elementwise in positions.
+    """
 
     schedule_type: ClassVar[type[Schedule]] = DecodeSchedule
 
@@ -32,11 +36,11 @@ class TpuDecode(TpuLowering):
         return refuses_call(program, layout, call, self.target_chip)
 
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> DecodeSchedule:
-        """What fits the chip, with page blocks large enough to hide transfers behind work."""
+        """A schedule that fits the chip, with page blocks large enough to hide copies behind work."""
         return plan_schedule(program, layout, call, self.target_chip)
 
     def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule) -> str | None:
-        """A schedule must fit the chip's memory, and have no more cores than it."""
+        """Why a schedule does not fit the chip's memory, its cores or the block tables, or None."""
         return fits(program, layout, call, schedule, self.target_chip)
 
     def alternatives(
@@ -58,10 +62,10 @@ class TpuDecode(TpuLowering):
             f"{schedule.pages_per_block} pages, {mebibytes:.2f} of {chip.vmem_bytes / 2**20:.0f} MiB of vector memory",
             f"at least {microseconds:.1f} us for its transfers, modelled at {chip.hbm_bytes_per_second / 1e9:.0f} GB/s",
         ]
-        if layout.order != "joined" and layout.head_dim % 128:
+        if layout.order != "joined" and layout.head_dim % LANES:
             lines.append(
-                f"XLA copies the pool at every call: head_dim {layout.head_dim} is no multiple of 128 lanes, and only "
-                'order="joined" lies in whole ones'
+                f"XLA copies the pool at every call: head_dim {layout.head_dim} is no multiple of {LANES} lanes, and "
+                'only order="joined" lies in whole ones'
             )
         return lines
 
@@ -74,7 +78,7 @@ class TpuDecode(TpuLowering):
         visited = TileVisits.of(program, seqs, layout.page_size, pages.num_pages)
         states = []
         for part in chunks(seqs.tables.shape, launch.chip, schedule.kv_splits):
-            work = visited.work_list(*part, **_cut(schedule))
+            work = visited.work_list(*part, **_split(schedule))
             states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.query_rows))
         return functools.reduce(merge, states)
 
@@ -101,7 +105,7 @@ class TpuDecode(TpuLowering):
             pages = self.write(k, v, pages, seqs, call.query_rows)
             return self.run_state(program, schedule, call, q, pages, seqs), pages
         targets = Targets.of(seqs, call.query_rows or 1, layout.page_size, pages.num_pages)
-        work = TileVisits.of(program, seqs, layout.page_size, pages.num_pages).work_list(*parts[0], **_cut(schedule))
+        work = TileVisits.of(program, seqs, layout.page_size, pages.num_pages).work_list(*parts[0], **_split(schedule))
         rows = tuple(
             x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
             for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
@@ -111,15 +115,17 @@ class TpuDecode(TpuLowering):
 
 
 def _own_rows(state: AttentionState, work: WorkList, most: int) -> AttentionState:
-    """The state in the rows that a kernel writes, and the empty state in all others: it writes those of the work's
-    sequences, and of each no more than the static number, whatever the batch's values say."""
+    """The state with the empty state in every row that the kernel has not written.
+
+    It writes the rows of the work list's sequences, and at most ``most`` rows of each, whatever the batch says.
+    """
     row, count = jnp.arange(state.out.shape[0]), jnp.minimum(work.rows, most)
     is_own = jnp.any((row[:, None] >= work.row) & (row[:, None] < work.row + count), axis=1)
     out = jnp.where(is_own[:, None, None], state.out, 0.0)
     return AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf))
 
 
-def _cut(schedule: DecodeSchedule) -> dict[str, int]:
+def _split(schedule: DecodeSchedule) -> dict[str, int]:
     return {"splits": schedule.kv_splits, "pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
 
 

@@ -1,4 +1,4 @@
-"""The decode kernel's schedule: what a chip would be given, what fits it, what it refuses, and what is worth timing."""
+"""The decode kernel's schedules: which calls the kernel refuses, the heuristic, what fits a chip, what to time."""
 
 import dataclasses
 import math
@@ -9,50 +9,53 @@ from paged.spec import PageLayout
 
 from ...program import COMMON, Call, Program, most_pages_seen
 from ...schedule import around, grid
-from ..chips import SUBLANES, Chip
+from ..chips import LANES, SUBLANES, Chip
 from ..pages import Views, compute_dtype
 from .kernel import ITEMS_AT_ONCE
-from .launch import Launch
+from .launch import DecodeLaunch
 from .schedule import DecodeSchedule
 
+# The most query rows of a KV head, padded. Batches with more are for the prefill kernel.
 _MOST_QUERY_ROWS = 128
-# Tokens a block: with fewer, the steps between blocks show beside the work; more hold memory for nothing (modelled).
+# Tokens per page block. With fewer, the time between blocks shows beside the work; more only occupy memory (modelled).
 _TOKENS = 512
-# Scores of one tile, rows x columns, that are worked on at once.
+# The most scores of a tile, rows x columns, that one step of the softmax works on.
 _SCORES = 2**17
-# Seconds for which HBM must have bytes on their way, and as many bytes as are enough for any chip: with fewer it waits
-# out its latency, with more the results of short sequences wait behind pages (modelled).
+# HBM must have bytes on their way for so many seconds, or the kernel waits out its latency. The number of bytes is
+# enough for any chip: with more on their way, the results of short sequences wait behind pages (modelled).
 _IN_FLIGHT, _MOST_IN_FLIGHT = 0.5e-6, 2**20
-# Columns of a block up to which heads go in pairs; with more, a head's own keys fill a product's width (modelled).
+# The most columns of a block whose heads are paired. With more, the keys of one head fill a product's width (modelled).
 _PAIRED_COLUMNS = 256
 _MOST_BUFFERS = 8
-# Of all chips v5e's memory moves fewest bytes a cycle: while a short sequence's pages arrive, the stages of the one
-# before are through, and a turn that waits for two of them takes 1 to 2 % longer than two turns (modelled).
+# v5e moves the fewest bytes per cycle. A short sequence is finished there before the next one's pages arrive, and
+# working on two together takes 1 to 2 % longer than one after the other (modelled).
 _ONE_AT_A_TIME = frozenset({"v5e"})
 
 
 def launch_of(
     program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, chip: Chip, interpret: Any = False
-) -> Launch:
+) -> DecodeLaunch:
     """The kernel that a schedule describes."""
     views = _views(program, layout, call, schedule.pages_per_block)
     items_at_once = 1 if chip.generation in _ONE_AT_A_TIME else ITEMS_AT_ONCE
-    cut = (schedule.sequence, schedule.buffers, schedule.kv_splits, schedule.cores, items_at_once)
-    return Launch(program, views, *cut, chip, interpret)
+    return DecodeLaunch(program, views, schedule, items_at_once, chip, interpret)
 
 
 def plan_schedule(program: Program, layout: PageLayout, call: Call | None, chip: Chip) -> DecodeSchedule:
-    """The heuristic. Blocks are as long as most sequences are seen, up to `_TOKENS`, and shorter where memory ends."""
+    """The heuristic: a page block holds what most sequences' rows see, up to `_TOKENS`, or less if memory is short.
+
+    The ring has as many stages as keep HBM busy. Sequences are split only for a second core that would have no work.
+    """
     call = call or COMMON
     rows = dataclasses.replace(_views(program, layout, call, 1), is_paired=False)
     per_token = rows.tile_rows * rows.columns_per_token
-    tokens = min(_TOKENS, max(128, _SCORES // per_token))
+    tokens = min(_TOKENS, max(LANES, _SCORES // per_token))
     seen = most_pages_seen(program, layout.page_size, call)
     pages = max(1, min(tokens // layout.page_size, _round_up(seen, layout.page_size)))
     splits = 1 if chip.cores == 1 else max(1, min(seen // (2 * pages), -(-2 * chip.cores // call.slots)))
     in_flight = min(_IN_FLIGHT * chip.hbm_bytes_per_second, _MOST_IN_FLIGHT)
     buffers = 2 + math.ceil(in_flight / (pages * layout.bytes_per_page))
-    # Short sequences are worked on some at once, while as many more are on their way.
+    # Short sequences are worked on together, while as many more are on their way.
     buffers = max(buffers, 2 * ITEMS_AT_ONCE) if seen <= pages else buffers
     schedule = DecodeSchedule(
         pages_per_block=pages,
@@ -71,13 +74,13 @@ def plan_schedule(program: Program, layout: PageLayout, call: Call | None, chip:
 
 
 def refuses_call(program: Program, layout: PageLayout, call: Call, chip: Chip) -> str | None:
-    """Why no decode kernel takes this call, or None."""
+    """Why the decode kernel does not accept this call, or None."""
     if call.query_rows is None:
         return "it decodes, with as many query rows for every sequence (RaggedBatch.decode), and this batch's rows vary"
     rows = call.query_rows * -(-program.group // SUBLANES) * SUBLANES
     if rows > _MOST_QUERY_ROWS:
         return (
-            f"it decodes: {call.query_rows} query rows a sequence are {rows} rows a KV head, of at most "
+            f"it decodes: {call.query_rows} query rows per sequence are {rows} rows per KV head, of at most "
             f"{_MOST_QUERY_ROWS}"
         )
     smallest = plan_schedule(program, layout, call, chip)
@@ -105,7 +108,7 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: DecodeSched
 
 
 def alternatives(call: Call, own: DecodeSchedule) -> Iterator[DecodeSchedule]:
-    """Blocks and buffers together; then the other place for the loop over sequences, and more or fewer splits."""
+    """Schedules to time beside ``own``: page blocks and buffers together, then the loop on the grid, then KV splits."""
     pages = around(own.pages_per_block)
     buffers = sorted({2, own.buffers, max(2, own.buffers // 2), min(8, 2 * own.buffers)})
     yield from grid(own, pages_per_block=pages, buffers=buffers)
@@ -114,8 +117,8 @@ def alternatives(call: Call, own: DecodeSchedule) -> Iterator[DecodeSchedule]:
 
 
 def _round_up(pages: int, page_size: int) -> int:
-    """From 256 tokens on, a power of two times 128, whose halves of halves are blocks as well (`Views.prefixes`)."""
-    if pages * page_size <= 256 or 128 % page_size:
+    """From 256 tokens on, the next power of two of tokens. Its halves of halves are `Views.prefixes` as well."""
+    if pages * page_size <= 2 * LANES or LANES % page_size:
         return pages
     return 2 ** (pages * page_size - 1).bit_length() // page_size
 
@@ -123,11 +126,11 @@ def _round_up(pages: int, page_size: int) -> int:
 def vmem_bytes(program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule) -> int:
     """Vector memory of the kernel's buffers."""
     views = _views(program, layout, call, schedule.pages_per_block)
-    return Launch.vmem_bytes(views, schedule.buffers)
+    return DecodeLaunch.vmem_bytes(views, schedule.buffers)
 
 
 def vmem_budget(chip: Chip) -> int:
-    """Vector memory that decode's buffers may take."""
+    """Vector memory that the decode kernel's buffers may occupy."""
     return chip.vmem_for_buffers
 
 

@@ -1,7 +1,8 @@
-"""Writing a step's keys and values in the kernel that then attends: read a few slots, put the new rows in, write back.
+"""Writing a step's keys and values in the decode kernel itself, before it attends.
 
-Granules of many sequences are read at once, changed and written back, and all have arrived before the first page is
-read for attention.
+New rows are few, and most go into the middle of a granule. So every granule that a sequence writes to is read from its
+page, changed and written back, for many sequences at once. All granules are in place before the first page is read for
+attention.
 """
 
 import math
@@ -20,16 +21,17 @@ from ..pages import WorkList, pools_of
 from ..references import Copies, Ref
 from ..write.granules import GRANULE, granule_at, granule_shape, granules_per_seq, row_shape, token_axis
 
-# Vector memory that granules on their way may take, and the most of them at once.
-_STAGE_BYTES, _MOST_STAGED = 2**21, 64
+# Vector memory for granules on their way, and the most sequences whose granules are on their way together.
+_STAGING_BYTES, _MOST_STAGED = 2**21, 64
 
 
 class Targets(NamedTuple):
-    """Where new rows go: ``per_seq`` granules for every sequence, flat.
+    """Where new rows go: for every sequence as many granules as its rows can touch, in one flat list.
 
-    ``page`` is the granule's page, or -1 where nothing is written. ``offset`` is the offset in the page of the
-    granule's first token, and ``position`` that token's position in its sequence. ``is_shared`` is 1 where two
-    sequences write to one granule: granules must then be changed one after the other.
+    * ``page``: the granule's page, or -1 where nothing is written.
+    * ``offset``: the offset in the page of the granule's first token.
+    * ``position``: the position of that token in its sequence.
+    * ``is_shared``: 1 if two sequences write to one granule. Then one sequence must be done before the next begins.
     """
 
     page: Int[Array, " granules"]
@@ -39,23 +41,26 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, seqs: Sequences, rows: int, page_size: int, num_pages: int) -> "Targets":
-        """For clamped sequences of at most ``rows`` rows."""
+        """The granules of sequences that have at most ``rows`` new rows each."""
         first = jnp.clip(seqs.positions, 0, seqs.lengths) // GRANULE * GRANULE
         position = first[:, None] + GRANULE * jnp.arange(granules_per_seq(rows), dtype=jnp.int32)
         is_written = (position < seqs.lengths[:, None]) & (seqs.counts > 0)[:, None]
         entry = jnp.minimum(position // page_size, seqs.tables.shape[1] - 1)
         page = jnp.take_along_axis(seqs.tables, entry, axis=1)
         is_written &= (page >= 0) & (page < num_pages)
-        page, slot = jnp.where(is_written, page, -1).reshape(-1), (position % page_size).reshape(-1)
-        # Each granule that nobody writes gets a number of its own, so that only real ones can be equal.
+        page, offset = jnp.where(is_written, page, -1).reshape(-1), (position % page_size).reshape(-1)
+        # An entry without a granule gets a number of its own, so that only granules can be equal.
         key = jnp.where(page < 0, -1 - jnp.arange(page.shape[0], dtype=jnp.int32), page)
-        pages, slots = jax.lax.sort((key, slot), num_keys=2)
-        is_shared = jnp.any((pages[1:] == pages[:-1]) & (slots[1:] == slots[:-1]))
-        return cls(page, slot, position.reshape(-1), is_shared.astype(jnp.int32)[None])
+        pages, offsets = jax.lax.sort((key, offset), num_keys=2)
+        is_shared = jnp.any((pages[1:] == pages[:-1]) & (offsets[1:] == offsets[:-1]))
+        return cls(page, offset, position.reshape(-1), is_shared.astype(jnp.int32)[None])
 
 
 class Staging(NamedTuple):
-    """Memory for granules of several sequences, and for the rows that go into them; for each pool one of both."""
+    """Memory for the granules of several sequences and for the rows that go into them, of each array of pages.
+
+    All reads share the semaphore ``arrived``, and all writes the semaphore ``left``.
+    """
 
     granules: tuple[Ref, ...]
     rows: tuple[Ref, ...]
@@ -64,7 +69,7 @@ class Staging(NamedTuple):
 
 
 class WriteRefs(NamedTuple):
-    """What the writing part of a kernel reads, writes and works in. ``new`` are the rows to write, by pool."""
+    """What the write reads, writes and works in. ``new`` are the rows to write, for each array of pages."""
 
     work: WorkList
     targets: Targets
@@ -74,7 +79,7 @@ class WriteRefs(NamedTuple):
 
 
 class Write(NamedTuple):
-    """The writing part of a kernel: its static facts. ``rows`` is the most that a sequence writes."""
+    """The write, by its static facts. ``rows`` is the most that a sequence writes."""
 
     layout: PageLayout
     rows: int
@@ -83,7 +88,7 @@ class Write(NamedTuple):
     def staged(self) -> int:
         """Sequences whose granules are on their way together."""
         granule = sum(math.prod(granule_shape(self.layout, pool)) * 4 for pool in pools_of(self.layout))
-        return max(1, min(_MOST_STAGED, _STAGE_BYTES // (granule * granules_per_seq(self.rows))))
+        return max(1, min(_MOST_STAGED, _STAGING_BYTES // (granule * granules_per_seq(self.rows))))
 
     def scratch(self) -> Staging:
         """Memory to write with."""
@@ -107,8 +112,9 @@ class Write(NamedTuple):
             def for_each_granule(act):
                 jax.lax.fori_loop(0, count * per_seq, lambda i, _: act(base * per_seq + i, i), None)
 
-            # All reads are on their way before any is awaited, and both kinds share one semaphore: it counts bytes, so
-            # only when every wait has returned is any of this memory certain to have arrived.
+            # Every read starts before the first is awaited: one after the other, each would take the whole latency of
+            # HBM. All reads share one semaphore, which counts bytes whoever sent them. So nothing is sure to have
+            # arrived before all waits are over, and no granule is changed before that.
             for_each_seq(lambda seq, i: self._row_copies(refs, seq, i).start())
             for_each_granule(lambda granule, i: self._granule_copies(refs, granule, i, is_write=False).start())
             for_each_seq(lambda seq, i: self._row_copies(refs, seq, i).wait())
@@ -136,12 +142,12 @@ class Write(NamedTuple):
         """A granule between its page and place ``i`` of the staging memory; nothing where nothing is written."""
 
         def each(act):
-            page, slot = refs.targets.page[granule], refs.targets.offset[granule]
+            page, offset = refs.targets.page[granule], refs.targets.offset[granule]
 
             @pl.when(page >= 0)
             def _():
                 for pool, ref, buffer in zip(pools_of(self.layout), refs.pools, refs.staging.granules, strict=True):
-                    in_page, staged = granule_at(self.layout, pool, ref, page, slot), buffer.at[i]
+                    in_page, staged = granule_at(self.layout, pool, ref, page, offset), buffer.at[i]
                     if is_write:
                         act(pltpu.make_async_copy(staged, in_page, refs.staging.left))
                     else:
@@ -150,19 +156,21 @@ class Write(NamedTuple):
         return Copies(each)
 
     def _put(self, refs: WriteRefs, granule: Any, i: Any) -> None:
-        """Put a sequence's rows into one of its granules."""
+        """Put a sequence's new rows into one of its granules, at place ``i`` of the staging memory."""
         work, targets, staging = refs.work, refs.targets, refs.staging
-        seq, local = (jax.lax.div(x, granules_per_seq(self.rows)) for x in (granule, i))
+        seq, staged = (jax.lax.div(x, granules_per_seq(self.rows)) for x in (granule, i))
 
         @pl.when(targets.page[granule] >= 0)
         def _():
             for which, pool in enumerate(pools_of(self.layout)):
                 ref, axis = staging.granules[which].at[i], token_axis(self.layout, pool)
                 x = ref[...].astype(jnp.float32)
-                slot = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+                token = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
                 if pool.is_scale:
-                    slot = slot - targets.offset[granule]
+                    # The granule of per-token scales is the whole page, which begins before the granule of keys.
+                    token = token - targets.offset[granule]
                 for row in range(self.rows):
-                    place = jnp.where(row < work.rows[seq], work.position[seq] + row - targets.position[granule], -1)
-                    x = jnp.where(slot == place, staging.rows[which][local, row], x)
+                    # The token of the granule that this row is; -1, which is none, for a row that does not exist.
+                    target = jnp.where(row < work.rows[seq], work.position[seq] + row - targets.position[granule], -1)
+                    x = jnp.where(token == target, staging.rows[which][staged, row], x)
                 ref[...] = x.astype(ref.dtype)

@@ -1,4 +1,4 @@
-"""Pages as the kernels meet them: lists of what to visit, transfers, the stream of blocks, and views of a block."""
+"""Pages as kernels meet them: work lists, copies of pages, the stream of page blocks, and how a block is read."""
 
 from .stream import Stream as Stream
 from .transfer import Pool as Pool
