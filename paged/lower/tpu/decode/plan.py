@@ -110,7 +110,7 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: DecodeSched
 def alternatives(call: Call, own: DecodeSchedule) -> Iterator[DecodeSchedule]:
     """Schedules to time beside ``own``: page blocks and buffers together, then the loop on the grid, then KV splits."""
     pages = around(own.pages_per_block)
-    buffers = sorted({2, own.buffers, max(2, own.buffers // 2), min(8, 2 * own.buffers)})
+    buffers = sorted({2, own.buffers, max(2, own.buffers // 2), min(_MOST_BUFFERS, 2 * own.buffers)})
     yield from grid(own, pages_per_block=pages, buffers=buffers)
     yield from grid(own, sequence=("inline", "grid"))
     yield from grid(own, kv_splits=[splits for splits in around(own.kv_splits) if splits <= call.pages_per_seq])
