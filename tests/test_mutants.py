@@ -198,17 +198,15 @@ MUTANTS = {
         "lower.program",
         "Program",
         "coverage",
-        lambda _: lambda self, p0, p1, j0, j1, n: self.mask.coverage(p0, p1, j0, j1) & Coverage(j0 < n, j1 == j1),
+        lambda _: lambda self, p0, p1, j0, j1, n: self.visibility.coverage(p0, p1, j0, j1) & Coverage(j0 < n, j1 == j1),
     ),
     "pages end a page early": _method(
         "lower.program",
         "Program",
         "coverage",
-        lambda _: lambda self, p0, p1, j0, j1, n: self.mask.coverage(p0, p1, j0, j1) & Coverage(j1 <= n, j1 <= n),
+        lambda _: lambda self, p0, p1, j0, j1, n: self.visibility.coverage(p0, p1, j0, j1) & Coverage(j1 <= n, j1 <= n),
     ),
-    "scores out of order": _method(
-        "lower.program", "Program", "scores", lambda _: lambda self, s, p, j, h: _reversed_scores(self, s, p, j, h)
-    ),
+    "scores out of order": _method("lower.program", "Program", "apply_scores", lambda _: _reversed_scores),
     "last page dropped": _function("lower.program", "visits_by_scatter", _last_page_dropped),
     "dead slots live": _method("lower.program", "Sequences", "of", _dead_slots_live),
     "lengths not clamped": _method("lower.program", "Sequences", "of", _unclamped_lengths),

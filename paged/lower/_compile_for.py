@@ -1,4 +1,4 @@
-"""`compile_for`: the real TPU compiler, on any machine, for any generation."""
+"""`compile_for`: compile a call with the TPU compiler, on any machine, for any TPU generation."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from .base import Schedule
 from .program import Call
 from .tpu import Chip, chip_named
 
-# What lets libtpu load where there is no TPU, and in several processes at once.
+# With these variables libtpu loads where there is no TPU, and in several processes at once.
 _WITHOUT_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -26,9 +26,13 @@ _WITHOUT_A_TPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a call: which lowering and schedule, and how many bytes of what.
+    """A compiled call, as `compile_for` reports it.
 
-    ``temporary_bytes`` is device memory besides arguments and results; ``code_bytes`` is the program's size.
+    * ``generation``: the TPU generation that it is compiled for.
+    * ``lowering``, ``schedule``: what was compiled.
+    * ``argument_bytes``, ``output_bytes``: device memory of the arguments and of the results.
+    * ``temporary_bytes``: device memory besides these.
+    * ``code_bytes``: the size of the compiled program.
     """
 
     generation: str
@@ -41,7 +45,10 @@ class Compiled:
 
 
 class CompileError(RuntimeError):
-    """The compiler refused a call. ``schedule`` is what it was asked to compile, ``generation`` for what."""
+    """The compiler refused a call.
+
+    ``generation`` and ``schedule`` are what it was asked to compile; ``reason`` is the compiler's own message.
+    """
 
     def __init__(self, generation: str, schedule: Schedule, reason: str):
         super().__init__(f"{generation} cannot compile the schedule {schedule}: {reason}")
@@ -58,15 +65,23 @@ def compile_for(
     *,
     new: tuple[Any, Any] | None = None,
 ) -> Compiled:
-    """Compile ``attend(q, pages, batch, sinks)`` ahead of time for a TPU generation.
+    """Compile a call ahead of time for a TPU generation. It needs the package ``libtpu``, and no TPU.
 
-    With ``new=(k, v)`` it is ``attend.update`` that is compiled, with donated pages. ``generation`` is ``"v4"``,
-    ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"tpu7x"``. Arrays may be ``jax.ShapeDtypeStruct``s:
-    only shapes and dtypes count. Needs the package ``libtpu``, and no TPU. The schedule is what would be chosen on that
-    chip, unless the caller's own was given to `lower`.
+    The schedule is the one that would run on that chip: the caller's own if `lower` was given one, else the choice of
+    contexts, tuning file and heuristic.
 
-    Raises `CompileError` with the compiler's own words, ``ImportError`` without libtpu, and ``ValueError`` for an
-    unknown generation or a call that no lowering takes.
+    **Arguments:**
+
+    - `attend`: the lowered attention.
+    - `generation`: ``"v4"``, ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"tpu7x"``.
+    - `q`, `pages`, `batch`, `sinks`: the arguments of ``attend(q, pages, batch, sinks)``. Arrays may be
+      ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
+    - `new`: ``(k, v)``, to compile ``attend.update(q, k, v, pages, batch, sinks)`` with donated pages instead.
+
+    **Returns:** a `Compiled`: what was compiled, and how much memory it needs.
+
+    Raises `CompileError` with the compiler's message, ``ImportError`` without libtpu, and ``ValueError`` for an unknown
+    generation or a call that no lowering accepts.
 
     >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
     >>> layout = PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
@@ -100,7 +115,7 @@ def compile_for(
 
 
 def compile_on(chip: Chip, function: Any, *args: Any) -> Any:
-    """A jitted function of these arguments, of which only shapes and dtypes count, compiled ahead of time."""
+    """Compile a jitted function ahead of time; of its arguments only shapes and dtypes matter."""
     device = _topology(chip.topology).devices[0]
     sharding = SingleDeviceSharding(device)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)

@@ -1,4 +1,4 @@
-"""What differs between the versions of JAX that are supported, as facts with names. Measured on CPU, x86-64."""
+"""Differences between the supported versions of JAX, as facts with names. Measured on CPU, x86-64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 _VERSION = jax.__version_info__
 
-# XLA:CPU computes with these floats by converting them, and to gather from a pool or to update a slot of it converts
-# the *whole pool*, there and back. As bits they are moved alone.
+# XLA:CPU computes with these floats by converting them. To gather from a pool, or to update one token of it, it
+# converts the *whole pool*, there and back. As bits, only what is gathered or updated is moved.
 CONVERTED_WHOLE = tuple(
     jnp.dtype(name)
     for name, is_converted in {
@@ -21,17 +21,18 @@ CONVERTED_WHOLE = tuple(
     if is_converted
 )
 
-# A view as bits, an update and the view back, inside a loop, are one update in place; later versions copy the pool at
-# each turn, so that the views must be outside of the loop, where they copy it once.
+# Whether, inside a loop, a view as bits, an update and the view back become one update in place. Later versions copy
+# the pool in every iteration: there the views must be outside of the loop, where they copy the pool once.
 HAS_BIT_UPDATES_IN_PLACE = _VERSION < (0, 12)
 
 
 def on_devices(run: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
-    """``run`` on every device's shares of the arguments, which are moved to where ``in_specs`` say.
+    """``run`` on every device, with that device's shares of the arguments.
 
-    What varies over which axes is not checked: loops and kernels would have to say it of each array they begin with.
+    Arguments that do not lie as ``in_specs`` say are moved first, where the mesh has explicit axes.
+    JAX does not check over which axes results vary: loops and kernels would have to declare it for every first value.
     """
-    # ``jax.make_mesh`` gives explicit axes, where ``jax.shard_map`` takes no array that lies otherwise.
+    # ``jax.make_mesh`` makes explicit axes, for which ``jax.shard_map`` refuses arrays that lie otherwise.
     sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     if AxisType.Explicit not in mesh.axis_types:
         return sharded

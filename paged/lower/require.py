@@ -44,7 +44,7 @@ def require_new_tokens(layout: PageLayout, k: Any, v: Any, tokens: int | None = 
     _require_rows("v", v, (layout.num_kv_heads, layout.value_dim), "kv_heads and value_dim from the layout")
     tokens = k.shape[0] if tokens is None else tokens
     if k.shape[0] != tokens or v.shape[0] != tokens:
-        raise ValueError(f"k and v must have one row a query token, {tokens}; got {k.shape[0]} and {v.shape[0]}.")
+        raise ValueError(f"k and v must have one row per query token, {tokens}; got {k.shape[0]} and {v.shape[0]}.")
 
 
 def _require_rows(name: str, array: Any, tail: tuple[int, int], why: str) -> None:

@@ -86,9 +86,9 @@ ERRORS = {
     "k rows": (
         lambda: ATTEND.update(Q, KV[:1], KV[:1], PAGES, BATCH),
         ValueError,
-        "one row a query token, 2; got 1 and 1",
+        "one row per query token, 2; got 1 and 1",
     ),
-    "v rows": (lambda: paged.write(KV, KV[:1], PAGES, BATCH), ValueError, "one row a query token, 2; got 2 and 1"),
+    "v rows": (lambda: paged.write(KV, KV[:1], PAGES, BATCH), ValueError, "one row per query token, 2; got 2 and 1"),
     "k dtype": (lambda: paged.write(KV.astype(int), KV, PAGES, BATCH), TypeError, "k must be float16.*got int32"),
     "write raw": (lambda: paged.write(KV, KV, PAGES.arrays[0], BATCH), TypeError, "pages must come from layout.init"),
     "no sinks": (lambda: SINKING(Q, PAGES, BATCH), ValueError, r"sinks is missing.*float32\[4\]"),

@@ -121,7 +121,7 @@ PROGRAMS = {
         "  o = sum_j exp(s[j]) v[j] / sum_j exp(s[j])",
     ),
     "or": (
-        {"causal": False, "mask": Prefix(4) | Chunk(8) | Where(is_odd_pair), "sinks": True, "soft_cap": 30},
+        {"causal": False, "mask": Prefix(4) | Chunk(8) | Where(is_odd_pair), "sinks": True, "soft_cap": 30.0},
         "attention of 8 query heads over 2 KV heads (4 to each), head_dim 16\n"
         "  s[j] = 0.25 * <q, k[j]>\n"
         "  s[j] = 30 * tanh(s / 30)\n"

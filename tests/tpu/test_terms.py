@@ -65,7 +65,9 @@ def _of_products(program: Program, products: np.ndarray) -> tuple[np.ndarray, li
 
 def _expected(program: Program, products: np.ndarray) -> np.ndarray:
     zeros = np.zeros(products.shape, np.int32)
-    return np.asarray(program.scores(products * program.scale, zeros, zeros, np.zeros((ROWS, 1), np.int32)) * UNIT)
+    return np.asarray(
+        program.apply_scores(products * program.scale, zeros, zeros, np.zeros((ROWS, 1), np.int32)) * UNIT
+    )
 
 
 @pytest.mark.parametrize(

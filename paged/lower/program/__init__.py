@@ -1,4 +1,4 @@
-"""What the lowerings read: a spec's `Program`, and the parts of a call that every target computes alike."""
+"""What lowerings read: the `Program` of a spec, and the parts of a call that every target computes alike."""
 
 from .call import COMMON as COMMON
 from .call import Call as Call
@@ -7,8 +7,8 @@ from .sequences import Sequences as Sequences
 from .simplify import implies as implies
 from .simplify import normal_form as normal_form
 from .softmax import Running as Running
-from .softmax import raise_top as raise_top
 from .softmax import select_values as select_values
+from .softmax import update_maximum as update_maximum
 from .terms import Terms as Terms
 from .terms import kernel_terms as kernel_terms
 from .terms import plain_terms as plain_terms

@@ -10,7 +10,15 @@ from paged.spec import Pages, RaggedBatch
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is known of a call when it is traced. ``query_rows`` is the batch's, None where rows vary."""
+    """The static facts of one call, known when it is traced.
+
+    * ``tokens``: query rows in all.
+    * ``slots``: sequence slots of the batch, live or not.
+    * ``pages_per_seq``: entries of a block table.
+    * ``num_pages``: pages of the pool.
+    * ``query_rows``: the number of rows that every slot has; None where it varies.
+    * ``q_dtype``: the dtype of the queries.
+    """
 
     tokens: int
     slots: int
@@ -21,11 +29,11 @@ class Call:
 
     @classmethod
     def of(cls, q: Any, pages: Pages, batch: RaggedBatch) -> "Call":
-        """The shapes of these arguments."""
+        """The facts of a call with these arguments, of which only shapes and dtypes matter."""
         return cls(
             q.shape[0], batch.num_slots, batch.pages_per_seq, pages.num_pages, batch.query_rows, jnp.dtype(q.dtype)
         )
 
 
-# The call that is assumed where nothing is known of one: a common decode step.
+# A common decode step: what is assumed where no call is known.
 COMMON = Call(tokens=64, slots=64, pages_per_seq=256, num_pages=2**14, query_rows=1, q_dtype=jnp.dtype("bfloat16"))

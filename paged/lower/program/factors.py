@@ -1,6 +1,6 @@
-"""Multiplications of scores by constants that follow each other, made one.
+"""Fold successive multiplications of scores by constants into one.
 
-A scale, a cap's two, and the change to powers of two would each be an operation on every score.
+The scale, the two factors of a soft cap, and the change to powers of two would each be an operation on every score.
 """
 
 import collections
@@ -13,17 +13,25 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
-# Constants within these can be made one, or a divisor a factor: beyond, what comes out could be infinite, or so small
-# that it counts as 0.
+# Factors are folded while their product, or a divisor's inverse, stays within these bounds. Beyond them a folded factor
+# could overflow to infinity, or be so small that it counts as 0.
 _SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 def merge_factors(eqns: list[Any], first: Any, results: list[Any]) -> tuple[list[Any], Any, float]:
-    """Equations with consecutive constant factors of what comes of ``first`` as one multiplication, where ``results``
-    are found as before, but for rounding; of positions all is left as it is, since a rule may ask for whole numbers.
+    """Fold successive multiplications by constants, for ``first`` and whatever is computed from it.
 
-    Where ``first`` is used once, and then multiplied, that factor is left to the caller: it comes last, and before it
-    the variable that now stands for the product.
+    Results change by rounding only. Equations on positions alone are left as they are: a mask may need exact integers.
+
+    **Arguments:**
+
+    - `eqns`: the equations, in order.
+    - `first`: the variable of the products.
+    - `results`: the variables that must still be computed.
+
+    **Returns:** the new equations, a variable, and a factor. Where ``first`` is used once, by a multiplication, that
+    equation is dropped: the caller gives the returned variable, which is ``first`` times the factor. Else they are
+    ``first`` and 1.
     """
     uses = collections.Counter(variables([*(v for eqn in eqns for v in eqn.invars), *results]))
     derived = {first}
@@ -52,12 +60,12 @@ def _is_kept_whole(factor: float) -> bool:
 
 
 def variables(atoms: list[Any]) -> list[Any]:
-    """Those of an equation's operands, or of results, that are no constants."""
+    """The operands that are variables, and not constants."""
     return [v for v in atoms if not isinstance(v, jex.Literal)]
 
 
 def _scaling(eqn: Any) -> tuple[Any, float]:
-    """The variable and the constant that an equation multiplies it by; None and 1 of any other equation."""
+    """The variable and the constant that an equation multiplies it by; None and 1 for any other equation."""
     if eqn.primitive not in (lax.mul_p, lax.div_p) or eqn.outvars[0].aval.dtype != jnp.float32:
         return None, 1.0
     x, factor = eqn.invars
@@ -72,6 +80,6 @@ def _scaling(eqn: Any) -> tuple[Any, float]:
 
 
 def _times(eqn: Any, x: Any, factor: float) -> Any:
-    """An equation for the same variable that multiplies ``x`` by a constant."""
+    """An equation with the result of ``eqn`` that multiplies ``x`` by a constant."""
     (made,) = jax.make_jaxpr(lambda x: x * factor)(x.aval).jaxpr.eqns
     return made.replace(invars=[x, *made.invars[1:]], outvars=eqn.outvars)

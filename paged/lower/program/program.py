@@ -1,4 +1,4 @@
-"""`Program`: the normal form of a spec, the same for every target; what the lowerings read."""
+"""`Program`: the normal form of a spec. Every lowering reads it, on every target."""
 
 import dataclasses
 from typing import Any
@@ -10,10 +10,16 @@ from .simplify import normal_form
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """An attention in normal form. Made by `Program.from_spec`, read by lowerings, printed by people.
+    """An attention in normal form. `Program.from_spec` makes it, lowerings read it, and people print it.
 
-    Scores and visibility are written once, here, as functions of tiles of positions that work on plain arrays. A
-    lowering owns data movement only, and asks `coverage` which rectangles to skip and which need no mask.
+    Scores and visibility are defined here, once, as functions of positions that work on plain arrays. A lowering owns
+    data movement only. It asks `coverage` which rectangles of positions to skip, and which need no mask.
+
+    * ``num_q_heads``, ``num_kv_heads``, ``head_dim``: as in the spec.
+    * ``scale``: the factor of the products of queries and keys.
+    * ``score_ops``: the score operations in order, the soft cap first, each with the numbers of this spec's heads.
+    * ``visibility``: the whole mask in normal form: ``causal``, ``window`` and ``mask`` of the spec.
+    * ``sinks``: whether calls bring sinks.
 
     >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64, window=128, soft_cap=50.0, sinks=True)
     >>> print(Program.from_spec(spec))
@@ -29,19 +35,19 @@ class Program:
     head_dim: int
     scale: float
     score_ops: tuple[ScoreOp, ...]
-    mask: Mask
+    visibility: Mask
     sinks: bool
 
     @classmethod
     def from_spec(cls, spec: AttentionSpec) -> "Program":
-        """The program of a spec: its mask simplified, its score operations bound and listed."""
+        """The program of a spec. Two specs of one meaning have equal programs, as far as `normal_form` knows."""
         return cls(
             num_q_heads=spec.num_q_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             scale=spec.softmax_scale,
             score_ops=spec.score_ops,
-            mask=normal_form(spec.visibility),
+            visibility=normal_form(spec.visibility),
             sinks=spec.sinks,
         )
 
@@ -50,26 +56,51 @@ class Program:
         """Query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
 
-    def scores(self, s: Any, p: Any, j: Any, h: Any) -> Any:
-        """Scores after every score operation, from scaled products ``s``; positions and heads broadcast against it."""
+    def apply_scores(self, s: Any, p: Any, j: Any, h: Any) -> Any:
+        """Apply every score operation, in order.
+
+        **Arguments:**
+
+        - `s`: scaled products of queries and keys, float32.
+        - `p`, `j`, `h`: query positions, key positions and query heads; they broadcast against ``s``.
+
+        **Returns:** scores in the shape of ``s``, before the mask.
+        """
         for op in self.score_ops:
             s = op(s, p, j, h)
         return s
 
     def visible(self, p: Any, j: Any, length: Any) -> Any:
-        """Which pairs of a tile are visible: the mask, and ``j < length``."""
-        return self.mask(p, j) & (j < length)
+        """Tell which pairs of a query and a key are visible: ``visibility``, and ``j < length``.
+
+        **Arguments:**
+
+        - `p`, `j`: query positions and key positions, which broadcast against each other.
+        - `length`: the number of keys of the sequence.
+
+        **Returns:** booleans in the broadcast shape.
+        """
+        return self.visibility(p, j) & (j < length)
 
     def coverage(self, p0: Any, p1: Any, j0: Any, j1: Any, length: Any) -> Coverage:
-        """What is certain of ``[p0, p1) x [j0, j1)`` in a sequence of ``length`` tokens; never wrong when certain."""
-        return self.mask.coverage(p0, p1, j0, j1) & Coverage(some=j0 < length, full=j1 <= length)
+        """Tell what is certain about visibility in the rectangle ``[p0, p1) x [j0, j1)``.
+
+        **Arguments:**
+
+        - `p0`, `p1`: the range of query positions, not empty.
+        - `j0`, `j1`: the range of key positions, not empty.
+        - `length`: the number of keys of the sequence: the true one, not a padded one.
+
+        **Returns:** a `Coverage`. "empty" and "full" are never wrong; "partial" may be either.
+        """
+        return self.visibility.coverage(p0, p1, j0, j1) & Coverage(some=j0 < length, full=j1 <= length)
 
     def __str__(self) -> str:
         heads = f"{self.num_q_heads} query heads over {self.num_kv_heads} KV heads ({self.group} to each)"
         lines = [f"attention of {heads}, head_dim {self.head_dim}", f"  s[j] = {self.scale:g} * <q, k[j]>"]
         lines += [f"  s[j] = {op}" for op in self.score_ops]
-        terms = [str(self.mask)] if isinstance(self.mask, And) else [f"({self.mask})"]
-        terms = [] if isinstance(self.mask, Everything) else terms
+        terms = [str(self.visibility)] if isinstance(self.visibility, And) else [f"({self.visibility})"]
+        terms = [] if isinstance(self.visibility, Everything) else terms
         lines += [f"  visible where {' & '.join([*terms, '(j < length)'])}"]
         sink = " + exp(sink[h])" if self.sinks else ""
         total = f"(sum_j exp(s[j]){sink})" if sink else "sum_j exp(s[j])"

@@ -40,7 +40,7 @@ def _negation(mask: Mask) -> Mask:
 
 
 def _combine(kind: type[And] | type[Or], terms: list[Mask]) -> Mask:
-    """``&`` or ``|`` of normal forms. What is said of ``&`` here holds for ``|`` with every implication reversed."""
+    """``&`` or ``|`` of normal forms. For ``|`` every implication is the other way round than for ``&``."""
     neutral, absorbing = (Everything(), Nothing()) if kind is And else (Nothing(), Everything())
     flat = [inner for term in terms for inner in (term.terms if isinstance(term, kind) else (term,))]
     if absorbing in flat:
@@ -66,7 +66,7 @@ def _excludes(kind: type[And] | type[Or], a: Mask, b: Mask) -> bool:
 
 
 def implies(a: Mask, b: Mask) -> bool:
-    """Whether ``a`` is known to imply ``b``, both in normal form. Sound, not complete."""
+    """Whether ``a`` is known to imply ``b``, both in normal form. True is never wrong; False may be."""
     if a == b or isinstance(a, Nothing) or isinstance(b, Everything):
         return True
     if isinstance(a, Or):

@@ -1,4 +1,4 @@
-"""Online softmax: attention over a stream of key blocks, one step at a time."""
+"""Online softmax: attention over blocks of keys, one block after the other."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,15 +12,25 @@ def exact_product(weights: Float[Array, "*heads rows keys"], v: Float[Array, "*h
     return jnp.matmul(weights, v, precision="highest")
 
 
-def raise_top(
+def update_maximum(
     top: Float[Array, "..."],
     block: Float[Array, "..."],
     exp: Callable[[Array], Array] = jnp.exp,
     *,
     is_finite: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """The row maximum after a block whose own is ``block``; what to take from scores before ``exp``; and the factor by
-    which sums relative to the old maximum shrink. ``is_finite`` where every row sees a key of the block."""
+    """Take one more block into a running row maximum.
+
+    **Arguments:**
+
+    - `top`: the row maximum so far; ``-inf`` before any visible key.
+    - `block`: the row maximum of the block.
+    - `exp`: the exponential that weights are made with, such as ``jnp.exp2``.
+    - `is_finite`: whether every row is known to see a key of the block.
+
+    **Returns:** the new maximum; the number to subtract from scores before ``exp``; and the factor by which sums that
+    are relative to the old maximum shrink.
+    """
     new = jnp.maximum(top, block)
     # While a row has seen no key its maximum is -inf, and -inf minus -inf would be NaN.
     origin = new if is_finite else jnp.where(new == -jnp.inf, 0.0, new)
@@ -28,8 +38,11 @@ def raise_top(
 
 
 class Running(NamedTuple):
-    """The softmax of the blocks seen so far: the row maximum, and the sums of weights and of weighted values, both
-    relative to that maximum. All float32. Leading axes, such as KV heads, go side by side."""
+    """An online softmax over the blocks of keys so far, all float32.
+
+    ``top`` is the row maximum of scores. ``total`` sums weights and ``values`` sums weighted values, both relative to
+    that maximum. Leading axes, such as KV heads, are independent of each other.
+    """
 
     top: Float[Array, "*heads rows 1"]
     total: Float[Array, "*heads rows 1"]
@@ -37,29 +50,29 @@ class Running(NamedTuple):
 
     @classmethod
     def start(cls, *heads_rows: int, dim: int) -> "Running":
-        """Of no block at all."""
+        """The state before any block."""
         scalar = (*heads_rows, 1)
         f32 = jnp.float32
         return cls(jnp.full(scalar, -jnp.inf, f32), jnp.zeros(scalar, f32), jnp.zeros((*heads_rows, dim), f32))
 
     def step(self, s: Float[Array, "*heads rows keys"], v: Float[Array, "*heads keys dim"]) -> "Running":
-        """Take in one more block of scores, ``-inf`` where invisible, and its values, finite there."""
+        """Take in one more block: scores, ``-inf`` where invisible, and values, finite even where invisible."""
         running, weights = self.weigh(s)
         return running.add(weights, v)
 
     def weigh(self, s: Float[Array, "*heads rows keys"]) -> tuple["Running", Float[Array, "*heads rows keys"]]:
-        """The first half of `step`: scores to weights. Their values are still to be added, in any number of parts.
+        """The first half of `step`: scores to weights. `add` takes the values, in any number of pieces.
 
         Source: the online softmax of Milakov and Gimelshein, arXiv:1805.02867.
         """
-        top, origin, decay = raise_top(self.top, jnp.max(s, axis=-1, keepdims=True))
+        top, origin, decay = update_maximum(self.top, jnp.max(s, axis=-1, keepdims=True))
         weights = jnp.exp(s - origin)
         total = decay * self.total + jnp.sum(weights, axis=-1, keepdims=True)
         return Running(top, total, decay * self.values), weights
 
     @classmethod
     def first(cls, s: Float[Array, "*heads rows keys"], dim: int) -> tuple["Running", Float[Array, "*heads rows keys"]]:
-        """`weigh` for the first block, with less to compute: nothing decays."""
+        """`weigh` for the first block of a row. It computes less, because no earlier sum decays."""
         top = jnp.max(s, axis=-1, keepdims=True)
         weights = jnp.exp(s - jnp.where(top == -jnp.inf, 0.0, top))
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -71,14 +84,14 @@ class Running(NamedTuple):
         v: Float[Array, "*heads keys dim"],
         product: Callable[[Array, Array], Array] = exact_product,
     ) -> "Running":
-        """The second half of `step`: take in values with the weights that `weigh` gave their keys.
+        """The second half of `step`: add values, weighted by what `weigh` returned for their keys.
 
         ``product(weights, v)`` sums over keys, in float32.
         """
         return self._replace(values=self.values + product(weights, v))
 
     def finish(self) -> tuple[Float[Array, "*heads rows dim"], Float[Array, "*heads rows 1"]]:
-        """The normalised output and the natural log-sum-exp: ``(0, -inf)`` for a row that saw no key."""
+        """The normalised output and the natural log-sum-exp. A row that saw no key has ``(0, -inf)``."""
         out = self.values / jnp.where(self.total == 0, 1.0, self.total)
         return out, jnp.log(self.total) + self.top
 
@@ -86,6 +99,6 @@ class Running(NamedTuple):
 def select_values(
     is_visible: Bool[Array, "... rows keys"], v: Float[Array, "kv_heads keys dim"]
 ) -> Float[Array, "kv_heads keys dim"]:
-    """Values with 0 for every key that no row sees: a weight of 0 does not silence a NaN, a selection does."""
+    """Values, with 0 for every key that no row sees. Such a value may be NaN, and a weight of 0 times NaN is NaN."""
     is_seen = jnp.broadcast_to(is_visible.any(axis=-2)[..., None], (*v.shape[:-1], 1))
     return jnp.where(is_seen, v, 0.0)

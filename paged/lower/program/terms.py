@@ -67,12 +67,12 @@ def plain_terms(program: Program, heads: int, rows: int, keys: int) -> Terms:
     A tile is ``s [heads, rows, keys]``, already scaled, with ``p [1, rows, 1]``, ``j [1, 1, keys]`` and
     ``h [heads, rows, 1]``. A program of built-in terms closes over nothing: its functions are called as they are.
     """
-    if not (program.mask.is_opaque or any(op.is_opaque for op in program.score_ops)):
-        scores = _Cut(lambda: (), lambda _, *tile: program.scores(*tile))
+    if not (program.visibility.is_opaque or any(op.is_opaque for op in program.score_ops)):
+        scores = _Cut(lambda: (), lambda _, *tile: program.apply_scores(*tile))
         return _terms(scores, _Cut(lambda: (), lambda _, *tile: program.visible(*tile)), 0)
     s = jax.ShapeDtypeStruct((heads, rows, keys), jnp.float32)
     p, j, h = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, rows, 1), (1, 1, keys), (heads, rows, 1)))
-    scores, visible = _close(program.scores, s, p, j, h), _close(program.visible, p, j, _LENGTH)
+    scores, visible = _close(program.apply_scores, s, p, j, h), _close(program.visible, p, j, _LENGTH)
     return _terms(scores, visible, len(scores.early()))
 
 
@@ -121,7 +121,7 @@ def _cuts(program: Program, rows: int, keys: int, unit: float = 1.0) -> tuple[_C
     head = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
 
     def scores_of(h: Any, products: Any, p: Any, j: Any) -> Any:
-        scores = program.scores(products * program.scale, p, j, h)
+        scores = program.apply_scores(products * program.scale, p, j, h)
         return scores if unit == 1 else scores * unit
 
     scores = _cut(scores_of, (head,), (s, position, position), merges=True)

@@ -1,4 +1,4 @@
-"""Which pages a block of query rows visits: the pages that the program cannot rule out, and no other."""
+"""Which pages a range of query rows visits: those in which the program cannot rule out a visible key."""
 
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ def visits_by_sort(
 def page_coverage(
     program: Program, p0: Any, p1: Any, length: Any, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
 ) -> Coverage:
-    """For each page of the table, what the query positions ``[p0, p1)`` see of it; holes are empty."""
+    """For each page of the table, what is certain about the query positions ``[p0, p1)``. A hole is empty."""
     j0 = jnp.arange(table.shape[0]) * page_size
     is_there = (p0 < p1) & (table >= 0) & (table < num_pages)
     return program.coverage(p0, p1, j0, j0 + page_size, length) & Coverage(is_there, is_there)

@@ -1,4 +1,4 @@
-"""The schedules of the XLA lowering that are worth timing, by platform and by what the batch is."""
+"""The schedules of the XLA lowering that are worth timing, by platform and by call."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,8 @@ from ..schedule import grid, powers_up_to
 from .cpu import FEW_ROWS
 from .schedule import XlaSchedule
 
-# Sizes to try, where the first is the tokens of a block of pages. A core works on one block of rows at a time, and what
-# it holds must fit its cache; a large machine is filled by row blocks side by side, and pays for every step.
+# Sizes to try; "tokens" are those of a page block. A CPU's core works on one row block at a time, whose tiles must fit
+# its cache. A large machine is filled by row blocks side by side, and every step costs it much.
 _CPU = {
     "tokens": (64, 128, 256, 512),
     "blocks_per_step": (1, 2, 4, 8),
@@ -28,7 +28,7 @@ _OTHER = {
 
 
 def alternatives(program: Program, layout: PageLayout, call: Call, own: XlaSchedule) -> Iterator[XlaSchedule]:
-    """A grid of two fields that weigh most in the batch, and the others one at a time."""
+    """A grid over the two fields that matter most in this call, and the others one at a time."""
     sizes = _CPU if jax.default_backend() == "cpu" else _OTHER
     seen = most_pages_seen(program, layout.page_size, call)
     pages = powers_up_to((tokens // layout.page_size for tokens in sizes["tokens"]), seen)

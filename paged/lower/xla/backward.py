@@ -1,7 +1,7 @@
-"""The XLA lowering's gradient: the forward pass's tiles once more, with weights recomputed from the log-sum-exp.
+"""The XLA lowering's gradient: the tiles of the forward pass once more, with weights recomputed from the log-sum-exp.
 
-Nothing that grows with tokens x length is kept between the passes (Dao et al., arXiv:2205.14135, algorithm 4). What a
-program's score operations do to a gradient is JAX's own differentiation of them, a tile at a time.
+Nothing that grows with tokens x length is kept between the passes (Dao et al., arXiv:2205.14135, algorithm 4). JAX
+differentiates the program's score operations, one tile at a time.
 """
 
 import functools
@@ -20,7 +20,7 @@ from .walk import Operands, Walk
 
 
 def backward(walk: Walk, saved: tuple[Operands, AttentionState], cotangent: AttentionState) -> tuple[Operands]:
-    """Gradients of `attend`'s operands; None stands for no gradient, which integers and quantised pages get."""
+    """Gradients of the operands of `attend`. Integers and quantised pages have none, which is None."""
     operands, state = saved
     row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows)
     is_differentiable = not operands.pages.layout.is_quantised

@@ -15,10 +15,23 @@ def dense_attention(
     v: Float[Array, "batch length kv_heads value_dim"],
     sinks: Sinks | None = None,
 ) -> Float[Array, "batch tokens q_heads value_dim"]:
-    """The spec's attention without pages: the training-time twin of a paged layer.
+    """The spec's attention without pages: for training, and for prompts that need no cache.
 
-    Row ``i`` of ``n`` has position ``length - n + i``. Output in ``q``'s dtype, 0 in empty rows; softmax in float32;
-    differentiable, with finite gradients. Keeps scores of ``tokens x length`` a head, so it suits training lengths.
+    It computes what a paged layer computes from the same keys and values, up to rounding, and is differentiable.
+
+    **Arguments:**
+
+    - `spec`: the attention.
+    - `q`: queries. Row ``i`` of ``n`` has the position ``length - n + i``: the last rows of the sequence.
+    - `k`, `v`: keys and values of all positions, from 0 on.
+    - `sinks`: one logit per query head, or several; needed if and only if the spec has ``sinks=True``.
+
+    **Returns:** the output in the dtype of ``q``, 0 in rows that see no key. Gradients are finite there too. The
+    softmax is in float32.
+
+    Memory grows with ``tokens * length`` per head, since all scores are kept: it suits lengths of training.
+
+    Raises ``ValueError`` or ``TypeError`` that names the argument whose shape or dtype does not fit.
 
     >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=2)
     >>> q, kv = jnp.ones((1, 3, 4, 8)), jnp.ones((1, 3, 2, 8))
@@ -33,7 +46,7 @@ def dense_attention(
     s = program.scale * jnp.einsum("bthgd,bjhd->bhgtj", grouped, k.astype(jnp.float32), precision="highest")
     p, j = length - tokens + jnp.arange(tokens)[:, None], jnp.arange(length)
     head = jnp.arange(spec.num_q_heads).reshape(spec.num_kv_heads, spec.group, 1, 1)
-    s = jnp.where(program.visible(p, j, length), program.scores(s, p, j, head), -jnp.inf)
+    s = jnp.where(program.visible(p, j, length), program.apply_scores(s, p, j, head), -jnp.inf)
     top = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)
     weights = jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The XLA lowering's front: what it takes, its schedule, and a batch's state by the phases it is made of."""
+"""The XLA lowering: what it accepts, its schedule, and how a batch is cut into phases."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -27,14 +27,17 @@ class XlaBlocks(Lowering):
     schedule_type: ClassVar[type[Schedule]] = XlaSchedule
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
-        """Nothing is refused: any spec and any layout that are valid in themselves lower to XLA."""
+        """None: every valid spec over every valid layout runs on XLA."""
         del program, layout, call
         return None
 
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> XlaSchedule:
-        """By platform. On CPU, one block of rows at a time, and blocks of 128 tokens, which with all their heads stay
-        in a core's cache while they are used, four a step (measured: benchmarks/xla_cpu). Elsewhere, many row
-        blocks at once to fill the machine, and larger page blocks to take fewer steps (not measured)."""
+        """By platform.
+
+        On CPU: one row block at a time, and page blocks of 128 tokens, four per step. With all heads such a block stays
+        in a core's cache while it is used (measured: benchmarks/xla_cpu). Elsewhere: many row blocks at once, to fill
+        the machine, and larger page blocks, to take fewer steps (not measured).
+        """
         del program, call
         is_cpu = jax.default_backend() == "cpu"
         return XlaSchedule(
@@ -45,7 +48,7 @@ class XlaBlocks(Lowering):
         )
 
     def alternatives(self, program: Program, layout: PageLayout, call: Call, own: XlaSchedule) -> Iterator[XlaSchedule]:
-        """Sizes around its own choice, those that matter in this call."""
+        """Sizes around the heuristic's, in the fields that matter in this call."""
         return alternatives(program, layout, call, own)
 
     def state(
@@ -69,16 +72,16 @@ class XlaBlocks(Lowering):
         return states[0] if len(states) == 1 else merge(*states)
 
     def write(self, k: Array, v: Array, pages: Pages, seqs: Sequences, query_rows: int | None) -> Pages:
-        """One scatter."""
+        """One scatter, or on CPU a loop over the rows."""
         del query_rows
         return write(k, v, pages, seqs)
 
 
 def _phases(schedule: XlaSchedule, call: Call, seqs: Sequences) -> list[tuple[int, Bool[Array, " seqs"]]]:
-    """Query rows a block, and which sequences are cut into such blocks.
+    """The phases of a batch: the query rows per row block, and which sequences are cut into such row blocks.
 
-    Where all have the same known number of rows that is one phase. A ragged batch is two: sequences with one row,
-    which would waste a larger block, and the others. A phase without members costs nothing.
+    A batch whose sequences have one known number of rows is one phase. A batch with varying rows is two: sequences of
+    one row, which would waste most of a larger row block, and all others. A phase without sequences costs nothing.
     """
     if call.query_rows is not None or call.tokens == 1:
         rows = min(call.query_rows or 1, schedule.rows_per_tile)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ...program import Terms, raise_top
+from ...program import Terms, update_maximum
 from ..chips import LANES, SUBLANES
 from ..pages import Views, dot
 from ..references import Ref
@@ -139,10 +139,10 @@ class BlockKernel:
         group_rows = self.shape.rows_of_strip_group(strip_group)
         head = self.shape.kv_head_of(strip_group)
         largest = jnp.max(scratch.block_top[half, pl.ds(0, rows)], axis=1, keepdims=True)
-        # A score is -inf if it is masked or if a bias makes it so. Without either, `raise_top` needs no care for -inf.
+        # A score is -inf if it is masked or if a bias makes it so. Without either, `update_maximum` need not care.
         is_finite = not is_masked and not self.has_score_ops
         largest = jnp.broadcast_to(largest, (rows, LANES))
-        scratch.top[group_rows], origin, decay = raise_top(
+        scratch.top[group_rows], origin, decay = update_maximum(
             scratch.top[group_rows], largest, jnp.exp2, is_finite=is_finite
         )
         s = scratch.scores[half, pl.ds(0, rows), pl.ds(0, keys)]
