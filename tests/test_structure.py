@@ -16,6 +16,14 @@ PROJECT = [
 ]
 # What each layer may import besides itself. Nothing imports `compat`, the door included.
 LAYERS = {"spec": (), "lower": ("spec",), "runtime": ("spec", "lower"), "compat": ("spec", "lower")}
+# The rooms of a folder, lowest first: a room may import those before it. No circle can then close.
+ROOMS = {
+    "paged/lower": (
+        "jax_version", "program", "base", "schedule", "require", "_check", "xla", "tpu", "registry", "_explain",
+        "attend", "_compile_for", "tuning", "mesh", "door",
+    ),
+    "paged/lower/tpu": ("chips", "references", "pages", "transforms", "write", "base", "decode", "prefill"),
+}  # fmt: skip
 FILE_LINES, FUNCTION_LINES = 400, 60
 
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -60,6 +68,22 @@ def test_siblings_import_through_the_package(path):
         parts = module.split(".")
         if _layer(parts) not in (None, own):
             assert len(parts) == 2, f"line {node.lineno}: {module} reaches into another package"
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_a_room_imports_only_the_rooms_below_it(folder):
+    """So decode is read without prefill, and kernels without the door."""
+    floors, parts = ROOMS[folder], tuple(folder.split("/"))
+    paths = [path for path in SOURCES if path.is_relative_to(ROOT / folder) and path != ROOT / folder / "__init__.py"]
+    rooms = {path: path.relative_to(ROOT / folder).with_suffix("").parts[0] for path in paths}
+    assert set(rooms.values()) == set(floors)
+    for path, room in rooms.items():
+        for node, module, name in _imports(path):
+            target = tuple(module.split("."))
+            if target[: len(parts)] == parts:
+                other = target[len(parts)] if len(target) > len(parts) else name
+                where = f"{path.relative_to(ROOT)}, line {node.lineno}"
+                assert other == room or other in floors[: floors.index(room)], f"{where}: {room} imports {other}"
 
 
 @every_file
