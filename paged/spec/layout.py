@@ -73,10 +73,10 @@ class PageLayout:
             require_positive_int(name, getattr(self, name))
         if self.order not in PAGE_ORDERS:
             raise ValueError(f"order must be one of {PAGE_ORDERS}; got {self.order!r}.")
-        if self.order != "split" and self.value_dim != self.head_dim:
+        if self.value_dim != self.head_dim and "value_dim" not in self.array_axes[-1]:
             raise ValueError(
                 f'order "{self.order}" holds keys and values in one array, so value_dim must equal head_dim; got '
-                f'value_dim={self.value_dim}, head_dim={self.head_dim}. order="split" takes them unequal.'
+                f'value_dim={self.value_dim}, head_dim={self.head_dim}. In order="split" they may differ.'
             )
         if self.dtype not in FLOAT_DTYPES + QUANTISED_DTYPES:
             names = ", ".join(d.name for d in FLOAT_DTYPES + QUANTISED_DTYPES)

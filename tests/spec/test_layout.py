@@ -101,7 +101,7 @@ LAYOUT_ERRORS = {
     "page size": ({"page_size": 0}, ValueError, "page_size must be at least 1; got 0"),
     "page size type": ({"page_size": 4.0}, TypeError, r"page_size must be a Python int; got 4\.0"),
     "value dim of 0": ({"value_dim": 0}, ValueError, "value_dim must be at least 1; got 0"),
-    "value dim": ({"value_dim": 4}, ValueError, r'value_dim must equal head_dim.*value_dim=4.*order="split" takes'),
+    "value dim": ({"value_dim": 4}, ValueError, r'value_dim must equal head_dim.*value_dim=4.*"split" they may'),
     "dtype": ({"dtype": "int32"}, TypeError, "dtype of pages must be one of .*int8.*got int32"),
     "double": ({"dtype": np.float64}, TypeError, "dtype of pages must be one of .*got float64"),
     "scales": ({"scales": "page"}, ValueError, "scales must be None or one of .*got 'page'"),

@@ -1,6 +1,15 @@
 """What the tests share: cases, an independent oracle, tolerances and the table of lowerings.
 
-`docs/extending.md` lists the tables that a new mask, score operation, page order or lowering needs a row of.
+Properties are written once, and every table below is crossed with them. `docs/extending.md` says more.
+
+- A new mask: `mask_by_rule` in `oracle.py`, `leaves` in `masks.py`; ``TABLE``, ``LEAVES`` and ``ERRORS`` in
+  `tests/spec/test_masks.py`, ``EXAMPLES`` in `tests/lower/test_normal_form.py`, ``COUNTS`` in
+  `tests/lower/test_pages_visited.py`, ``MASKS`` in `tests/test_pairs.py`.
+- A new score operation: `_score` in `oracle.py`, ``SCORES`` in `tests/test_pairs.py`.
+- A new page order: ``SHAPES`` and ``PLACES`` in `tests/spec/test_layout.py`. Other tests run over ``PAGE_ORDERS``.
+- A new lowering: ``SMALL_SCHEDULES`` in `lowerings.py`. `ALL_LOWERINGS` finds it, unless its target is ``"tpu"``.
+- A new term or page order on the TPU kernels: the tables of `tests/tpu/test_interpreted.py` and of `test_compiles.py`.
+- A new corner of lengths and rows: ``CORNERS`` in `cases.py`. A new dtype: ``TOLERANCES`` in `compare.py`.
 """
 
 from .arrays import Built as Built

@@ -127,7 +127,7 @@ def test_page_lists_too_long_for_scalar_memory_are_cut_by_sequence(monkeypatch):
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
     """One sequence of four pages, two at a time, each two in two parts: the states of all four are merged."""
     items = items_of_launches(monkeypatch, DecodeLaunch)
-    case = CASE.replace(phase="prefill", spec=PLAIN.replace(sinks=True), sink_shape=(4,))
+    case = CASE.replace(phase="prefill", spec=PLAIN.replace(sinks=True), sink_shape=(4, 3))
     attend = with_scalar_memory(case, (2 * 8 + 80) / 0.6 + 1, SCHEDULE.replace(pages_per_block=1, kv_splits=2))
     for corner in ("first page masked", "exact pages", "empty"):
         assert_equals_reference(attend, build(case.replace(corner=corner)))
