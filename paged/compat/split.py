@@ -22,9 +22,9 @@ _CACHE = "[kv_heads, pages, page_size, head_dim]"
 
 
 def page_attention(
-    query: Float[Array, "seqs q_heads head_dim"],
+    query: Float[Array, "*seqs q_heads head_dim"],
     key_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
-    value_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
+    value_cache: Shaped[Array, "kv_heads pages page_size value_dim"],
     context_lens: Int[AnyArray, " seqs"] | Sequence[Any],
     block_tables: Int[AnyArray, "seqs max_blocks"] | Sequence[Any],
     attn_scale: float | None = None,
@@ -43,7 +43,7 @@ def page_attention(
     axes: Axes | None = None,
     in_specs: Any = None,
     out_specs: Any = None,
-) -> Float[Array, "seqs q_heads head_dim"]:
+) -> Float[Array, "*seqs q_heads value_dim"]:
     """Decode: attention of one query row per sequence over the pages of that sequence.
 
     **Arguments:**
@@ -91,10 +91,10 @@ def page_attention(
 
 
 def prefill_page_attention(
-    query: Float[Array, "chunk q_heads head_dim"],
+    query: Float[Array, "*chunk q_heads head_dim"],
     key_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
-    value_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
-    context_len: Int[AnyArray, "1"] | Sequence[Any],
+    value_cache: Shaped[Array, "kv_heads pages page_size value_dim"],
+    context_len: Int[AnyArray, "..."] | Sequence[Any] | int,
     page_indices: Int[AnyArray, " num_pages"] | Sequence[Any],
     /,
     *,
@@ -108,7 +108,7 @@ def prefill_page_attention(
     axes: Axes | None = None,
     in_specs: Any = None,
     out_specs: Any = None,
-) -> Float[Array, "chunk q_heads head_dim"]:
+) -> Float[Array, "*chunk q_heads value_dim"]:
     """Prefill: causal attention of one sequence's chunk, the last rows of its tokens, over the pages of that sequence.
 
     The pages hold the chunk's own keys and values already. Row ``i`` of a chunk of ``n`` rows has the position
