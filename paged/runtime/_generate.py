@@ -18,6 +18,7 @@ from .pool import PagePool
 from .sampling import Sampler, sample
 
 Model = Callable[[Int[Array, " tokens"], RaggedBatch, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
+Integers = Sequence[int] | Int[Array | np.ndarray, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,9 @@ class StepReport:
 def generate(
     model: Model,
     state: eqx.nn.State,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Integers],
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: int | Integers,
     num_slots: int,
     num_pages: int | None = None,
     page_size: int | None = None,
@@ -67,7 +68,7 @@ def generate(
     chunk_size: int = 64,
     sampler: Sampler | None = None,
     key: PRNGKeyArray | None = None,
-    eos: int | Sequence[int] | None = None,
+    eos: int | Integers | None = None,
     donate_state: bool = False,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> list[Generation]:
@@ -82,7 +83,7 @@ def generate(
     - `model`: a callable pytree, ``logits, state = model(tokens, batch, state)``, that keeps its `Pages` in the state,
       such as a stack of `PagedAttention` layers. ``tokens`` is int32[rows], ``logits`` float[rows, vocab].
     - `state`: the model's Equinox state.
-    - `prompts`: token ids of each prompt, at least one.
+    - `prompts`: token ids of each prompt, at least one: a list or an array.
     - `max_new_tokens`: the most tokens to generate, one number for all prompts or one for each. The last token is
       never cached, so a prompt needs room for ``len(prompt) + max_new_tokens - 1`` tokens.
     - `num_slots`: how many sequences may run at once; rows of a decode step.
@@ -245,7 +246,7 @@ def _num_pages(pages: Pages) -> int:
     return pages.arrays[0].shape[pages.arrays[0].ndim - len(shape) + shape.index(-1)]
 
 
-def _requests(prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> list[Request]:
+def _requests(prompts: Sequence[Integers], max_new_tokens: int | Integers) -> list[Request]:
     limits = np.asarray(max_new_tokens)
     limits = np.broadcast_to(limits, len(prompts)) if limits.ndim == 0 else limits
     if len(limits) != len(prompts):
