@@ -1,4 +1,4 @@
-"""The real TPU compiler takes the kernels: specs, shapes and schedules over five generations, without a TPU.
+"""The real TPU compiler accepts the kernels: specs, shapes and schedules over five generations, without a TPU.
 
 The few points that run always are those of models people have; with ``-m "slow or not slow"`` all do.
 """
@@ -124,8 +124,8 @@ def _copies_the_pool(point):
 
 
 def _most_temporaries(point):
-    """Half a pool. Scales a token, of pages of no whole lanes, are laid out anew for the kernels that read them, and on
-    two-core chips, where the write goes first, once more."""
+    """Half a pool. Per-token scales of pages that are no whole lanes are laid out anew for the kernels that read them.
+    Two-core chips write first, and lay them out once more."""
     is_laid_out_anew = point.get("scales") == "token" and point.get("page_size", 16) % 128 != 0
     return POOL_BYTES if is_laid_out_anew and point.get("update") else POOL_BYTES // 2
 

@@ -1,6 +1,6 @@
 """The TPU decode kernel equals the reference, crossed in pairs, in an interpreter that sees races and unwritten memory.
 
-A row of the table is one kernel, and runs on a few corners of a batch's values: to compile it takes most of the time.
+A row of the table is one kernel. It runs on a few corners of a batch's values, because most of the time is compiling.
 The first rows, which hold half of all pairs, run always; with ``-m "slow or not slow"`` all do.
 """
 
@@ -67,7 +67,7 @@ ROWS = covering_rows(FACTORS, is_allowed=is_taken)
 
 
 def case_of_row(row, phase="decode", rows=0) -> Case:
-    """The case that a row of a table stands for, in its first corner, in a phase with so many rows a sequence."""
+    """The case that a row of a table stands for, in its first corner, with ``rows`` rows per sequence."""
     heads, kv_heads = row["heads"]
     terms = TERMS[row["terms"]]
     dtype, _, scales = row["pool"].partition(" ")

@@ -73,7 +73,7 @@ def _views(**changes):
 
 
 def test_which_heads_can_be_paired():
-    """Whole registers of keys and of values, an even number of heads, and no scales a token."""
+    """Whole registers of keys and of values, an even number of heads, and no per-token scales."""
     assert _views().can_pair and _views().tiles == 2 and _views().tile_rows == 16
     wide = dataclasses.replace(CASE.spec, head_dim=128)
     odd = dataclasses.replace(CASE.spec, num_q_heads=3, num_kv_heads=3)

@@ -19,18 +19,18 @@ from .interpreter import KernelFault, interpreted, params, watched
 from .planting import never_awaited
 
 SCHEDULE = DecodeSchedule(pages_per_block=2, buffers=3)
-# What differs from one row a sequence into packed float32 pages of 16: in the case, in the schedule; and the mode.
+# What differs from one row per sequence into packed float32 pages of 16: in the case, in the schedule; and the mode.
 CASES = {
     "joined": ({"order": "joined"}, {}, "eager"),
     "split, grid": ({"order": "split", "rows": 3}, {"sequence": "grid"}, "on_wait"),
     "interleaved": ({"order": "interleaved", "page_size": 8}, {}, "on_wait"),
     "two cores": ({"rows": 3}, {"cores": 2}, "on_wait"),
-    "scales a token": ({"dtype": "int8", "scales": "token"}, {}, "eager"),
-    "one scale a head": ({"dtype": "float8_e4m3fn", "scales": "head"}, {}, "on_wait"),
+    "per-token scales": ({"dtype": "int8", "scales": "token"}, {}, "eager"),
+    "per-head scales": ({"dtype": "float8_e4m3fn", "scales": "head"}, {}, "on_wait"),
     "bfloat16, many rows": ({"dtype": "bfloat16", "rows": 10}, {}, "on_wait"),
     "splits, written first": ({}, {"kv_splits": 2}, "on_wait"),
 }
-SLOW = ("split, grid", "two cores", "one scale a head", "splits, written first")
+SLOW = ("split, grid", "two cores", "per-head scales", "splits, written first")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
@@ -48,7 +48,7 @@ def test_pages_are_those_of_the_write_and_rows_those_of_attending_to_them(name):
 
 
 def _neighbours(cores=1, sequence="inline", planted="v5p"):
-    """Two sequences write to different slots of one granule of the page that they share, and a third elsewhere."""
+    """Two sequences write to different tokens of one granule of the page that they share, and a third elsewhere."""
     layout = paged.PageLayout(page_size=8, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
     batch = RaggedBatch.decode([3, 4, 9], [[3, 1], [3, 2], [4, 5]])
     q, k = (jax.random.normal(jax.random.key(i), (3, heads, 8)) for i, heads in enumerate((4, 2)))

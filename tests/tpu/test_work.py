@@ -27,7 +27,7 @@ def _visited(corner="mixed", **facts):
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("pages_per_block", [1, 2, 4])
 def test_every_page_is_in_one_item(splits, pages_per_block):
-    """Of a sequence's items, together, its pages in their order; parts are whole blocks but for the last."""
+    """A sequence's items have its pages in their order. All splits but the last are whole blocks."""
     visited = _visited("first page masked")
     work = visited.work_list(slice(0, 5), slice(0, 9), splits=splits, pages_per_block=pages_per_block, cores=1)
     assert work.begin.shape == (5 * splits,)

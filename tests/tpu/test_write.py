@@ -133,7 +133,7 @@ def test_every_batch_is_written_as_xla_writes_it(mode, small_rings):
 # Orders, dtypes and page sizes; the generation (v4, v5p: two cores); how transfers run.
 POINTS = {
     "joined": (_layout("joined", "bfloat16"), "v4", "on_wait"),
-    "split, scales a token": (_layout("split", "int8", "token"), "v5e", "eager"),
+    "split, per-token scales": (_layout("split", "int8", "token"), "v5e", "eager"),
     "interleaved": (_layout("interleaved", "float8_e4m3fn", "head"), "v5p", "on_wait"),
 }
 SLOW_POINTS = {

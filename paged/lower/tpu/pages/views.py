@@ -1,23 +1,36 @@
 """How a block of pages is read: which query rows meet which keys in one product, and where these keys lie.
 
-A *tile* of a block is the keys, and the values, that one product of matrices takes. Its *columns* are the columns of
-the product's scores. What a tile holds depends on the page order, here for 2 KV heads (q0 are the query rows of head 0,
-``-`` is zero, and ``K0`` has a row for every token of the block):
+A *tile* of a block is the keys, and the values, that query rows meet in one product of matrices. Its *columns* are the
+columns of the product's scores. What a tile holds depends on the page order. Here are two KV heads: ``q0`` are the
+query rows of head 0, ``K0`` and ``V0`` are its keys and values, with one row for every token of the block, and ``0``
+are zeros.
 
-    packed, split     a tile for each KV head                     q0 x K0     q1 x K1
-                      two tiles may be paired: one product takes
-                      keys of twice the lanes, as wide as the     q0 -
-                      matrix unit of some chips                   -  q1   x   K0 K1
-    joined            keys and values in registers of their own:  q0 x K0     q1 x K1
-                      key and value in one register: the register
-                      is read as both, and the other half of the
-                      lanes does not count                        q0 -  x  K0 V0     q1 -  x  K1 V1
-    interleaved       one tile is shared by all heads: rows of    q0       K0 of token 0
-                      keys and values take turns, and each query  q1   x   V0 of token 0
-                      row ignores what is no key of its own head           K1 of token 0 ...
+Packed and split order, and joined order with keys and values in registers of their own: a tile for each head. ::
 
-In interleaved order that is cheap while query rows are few. With many query rows, a block is *deinterleaved* first: it
-is laid out anew, so that every head's keys and values can be read with a stride.
+    [ q0 ] x [ K0 ]              [ q1 ] x [ K1 ]
+
+Two such tiles may be *paired*, side by side. A product then takes twice the lanes at a time, as the matrix unit of some
+chips does. Queries are zero at the lanes of the other head, and each row of the result uses its own head's lanes. ::
+
+    [ q0  0  ]  x  [ K0  K1 ]
+    [ 0   q1 ]
+
+Joined order with key and value in one register: the register serves as both. Queries are zero in the value's lanes, and
+only the value's lanes of the result are used. ::
+
+    [ q0  0 ] x [ K0  V0 ]       [ q1  0 ] x [ K1  V1 ]
+
+Interleaved order: one tile is shared by all heads, whose keys and values take turns. Each query row ignores the scores
+of what is no key of its own head. ::
+
+    [ q0 ]  x  [ K0 of token 0 ]
+    [ q1 ]     [ V0 of token 0 ]
+               [ K1 of token 0 ]
+               [ V1 of token 0 ]
+               [ K0 of token 1 ] ...
+
+That is cheap while query rows are few. For many query rows, a block is *deinterleaved* first: it is laid out anew, so
+that every head's keys and values can be read with a stride, as a tile for each head.
 """
 
 import dataclasses
@@ -66,8 +79,10 @@ class Views:
 
     @property
     def can_pair(self) -> bool:
-        """Whether tiles can be paired: heads are even in number and fill whole registers, and nothing else is laid out
-        by head."""
+        """Whether tiles can be paired.
+
+        Heads must be even in number and fill one register each, and nothing else may be laid out by head.
+        """
         is_even, is_flat = self.layout.num_kv_heads % 2 == 0, self.layout.scales != "token"
         return is_even and is_flat and not self.is_shared and self.key_lanes == self.result_lanes == LANES
 
@@ -103,7 +118,8 @@ class Views:
     def key_lanes(self) -> int:
         """Lanes of a query and of a key as they are multiplied.
 
-        That is the head dimension. Joined keys have all lanes before the values, or all lanes if they share a register.
+        That is the head dimension. A joined key has the lanes up to its value, or all lanes of the register that it
+        shares with its value.
         """
         layout = self.layout
         if layout.order != "joined":
