@@ -33,6 +33,9 @@ import pytest
 
 pytest.register_assert_rewrite("tests.support", "tests.tpu")
 
+# A program that names its ranks means the same whatever a user's settings are, and a missing axis is an error.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 _Raises: Any = type(pytest.raises(Exception))
 
 

@@ -97,7 +97,7 @@ class Rotary(eqx.Module):
                 f"and {positions.shape}."
             )
         factor = 1.0 if self.scaling is None else self.scaling.magnitude
-        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.frequencies, jnp.float32)
+        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.frequencies, jnp.float32)[None]
         cos, sin = factor * jnp.cos(angles)[:, None], factor * jnp.sin(angles)[:, None]
         a, b = self._pairs(x[..., : self.rotary_dim].astype(jnp.float32))
         turned = self._unpair(a * cos - b * sin, b * cos + a * sin).astype(x.dtype)

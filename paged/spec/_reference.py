@@ -68,7 +68,7 @@ def reference_state(
     row = _rows(batch, tokens)
     j, keys, values, is_stored = _sequence_keys(pages, batch, row, dtype)
 
-    p, h = row.position[:, None, None], jnp.arange(spec.num_q_heads)[:, None]
+    p, j, h = row.position[:, None, None], j[None, None], jnp.arange(spec.num_q_heads)[None, :, None]
     is_visible = spec.visibility(p, j) & is_stored[:, None, :] & row.is_live[:, None, None]
     # An old table entry may lead to another sequence's NaN, and a weight of 0 times NaN is NaN: select, and then weigh.
     keys, values = (jnp.where(is_visible[:, 0, :, None, None], x, 0) for x in (keys, values))
@@ -108,7 +108,7 @@ def _rows(batch: RaggedBatch, tokens: int) -> _Rows:
     is_live_slot = slots < batch.num_seqs
     start, stop = batch.query_starts[:-1], batch.query_starts[1:]
     row = jnp.arange(tokens)[:, None]
-    owns = (row >= start) & (row < stop) & is_live_slot  # [tokens, seqs]
+    owns = (row >= start[None]) & (row < stop[None]) & is_live_slot[None]  # [tokens, seqs]
     seq = jnp.argmax(owns, axis=1)
     length = jnp.maximum(batch.lengths, 0)[seq]
     position = length - (stop - start)[seq] + row[:, 0] - start[seq]
@@ -120,11 +120,11 @@ def _sequence_keys(pages: Pages, batch: RaggedBatch, row: _Rows, dtype: Any) -> 
     size = pages.layout.page_size
     j = jnp.arange(batch.pages_per_seq * size)
     page = batch.block_tables[row.seq][:, j // size]  # [tokens, positions]
-    is_stored = (j < row.length[:, None]) & (page >= 0) & (page < pages.num_pages)
+    is_stored = (j[None] < row.length[:, None]) & (page >= 0) & (page < pages.num_pages)
     page = jnp.where(is_stored, page, 0)
 
     def read(pool: Array) -> Array:
-        rows = pool[page, :, j % size].astype(dtype)  # [tokens, positions, kv_heads, dim]
+        rows = pool[page, :, (j % size)[None]].astype(dtype)  # [tokens, positions, kv_heads, dim]
         return jnp.where(is_stored[..., None, None], rows, 0)
 
     return j, read(pages.keys()), read(pages.values()), is_stored

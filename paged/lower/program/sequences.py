@@ -59,7 +59,7 @@ class Sequences(NamedTuple):
         per_seq = (self.counts + rows - 1) // rows
         ends = jnp.cumsum(per_seq)
         tile = jnp.arange(most, dtype=jnp.int32)
-        seq = jnp.sum(ends <= tile[:, None], axis=1, dtype=jnp.int32)
+        seq = jnp.sum(ends[None] <= tile[:, None], axis=1, dtype=jnp.int32)
         is_live, seq = seq < ends.shape[0], jnp.minimum(seq, ends.shape[0] - 1)
         first = (tile - (ends - per_seq)[seq]) * rows
         counts = jnp.where(is_live, jnp.clip(self.counts[seq] - first, 0, rows), 0)

@@ -64,7 +64,7 @@ def visits_by_sort(
 
     some, full = jax.vmap(coverage)(p0, p1, lengths, tables)
     width = tables.shape[1]
-    index = jnp.arange(width, dtype=jnp.int32)
+    index = jnp.arange(width, dtype=jnp.int32)[None]
     # Full pages sort before all partial ones, and these before all others; within each kind the index decides.
     key = index + jnp.where(full, 0, jnp.where(some, width, 2 * width))
     key, page = jax.lax.sort((key, tables), dimension=1, num_keys=1)

@@ -98,7 +98,7 @@ class Walk:
         entry = which * self.pages_per_block + jnp.arange(self.pages_per_block)
         is_visit = entry < visits.count
         entry = jnp.minimum(entry, jnp.maximum(visits.count - 1, 0))
-        j = visits.index[entry][:, None] * page_size + jnp.arange(page_size)
+        j = visits.index[entry][:, None] * page_size + jnp.arange(page_size)[None]
         return PageBlock(visits.page[entry], j.reshape(1, 1, -1), jnp.repeat(is_visit, page_size).reshape(1, 1, -1))
 
     def visible(self, page_block: PageBlock, row_block: RowBlock, constants: Any) -> Bool[Array, "1 group_rows keys"]:

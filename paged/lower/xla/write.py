@@ -151,5 +151,7 @@ def _stored(x: Array, layout: PageLayout, scale: Array | None) -> tuple[Array, A
     if layout.scales == "token":
         row_scale = jnp.max(jnp.abs(x), axis=-1) / largest
         scale = row_scale = jnp.where(row_scale == 0, 1.0, row_scale)  # a row of zeros is exact at any scale
-    scaled = jnp.clip(x / (scale if scale.ndim == 0 else scale[..., None]), -largest, largest)
+    if scale.ndim > 0:
+        scale = jnp.expand_dims(scale, (-1,) if scale.ndim == 2 else (0, -1))  # as x: [tokens, kv_heads, dim]
+    scaled = jnp.clip(x / scale, -largest, largest)
     return (jnp.round(scaled) if is_integer else scaled).astype(layout.dtype), row_scale

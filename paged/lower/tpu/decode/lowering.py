@@ -119,8 +119,8 @@ def _own_rows(state: AttentionState, work: WorkList, most: int) -> AttentionStat
 
     It writes the rows of the work list's sequences, and at most ``most`` rows of each, whatever the batch says.
     """
-    row, count = jnp.arange(state.out.shape[0]), jnp.minimum(work.rows, most)
-    is_own = jnp.any((row[:, None] >= work.row) & (row[:, None] < work.row + count), axis=1)
+    row, first, count = jnp.arange(state.out.shape[0])[:, None], work.row[None], jnp.minimum(work.rows, most)[None]
+    is_own = jnp.any((row >= first) & (row < first + count), axis=1)
     out = jnp.where(is_own[:, None, None], state.out, 0.0)
     return AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf))
 

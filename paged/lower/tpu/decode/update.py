@@ -43,7 +43,7 @@ class Targets(NamedTuple):
     def of(cls, seqs: Sequences, rows: int, page_size: int, num_pages: int) -> "Targets":
         """The granules of sequences that have at most ``rows`` new rows each."""
         first = jnp.clip(seqs.positions, 0, seqs.lengths) // GRANULE * GRANULE
-        position = first[:, None] + GRANULE * jnp.arange(granules_per_seq(rows), dtype=jnp.int32)
+        position = first[:, None] + GRANULE * jnp.arange(granules_per_seq(rows), dtype=jnp.int32)[None]
         is_written = (position < seqs.lengths[:, None]) & (seqs.counts > 0)[:, None]
         entry = jnp.minimum(position // page_size, seqs.tables.shape[1] - 1)
         page = jnp.take_along_axis(seqs.tables, entry, axis=1)

@@ -131,7 +131,7 @@ class PrefillLaunch:
         out, lse = Running(top / _LOG2E, total, values).finish()
         _, v_scale = self._head_scales(pages)
         if v_scale is not None:
-            out = out * jnp.repeat(v_scale, self.program.group)[:, None]
+            out = out * jnp.repeat(v_scale, self.program.group)[None, :, None]
         return AttentionState(out, lse[..., 0])
 
     def _tile(self, shape: TileShape) -> TileKernel:

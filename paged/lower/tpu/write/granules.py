@@ -153,7 +153,7 @@ class Granules(NamedTuple):
 
         Tokens that are not written hold the rows of other tokens.
         """
-        row = jnp.clip(self.row[:, None] + jnp.arange(GRANULE), 0, rows.shape[0] - 1)
+        row = jnp.clip(self.row[:, None] + jnp.arange(GRANULE)[None], 0, rows.shape[0] - 1)
         return jnp.moveaxis(rows[row], 1, 1 + axis)
 
 
@@ -176,5 +176,5 @@ def _searchsorted(ends: Array, index: Array) -> Array:
 def _turns(page: Int[Array, " granules"], offset: Int[Array, " granules"]) -> Int[Array, " granules"]:
     """For each granule, how many before it are the same. All pairs are compared, because a TPU sorts slowly."""
     index = jnp.arange(page.shape[0])
-    same = (page[:, None] == page) & (offset[:, None] == offset) & (index[:, None] > index)
+    same = (page[:, None] == page[None]) & (offset[:, None] == offset[None]) & (index[:, None] > index[None])
     return jnp.where(page < 0, -1, jnp.sum(same, axis=1, dtype=jnp.int32))
