@@ -22,7 +22,8 @@ class RaggedBatch(eqx.Module):
 
     - `lengths` i32[S]: tokens of each sequence *after* this step's own tokens are written.
     - `block_tables` i32[S, pages_per_seq]: where tokens are stored. Token ``j`` of the sequence in slot ``s`` is at
-      offset ``j % P`` of page ``block_tables[s, j // P]``. Entries that no visible token needs may hold anything.
+      offset ``j % P`` of page ``block_tables[s, j // P]``, where ``P`` is the page size. Entries that no visible token
+      needs may hold anything.
     - `query_starts` i32[S + 1]: slot ``s`` owns the query rows ``query_starts[s] : query_starts[s + 1]``. Row ``i`` of
       ``n`` is at position ``lengths[s] - n + i``.
     - `num_seqs` i32[]: the first ``num_seqs`` slots are live, by default all. Values of the others are never used.

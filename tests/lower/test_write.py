@@ -1,4 +1,4 @@
-"""`write`: every live token in its slot, and not a bit anywhere else."""
+"""`write`: every live token in its place, and not a bit anywhere else."""
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,15 @@ def _bits(array):
     return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
 
 
-def _by_slot(pages):
-    """Raw bits of each slot as ``[pages, page_size, bytes of keys and values]``, whatever the order."""
+def _by_offset(pages):
+    """Raw bits at each offset of each page, as ``[pages, page_size, bytes of keys and values]``, whatever the order."""
     axes = pages.layout.page_axis, pages.layout.offset_axis
     moved = [np.moveaxis(_bits(a), axes, (0, 1)) for a in pages.arrays]
     return np.concatenate([m.reshape(*m.shape[:2], -1) for m in moved], axis=-1)
 
 
 def _written(built: Built):
-    """Which slots the step writes, from the case and not from the library."""
+    """Where the step writes, as ``[pages, page_size]``, from the case and not from the library."""
     flags = np.zeros(built.is_held.shape, bool)
     size = built.case.page_size
     for owner in built.row_of:
@@ -35,18 +35,18 @@ def _written(built: Built):
 
 @pytest.mark.parametrize("order", PAGE_ORDERS)
 @pytest.mark.parametrize("corner", CORNERS)
-def test_touches_its_own_slots_and_not_a_bit_elsewhere(order, corner):
-    """Dead rows, positions before the first token and padding are dropped; every other slot keeps its NaN's bits."""
+def test_touches_its_own_places_and_not_a_bit_elsewhere(order, corner):
+    """Dead rows, positions before the first token and padding are dropped; every other place keeps its NaN's bits."""
     built = build(case_of("plain", "ragged", order=order, corner=corner), hold_new=False)
     pages = paged.write(built.k, built.v, built.pages, built.batch)
-    before, after, written = _by_slot(built.pages), _by_slot(pages), _written(built)
+    before, after, written = _by_offset(built.pages), _by_offset(pages), _written(built)
     np.testing.assert_array_equal(before[~written], after[~written])
     assert (before[written] != after[written]).any(axis=-1).all()
     for row, owner in enumerate(built.row_of):
         if owner is not None and owner[1] >= 0:
-            page, slot = built.batch.block_tables[owner[0], owner[1] // 4], owner[1] % 4
-            np.testing.assert_array_equal(pages.keys()[page, :, slot], built.k[row])
-            np.testing.assert_array_equal(pages.values()[page, :, slot], built.v[row])
+            page, offset = built.batch.block_tables[owner[0], owner[1] // 4], owner[1] % 4
+            np.testing.assert_array_equal(pages.keys()[page, :, offset], built.k[row])
+            np.testing.assert_array_equal(pages.values()[page, :, offset], built.v[row])
 
 
 @pytest.mark.parametrize("order", PAGE_ORDERS)
@@ -58,7 +58,7 @@ def test_a_hole_drops_its_tokens_and_touches_nothing(order, hole):
     tables[2, 2:] = hole  # sequence 2 writes six tokens, 7 to 12, over pages 1 to 3
     whole = RaggedBatch(built.batch.lengths, tables, built.batch.query_starts, built.batch.num_seqs)
     pages = paged.write(built.k, built.v, built.pages, whole)
-    before, after, written = _by_slot(built.pages), _by_slot(pages), _written(built)
+    before, after, written = _by_offset(built.pages), _by_offset(pages), _written(built)
     written[np.array(built.batch.block_tables)[2, 2:]] = False
     np.testing.assert_array_equal(before[~written], after[~written])
     assert (before[written] != after[written]).any(axis=-1).all()
@@ -79,7 +79,7 @@ def test_rows_past_the_table_touch_nothing(order):
             position += {0: length - 5, 2: 6}.get(s, 0)
             if position < 16:
                 want[int(batch.block_tables[s, position // 4]), position % 4] = row
-        before, after = _by_slot(built.pages), _by_slot(pages)
+        before, after = _by_offset(built.pages), _by_offset(pages)
         assert set(zip(*np.nonzero((before != after).any(axis=-1)), strict=True)) == set(want)
         for (page, offset), row in want.items():
             np.testing.assert_array_equal(pages.keys()[page, :, offset], built.k[row])
@@ -92,8 +92,8 @@ def test_rounds_to_the_pages_dtype_once(dtype):
     pages = paged.write(built.k, built.v, built.pages, built.batch)
     row = next(i for i, owner in enumerate(built.row_of) if owner is not None and owner[1] >= 0)
     seq, position = built.row_of[row]
-    page, slot = built.batch.block_tables[seq, position // 4], position % 4
-    np.testing.assert_array_equal(pages.keys()[page, :, slot], built.k[row].astype(dtype).astype(jnp.float32))
+    page, offset = built.batch.block_tables[seq, position // 4], position % 4
+    np.testing.assert_array_equal(pages.keys()[page, :, offset], built.k[row].astype(dtype).astype(jnp.float32))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])

@@ -1,4 +1,4 @@
-"""`build`: a case's arrays, in which every slot that holds no live token of a live sequence is poison."""
+"""`build`: a case's arrays, in which every offset of every page that holds no live token is poison."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ _BEFORE = 64
 class Built:
     """A case's arrays for a lowering, and what is known of them.
 
-    ``k`` and ``v`` are this step's own tokens, for `update`. ``is_held[page, slot]`` says which slots hold a live
+    ``k`` and ``v`` are this step's own tokens, for `update`. ``is_held[page, offset]`` says where pages hold a live
     token. ``visible[row]`` lists the key positions that a row sees by brute force, None for padding rows, and
     ``row_of[row]`` is its sequence and position. ``error_unit[row]`` is, for each head, the largest
     ``scale * sum_d |q_d k_d|`` over the visible keys, and the largest ``|v|``.
@@ -50,7 +50,7 @@ def build(
 
     ``physical_seed`` moves pages about in the pool and redraws garbage; it changes nothing that may matter.
     ``changed`` names sequences whose contents and lengths are drawn anew. With ``hold_new=False`` this step's own
-    tokens are not in the pool yet, and the slots they will be written to are poison too.
+    tokens are not in the pool yet, and where they will be written there is poison too.
     """
     lengths, rows, live = case.values()
     lengths = [max(1, n - 2) if s in changed else n for s, n in enumerate(lengths)]
@@ -191,28 +191,28 @@ class _Pool:
         return np.where(is_inside, inside, self.rng.choice(_GARBAGE, shape)).astype(np.int32)
 
     def store(self, s: int, needed: np.ndarray, held: np.ndarray, drawn: Any, tables: np.ndarray) -> None:
-        """Map a sequence's needed pages, and put the held tokens that lie in them into their slots."""
+        """Map a sequence's needed pages, and put the held tokens that lie in them at their offsets."""
         tables[s, needed] = self.physical[s * self.case.pages_per_seq + needed]
         held = held[np.isin(held // self.case.page_size, needed)]
-        page, slot = tables[s, held // self.case.page_size], held % self.case.page_size
-        self.is_held[page, slot] = True
+        page, offset = tables[s, held // self.case.page_size], held % self.case.page_size
+        self.is_held[page, offset] = True
         for which, x in enumerate(drawn):
             rows = np.moveaxis(x[:, held], 0, 1)  # [held, kv_heads, dim]
             if self.scales is not None:
-                rows = self._quantise(which, rows, page, slot)
-            self.raw[which][page, :, slot] = rows.astype(self.raw[which].dtype)
+                rows = self._quantise(which, rows, page, offset)
+            self.raw[which][page, :, offset] = rows.astype(self.raw[which].dtype)
 
-    def _quantise(self, which: int, rows: np.ndarray, page: np.ndarray, slot: np.ndarray) -> np.ndarray:
+    def _quantise(self, which: int, rows: np.ndarray, page: np.ndarray, offset: np.ndarray) -> np.ndarray:
         scale = self.scales[which]  # pyright: ignore
         if self.case.scales == "token":
-            scale[page, :, slot] = np.abs(rows).max(axis=-1) / (127 if self.case.dtype == "int8" else 12.0)
-            rows = rows / scale[page, :, slot][..., None]
+            scale[page, :, offset] = np.abs(rows).max(axis=-1) / (127 if self.case.dtype == "int8" else 12.0)
+            rows = rows / scale[page, :, offset][..., None]
         else:
             rows = rows / (scale[:, None] if scale.ndim else scale)
         return np.clip(np.round(rows), -127, 127) if self.case.dtype == "int8" else rows
 
     def pages(self) -> tuple[Pages, np.ndarray, np.ndarray]:
-        """The pages in the case's order, and their dequantised keys and values as ``[pages, kv_heads, slot, dim]``."""
+        """The pages in the case's order; and dequantised, keys and values as ``[pages, kv_heads, offset, dim]``."""
         layout, (k, v) = self.case.layout, self.raw
         tokens = layout.stack(*(jnp.asarray(x.swapaxes(1, 2)) for x in (k, v)))  # [pages, page_size, ..]
         arrays = [np.moveaxis(np.asarray(x), (0, 1), (layout.page_axis, layout.offset_axis)) for x in tokens]
