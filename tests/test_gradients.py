@@ -81,7 +81,7 @@ def _assert_close(got, want):
 @pytest.mark.parametrize("corner", ["mixed", "more rows than tokens"])
 @pytest.mark.parametrize("name", SPECS)
 def test_gradients_are_the_references(lowering, name, corner):
-    """Of q, every array of the pages, and the sinks, through both out and lse; pages hold NaN where nothing lives."""
+    """Gradients of q, the pages and the sinks, through both out and lse. Pages hold NaN where no token lies."""
     case = _case(name)
     built = build(case.replace(corner=corner))
     attend = lowered(lowering, case)

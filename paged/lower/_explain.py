@@ -16,7 +16,7 @@ from .schedule import HEURISTIC, Choice
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a call runs. Print it to read it; the fields are for tests and tools.
+    """The answer of `explain`. Print it to read it; the fields are for tests and tools.
 
     * ``program``, ``layout``: the attention in normal form, and the pages that it is over.
     * ``schedule``: the schedule that runs, which names its lowering.

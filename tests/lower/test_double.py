@@ -6,14 +6,14 @@ import pytest
 
 import paged
 
-SCHEDULES = {"several blocks a step": None, "one": paged.XlaSchedule(pages_per_block=1)}
+SCHEDULES = {"several blocks per step": None, "one": paged.XlaSchedule(pages_per_block=1)}
 BATCHES = {
     "decode": lambda: paged.RaggedBatch.decode(lengths=[9, 0], block_tables=[[5, 1, 2], [-1, -1, -1]]),
     "ragged": lambda: paged.RaggedBatch([7, 2], [[5, 1, 2], [3, -1, -1]], [0, 1, 2]),
 }
 
 
-@pytest.mark.parametrize(("batch", "schedule"), [("decode", "several blocks a step"), ("ragged", "one")])
+@pytest.mark.parametrize(("batch", "schedule"), [("decode", "several blocks per step"), ("ragged", "one")])
 def test_update_and_its_gradient_under_64_bits(batch, schedule):
     spec = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=6, soft_cap=5.0, sinks=True)
     layout = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
