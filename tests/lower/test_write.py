@@ -66,7 +66,7 @@ def test_a_hole_drops_its_tokens_and_touches_nothing(order, hole):
 
 @pytest.mark.parametrize("order", PAGE_ORDERS)
 def test_rows_past_the_table_touch_nothing(order):
-    """One sequence writes six rows, of which three are past its last entry; another writes one row, which is past it."""
+    """One sequence writes six rows, of which three are past its last entry; another writes one, past it."""
     built = build(case_of("plain", "ragged", order=order, corner="one past a page"), hold_new=False)
     assert built.batch.lengths.tolist()[2] == 13 and built.batch.pages_per_seq * 4 == 16
     for length in (17, 2**31 - 1):
