@@ -26,7 +26,7 @@ from ._explain import Explanation, explain
 from .base import Lowering, Schedule
 from .program import Call, Program, Sequences
 from .registry import device_kinds
-from .require import require_new_tokens, require_pages, require_queries
+from .require import require_new_tokens, require_pages, require_queries, require_whole_call
 from .schedule import NO_ADVICE, Advice, Choice, choose, choose_for_any_call
 
 Merge = Callable[[AttentionState], AttentionState]
@@ -199,7 +199,10 @@ class Attend:
           concrete.
 
         **Returns:** the explanation. With a batch it also counts the pages and bytes that the call touches.
+
+        Raises ``TypeError`` when only some of the arguments are given.
         """
+        require_whole_call(q=q, pages=pages, batch=batch)
         call = None if q is None or pages is None or batch is None else Call.of(q, pages, batch)
         return explain(self.program, self.layout, self.choice(call), call, batch)
 

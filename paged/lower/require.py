@@ -47,6 +47,13 @@ def require_new_tokens(layout: PageLayout, k: Any, v: Any, tokens: int | None = 
         raise ValueError(f"k and v must have one row per query token, {tokens}; got {k.shape[0]} and {v.shape[0]}.")
 
 
+def require_whole_call(**arguments: Any) -> None:
+    """Raise ``TypeError`` if only some of these arguments are given: the call that they describe would be ignored."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if given and len(given) < len(arguments):
+        raise TypeError(f"explain needs {', '.join(arguments)} together, or none of them; got only {', '.join(given)}.")
+
+
 def _require_rows(name: str, array: Any, tail: tuple[int, int], why: str) -> None:
     shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
     if shape is None or dtype is None:

@@ -91,6 +91,11 @@ ERRORS = {
     "v rows": (lambda: paged.write(KV, KV[:1], PAGES, BATCH), ValueError, "one row per query token, 2; got 2 and 1"),
     "k dtype": (lambda: paged.write(KV.astype(int), KV, PAGES, BATCH), TypeError, "k must be float16.*got int32"),
     "write raw": (lambda: paged.write(KV, KV, PAGES.arrays[0], BATCH), TypeError, "pages must come from layout.init"),
+    "half a call": (
+        lambda: ATTEND.explain(Q, batch=BATCH),
+        TypeError,
+        "explain needs q, pages, batch together, or none of them; got only q, batch",
+    ),
     "no sinks": (lambda: SINKING(Q, PAGES, BATCH), ValueError, r"sinks is missing.*float32\[4\]"),
     "sinks": (lambda: ATTEND(Q, PAGES, BATCH, jnp.zeros(4)), ValueError, "spec says sinks=False.*sinks=True"),
     "sinks dtype": (

@@ -28,7 +28,7 @@ from ..attend import Attend, run_state, run_update
 from ..base import Schedule
 from ..jax_version import on_devices
 from ..program import Call, Program
-from ..require import require_layout, require_new_tokens, require_pages, require_queries
+from ..require import require_layout, require_new_tokens, require_pages, require_queries, require_whole_call
 from .axes import Axes, Shares
 from .context import merge_over, spread, with_own_pages
 from .heads import repeated, repeats_of, select_own_heads, share_of
@@ -182,6 +182,7 @@ class ShardedAttend:
 
         **Returns:** the explanation. With a batch it counts the pages and bytes that all devices touch together.
         """
+        require_whole_call(q=q, pages=pages, batch=batch)
         if q is None or pages is None or batch is None:
             one = self.first_device.explain()
             return dataclasses.replace(one, program=self.program, layout=self.layout, notes=self._notes())
