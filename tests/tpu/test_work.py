@@ -8,7 +8,7 @@ import pytest
 
 from paged.lower import Program, Sequences
 from paged.lower.tpu import CHIPS
-from paged.lower.tpu.pages import chunks
+from paged.lower.tpu.pages import kernel_slices
 from paged.lower.tpu.pages.work import TileVisits, _bounds
 from paged.spec import Prefix
 from tests.support import Case, build
@@ -67,10 +67,10 @@ def test_cores_share_the_items_evenly(cores, items):
 
 @pytest.mark.parametrize("tables", [(1, 1), (64, 256), (1, 10**6), (256, 4096), (5000, 3), (7, 70000)])
 @pytest.mark.parametrize("kv_splits", [1, 8])
-def test_chunks_cover_the_tables_once_and_fit(tables, kv_splits):
+def test_kernels_cover_the_tables_once_and_fit(tables, kv_splits):
     """What is left of scalar memory is for the compiler."""
     chip = CHIPS["v5e"]
-    pieces = list(chunks(tables, chip, kv_splits))
+    pieces = list(kernel_slices(tables, chip, kv_splits))
     rows = sorted({(a.start, a.stop) for a, _ in pieces})
     entries = sorted({(b.start, b.stop) for _, b in pieces})
     assert len(pieces) == len(rows) * len(entries)

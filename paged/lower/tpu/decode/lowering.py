@@ -15,7 +15,7 @@ from ...program import Call, Program, Sequences
 from ...xla import token_rows
 from ..base import TpuLowering
 from ..chips import LANES
-from ..pages import TileVisits, WorkList, chunks, pools_of
+from ..pages import TileVisits, WorkList, kernel_slices, pools_of
 from ..write.granules import row_shape
 from .launch import New
 from .plan import alternatives, fits, launch_of, plan_schedule, refuses_call, vmem_bytes
@@ -55,7 +55,7 @@ class TpuDecode(TpuLowering):
     ) -> list[str]:
         """Memory of the kernel, how many kernels there are, and the time of its transfers alone."""
         chip, mebibytes = self.target_chip, vmem_bytes(program, layout, call, schedule) / 2**20
-        kernels = len(list(chunks((call.slots, call.pages_per_seq), chip, schedule.kv_splits)))
+        kernels = len(list(kernel_slices((call.slots, call.pages_per_seq), chip, schedule.kv_splits)))
         microseconds = 1e6 * bytes_visited / chip.hbm_bytes_per_second
         lines = [
             f"{kernels} kernel(s) on {chip.generation}, each with {schedule.buffers} buffers of "
@@ -77,8 +77,8 @@ class TpuDecode(TpuLowering):
         launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret)
         visited = TileVisits.of(program, seqs, layout.page_size, pages.num_pages)
         states = []
-        for part in chunks(seqs.tables.shape, launch.chip, schedule.kv_splits):
-            work = visited.work_list(*part, **_split(schedule))
+        for rows, entries in kernel_slices(seqs.tables.shape, launch.chip, schedule.kv_splits):
+            work = visited.work_list(rows, entries, **_division(schedule))
             states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.query_rows))
         return functools.reduce(merge, states)
 
@@ -100,12 +100,13 @@ class TpuDecode(TpuLowering):
         """
         layout = pages.layout
         launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret)
-        parts = list(chunks(seqs.tables.shape, launch.chip, schedule.kv_splits))
-        if schedule.cores > 1 or schedule.kv_splits > 1 or len(parts) > 1:
+        kernels = list(kernel_slices(seqs.tables.shape, launch.chip, schedule.kv_splits))
+        if schedule.cores > 1 or schedule.kv_splits > 1 or len(kernels) > 1:
             pages = self.write(k, v, pages, seqs, call.query_rows)
             return self.run_state(program, schedule, call, q, pages, seqs), pages
         targets = Targets.of(seqs, call.query_rows or 1, layout.page_size, pages.num_pages)
-        work = TileVisits.of(program, seqs, layout.page_size, pages.num_pages).work_list(*parts[0], **_split(schedule))
+        visited = TileVisits.of(program, seqs, layout.page_size, pages.num_pages)
+        work = visited.work_list(*kernels[0], **_division(schedule))
         rows = tuple(
             x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
             for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
@@ -125,7 +126,7 @@ def _own_rows(state: AttentionState, work: WorkList, most: int) -> AttentionStat
     return AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf))
 
 
-def _split(schedule: DecodeSchedule) -> dict[str, int]:
+def _division(schedule: DecodeSchedule) -> dict[str, int]:
     return {"splits": schedule.kv_splits, "pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
 
 

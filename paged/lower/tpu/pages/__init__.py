@@ -10,5 +10,5 @@ from .views import compute_dtype as compute_dtype
 from .views import dot as dot
 from .work import TileVisits as TileVisits
 from .work import WorkList as WorkList
-from .work import chunks as chunks
+from .work import kernel_slices as kernel_slices
 from .work import rows_and_entries as rows_and_entries

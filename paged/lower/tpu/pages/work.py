@@ -116,7 +116,7 @@ def _bounds(blocks: Int[Array, " items"], cores: int) -> Int[Array, " cores_plus
     return jnp.stack([jnp.int32(0), *cuts, jnp.int32(items)])
 
 
-def chunks(tables: tuple[int, ...], chip: Chip, splits: int = 1) -> Iterator[tuple[slice, slice]]:
+def kernel_slices(tables: tuple[int, ...], chip: Chip, splits: int = 1) -> Iterator[tuple[slice, slice]]:
     """The block tables of each kernel, and the entries of these: usually one kernel has all of them.
 
     There are several kernels where scalar memory cannot hold the work list.

@@ -1,11 +1,10 @@
 """The two writing kernels: one for granules of which every token is written, and one for all other granules.
 
 Both are pipelines over a ring of buffers in vector memory. While some stages of the ring are being filled, others are
-on their way to the pages:
+on their way to the pages::
 
-    whole     new rows --read--> ring --write--> pages
-    partial   new rows --read--> ring  \\
-              pages    --read--> ring  --change--> ring --write--> pages
+    whole      read new rows                                                  write granules
+    partial    read new rows and old granules    put rows into granules       write granules
 """
 
 import abc
