@@ -303,7 +303,7 @@ class Pages(eqx.Module):
         raw = jnp.transpose(raw, [*map(axes.index, ("page", "head", "offset")), 3]).astype(jnp.float32)
         if scale is None:
             return raw
-        return raw * (scale[..., None] if scale.ndim == 3 else scale.reshape(-1, 1, 1))
+        return raw * (scale[..., None] if scale.ndim == 3 else scale.reshape(1, -1, 1, 1))
 
 
 def _require_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any, why: str) -> None:

@@ -75,14 +75,14 @@ def merge_stacked(states: AttentionState) -> AttentionState:
     >>> merge_stacked(states).out.tolist()
     [[[2.0]]]
     """
-    top = jax.lax.stop_gradient(jnp.max(states.lse, axis=0))
+    top = jax.lax.stop_gradient(jnp.max(states.lse, axis=0, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     share = exp_minus(states.lse, top)
-    total = jnp.sum(share, axis=0)
+    total = jnp.sum(share, axis=0, keepdims=True)
     is_empty = total == 0
     total = jnp.where(is_empty, 1.0, total)
     out = jnp.sum((share / total)[..., None] * states.out, axis=0)
-    return AttentionState(out, jnp.where(is_empty, -jnp.inf, top + jnp.log(total)))
+    return AttentionState(out, jnp.where(is_empty, -jnp.inf, top + jnp.log(total))[0])
 
 
 def add_sinks(state: AttentionState, sinks: Float[Array, " q_heads"]) -> AttentionState:

@@ -86,13 +86,13 @@ def test_alibi_slopes_are_the_papers(heads):
     power = 2 ** int(math.log2(heads))
     assert len(slopes) == heads and slopes[:power] == tuple(2.0 ** (-8 * (h + 1) / power) for h in range(power))
     assert slopes[power:] == tuple(2.0 ** (-4 * (2 * i + 1) / power) for i in range(heads - power))
-    s = ALiBi().bind(heads)(jnp.zeros((heads, 1)), 7, jnp.array([4]), jnp.arange(heads)[:, None])
+    s = ALiBi().bind(heads)(jnp.zeros((heads, 1)), 7, jnp.array([[4]]), jnp.arange(heads)[:, None])
     np.testing.assert_allclose(s[:, 0], -3 * np.array(slopes), rtol=1e-6)
 
 
 def test_a_bias_is_added_in_the_scores_dtype():
     bias = Bias(lambda p, j, h: 10 * h + p - j)
-    s = bias(jnp.ones((2, 1, 3)), jnp.array([5]), jnp.arange(3), jnp.arange(2)[:, None, None])
+    s = bias(jnp.ones((2, 1, 3)), jnp.array([[[5]]]), jnp.arange(3)[None, None], jnp.arange(2)[:, None, None])
     np.testing.assert_array_equal(s[:, 0], [[6, 5, 4], [16, 15, 14]])
     assert s.dtype == jnp.float32
 
