@@ -85,7 +85,6 @@ class TpuLowering(Lowering):
     ) -> AttentionState:
         """`state` by kernels, which has no rule for transforms."""
 
-    @abc.abstractmethod
     def run_update(
         self,
         program: Program,
@@ -97,7 +96,9 @@ class TpuLowering(Lowering):
         pages: Pages,
         seqs: Sequences,
     ) -> tuple[AttentionState, Pages]:
-        """`update` by kernels, which has no rule for transforms."""
+        """`update` by kernels: the write, then the attention. No page is read before the kernels that write end."""
+        pages = self.write(k, v, pages, seqs, call.query_rows)
+        return self.run_state(program, schedule, call, q, pages, seqs), pages
 
     def refuses_write(self, layout: PageLayout) -> str | None:
         """Why no kernel writes pages of this layout, or None."""

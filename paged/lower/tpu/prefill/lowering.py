@@ -111,21 +111,6 @@ class TpuRagged(TpuLowering):
             out, lse = out.at[row].set(single.out, mode="drop"), lse.at[row].set(single.lse, mode="drop")
         return AttentionState(out, lse)
 
-    def run_update(
-        self,
-        program: Program,
-        schedule: RaggedSchedule,
-        call: Call,
-        q: Array,
-        k: Array,
-        v: Array,
-        pages: Pages,
-        seqs: Sequences,
-    ) -> tuple[AttentionState, Pages]:
-        """Write, then attend. The kernels that write have ended when the first page is read."""
-        pages = self.write(k, v, pages, seqs, call.query_rows)
-        return self.run_state(program, schedule, call, q, pages, seqs), pages
-
     @property
     def _decode(self) -> TpuDecode:
         return TpuDecode(chip=self.chip, interpret=self.interpret)
