@@ -175,6 +175,14 @@ class Attend:
           as its token ``lengths - n + i``.
 
         **Returns:** the output, as a call's, and the new pages. Raises as a call does.
+
+        >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+        >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8)
+        >>> batch = RaggedBatch.decode(lengths=[1, 0], block_tables=[[5, 1], [-1, -1]])
+        >>> q, kv = jnp.ones((2, 4, 8)), jnp.full((2, 2, 8), 7.0)
+        >>> out, pages = lower(spec, layout).update(q, kv, kv, layout.init(num_pages=8), batch)
+        >>> out[:, 0, 0].tolist()  # the token sees itself; the other slot is empty
+        [7.0, 0.0]
         """
         require_queries(self.spec, q, batch)
         require_pages(self.layout, pages)
@@ -201,6 +209,13 @@ class Attend:
         **Returns:** the explanation. With a batch it also counts the pages and bytes that the call touches.
 
         Raises ``TypeError`` when only some of the arguments are given.
+
+        >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=2)
+        >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8)
+        >>> batch = RaggedBatch.decode(lengths=[7], block_tables=[[5, 1, 0, 2]])
+        >>> explanation = lower(spec, layout).explain(jnp.ones((1, 4, 8)), layout.init(num_pages=8), batch)
+        >>> explanation.pages_visited, explanation.pages_held
+        (2, 4)
         """
         require_whole_call(q=q, pages=pages, batch=batch)
         call = None if q is None or pages is None or batch is None else Call.of(q, pages, batch)
