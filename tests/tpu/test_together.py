@@ -97,7 +97,7 @@ def test_short_sequences_get_buffers_for_items_together(pages_per_seq):
         tokens=64, slots=64, pages_per_seq=pages_per_seq, num_pages=2**14, query_rows=1, q_dtype=case.layout.dtype
     )
     program = interpreted(case.replace(phase="decode")).program
-    schedule = plan_schedule("tpu-decode", program, case.layout, call, CHIPS["tpu7x"])
+    schedule = plan_schedule(program, case.layout, call, CHIPS["tpu7x"])
     assert schedule.pages_per_block == 32 and schedule.buffers == (4 if pages_per_seq == 19 else 3)
 
 
