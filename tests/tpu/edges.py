@@ -1,4 +1,4 @@
-"""What the tests of edges ask of both TPU lowerings: faults of the caller, lists too long, updates and gradients."""
+"""Helpers for the tests of edges of both TPU lowerings: faults of the caller, long lists, updates and gradients."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from .interpreter import interpreted, params, state_of, watched
 
 
 def with_batch(built, **changes):
-    """Built arrays with some of the batch's values changed; the exact state is the reference's of the same values."""
+    """Built arrays with some values of the batch changed. The exact state is the reference's for the changed values."""
     batch = built.batch
     values = {name: changes.get(name, getattr(batch, name)) for name in ("lengths", "block_tables", "query_starts")}
     new = RaggedBatch(**values, num_seqs=changes.get("num_seqs", batch.num_seqs), query_rows=batch.query_rows)
@@ -23,7 +23,7 @@ def with_batch(built, **changes):
 
 
 def with_scalar_memory(case, smem_bytes, schedule):
-    """The case's attention on a chip with little memory for lists of pages."""
+    """The case's attention on a chip whose scalar memory holds only short lists of pages."""
     attend = interpreted(case, schedule)
     chip = dataclasses.replace(CHIPS["v4"], smem_bytes=int(smem_bytes))
     lowerings = tuple(dataclasses.replace(low, chip=chip, interpret=params("on_wait")) for low in attend.lowerings)
@@ -31,7 +31,7 @@ def with_scalar_memory(case, smem_bytes, schedule):
 
 
 def items_of_launches(monkeypatch, launch):
-    """A list that grows by every kernel that is traced: how many items it works on."""
+    """A list of numbers of items, one for each kernel that is traced from now on."""
     items, call = [], launch.__call__
 
     def counted(self, work, *args):
@@ -43,12 +43,12 @@ def items_of_launches(monkeypatch, launch):
 
 
 def assert_nothing_is_seen(state, rows=slice(None)):
-    """These rows are empty."""
+    """Assert that these rows hold the empty state."""
     assert not np.asarray(state.out)[rows].any() and np.isneginf(np.asarray(state.lse)[rows]).all()
 
 
 def assert_num_seqs_is_clamped(attend, built, num_seqs):
-    """More than there are slots is all of them, and less than none is none."""
+    """A traced ``num_seqs`` above the number of slots means all slots, and one below 0 means none."""
     got = state_of(attend, with_batch(built, num_seqs=jnp.int32(num_seqs)))
     if num_seqs > 0:
         assert_bitwise(got, state_of(attend, built))
@@ -57,7 +57,7 @@ def assert_num_seqs_is_clamped(attend, built, num_seqs):
 
 
 def assert_close_to(got, want):
-    """Both in float32, each within `TOLERANCES` for inputs of this spread: 1.5 x 20 roundings of values up to 10."""
+    """Assert that two float32 results are equal within `TOLERANCES`: 1.5 x 20 roundings of values up to 10."""
     np.testing.assert_array_equal(np.isneginf(got.lse), np.isneginf(want.lse))
     seen = ~np.isneginf(np.asarray(want.lse))
     np.testing.assert_allclose(got.out, want.out, rtol=0, atol=4e-5)
@@ -77,14 +77,14 @@ def assert_update_drops_rows_past_the_table(attend, built):
 
 
 def assert_update_is_write_then_attend(attend, built, held):
-    """The slots that this step's tokens go to hold NaN before the write in ``built``, and the tokens in ``held``."""
+    """Two builds of a case: the new tokens' places in the pages hold NaN in ``built``, and the tokens in ``held``."""
     out, pages = watched(attend.update, built.q, built.k, built.v, built.pages, built.batch)
     assert_bitwise(pages.arrays, paged.write(built.k, built.v, built.pages, built.batch).arrays)
     assert_state(AttentionState(out, jnp.asarray(exact_state(held).lse)), held)
 
 
 def assert_gradients_are_those_of_xla(attend, built):
-    """Of the queries and the pages, through the output and the log-sum-exp."""
+    """Gradients of queries and pages, through the output and the log-sum-exp."""
     rng = np.random.default_rng(5)
     seen = np.array([row is not None and len(row) > 0 for row in built.visible])[:, None]
     weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (built.q.shape, built.q.shape[:2])]

@@ -21,8 +21,8 @@ from paged.lower.tpu.decode.plan import compute_dtype
 from paged.spec import AttentionState
 from tests.support import ROUNDED_WEIGHTS, Built, Case, assert_state
 
-# "eager" transfers at once, so that data overwritten too early shows; "on_wait" as late as can be, so that data read
-# too early is still NaN.
+# "eager" copies data when a copy starts, which shows what is overwritten too early. "on_wait" copies data when the copy
+# is awaited, so that what is read too early is still NaN.
 MODES = ("on_wait", "eager")
 
 
@@ -30,11 +30,11 @@ PATIENCE = 300.0  # seconds that a kernel of a few pages may run; on a busy mach
 
 
 class KernelFault(AssertionError):
-    """A race, or a semaphore that a kernel left counting: a transfer that nobody waited for."""
+    """A race, or a semaphore that still counts when a kernel ends: a copy that nobody waited for."""
 
 
 def params(mode: str = "on_wait", cores: int = 1) -> pltpu.InterpretParams:
-    """The interpreter at its strictest. From JAX 0.12 it can raise at a race; here it goes on, and `verdict` tells."""
+    """The interpreter at its strictest. From JAX 0.12 on it can raise at a race; here `watched` looks for races."""
     fields = {field.name for field in dataclasses.fields(pltpu.InterpretParams)}
     on_race: dict[str, Any] = {"on_race": "warn"} if "on_race" in fields else {}
     return pltpu.InterpretParams(
@@ -98,12 +98,12 @@ def _stop_when_stuck(done: threading.Event, patience: float) -> None:
 
 
 def state_of(attend: Attend, built: Built, **watch: float) -> AttentionState:
-    """The state of built arrays, watched."""
+    """The attention state of built arrays, by a watched kernel."""
     return watched(attend.state, built.q, built.pages, built.batch, built.sinks, **watch)
 
 
 def assert_equals_reference(attend: Attend, built: Built, **watch: float) -> AttentionState:
-    """The kernel computes the reference's state, and was not caught at anything."""
+    """Assert that a watched kernel computes the reference's state."""
     got = state_of(attend, built, **watch)
     is_narrow = compute_dtype(built.pages.layout, built.q.dtype) == jax.numpy.bfloat16
     assert_state(got, built, weights=ROUNDED_WEIGHTS if is_narrow else 0.0)

@@ -1,4 +1,4 @@
-"""Ways to plant a bug into a kernel, and to tell what gives it away."""
+"""Ways to plant a bug in a kernel, and to tell how it shows."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ from .interpreter import KernelFault, assert_equals_reference, interpreted, para
 
 
 class Shifted:
-    """A reference to integers that reads something else than what it holds."""
+    """A reference to integers whose reads are off by a constant."""
 
     def __init__(self, ref, by):
         self.ref, self.by = ref, by
 
     @property
     def shape(self):
-        """The shape of what it stands for."""
+        """The shape of the reference."""
         return self.ref.shape
 
     def __getitem__(self, index):
@@ -31,7 +31,7 @@ class Shifted:
 
 
 class Elsewhere:
-    """A buffer or semaphores of which another place is given than the one that is asked for."""
+    """Buffers or semaphores, of which another one is given than was asked for."""
 
     def __init__(self, ref, place):
         self.ref, self.place = ref, place
@@ -45,7 +45,7 @@ class Elsewhere:
 
 
 def nothing(original):
-    """A function that does nothing at all."""
+    """A function that does nothing."""
     return lambda *args, **kwargs: None
 
 
@@ -72,7 +72,7 @@ def page_too_few(original):
 
 
 def all_full(original):
-    """`TileVisits.of` with every page taken for one that needs no mask."""
+    """`TileVisits.of` with no page masked."""
 
     def of(cls, *args):
         visited = original(cls, *args)
@@ -82,7 +82,7 @@ def all_full(original):
 
 
 def all_clean(original):
-    """A method of `Stream` that takes every block for one whose values are all of live tokens."""
+    """A method of `Stream` that finds every stage clean."""
     return lambda self, *args: original(dataclasses.replace(self, is_clean=Shifted(self.is_clean, 1)), *args)
 
 
@@ -92,12 +92,12 @@ def method(cls, name, mutant):
 
 
 def all_of(*plants):
-    """Plants all of them."""
+    """Plants several bugs together."""
     return lambda patch: [plant(patch) for plant in plants]
 
 
 def attend_with(planted, case, schedule, mode):
-    """The case's attention on a chip of its own name, so that no trace of another is taken for it."""
+    """The case's attention on a chip named after the bug, so that no cached trace of another kernel is used."""
     attend = interpreted(case.replace(corner="mixed"), schedule, mode)
     chip = dataclasses.replace(CHIPS["v4"], generation=planted)
     lowerings = tuple(
@@ -107,7 +107,7 @@ def attend_with(planted, case, schedule, mode):
 
 
 def what_is_seen(attend, built):
-    """What gives a bug away, or None."""
+    """How a bug shows, or None."""
     try:
         assert_equals_reference(attend, built, patience=20.0)
     except KernelFault as fault:
@@ -121,18 +121,18 @@ def what_is_seen(attend, built):
 
 
 def built_of(suite):
-    """The arrays of a suite's cases; their exact states are computed before any bug is planted."""
+    """The arrays of a suite's cases. Their exact states are computed here, before any bug is planted."""
     builts = {name: build(case) for name, (case, _, _) in suite.items()}
     return {name: (built, exact_state(built))[0] for name, built in builts.items()}
 
 
 def assert_sound(name, suite, builts):
-    """Nothing is seen where no bug is planted."""
+    """Assert that a case passes without a bug."""
     assert what_is_seen(attend_with("sound", *suite[name]), builts[name]) is None
 
 
 def assert_killed(bug, suite, builts, planted, monkeypatch):
-    """The case that is to kill a bug sees it, and sees what it should."""
+    """Assert that a bug's case sees it, and in the expected way."""
     plant, name, expected = planted
     plant(monkeypatch)
     assert (what_is_seen(attend_with(bug, *suite[name]), builts[name]) or "nothing").startswith(expected)

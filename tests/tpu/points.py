@@ -1,4 +1,4 @@
-"""Points at which kernels are compiled by the real TPU compiler, without a TPU: arguments that have no memory.
+"""Points at which the real TPU compiler compiles kernels, without a TPU: arguments that have no memory.
 
 A point is compiled for one or two generations, so that each generation meets every family of points.
 """
@@ -38,7 +38,7 @@ def int8(scales, **facts):
 
 
 def table_of(points, fast, every):
-    """Every point for one generation, in turn; the first of each so many for a second one; and the fast ones."""
+    """Rows of a point and a generation: every point once, every ``every``-th point twice, and the fast rows."""
     names = list(points)
     table = [(name, GENERATIONS[i % 5]) for i, name in enumerate(names)]
     table += [(name, GENERATIONS[(i + 2 + i // 5) % 5]) for i, name in enumerate(names) if i % every == 0]
@@ -83,7 +83,7 @@ def abstract_call(
 
 
 def compiled(call, lowering, generation, schedule):
-    """What the compiler made of a call: of this lowering, for this generation, and as this schedule says."""
+    """A call, compiled for a generation; asserts that the lowering and the schedule are those that were asked for."""
     attend, args, new = call
     made = compile_for(attend, generation, *args, **new)
     assert made.lowering == made.schedule.lowering == lowering
@@ -103,7 +103,7 @@ def assert_crosses_generations(points, table, fast, is_special):
 
 
 def assert_takes_back_its_own(call, generation):
-    """What is chosen fits the chip by the lowering's own rule: a default never needs more memory than there is."""
+    """Assert that the lowering accepts the schedule of its own heuristic, which must fit the chip's memory."""
     attend, args, _ = call
     abstract = Call.of(*args[:3])
     lowering = attend.lowering.on_chip(generation)
@@ -113,7 +113,7 @@ def assert_takes_back_its_own(call, generation):
 
 
 def assert_refused_with_the_nearest(call, own, match):
-    """A schedule too large for v4; ``own`` is the same call without it."""
+    """Assert that a schedule too large for v4 is refused. ``own`` is the same call without a schedule."""
     attend, args, _ = call
     with pytest.raises(ValueError, match=match) as error:
         compile_for(attend, "v4", *args)
@@ -122,7 +122,7 @@ def assert_refused_with_the_nearest(call, own, match):
 
 
 def assert_error_carries_the_compilers_words(call, monkeypatch):
-    """A chip said to have sixty times its memory: the schedule passes our rule, and the compiler finds it out."""
+    """With a chip that claims sixty times its memory, a schedule passes our rule and fails in the compiler."""
     attend, args, _ = call
     monkeypatch.setitem(CHIPS, "v4", dataclasses.replace(CHIPS["v4"], vmem_bytes=2**30))
     with pytest.raises(CompileError) as error:

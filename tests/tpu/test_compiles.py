@@ -1,6 +1,6 @@
 """The real TPU compiler accepts the kernels: specs, shapes and schedules over five generations, without a TPU.
 
-The few points that run always are those of models people have; with ``-m "slow or not slow"`` all do.
+The few points that always run are those of common models; with ``-m "slow or not slow"`` all do.
 """
 
 import pytest
@@ -34,7 +34,8 @@ def _scores(*scores):
     return {"spec": {"scores": scores}}
 
 
-# What differs from 16 sequences of 4096 tokens, 8 KV heads of 128 with a group of 4, bfloat16, pages of 16, packed.
+# Points, by what differs from 16 sequences of 4096 tokens, 8 KV heads of 128 with a group of 4, and packed bfloat16 pages
+# of 16 tokens.
 POINTS = {
     "llama 8b": {},
     "llama 70b": {"group": 8},
@@ -119,13 +120,16 @@ def _call(**point):
 
 
 def _copies_the_pool(point):
-    """Where XLA's layout of the pool is not what a kernel's transfers take, it puts a copy before every call."""
+    """Whether XLA's layout of the pool is not that of the kernel's copies, so that every call copies the pool."""
     return point.get("head_dim", 128) % 128 != 0 and point.get("order") != "joined"
 
 
 def _most_temporaries(point):
-    """Half a pool. Per-token scales of pages that are no whole lanes are laid out anew for the kernels that read them.
-    Two-core chips write first, and lay them out once more."""
+    """The most temporary memory: half a pool.
+
+    Per-token scales of pages that are no whole lanes are laid out anew for the kernels that read them. Two-core chips
+    write first, and lay them out once more.
+    """
     is_laid_out_anew = point.get("scales") == "token" and point.get("page_size", 16) % 128 != 0
     return POOL_BYTES if is_laid_out_anew and point.get("update") else POOL_BYTES // 2
 

@@ -33,7 +33,7 @@ def _attend():
 
 
 def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
-    """Entries out of the pool, in the first, a middle and the last page, and in the only one of a sequence."""
+    """Table entries outside the pool: a sequence's first, a middle, its last and its only page."""
     built = build(CASE.replace(corner="exact pages"))
     table = built.batch.block_tables
     for s, page, hole in ((0, 0, -1), (1, 1, built.pages.num_pages), (3, 0, 2**31 - 1), (4, 1, -(2**31))):
@@ -60,7 +60,7 @@ def test_the_number_of_sequences_is_clamped(num_seqs):
 
 @pytest.mark.parametrize("corner", ["mixed", "few live"])
 def test_page_order_and_stale_entries_are_invisible_bitwise(corner):
-    """Pages lie elsewhere, and all that nobody may read is drawn anew: entries, dead slots, padding rows."""
+    """Pages move, and unused data is drawn anew: table entries, dead slots, padding rows. No bit changes."""
     case = CASE.replace(corner=corner)
     states = [state_of(_attend(), build(case, physical_seed=seed, padding_seed=seed)) for seed in range(2)]
     assert_bitwise(*states)
@@ -80,7 +80,7 @@ def test_rows_before_the_first_token_see_nothing(corner):
 
 
 def test_rows_that_the_starts_do_not_give_each_sequence_alike():
-    """``query_rows`` says two rows each, and the values say otherwise: a fault, which shows no row of another's."""
+    """``query_rows`` says two rows each, and the starts say otherwise. No row shows another sequence's result."""
     built = build(CASE.replace(corner="first page masked"))
     for starts in ([0, 1, 3, 3, 5, 6], [0, 2, 4, 3, 6, 8], [1, 3, 5, 7, 9, 10]):
         faulty = with_batch(built, query_starts=jnp.array(starts, jnp.int32))
@@ -91,7 +91,7 @@ def test_rows_that_the_starts_do_not_give_each_sequence_alike():
 
 
 def test_more_rows_than_the_static_number_give_no_row_what_nobody_wrote():
-    """``query_rows`` says two rows and the starts give one sequence five: what lies in memory must not come out."""
+    """``query_rows`` says two rows, and the starts give one sequence five. No row shows unwritten memory."""
     built = build(CASE.replace(corner="first page masked"))
     faulty = with_batch(built, query_starts=jnp.array([0, 5, 7, 9, 10, 10], jnp.int32))
     got, want = state_of(_attend(), faulty), exact_state(faulty)
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_xla_lowering():
 
 
 def test_page_lists_too_long_for_scalar_memory_are_cut_by_sequence(monkeypatch):
-    """Three sequences, then two, of which a part or all may be dead."""
+    """One kernel has three sequences and the next has two. Some or all of them may be dead."""
     items = items_of_launches(monkeypatch, DecodeLaunch)
     attend = with_scalar_memory(CASE, 3 * 72 / 0.6 + 1, SCHEDULE)
     for corner in ("mixed", "few live", "more rows than tokens"):
@@ -125,7 +125,7 @@ def test_page_lists_too_long_for_scalar_memory_are_cut_by_sequence(monkeypatch):
 
 
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
-    """One sequence of four pages, two at a time, each two in two parts: the states of all four are merged."""
+    """One sequence of four pages: two kernels of two pages, each with two KV splits. Four states are merged."""
     items = items_of_launches(monkeypatch, DecodeLaunch)
     case = CASE.replace(phase="prefill", spec=PLAIN.replace(sinks=True), sink_shape=(4, 3))
     attend = with_scalar_memory(case, (2 * 8 + 80) / 0.6 + 1, SCHEDULE.replace(pages_per_block=1, kv_splits=2))

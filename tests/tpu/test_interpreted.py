@@ -59,7 +59,7 @@ FACTORS = {
 
 
 def is_taken(row) -> bool:
-    """All but what the lowering refuses, see `test_refusals`."""
+    """Whether the lowering accepts a row of the table: see `test_refusals`."""
     return not (row.get("order") == "interleaved" and row.get("pool") == "int8 token")
 
 
@@ -92,7 +92,7 @@ def schedule_of_row(row) -> Schedule:
 
 
 def marked(rows, is_fast):
-    """The table's rows as parameters, named by all but their corners; slow unless ``is_fast(number of the row)``."""
+    """The table's rows as parameters, named by everything but their corners, and slow unless ``is_fast(i)``."""
     return [
         pytest.param(row, id=named(row, "corners"), marks=[] if is_fast(i) else [pytest.mark.slow])
         for i, row in enumerate(rows)

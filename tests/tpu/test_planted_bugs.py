@@ -163,7 +163,7 @@ BUGS = {
 }  # fmt: skip
 
 
-# Kin of others above, or slow to be seen: a kernel that never ends is stopped after some seconds.
+# Bugs that are like others above, or that take long: a kernel that never ends is stopped after some seconds.
 _SLOW = ("no wait for the last pages", "partial pages taken for full", "cursor a block ahead", "splits added up")
 
 

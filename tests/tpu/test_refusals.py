@@ -1,4 +1,4 @@
-"""What the TPU decode lowering refuses, and in which words: before anything is traced, and with what else would do."""
+"""What the TPU decode lowering refuses, before anything is traced, and the words: with what would be accepted."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def by_position(p, j, h):
 
 
 def in_table(p, j):
-    """A mask that does."""
+    """A mask that gathers by position."""
     return TABLE[jnp.clip(j, 0, 63)] > 3
 
 

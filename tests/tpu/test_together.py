@@ -1,4 +1,4 @@
-"""Items of one block that the TPU decode kernel works on together, among longer and empty ones; and heads in pairs."""
+"""Items of one block, which the TPU decode kernel works on together, beside longer and empty ones; paired heads."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from tests.support import Case, build
 
 from .interpreter import assert_equals_reference, interpreted
 
-# Pages of the five sequences of a corner, by blocks of three: which two go together is said beside each.
+# Corners, and which of their five sequences are worked on together, in blocks of three pages.
 CORNERS = {
     "mixed": "the first two; then an empty one, one alone and a longer one",
     "one past a page": "the first two and, after a longer one, the last two, where a core ends",
@@ -90,7 +90,7 @@ def test_which_heads_can_be_paired():
 
 @pytest.mark.parametrize("pages_per_seq", [19, 256])
 def test_short_sequences_get_buffers_for_items_together(pages_per_seq):
-    """Where all sequences fit a block; longer ones need only their bytes in flight."""
+    """The heuristic proposes more buffers where every sequence fits a block."""
     spec = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128)
     case = Case(spec=spec, page_size=16, dtype="bfloat16", q_dtype="bfloat16")
     call = Call(
@@ -102,7 +102,7 @@ def test_short_sequences_get_buffers_for_items_together(pages_per_seq):
 
 
 def test_items_together_may_take_a_shorter_body_than_a_block(monkeypatch):
-    """Blocks of four pages, of which the first two are as much as two items' scores may be: three pages go alone."""
+    """Blocks have four pages, and the scores of two items fit with two pages each. Items of three pages go alone."""
     monkeypatch.setattr(decode, "_SCORES_TOGETHER", 2 * 16 * 128)
     together = _counted(monkeypatch, "_run_together")
     case = CASE.replace(spec=AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64), sink_shape=None, page_size=64)

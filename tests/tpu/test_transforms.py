@@ -25,7 +25,7 @@ CASES = {
 
 @pytest.fixture(params=["decode", pytest.param("ragged", marks=pytest.mark.slow)])
 def layers(request):
-    """A layer's step, its arguments layer by layer and stacked, and what one after the other makes of them."""
+    """A layer's step; its arguments for each layer, and stacked; and the results of one layer after the other."""
     case, schedule = CASES[request.param]
     built, attend = build(case, hold_new=False), interpreted(case, schedule, generation="v5e")
     arrays, stacked = layers_of(built, 2)
@@ -65,7 +65,7 @@ def _abstract(rows):
 
 
 def _kernels(function, *args):
-    """How many kernels a TPU's program has; one in a loop is one."""
+    """The number of kernels in a program for a TPU. A kernel in a loop counts once."""
     return export.export(jax.jit(function), platforms=["tpu"])(*args).mlir_module().count("@tpu_custom_call")
 
 

@@ -1,4 +1,4 @@
-"""The fused update: rows enter the pages in the kernel that attends, and not a bit changes anywhere else."""
+"""The fused update: the kernel that attends also writes new rows into the pages, and changes no other bit."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from .interpreter import KernelFault, interpreted, params, watched
 from .planting import never_awaited
 
 SCHEDULE = DecodeSchedule(pages_per_block=2, buffers=3)
-# What differs from one row per sequence into packed float32 pages of 16: in the case, in the schedule; and the mode.
+# What differs from a case of one row per sequence and packed float32 pages of 16; from `SCHEDULE`; and the mode.
 CASES = {
     "joined": ({"order": "joined"}, {}, "eager"),
     "split, grid": ({"order": "split", "rows": 3}, {"sequence": "grid"}, "on_wait"),

@@ -1,4 +1,4 @@
-"""How a batch becomes work: every page in exactly one item, every item on one core, every list within scalar memory."""
+"""How a batch becomes a work list: every page in one item, every item on one core, every list in scalar memory."""
 
 import itertools
 
@@ -55,7 +55,7 @@ def test_entries_taken_in_pieces_are_the_whole():
 @pytest.mark.parametrize("cores", [1, 2, 4])
 @pytest.mark.parametrize("items", [1, 2, 5, 64])
 def test_cores_share_the_items_evenly(cores, items):
-    """No core has more than its share by more than one item's blocks."""
+    """A core's load exceeds its share by at most the blocks of one item."""
     rng = np.random.default_rng(items)
     for most in (0, 1, 40):
         blocks = rng.integers(0, most + 1, items)
@@ -68,7 +68,7 @@ def test_cores_share_the_items_evenly(cores, items):
 @pytest.mark.parametrize("tables", [(1, 1), (64, 256), (1, 10**6), (256, 4096), (5000, 3), (7, 70000)])
 @pytest.mark.parametrize("kv_splits", [1, 8])
 def test_kernels_cover_the_tables_once_and_fit(tables, kv_splits):
-    """What is left of scalar memory is for the compiler."""
+    """The slices cover the tables without overlap, and leave scalar memory for the compiler."""
     chip = CHIPS["v5e"]
     pieces = list(kernel_slices(tables, chip, kv_splits))
     rows = sorted({(a.start, a.stop) for a, _ in pieces})

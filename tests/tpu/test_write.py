@@ -1,4 +1,4 @@
-"""The write alone, by kernels: the XLA write's pages, bit for bit, for every alignment and every kind of batch."""
+"""The writing kernels make the XLA write's pages, bit for bit, for every alignment and every kind of batch."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ SLOTS = 8
 POOL_BYTES = 256 * 2**20
 GARBAGE = (-1, -7, NUM_PAGES, 10**6, -(2**31), 2**31 - 1)
 
-# Lengths and rows of eight sequences, and what else there is to a batch.
+# Lengths and rows of eight sequences, and other facts of a batch.
 BATCHES = {
     "mixed": ([70, 9, 0, 5, 40, 3, 33, 16], [45, 1, 0, 5, 16, 2, 1, 16], {}),
     **{
@@ -52,7 +52,7 @@ def _layout(order="packed", dtype="float32", scales=None, page_size=PAGE_SIZE):
 
 
 def _pages(layout, seed=0):
-    """A pool of poison, every token's its own."""
+    """A pool of poison: other values for every token."""
     rng = np.random.default_rng(seed)
     arrays = []
     for shape in layout.array_shapes(NUM_PAGES):
@@ -68,7 +68,7 @@ def _pages(layout, seed=0):
 
 
 def _batch(name, page_size=PAGE_SIZE):
-    """The batch of that name: shuffled pages, and garbage wherever nothing may be read."""
+    """A batch of `BATCHES` with shuffled pages, and garbage wherever nothing may be read."""
     lengths, rows, more = BATCHES[name]
     rng = np.random.default_rng(len(name))
     tables = rng.permutation(NUM_PAGES)[: SLOTS * WIDTH].reshape(SLOTS, WIDTH)
@@ -109,7 +109,7 @@ _expected = jax.jit(functools.partial(paged.write, target="xla"))
 
 
 def _assert_writes(layout, names, mode, chip, **watch):
-    """The kernels make the XLA write's pages of every batch, and are caught at nothing."""
+    """Assert that watched kernels make the XLA write's pages for every batch."""
     pages, (k, v) = _pages(layout), _rows(layout)
     for name in names:
         batch = _batch(name, layout.page_size)
@@ -119,7 +119,7 @@ def _assert_writes(layout, names, mode, chip, **watch):
 
 @pytest.fixture
 def small_rings(monkeypatch):
-    """Rings of two buffers each, which a few granules go round several times; and chips of a name for such."""
+    """Rings of two stages, so that a few granules go round several times. Returns a maker of chips named after that."""
     for name, value in (("_BLOCKS_AHEAD", 1), ("_MOST_IN_BLOCK", 2), ("_MOST_AHEAD", 1)):
         monkeypatch.setattr(plan_module, name, value)
     return lambda chip, **facts: dataclasses.replace(CHIPS[chip], **{"generation": f"{chip} of small rings", **facts})
@@ -270,7 +270,7 @@ def test_interpreting_what_has_no_kernels_is_refused():
 
 
 def _compiled(generation, layout, tokens=512, slots=16):
-    """The write compiled for a generation, with donated pages; and the bytes of pool and of new rows."""
+    """The write, compiled for a generation with donated pages; and the bytes of the new rows."""
     num_pages = POOL_BYTES // layout.bytes_per_page
     arrays = [jax.ShapeDtypeStruct(shape, layout.dtype) for shape in layout.array_shapes(num_pages)]
     scale = layout.scale_shape(num_pages)
@@ -310,7 +310,7 @@ COMPILED = [(name, generation) for name in LAYOUTS for generation in CHIPS]
     [pytest.param(*point, marks=[pytest.mark.slow] * (point not in FAST)) for point in COMPILED],
 )
 def test_compiles_in_place(name, generation):
-    """The pool is aliased, and what is held besides is a few times the rows: no part of the pool."""
+    """The pool is written in place, and temporary memory is a few times the new rows: no part of the pool."""
     facts = {"page_size": 16, "num_kv_heads": 8, "head_dim": 128, **LAYOUTS[name]}
     compiled, rows = _compiled(generation, PageLayout(**{**facts, "dtype": jnp.dtype(facts.get("dtype", "bfloat16"))}))
     memory = compiled.memory_analysis()
