@@ -34,8 +34,8 @@ def _scores(*scores):
     return {"spec": {"scores": scores}}
 
 
-# Points, by what differs from 16 sequences of 4096 tokens, 8 KV heads of 128 with a group of 4, and packed bfloat16 pages
-# of 16 tokens.
+# Points, by what differs from 16 sequences of 4096 tokens, 8 KV heads of 128 with a group of 4, and packed bfloat16
+# pages of 16 tokens.
 POINTS = {
     "llama 8b": {},
     "llama 70b": {"group": 8},
