@@ -73,7 +73,8 @@ def _check_long_lengths(index):
     batch = paged.RaggedBatch.decode(long, built.batch.block_tables)
     want = exact_state(dataclasses.replace(built, case=built.case.replace(spec=spec), batch=batch)).out
     np.testing.assert_allclose(attend(built.q, built.pages, batch), want, rtol=0, atol=1e-4)
-    k, v = (jnp.concatenate([x, x[:index]]) if index else x for x in (built.k, built.v))
+    # Not the tokens that the pages hold already, and more padding rows, so that the write is traced anew.
+    k, v = (jnp.concatenate([x, x[:index]]) + 1 for x in (built.k, built.v))
     keys = paged.write(k, v, built.pages, batch).keys()
     np.testing.assert_array_equal(keys[batch.block_tables[3]], built.pages.keys()[batch.block_tables[3]])
 
@@ -160,8 +161,20 @@ def _dead_slots_live(original):
     return of
 
 
-def _unclamped_lengths(original):
-    return lambda cls, batch, tokens, size: original(cls, batch, tokens, size)._replace(lengths=batch.lengths)
+def _positions_cut_to_the_table(original):
+    def of(cls, batch, tokens, page_size):
+        seqs = original(cls, batch, tokens, page_size)
+        return seqs._replace(positions=seqs.lengths - seqs.counts)
+
+    return of
+
+
+def _past_the_table_to_its_last_place(original):
+    def rows(self, tokens):
+        slot, position, is_live = original(self, tokens)
+        return slot, jnp.minimum(position, 4 * self.tables.shape[1] - 1), is_live
+
+    return rows
 
 
 def _last_page_dropped(original):
@@ -209,7 +222,8 @@ MUTANTS = {
     "scores out of order": _method("lower.program", "Program", "apply_scores", lambda _: _reversed_scores),
     "last page dropped": _function("lower.program", "visits_by_scatter", _last_page_dropped),
     "dead slots live": _method("lower.program", "Sequences", "of", _dead_slots_live),
-    "lengths not clamped": _method("lower.program", "Sequences", "of", _unclamped_lengths),
+    "positions cut to the table": _method("lower.program", "Sequences", "of", _positions_cut_to_the_table),
+    "rows past the table written": _method("lower.program", "Sequences", "rows", _past_the_table_to_its_last_place),
     "writes before the first token": _method("lower.program", "Sequences", "rows", _before_the_first_token),
     "larger window kept": _method(
         "spec.masks", "Window", "implies", lambda _: lambda self, other: isinstance(other, Causal)
