@@ -1,6 +1,7 @@
 """The rules of the house, read off the sources: arrows, imports, sizes, docstrings."""
 
 import ast
+import graphlib
 import pathlib
 import re
 
@@ -84,6 +85,21 @@ def test_a_room_imports_only_the_rooms_below_it(folder):
                 other = target[len(parts)] if len(target) > len(parts) else name
                 where = f"{path.relative_to(ROOT)}, line {node.lineno}"
                 assert other == room or other in floors[: floors.index(room)], f"{where}: {room} imports {other}"
+
+
+def test_no_folder_has_a_circle_of_imports():
+    for folder in sorted({path.parent for path in SOURCES}):
+        rooms, parts = {}, folder.relative_to(ROOT).parts
+        for path in (
+            source for source in SOURCES if source.is_relative_to(folder) and source != folder / "__init__.py"
+        ):
+            imported = [(*module.split("."), name) for _, module, name in _imports(path)]
+            others = {target[len(parts)] for target in imported if target[: len(parts)] == parts}
+            rooms.setdefault(path.relative_to(folder).with_suffix("").parts[0], set()).update(others)
+        inside = {
+            room: {other for other in others if other in rooms and other != room} for room, others in rooms.items()
+        }
+        list(graphlib.TopologicalSorter(inside).static_order())  # raises CycleError, which names the circle
 
 
 @every_file
