@@ -38,7 +38,8 @@ class Attend:
 
     * ``attend(q, pages, batch, sinks)`` attends over the pages as they are.
     * ``attend.state(q, pages, batch, sinks)`` also gives the log-sum-exp, for `merge`.
-    * ``attend.update(q, k, v, pages, batch, sinks)`` writes new keys and values first.
+    * ``attend.update(q, k, v, pages, batch, sinks)`` writes new keys and values first; ``attend.update_state`` does so
+      and also gives the log-sum-exp.
     * ``attend.explain(q, pages, batch)`` says what will run.
 
     Gradients flow to ``q``, float ``pages``, ``sinks`` and whatever the spec's biases close over. They are finite in
@@ -184,14 +185,31 @@ class Attend:
         >>> out[:, 0, 0].tolist()  # the token sees itself; the other slot is empty
         [7.0, 0.0]
         """
+        state, pages = self.update_state(q, k, v, pages, batch, sinks)
+        return state.out, pages
+
+    def update_state(
+        self,
+        q: Float[Array, "tokens q_heads head_dim"],
+        k: Float[Array, "tokens kv_heads head_dim"],
+        v: Float[Array, "tokens kv_heads value_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+        sinks: Sinks | None = None,
+    ) -> tuple[AttentionState, Pages]:
+        """`update`, with the log-sum-exp beside the output.
+
+        **Arguments:** see `update`.
+
+        **Returns:** the state, as `state` gives it over the new pages, and the new pages. Raises as a call does.
+        """
         require_queries(self.spec, q, batch)
         require_pages(self.layout, pages)
         require_sinks(self.spec, sinks)
         require_new_tokens(self.layout, k, v, q.shape[0])
         if self.check:
             batch = check(self.spec, pages, batch, q.shape[0])
-        state, pages = _update(self, q, k, v, pages, batch, sinks)
-        return state.out, pages
+        return _update(self, q, k, v, pages, batch, sinks)
 
     def explain(
         self,

@@ -9,7 +9,7 @@ import pytest
 
 import paged
 from paged.lower import XlaSchedule
-from paged.spec import ALiBi, AttentionState, Bias
+from paged.spec import ALiBi, Bias
 from tests.support import Case, assert_state, assert_states_close, exact_state
 from tests.support.specs import PHASES, RICH, table_bias
 
@@ -87,9 +87,9 @@ def test_updates_write_to_donated_pages_what_one_device_writes(name):
     attend, shards = _lowered(case, sizes), sizes.get("sequences", 1)
     builts, held = (built(case, shards, hold_new) for hold_new in (False, True))
     q, k, v, pages, batch, sinks = placed(attend, builts)
-    run = jax.jit(attend.update, donate_argnums=3).lower(q, k, v, pages, batch, sinks).compile()
+    run = jax.jit(attend.update_state, donate_argnums=3).lower(q, k, v, pages, batch, sinks).compile()
     _assert_exchange(attend, run.as_text(), builts[0].q.shape[0])
-    out, after = run(q, k, v, pages, batch, sinks)
+    state, after = run(q, k, v, pages, batch, sinks)
     assert all(array.is_deleted() for array in pages.arrays), "the pages were copied"
     assert after.arrays[0].sharding.is_equivalent_to(attend.shardings.pages.arrays[0], after.arrays[0].ndim)
 
@@ -97,9 +97,8 @@ def test_updates_write_to_donated_pages_what_one_device_writes(name):
     for got, want in zip(jax.tree.leaves(after), jax.tree.leaves(placed(attend, written)[3]), strict=True):
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
     for i, one in enumerate(held if case.scales is None else written):
-        want, rows = exact_state(one), np.split(np.asarray(out), shards)[i]
         # The tolerance follows from the live keys and values, of which only `held` has all.
-        assert_states_close(AttentionState(jnp.asarray(rows), want.lse), want, held[i].error_unit, "float32")
+        assert_states_close(rows_of(state, i, shards), exact_state(one), held[i].error_unit, "float32")
 
 
 def test_gradients_are_those_of_one_device():

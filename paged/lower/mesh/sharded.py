@@ -163,6 +163,19 @@ class ShardedAttend:
 
         Each device writes to its own pages. ``k`` and ``v`` have the spec's KV heads, each once.
         """
+        state, pages = self.update_state(q, k, v, pages, batch, sinks)
+        return state.out, pages
+
+    def update_state(
+        self,
+        q: Float[Array, "tokens q_heads head_dim"],
+        k: Float[Array, "tokens kv_heads head_dim"],
+        v: Float[Array, "tokens kv_heads value_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+        sinks: Sinks | None = None,
+    ) -> tuple[AttentionState, Pages]:
+        """`update`, with the log-sum-exp beside the output. See `Attend.update_state`."""
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
         require_new_tokens(self.layout.replace(num_kv_heads=self.spec.num_kv_heads), k, v, q.shape[0])
@@ -304,13 +317,13 @@ def _state(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch, si
 @functools.partial(jax.jit, static_argnums=0)
 def _update(
     attend: ShardedAttend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
-) -> tuple[Array, Pages]:
+) -> tuple[AttentionState, Pages]:
     specs = attend.specs
     run = on_devices(
         functools.partial(_update_on_device, attend),
         attend.mesh,
         (specs.q, specs.k, specs.v, specs.pages, specs.batch, specs.sinks),
-        (specs.out, specs.pages),
+        (AttentionState(specs.out, specs.lse), specs.pages),
     )
     return run(q, k, v, pages, batch, sinks)
 
@@ -325,14 +338,14 @@ def _state_on_device(
 
 def _update_on_device(
     attend: ShardedAttend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
-) -> tuple[Array, Pages]:
+) -> tuple[AttentionState, Pages]:
     """What one device computes, after it has written the new tokens that belong into its own pages."""
     pages, batch = _own(attend, q, pages, batch)
     kv_heads = pages.layout.num_kv_heads
     k, v = (select_own_heads(x, kv_heads, attend._repeats, attend.axes.kv_heads) for x in (k, v))
     program = attend.program_per_device
     state, pages = run_update(attend.first_device, program, q, k, v, pages, batch, sinks, attend._merge)
-    return state.out, dataclasses.replace(pages, layout=attend.layout)
+    return state, dataclasses.replace(pages, layout=attend.layout)
 
 
 def _own(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch) -> tuple[Pages, RaggedBatch]:
