@@ -110,7 +110,7 @@ SINGLES = {
     "value_dim under head_dim": {"order": "split", "value_dim": 3},
     "value_dim over head_dim": {"order": "split", "value_dim": 24, "dtype": "bfloat16"},
     "float8_e5m2": {"dtype": "float8_e5m2", "scales": "head"},
-    "float8_e4m3fn, scales a token": {"dtype": "float8_e4m3fn", "scales": "token", "order": "split"},
+    "float8_e4m3fn, per-token scales": {"dtype": "float8_e4m3fn", "scales": "token", "order": "split"},
     "int8, one scale": {"dtype": "int8", "scales": "tensor", "order": "interleaved"},
     "drafted tokens": {"phase": "decode", "rows": 3},
     "one row": {"phase": "prefill", "rows": 1},

@@ -153,7 +153,7 @@ class Lowering(abc.ABC):
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: Schedule, bytes_visited: int
     ) -> list[str]:
-        """Lines for `explain`: what the schedule takes of the machine, and the least time that it could need."""
+        """Lines for `explain`: the memory that the schedule uses, and the least time that its transfers take."""
         del program, layout, call, schedule, bytes_visited
         return []
 
@@ -167,7 +167,7 @@ class Lowering(abc.ABC):
         """
 
     def refuses_write(self, layout: PageLayout) -> str | None:
-        """Why its `write` is not for pages of this layout, or None when it is."""
+        """Why `write` refuses pages of this layout, or None."""
         del layout
         return None
 

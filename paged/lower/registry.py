@@ -1,4 +1,4 @@
-"""Which lowering runs: the candidates of a target, in order of preference, and what each refuses."""
+"""Which lowerings there are: the candidates of a target in order of preference, and why each refuses a program."""
 
 import jax
 
@@ -9,32 +9,40 @@ from .program import Call, Program
 from .tpu import TPU_DECODE, TPU_RAGGED
 from .xla import XLA_BLOCKS
 
-# In order of preference. A new lowering is one more entry.
+# In order of preference. A new lowering is one more entry; its target is then accepted by `lower`.
 LOWERINGS: tuple[Lowering, ...] = (TPU_DECODE, TPU_RAGGED, XLA_BLOCKS)
-TARGETS = ("auto", "tpu", "xla")
+TARGETS = ("auto", *sorted({low.target for low in LOWERINGS}))
 
 
 def refusals(
     program: Program, layout: PageLayout, target: str = "auto", call: Call | None = None
 ) -> dict[str, str | None]:
-    """For each candidate of a target, by name: why it does not take the program, or None when it does."""
+    """Why each lowering of a target refuses a program, by the lowering's name; None for one that accepts it.
+
+    **Arguments:**
+
+    - `program`, `layout`: what is to be lowered.
+    - `target`: one of `TARGETS`; ``"auto"`` stands for every target.
+    - `call`: the shapes of a call; None for the reasons that hold for any call.
+    """
     return {low.name: low.refuses(program, layout, call) for low in LOWERINGS if target in ("auto", low.target)}
 
 
 def select(program: Program, layout: PageLayout, target: str, schedule: Schedule | None = None) -> tuple[Lowering, ...]:
-    """The candidates that take the program, in order of preference, or the one that the schedule names.
+    """The lowerings of a target that accept a program, in order of preference; with a schedule, the one that it names.
 
-    ``"auto"`` means those that run on this process's default backend. Raises ``ValueError`` with every candidate's
-    reason when there is none.
+    ``"auto"`` stands for the lowerings that run on this process's default backend. Raises ``ValueError`` when none
+    accepts the program, with the reason of each, and when the target does not have the schedule's lowering.
     """
     candidates = _candidates(target)
     if schedule is not None:
+        names = sorted(low.name for low in candidates)
         candidates = [low for low in candidates if low.name == schedule.lowering]
         if not candidates:
-            names = sorted(low.name for low in LOWERINGS if target in ("auto", low.target))
+            others = [f'target="{low.target}"' for low in LOWERINGS if low.name == schedule.lowering]
             raise ValueError(
-                f'The schedule is for the lowering "{schedule.lowering}", which target "{target}" does not have; it '
-                f"has {names or 'none'}."
+                f'The schedule is for the lowering "{schedule.lowering}", which target "{target}" does not have here; '
+                f"it has {names}. Pass {' or '.join(others)}."
             )
     takers = tuple(low for low in candidates if low.refuses(program, layout) is None)
     if takers:
@@ -45,7 +53,7 @@ def select(program: Program, layout: PageLayout, target: str, schedule: Schedule
 
 
 def select_write(layout: PageLayout, target: str) -> Lowering:
-    """The first candidate whose write takes pages of this layout; ``ValueError`` as of `select` when there is none."""
+    """The preferred lowering of a target that writes pages of a layout. Raises ``ValueError`` when there is none."""
     candidates = _candidates(target)
     for lowering in candidates:
         if lowering.refuses_write(layout) is None:

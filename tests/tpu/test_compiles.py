@@ -99,7 +99,7 @@ POINTS = {
     "update, 4 query rows": {"rows": 4, "update": True},
     "update, grid": {"update": True, "schedule": {"sequence": "grid", "pages_per_block": 16}},
     "one page a block": {"schedule": {"pages_per_block": 1, "buffers": 8}},
-    "seven pages a block": {"schedule": {"pages_per_block": 7}},
+    "seven pages per block": {"schedule": {"pages_per_block": 7}},
 }
 FAST = (
     ("llama 8b", "v4"),

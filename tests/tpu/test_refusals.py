@@ -130,10 +130,11 @@ def test_a_schedule_checks_itself(name):
         DecodeSchedule(pages_per_block=4, **changes)
 
 
-def test_a_schedule_for_the_tpu_is_not_one_for_xla():
-    schedule = DecodeSchedule(pages_per_block=4)
-    with pytest.raises(ValueError, match=r'"tpu-decode", which target "xla" does not have; it has .*xla-blocks'):
-        paged.lower(SPEC, LAYOUT, "xla", schedule=schedule)
+@pytest.mark.parametrize("target", ["xla", "auto"])
+def test_a_schedule_for_the_tpu_is_not_one_for_xla(target):
+    text = rf'"tpu-decode", which target "{target}" does not have here; it has \[\'xla-blocks\'\]. Pass target="tpu"'
+    with pytest.raises(ValueError, match=text):
+        paged.lower(SPEC, LAYOUT, target, schedule=DecodeSchedule(pages_per_block=4))
 
 
 def test_only_kernels_can_be_interpreted():

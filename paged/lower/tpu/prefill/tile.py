@@ -116,7 +116,7 @@ class TileKernel:
                 kernel.prepare(refs, item, following, size, is_masked=False)
 
             # The straight line computes the first scores of some block in any case. After the last whole block they are
-            # the scores of this block again, which nobody reads: the next stage may still be filled.
+            # the scores of this block again, which are not read: the next stage may still be filled.
             following = _choose(is_last, here, following)
             self._fold(refs, kernel, item, here, following, is_masked=False, beside=fetch)
             return stream.after(stage)
