@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 import paged
 from paged import compat
-from paged.lower import Call
 
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, PAGES = 4, 2, 8, 4, 16
 SPEC = paged.AttentionSpec(num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=8)
@@ -51,8 +50,7 @@ def _native() -> dict[str, Pair]:
         q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, *integers: jax.Array
     ) -> tuple[jax.Array, ...]:
         batch = paged.RaggedBatch(*integers, query_rows=1)
-        lowering, schedule, _ = attend.choice(Call.of(q, LAYOUT.wrap(pool), batch))
-        state, pages = lowering.update(attend.program, schedule, q, k, v, LAYOUT.wrap(pool), batch)
+        state, pages = attend.update_state(q, k, v, LAYOUT.wrap(pool), batch)
         return *state, pages.arrays[0]
 
     def beside(call: Callable[[], Any], function: Callable[..., Any], args: tuple[jax.Array, ...]) -> Pair:
