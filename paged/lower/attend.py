@@ -34,7 +34,10 @@ Merge = Callable[[AttentionState], AttentionState]
 
 @dataclasses.dataclass(frozen=True)
 class Attend:
-    """A lowered attention: a pure function of arrays, made by `lower`. Hashable; works under every JAX transform.
+    """A lowered attention: a pure function of arrays, made by `lower`. Hashable.
+
+    It works under ``jax.jit``, ``vmap``, ``scan``, ``checkpoint``, ``export`` and ``shard_map``, and under ``grad``, once
+    and in reverse mode.
 
     * ``attend(q, pages, batch, sinks)`` attends over the pages as they are.
     * ``attend.state(q, pages, batch, sinks)`` also gives the log-sum-exp, for `merge`.
