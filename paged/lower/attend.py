@@ -36,8 +36,8 @@ Merge = Callable[[AttentionState], AttentionState]
 class Attend:
     """A lowered attention: a pure function of arrays, made by `lower`. Hashable.
 
-    It works under ``jax.jit``, ``vmap``, ``scan``, ``checkpoint``, ``export`` and ``shard_map``, and under ``grad``, once
-    and in reverse mode.
+    It works under ``jax.jit``, ``vmap``, ``scan``, ``checkpoint``, ``export`` and ``shard_map``, and under ``grad``, in
+    reverse mode and once.
 
     * ``attend(q, pages, batch, sinks)`` attends over the pages as they are.
     * ``attend.state(q, pages, batch, sinks)`` also gives the log-sum-exp, for `merge`.
