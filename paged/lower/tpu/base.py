@@ -38,7 +38,7 @@ class TpuLowering(Lowering):
         return bool(self.interpret)
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
-        """Why the lowering refuses a program over a layout, or a call of it, or None."""
+        """Why this lowering refuses the program, the layout or the call; None if it accepts them."""
         reason = refuses_program(program, layout)
         return reason if reason is not None or call is None else self._refuses_call(program, layout, call)
 
