@@ -73,8 +73,8 @@ def lower(
     - `check`: whether every call checks the values of its batch with `paged.check`. False by default, since the check
       under ``jax.jit`` calls the host; the layers of `paged.runtime` check by default. Without it, faults of the caller
       give the results that `docs/semantics.md` lists under "Edges", and never a crash.
-    - `interpret`: True runs kernels on any machine, slowly; or the interpreter's settings, a
-      ``jax.experimental.pallas.tpu.InterpretParams``.
+    - `interpret`: True runs kernels on any machine, slowly, in Pallas's interpreter of TPU kernels. A
+      ``jax.experimental.pallas.tpu.InterpretParams`` has its settings; True is ``InterpretParams()``.
 
     **Returns:** the attention, a pure function of arrays.
 

@@ -4,6 +4,8 @@ import abc
 import dataclasses
 from typing import Any, ClassVar, Self
 
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from paged.spec import AttentionState, PageLayout, Pages
@@ -19,7 +21,10 @@ from .write import refuses_write, write_rows
 
 @dataclasses.dataclass(frozen=True)
 class TpuLowering(Lowering):
-    """A lowering for ``chip``, or for this process's chip if that is None. ``interpret`` is passed to Pallas."""
+    """A lowering for ``chip``, or for this process's chip if that is None.
+
+    ``interpret`` is passed to Pallas: False, or the settings of its interpreter of TPU kernels.
+    """
 
     target: ClassVar[str] = "tpu"
     generations: ClassVar[dict[str, tuple[str, ...]]] = {name: chip.device_kinds for name, chip in CHIPS.items()}
@@ -47,8 +52,8 @@ class TpuLowering(Lowering):
         """Why this call is refused, or None. The program and the layout are accepted."""
 
     def interpreted(self, interpret: Any) -> Self:
-        """This lowering with its kernels interpreted as told."""
-        return dataclasses.replace(self, interpret=interpret)
+        """This lowering with its kernels interpreted as told: True stands for the interpreter's default settings."""
+        return dataclasses.replace(self, interpret=_interpreter(interpret))
 
     def on_chip(self, generation: str) -> Self:
         """This lowering for another chip, compiled."""
@@ -109,6 +114,21 @@ class TpuLowering(Lowering):
         if self.refuses_write(pages.layout) is not None:
             return XLA_BLOCKS.write(k, v, pages, seqs, query_rows)
         return write_rows(self.target_chip, self.interpret, query_rows, k, v, pages, seqs)
+
+
+def _interpreter(interpret: Any) -> Any:
+    """Settings of the interpreter of TPU kernels, or False.
+
+    Pallas reads True as its interpreter of kernels in general, which refuses copies of powers of two that are longer
+    than an array, though they do not run. So True becomes the default settings of the interpreter of TPU kernels.
+    """
+    if isinstance(interpret, (bool, np.bool_)):
+        return pltpu.InterpretParams() if interpret else False
+    if not isinstance(interpret, pltpu.InterpretParams):
+        raise TypeError(
+            f"interpret must be True, False or a jax.experimental.pallas.tpu.InterpretParams; got {interpret!r}."
+        )
+    return interpret
 
 
 def refuses_program(program: Program, layout: PageLayout) -> str | None:
