@@ -63,6 +63,7 @@ class PagedAttention(eqx.Module):
         target: str = "auto",
         schedule: Schedule | None = None,
         check: bool = True,
+        interpret: Any = False,
         dtype: Any = jnp.float32,
         key: PRNGKeyArray,
     ):
@@ -76,7 +77,7 @@ class PagedAttention(eqx.Module):
         - `qk_norm`: whether the queries and keys of each head are RMS-normalised, with learnt weights.
         - `qk_norm_eps`: what the norm adds to the mean square before it takes the root.
         - `use_query_bias`, `use_key_bias`, `use_value_bias`, `use_output_bias`: whether that projection has a bias.
-        - `target`, `schedule`, `check`: see `PagedCache`; ``check`` is True by default.
+        - `target`, `schedule`, `check`, `interpret`: see `PagedCache`; ``check`` is True by default.
         - `dtype`: dtype of the parameters.
         - `key`: a PRNG key, from which the parameters are drawn.
 
@@ -98,7 +99,9 @@ class PagedAttention(eqx.Module):
         self.key_norm = _rms_norm(spec.head_dim, qk_norm_eps, dtype) if qk_norm else None
         self.sinks = jnp.zeros(spec.num_q_heads, jnp.float32) if spec.sinks else None
         self.rotary = rotary
-        self.cache = PagedCache(spec, layout, num_pages, target=target, schedule=schedule, check=check)
+        self.cache = PagedCache(
+            spec, layout, num_pages, target=target, schedule=schedule, check=check, interpret=interpret
+        )
 
     @property
     def spec(self) -> AttentionSpec:

@@ -1,5 +1,7 @@
 """`PagedCache`: attention with pages of its own, without projections; the pages live in Equinox state."""
 
+from typing import Any
+
 import equinox as eqx
 from jaxtyping import Array, Float
 
@@ -35,13 +37,14 @@ class PagedCache(eqx.Module):
         target: str = "auto",
         schedule: Schedule | None = None,
         check: bool = True,
+        interpret: Any = False,
     ):
         """**Arguments:**
 
         - `spec`: what the attention means.
         - `layout`: how the pages lie in memory.
         - `num_pages`: how many pages the state holds, zeroed at first.
-        - `target`, `schedule`: see `paged.lower`.
+        - `target`, `schedule`, `interpret`: see `paged.lower`.
         - `check`: whether every call checks the values of its batch with `paged.check`: at once for concrete arrays,
           through a host callback under ``jax.jit``. True by default in the runtime, where a wrong table is a bug of
           the server, and False in `paged.lower`, whose programs call no host unless asked to. A batch that
@@ -50,7 +53,7 @@ class PagedCache(eqx.Module):
 
         Raises what `paged.lower` raises, and ``ValueError`` for ``num_pages`` below 1.
         """
-        self.attend = lower(spec, layout, target, schedule=schedule, check=check)
+        self.attend = lower(spec, layout, target, schedule=schedule, check=check, interpret=interpret)
         self.index = eqx.nn.StateIndex(layout.init(num_pages))
 
     def __call__(

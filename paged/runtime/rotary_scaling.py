@@ -165,15 +165,27 @@ class YarnScaling(RotaryScaling):
     - `original_context`: the context of training, in tokens.
     - `beta_fast`: pairs that turn more than this often in the original context are kept.
     - `beta_slow`: pairs that turn less than this often are slowed by ``factor``.
-    - `attention_factor`: multiplies rotated queries and rotated keys, so that scores grow by its square. None: the
-      paper's ``0.1 ln(factor) + 1`` (section 3.4).
-    - `is_rounded`: whether the blended band begins and ends at whole pair numbers, rounded outward. True in the
-      authors' code, False in gpt-oss.
+    - `attention_factor`: multiplies rotated queries and rotated keys, so that scores grow by its square. None: computed
+      from ``mscale`` and ``mscale_all_dim``, or without them the paper's ``0.1 ln(factor) + 1`` (section 3.4).
+    - `is_rounded`: whether the blended band begins and ends at whole pair numbers, rounded outward: ``truncate`` in
+      Hugging Face's configurations. True in the authors' code, False in gpt-oss.
+    - `mscale`, `mscale_all_dim`: weights of the logarithm, as DeepSeek's released code has them (arXiv:2405.04434,
+      section 3.1.4, has 0.707). Rotated queries and keys are multiplied by ``0.1 mscale ln(factor) + 1`` over
+      ``0.1 mscale_all_dim ln(factor) + 1``. DeepSeek's models also multiply all scores by `score_factor`. Other models
+      that have these keys do not.
 
-    Raises ``ValueError`` unless numbers are positive and finite, and ``beta_fast`` is greater than ``beta_slow``.
+    The names are those of ``rope_scaling`` in Hugging Face's configurations, where ``original_context`` is
+    ``original_max_position_embeddings``. A 0 for ``mscale`` or ``mscale_all_dim`` is a key left out there.
+
+    Raises ``ValueError`` unless numbers are positive and finite, and ``beta_fast`` is greater than ``beta_slow``; for
+    one of ``mscale`` and ``mscale_all_dim`` without the other, and for both beside ``attention_factor``.
 
     >>> round(YarnScaling(factor=32.0, original_context=4096).magnitude, 4)
     1.3466
+    >>> deepseek = YarnScaling(factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0)
+    >>> deepseek.magnitude, round(deepseek.score_factor, 4)
+    (1.0, 1.8739)
+    >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=4, head_dim=192, scale=192**-0.5 * deepseek.score_factor)
     """
 
     factor: float
@@ -182,24 +194,49 @@ class YarnScaling(RotaryScaling):
     beta_slow: float = 1.0
     attention_factor: float | None = None
     is_rounded: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def __post_init__(self):
         _require_at_least_one(self, "factor")
         _require_positive(self, "original_context")
         _require_positive(self, "beta_slow")
+        self._require_one_magnitude()
         if not self.beta_fast > self.beta_slow:
             raise ValueError(
                 "beta_fast must be greater than beta_slow: pairs that turn more often than beta_fast are kept, less "
                 f"often than beta_slow interpolated; got {self.beta_fast} and {self.beta_slow}."
             )
-        if self.attention_factor is not None:
-            _require_positive(self, "attention_factor")
+
+    def _require_one_magnitude(self) -> None:
+        given = [n for n in ("attention_factor", "mscale", "mscale_all_dim") if getattr(self, n) is not None]
+        for name in given:
+            _require_positive(self, name)
+        if given not in ([], ["attention_factor"], ["mscale", "mscale_all_dim"]):
+            raise ValueError(
+                "YarnScaling needs mscale and mscale_all_dim together, or attention_factor alone, or none of them, "
+                f"because released code disagrees about the rest; got {', '.join(given)}. A 0 in a configuration "
+                "stands for a key left out. To set the factor of rotated queries and keys, pass attention_factor alone."
+            )
 
     @property
     def magnitude(self) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1.0
+        if self.mscale is not None and self.mscale_all_dim is not None:
+            return self._weighted(self.mscale) / self._weighted(self.mscale_all_dim)
+        return self._weighted(1.0)
+
+    @property
+    def score_factor(self) -> float:
+        """The factor of ``AttentionSpec.scale`` in DeepSeek's models: ``(0.1 mscale_all_dim ln(factor) + 1) ** 2``.
+
+        1 without ``mscale_all_dim``. It is not part of `magnitude`: a model that uses it passes it in its spec's scale.
+        """
+        return 1.0 if self.mscale_all_dim is None else self._weighted(self.mscale_all_dim) ** 2
+
+    def _weighted(self, weight: float) -> float:
+        return 0.1 * weight * math.log(self.factor) + 1.0
 
     def frequencies(self, theta, rotary_dim):
         plain = plain_frequencies(theta, rotary_dim)

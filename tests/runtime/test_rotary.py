@@ -9,7 +9,7 @@ import pytest
 
 from paged.runtime import LinearScaling, Llama3Scaling, NtkScaling, Rotary, RotaryScaling, YarnScaling
 
-# float32 angles: at position p the error is about p * 6e-8 radians; inputs are about 3.
+# Cosines and sines are right to 1e-6; inputs are about 3.
 TOLERANCE = 1e-5
 POSITIONS = np.array([0, 1, 2, 7, 31, 100])
 
@@ -68,6 +68,49 @@ def test_output_dtype_is_the_input_dtype_and_angles_are_float32():
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-8, atol=2e-3)
 
 
+def pi_ref(bits):
+    """Pi as an integer multiple of ``2 ** -bits``, by Machin's formula."""
+
+    def arctan(n):
+        term, total, k = (1 << bits + 16) // n, 0, 1
+        while term:
+            total, term, k = total + (term // k if k % 4 == 1 else -(term // k)), term // n**2, k + 2
+        return total
+
+    return 4 * (4 * arctan(5) - arctan(239)) >> 16
+
+
+LATE = [0, 1, -1, 2, 131071, -131071, 10**6, 2**24 + 1, 1_234_567_891, 2**31 - 1, -(2**31)]
+SCALINGS = [
+    None,
+    LinearScaling(4.0),
+    NtkScaling.at_length(2.0, 65536, 4096),
+    Llama3Scaling(),
+    YarnScaling(factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=0.5),
+]
+
+
+class Unusual(RotaryScaling):
+    """Frequencies above a turn per position, and a negative one."""
+
+    def frequencies(self, theta, rotary_dim):
+        return np.array([7.0, -1.25, 2 * math.pi, 3.1])
+
+
+@pytest.mark.parametrize("scaling", [*SCALINGS, Unusual()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("mode", ["default", "x64"])
+def test_angles_are_right_at_every_int32_position(scaling, mode):
+    """Against exact integers: the float64 frequency times the position, modulo 2 pi."""
+    rotary = Rotary(8, theta=500000.0, scaling=scaling)
+    turn, exact = 2 * pi_ref(160), [int(f * 2.0**80) << 80 for f in rotary.frequencies.tolist()]
+    angles = np.array([[(p * f) % turn / 2**160 for f in exact] for p in LATE])
+    x = jnp.zeros((len(LATE), 1, 8), jnp.float32).at[..., :4].set(1)
+    with jax.enable_x64(mode == "x64"), jax.numpy_dtype_promotion("strict"):
+        turned = jax.jit(rotary)(x, jnp.asarray(LATE, int)) / (1 if scaling is None else scaling.magnitude)
+    assert turned.dtype == jnp.float32
+    np.testing.assert_allclose(turned[:, 0], np.concatenate([np.cos(angles), np.sin(angles)], -1), atol=1e-6)
+
+
 def test_linear_scaling_is_a_fraction_of_the_position():
     x = jnp.asarray(normal((1, 1, 8)), jnp.float32)
     scaled = Rotary(8, scaling=LinearScaling(4.0))(x, jnp.array([40]))
@@ -116,6 +159,33 @@ def test_yarn_magnitude_scales_the_vectors():
     assert YarnScaling(factor=10.0, original_context=100, attention_factor=1.0).magnitude == 1.0
 
 
+def yarn_magnitude_ref(factor, attention_factor=None, mscale=None, mscale_all_dim=None):
+    """What rotated vectors are multiplied by, in Hugging Face's reading of ``rope_scaling``."""
+
+    def grown(weight):
+        return 0.1 * weight * np.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if attention_factor is not None:
+        return attention_factor
+    return grown(mscale) / grown(mscale_all_dim) if mscale and mscale_all_dim else grown(1)
+
+
+@pytest.mark.parametrize("factor", [1.0, 40.0])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"attention_factor": 1.3}, {"mscale": 0.707, "mscale_all_dim": 0.707}, {"mscale": 1.0, "mscale_all_dim": 0.5}],
+    ids=str,
+)
+def test_yarn_factors_by_their_names(factor, keys):
+    scaling = YarnScaling(factor=factor, original_context=4096, **keys)
+    assert scaling.magnitude == pytest.approx(yarn_magnitude_ref(factor, **keys), rel=1e-12)
+    # DeepSeek's attention: softmax_scale * m * m, where m = 0.1 mscale_all_dim ln(factor) + 1.
+    m = 1 + 0.1 * keys.get("mscale_all_dim", 0) * math.log(factor)
+    assert scaling.score_factor == pytest.approx(m * m, rel=1e-12)
+    if keys.get("mscale") == 0.707 and factor > 1:
+        assert math.sqrt(scaling.score_factor) == pytest.approx(0.0707 * math.log(40) + 1)  # arXiv:2405.04434, 3.1.4
+
+
 @pytest.mark.parametrize(
     "scaling",
     [LinearScaling(1.0), NtkScaling(1.0), Llama3Scaling(factor=1.0), YarnScaling(factor=1.0, original_context=64)],
@@ -141,6 +211,13 @@ def test_equal_ones_are_one_under_jit_and_have_no_leaves():
         (lambda: LinearScaling(0.5), ValueError, "LinearScaling.factor must be at least 1"),
         (lambda: Llama3Scaling(low_freq_factor=4.0), ValueError, "high_freq_factor must be greater"),
         (lambda: YarnScaling(factor=2.0, original_context=8, beta_slow=64.0), ValueError, "beta_fast must be greater"),
+        (lambda: YarnScaling(factor=2.0, original_context=8, mscale=1.0), ValueError, "together.*got mscale. A 0 in"),
+        (lambda: YarnScaling(factor=2.0, original_context=8, mscale=1.0, mscale_all_dim=0.0), ValueError, "positive"),
+        (
+            lambda: YarnScaling(factor=2.0, original_context=8, attention_factor=1.0, mscale=1.0, mscale_all_dim=1.0),
+            ValueError,
+            "attention_factor alone.*got attention_factor, mscale, mscale_all_dim",
+        ),
         (lambda: Rotary(8)(jnp.ones((2, 1, 8)), jnp.arange(3)), ValueError, r"got \(2, 1, 8\) and \(3,\)"),
     ],
 )
