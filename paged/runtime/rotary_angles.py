@@ -1,4 +1,4 @@
-"""Cosines and sines of rotary angles, exact to 1e-6 at every int32 position, without 64-bit arithmetic on the device."""
+"""Cosines and sines of rotary angles, right to 1e-6 at every int32 position, without 64-bit arithmetic."""
 
 import functools
 import math

@@ -183,6 +183,21 @@ def test_donated_state_is_updated_in_place():
     assert state.get(layer.cache.index).arrays[0].unsafe_buffer_pointer() == where
 
 
+def test_interpreted_kernels_equal_xla():
+    """One decode step. ``interpret`` reaches `paged.lower` from a layer and from its cache."""
+    spec = paged.AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=16)
+    layout = paged.PageLayout(page_size=8, num_kv_heads=1, head_dim=16, dtype=jnp.float32)
+    batch, x = paged.RaggedBatch.decode([1], [[1]]), tokens(1)
+    outputs = []
+    for options in ({"target": "xla"}, {"target": "tpu", "interpret": True}):
+        layer, state = eqx.nn.make_with_state(PagedAttention)(
+            spec, layout, 2, EMBED, rotary=Rotary(16), check=False, key=jax.random.key(0), **options
+        )
+        assert layer.cache.attend == paged.lower(spec, layout, **options)
+        outputs.append(eqx.filter_jit(layer)(x, batch, state)[0])
+    np.testing.assert_allclose(*outputs, atol=TOLERANCE)
+
+
 def test_rotary_scaling_and_bfloat16_pages_serve():
     layout = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8)  # bfloat16
     rotary = Rotary(8, scaling=YarnScaling(factor=4.0, original_context=8))
