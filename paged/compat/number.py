@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 
 
 def flag(name: str, value: Any) -> bool:
-    """A Python bool."""
-    if not isinstance(value, bool):
+    """A Python or NumPy bool."""
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False; got {value!r}.")
-    return value
+    return bool(value)
 
 
 def integer(name: str, value: Any, least: int) -> int:

@@ -20,7 +20,8 @@ class Explanation:
 
     * ``program``, ``layout``: the attention in normal form, and the pages that it is over.
     * ``schedule``: the schedule that runs, which names its lowering.
-    * ``source``: who picked the schedule: "explicit" (the caller), "context", "tuning file <name>", or "heuristic".
+    * ``source``: who picked the schedule: "explicit" (the caller), "hints, ..." (arguments of `paged.compat`),
+      "context", "tuning file <name>", or "heuristic".
     * ``refused``: for every other lowering that refuses the call, its reason.
     * ``pages_visited``: the pages that the rows of a sequence may see, summed over live sequences. Each page is read at
       least once. None without a batch.

@@ -27,7 +27,7 @@ from .base import Lowering, Schedule
 from .program import Call, Program, Sequences
 from .registry import device_kinds
 from .require import require_new_tokens, require_pages, require_queries, require_whole_call
-from .schedule import NO_ADVICE, Advice, Choice, choose, choose_for_any_call
+from .schedule import EXPLICIT, NO_ADVICE, Advice, Choice, choose, choose_for_any_call
 
 Merge = Callable[[AttentionState], AttentionState]
 
@@ -64,6 +64,7 @@ class Attend:
     pinned: Schedule | None  # the caller's schedule
     check: bool
     advice: Advice = NO_ADVICE  # what contexts and the tuning file proposed when it was lowered
+    pinned_by: str = EXPLICIT  # how the caller gave the schedule
 
     def __hash__(self) -> int:
         """Computed once, because every call outside of ``jax.jit`` finds its program by it."""
@@ -113,8 +114,10 @@ class Attend:
         the schedule of the caller or of a context cannot run.
         """
         if call is None:
-            return choose_for_any_call(self.program, self.layout, self.lowering, self.pinned, self.advice)
-        return choose(self.program, self.layout, self.lowerings, self.pinned, self.advice, call)
+            return choose_for_any_call(
+                self.program, self.layout, self.lowering, self.pinned, self.advice, self.pinned_by
+            )
+        return choose(self.program, self.layout, self.lowerings, self.pinned, self.advice, call, self.pinned_by)
 
     def __call__(
         self,

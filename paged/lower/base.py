@@ -3,7 +3,8 @@
 import abc
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from jaxtyping import Array
@@ -89,16 +90,28 @@ def _from_json(values: Any) -> Schedule:
     return cls(**{name: _from_json(value) if isinstance(value, dict) else value for name, value in fields.items()})
 
 
+def _distance(one: Schedule, asked: Schedule, given: Mapping[str, Any]) -> tuple[float, float]:
+    """How far two schedules are apart: in the fields of ``given``, and in all others."""
+    apart = [0.0, 0.0]
+    for field in dataclasses.fields(one):
+        a, b = getattr(one, field.name), getattr(asked, field.name)
+        is_size = isinstance(a, int) and isinstance(b, int)
+        apart[field.name not in given] += abs(math.log2(a) - math.log2(b)) if is_size else float(a != b)
+    return apart[0], apart[1]
+
+
 class Lowering(abc.ABC):
     """One way to run a program. It owns data movement only, and says beforehand what it refuses.
 
     ``target`` is what `lower` calls it by; ``schedule_type`` is its class of schedules. Everything is decided from
     static facts: the program, the page layout, and the shapes of a call. ``generations`` lists the chips that it can be
-    lowered for by name, with JAX's names of their devices.
+    lowered for by name, with JAX's names of their devices. ``has_kernels`` says whether it runs kernels of its own,
+    which can be interpreted and which hints about kernels mean.
     """
 
     target: ClassVar[str]
     schedule_type: ClassVar[type[Schedule]]
+    has_kernels: ClassVar[bool] = False
     generations: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @property
@@ -130,6 +143,26 @@ class Lowering(abc.ABC):
         others = self.alternatives(program, layout, call, own)
         honoured = (one for one in others if self.cannot_honour(program, layout, call, one) is None)
         return tuple(dict.fromkeys((own, *honoured)))
+
+    def neighbours(self, layout: PageLayout, call: Call, asked: Schedule) -> Iterator[Schedule]:
+        """Schedules like ``asked``, rounded to what kernels can do, or with less of each field; some may not run."""
+        del layout, call, asked
+        yield from ()
+
+    def nearest(self, program: Program, layout: PageLayout, call: Call, fields: Mapping[str, int | str]) -> Schedule:
+        """The heuristic's schedule with these fields, or of those that can run the one that comes nearest to that.
+
+        Fields that this lowering's schedules do not have are left out. Distances are ratios of sizes, first of the
+        given fields and then of the others.
+        """
+        own = self.schedule(program, layout, call)
+        given = {name: value for name, value in fields.items() if hasattr(own, name)}
+        asked = own.replace(**given)
+        if self.cannot_honour(program, layout, call, asked) is None:
+            return asked
+        others = (one for one in self.neighbours(layout, call, asked) if one != asked)
+        honoured = (one for one in others if self.cannot_honour(program, layout, call, one) is None)
+        return min((*honoured, own), key=lambda one: _distance(one, asked, given))
 
     @property
     def is_interpreted(self) -> bool:

@@ -89,7 +89,6 @@ SHAPES = {
     "blocks 3": (lambda: v2(num_queries_per_block=0), "num_queries_per_block must be at least 1"),
     "vmem": (lambda: v3(vmem_limit_bytes=0), "vmem_limit_bytes must be at least 1; got 0"),
     "megacore": (lambda: page(megacore_mode="both"), r"megacore_mode must be one of \(None, 'batch', 'kv_head'\)"),
-    "megacore heads": (lambda: page(megacore_mode="kv_head"), 'megacore_mode="kv_head" cannot be honoured.*"batch"'),
     "target": (lambda: page(target="gpu"), "target must be one of .*got 'gpu'"),
     "interpret": (lambda: page(target="xla", interpret=True), "interpret=True is for kernels"),
 }  # fmt: skip

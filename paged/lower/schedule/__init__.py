@@ -8,6 +8,7 @@ a schedule that are worth timing.
 from .advice import NO_ADVICE as NO_ADVICE
 from .advice import Advice as Advice
 from .advice import Proposal as Proposal
+from .choice import EXPLICIT as EXPLICIT
 from .choice import HEURISTIC as HEURISTIC
 from .choice import Choice as Choice
 from .choice import choose as choose
@@ -18,6 +19,7 @@ from .file import Entry as Entry
 from .file import TuningFile as TuningFile
 from .grid import around as around
 from .grid import grid as grid
+from .grid import halvings as halvings
 from .grid import powers_up_to as powers_up_to
 from .key import Key as Key
 from .key import device_kind as device_kind

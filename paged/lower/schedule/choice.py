@@ -15,8 +15,9 @@ EXPLICIT, HEURISTIC = "explicit", "heuristic"
 class Choice(NamedTuple):
     """What runs a call: a lowering and its schedule.
 
-    ``source`` is who picked the schedule. From the highest precedence to the lowest: "explicit" (``schedule=``),
-    "context", "context, tuning file <name>", "tuning file <name>", "heuristic" (the lowering itself).
+    ``source`` is who picked the schedule. From the highest precedence to the lowest: "explicit" (``schedule=``) or
+    "hints, ..." (the arguments of `paged.compat`), "context", "context, tuning file <name>", "tuning file <name>",
+    "heuristic" (the lowering itself).
     """
 
     lowering: Lowering
@@ -31,11 +32,13 @@ def choose(
     pinned: Schedule | None,
     advice: Advice,
     call: Call,
+    pinned_by: str = EXPLICIT,
 ) -> Choice:
     """What runs a call of these shapes: the first proposed schedule that its lowering can run, else the heuristic's.
 
-    ``pinned`` is the caller's own schedule. Raises ``ValueError`` when no lowering accepts the call, and when a
-    schedule that the caller or a context gave cannot run. A tuning file's that cannot run is ignored with a warning.
+    ``pinned`` is the caller's own schedule, and ``pinned_by`` says how the caller gave it. Raises ``ValueError`` when
+    no lowering accepts the call, and when a schedule that the caller or a context gave cannot run. A tuning file's that
+    cannot run is ignored with a warning.
     """
     reasons = {lowering.name: lowering.refuses(program, layout, call) for lowering in lowerings}
     takers = {lowering.name: lowering for lowering in lowerings if reasons[lowering.name] is None}
@@ -43,7 +46,7 @@ def choose(
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f'No lowering takes this call: {why}. target="auto" and target="xla" take any call.')
     proposals = advice.proposals(program, layout, [lowering.name for lowering in lowerings], call)
-    for proposal in proposals if pinned is None else [Proposal(EXPLICIT, pinned, True)]:
+    for proposal in proposals if pinned is None else [Proposal(pinned_by, pinned, True)]:
         lowering = takers.get(proposal.schedule.lowering)
         if lowering is None:
             continue
@@ -59,11 +62,16 @@ def choose(
 
 
 def choose_for_any_call(
-    program: Program, layout: PageLayout, lowering: Lowering, pinned: Schedule | None, advice: Advice
+    program: Program,
+    layout: PageLayout,
+    lowering: Lowering,
+    pinned: Schedule | None,
+    advice: Advice,
+    pinned_by: str = EXPLICIT,
 ) -> Choice:
     """What runs a common call, whose shapes are not known."""
     if pinned is not None:
-        return Choice(lowering, pinned, EXPLICIT)
+        return Choice(lowering, pinned, pinned_by)
     proposal = advice.for_any_call(lowering.name)
     if proposal is not None:
         return Choice(lowering, proposal.schedule, proposal.source)

@@ -37,3 +37,12 @@ def around(size: int) -> list[int]:
     ([4, 8, 16], [1, 2])
     """
     return sorted({max(1, size // 2), size, 2 * size})
+
+
+def halvings(size: int) -> list[int]:
+    """A size, and what remains of it when it is halved again and again.
+
+    >>> halvings(12)
+    [12, 6, 3, 1]
+    """
+    return [size >> n for n in range(size.bit_length())]

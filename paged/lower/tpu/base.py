@@ -27,6 +27,7 @@ class TpuLowering(Lowering):
     """
 
     target: ClassVar[str] = "tpu"
+    has_kernels: ClassVar[bool] = True
     generations: ClassVar[dict[str, tuple[str, ...]]] = {name: chip.device_kinds for name, chip in CHIPS.items()}
 
     chip: Chip | None = dataclasses.field(default=None, kw_only=True)

@@ -18,7 +18,7 @@ from ..chips import LANES
 from ..pages import TileVisits, WorkList, kernel_slices, pools_of
 from ..write.granules import row_shape
 from .launch import New
-from .plan import alternatives, fits, launch_of, plan_schedule, refuses_call, vmem_bytes
+from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call, vmem_bytes
 from .schedule import DecodeSchedule
 from .update import Targets
 
@@ -49,6 +49,11 @@ class TpuDecode(TpuLowering):
         """Half and twice as much of each field."""
         del program, layout
         return alternatives(call, own)
+
+    def neighbours(self, layout: PageLayout, call: Call, asked: DecodeSchedule) -> Iterator[DecodeSchedule]:
+        """Smaller page blocks and fewer buffers."""
+        del layout
+        return neighbours(call, asked, self.target_chip)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, bytes_visited: int

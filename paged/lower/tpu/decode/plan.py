@@ -8,7 +8,7 @@ from typing import Any
 from paged.spec import PageLayout
 
 from ...program import COMMON, Call, Program, most_pages_seen
-from ...schedule import around, grid
+from ...schedule import around, grid, halvings
 from ..chips import LANES, SUBLANES, Chip
 from ..pages import Views, compute_dtype
 from .kernel import ITEMS_AT_ONCE
@@ -114,6 +114,16 @@ def alternatives(call: Call, own: DecodeSchedule) -> Iterator[DecodeSchedule]:
     yield from grid(own, pages_per_block=pages, buffers=buffers)
     yield from grid(own, sequence=("inline", "grid"))
     yield from grid(own, kv_splits=[splits for splits in around(own.kv_splits) if splits <= call.pages_per_seq])
+
+
+def neighbours(call: Call, asked: DecodeSchedule, chip: Chip) -> Iterator[DecodeSchedule]:
+    """Schedules like ``asked`` with smaller page blocks, fewer buffers, and no more KV splits and cores than there are.
+
+    A block that the chip has no room for holds at most the pages of one sequence: a larger one would stay empty.
+    """
+    within = asked.replace(kv_splits=min(asked.kv_splits, call.pages_per_seq), cores=min(asked.cores, chip.cores))
+    pages = [asked.pages_per_block, *halvings(min(asked.pages_per_block, call.pages_per_seq))]
+    yield from grid(within, pages_per_block=pages, buffers=range(2, asked.buffers + 1))
 
 
 def _round_up(pages: int, page_size: int) -> int:

@@ -21,7 +21,7 @@ from ..base import TpuLowering
 from ..decode import TpuDecode
 from ..pages import TileVisits, WorkList, rows_and_entries
 from .launch import PrefillLaunch
-from .plan import alternatives, fits, launch_of, plan_schedule, refuses_call
+from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call
 from .schedule import RaggedSchedule
 from .shape import most_tiles
 
@@ -64,6 +64,10 @@ class TpuRagged(TpuLowering):
         """Half and twice as much of each field. ``single_rows`` stays as it is."""
         del program, call
         return alternatives(layout, own)
+
+    def neighbours(self, layout: PageLayout, call: Call, asked: RaggedSchedule) -> Iterator[RaggedSchedule]:
+        """Page blocks of whole registers, tiles of a power of two of rows, and less of each."""
+        return neighbours(layout, call, asked, self.target_chip)
 
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: RaggedSchedule, bytes_visited: int

@@ -7,7 +7,7 @@ from typing import Any
 from paged.spec import PageLayout
 
 from ...program import Call, Program
-from ...schedule import around, grid
+from ...schedule import around, grid, halvings
 from ..chips import LANES, Chip
 from ..pages import compute_dtype
 from .launch import PrefillLaunch
@@ -116,6 +116,21 @@ def alternatives(layout: PageLayout, own: RaggedSchedule) -> Iterator[RaggedSche
     rows = [rows for rows in around(own.rows_per_tile) if rows >= 16]
     yield from grid(own, rows_per_tile=rows, pages_per_block=pages)
     yield from grid(own, buffers=(2, 3, 4))
+
+
+def neighbours(layout: PageLayout, call: Call, asked: RaggedSchedule, chip: Chip) -> Iterator[RaggedSchedule]:
+    """Schedules like ``asked``, rounded to page blocks of whole registers and to tiles of a power of two of rows, and
+    with smaller blocks, smaller tiles and fewer buffers.
+
+    A rounded block holds at most the pages of one sequence: a larger one would stay empty.
+    """
+    step = _pages_of_whole_registers(layout)
+    most = min(asked.pages_per_block, call.pages_per_seq) + step - 1
+    pages = [max(step, size // step * step) for size in (most, *halvings(most))]
+    rows = [2**power for power in range(4, max(5, asked.rows_per_tile.bit_length() + 1))]
+    within = asked.replace(cores=min(asked.cores, chip.cores))
+    pages = [asked.pages_per_block, *dict.fromkeys(pages)]
+    yield from grid(within, pages_per_block=pages, rows_per_tile=rows, buffers=range(2, asked.buffers + 1))
 
 
 def _pages_of_whole_registers(layout: PageLayout) -> int:
