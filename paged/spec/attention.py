@@ -5,8 +5,10 @@ import math
 from typing import Any
 
 from .masks import And, Causal, Everything, Mask, Window
-from .numbers import require_positive_int
+from .numbers import Flag, Real, as_bool, as_float, require_positive_int
 from .scores import ScoreOp, SoftCap
+
+_DEFAULT_SCALE = " For 1/sqrt(head_dim), leave it out."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,11 @@ class AttentionSpec:
     - `window`: how many tokens of the past a query sees, its own included. None for all of them.
     - `soft_cap`: a bound of scores, ``cap * tanh(s / cap)``. None for no bound.
     - `sinks`: whether every call comes with sinks, learnt logits of each query head.
-    - `scale`: the factor of ``<q, k>``, ``1 / sqrt(head_dim)`` by default.
+    - `scale`: the factor of ``<q, k>``, ``1 / sqrt(head_dim)`` by default. It may be 0 or negative.
     - `mask`: any `Mask`. A query sees what ``causal``, ``window`` and ``mask`` all allow.
     - `scores`: score operations, in order.
+
+    Flags may be NumPy bools, and ``soft_cap`` and ``scale`` any real numbers of Python or NumPy; they become Python's.
 
     **Raises:** ``ValueError`` or ``TypeError``, naming the field, for a declaration that has no meaning.
 
@@ -42,11 +46,11 @@ class AttentionSpec:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    causal: bool = True
+    causal: Flag = True  # flags are bool after construction, and numbers float
     window: int | None = None
-    soft_cap: float | None = None
-    sinks: bool = False
-    scale: float | None = None
+    soft_cap: Real | None = None
+    sinks: Flag = False
+    scale: Real | None = None
     mask: Mask | None = None
     scores: tuple[ScoreOp, ...] | list[ScoreOp] = ()
 
@@ -59,14 +63,13 @@ class AttentionSpec:
                 f"heads; got num_q_heads={self.num_q_heads}, num_kv_heads={self.num_kv_heads}."
             )
         for name in ("causal", "sinks"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+            object.__setattr__(self, name, as_bool(name, getattr(self, name)))
         if self.window is not None:
             Window(self.window)
         if self.soft_cap is not None:
-            SoftCap(self.soft_cap)
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise ValueError(f"scale must be finite; got {self.scale}. For 1/sqrt(head_dim), leave it out.")
+            object.__setattr__(self, "soft_cap", SoftCap(self.soft_cap).cap)
+        if self.scale is not None:
+            object.__setattr__(self, "scale", as_float("scale", self.scale, _DEFAULT_SCALE))
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise TypeError(
                 f"mask must be a Mask, such as Prefix(64) | Chunk(256), or Where(lambda p, j: ...) around a function; "
@@ -105,7 +108,7 @@ class AttentionSpec:
     @property
     def softmax_scale(self) -> float:
         """The factor of ``<q, k>``, a number also where ``scale`` is None."""
-        return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+        return 1.0 / math.sqrt(self.head_dim) if self.scale is None else float(self.scale)
 
     def replace(self, **changes: Any) -> "AttentionSpec":
         """This spec with some fields changed, checked again."""

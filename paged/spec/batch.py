@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from .masks import Mask
+from .numbers import LARGEST_INT32, SMALLEST_INT32
 
 
 class RaggedBatch(eqx.Module):
@@ -28,13 +29,19 @@ class RaggedBatch(eqx.Module):
       ``n`` is at position ``lengths[s] - n + i``.
     - `num_seqs` i32[]: the first ``num_seqs`` slots are live, by default all. Values of the others are never used.
     - `query_rows`, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
+      Lowerings rely on it: it must agree with ``query_starts``.
     - `checked_for`, static: the page size, the number of pages, the number of query rows and the mask for which
       `paged.check` has found the values right, else None.
 
     A batch may have no slots, and a step no rows: its results have no rows then.
 
-    **Raises:** ``ValueError`` or ``TypeError`` for a wrong rank, shape or dtype, and for a ``num_seqs`` outside
-    ``[0, S]`` that is known when the batch is built. `paged.check` finds the other values that cannot be right.
+    Arrays may be lists, NumPy arrays and JAX arrays of any integer dtype. A number outside of int32 becomes the nearest
+    int32, and never wraps: a table entry such as ``2**32 + 1``, or int64's least number, is no page of any pool then. A
+    length becomes ``2**31 - 1``, which is past any table.
+
+    **Raises:** ``ValueError`` or ``TypeError`` for a wrong rank, shape or dtype. Where values are known when the batch
+    is built (lists and NumPy arrays), ``ValueError`` also for a ``num_seqs`` outside ``[0, S]``, and for a length of a
+    live slot above ``2**31 - 1``. `paged.check` finds the other values that cannot be right.
 
     >>> batch = RaggedBatch.decode(lengths=[5, 9], block_tables=[[3, 0], [1, 2]])
     >>> batch.num_slots, batch.pages_per_seq, batch.query_starts.tolist()
@@ -55,16 +62,22 @@ class RaggedBatch(eqx.Module):
         query_starts: Any,
         num_seqs: Any = None,
         *,
-        query_rows: int | None = None,
+        query_rows: int | np.integer | None = None,
         checked_for: tuple[int, int, int, Mask] | None = None,
     ):
+        live = _known_num_seqs(num_seqs)
         self.lengths = _as_int32("lengths", lengths, 1)
         self.block_tables = _as_int32("block_tables", block_tables, 2)
         self.query_starts = _as_int32("query_starts", query_starts, 1)
         slots = self.lengths.shape[0]
         self.num_seqs = _as_int32("num_seqs", slots if num_seqs is None else num_seqs, 0)
-        _require_known_num_seqs(num_seqs, slots)
-        self.query_rows = query_rows
+        if live is not None and not 0 <= live <= slots:
+            raise ValueError(
+                f"num_seqs must be in [0, {slots}], because lengths has {slots} sequence slots and the first num_seqs "
+                f"of them are live; got {live}."
+            )
+        _require_known_lengths(lengths, live if num_seqs is not None else slots)
+        self.query_rows = query_rows if query_rows is None else _as_rows(query_rows)
         self.checked_for = checked_for
         if self.block_tables.shape[0] != slots or self.block_tables.shape[1] < 1:
             raise ValueError(
@@ -77,7 +90,9 @@ class RaggedBatch(eqx.Module):
             )
 
     @classmethod
-    def decode(cls, lengths: Any, block_tables: Any, num_seqs: Any = None, *, query_rows: int = 1) -> "RaggedBatch":
+    def decode(
+        cls, lengths: Any, block_tables: Any, num_seqs: Any = None, *, query_rows: int | np.integer = 1
+    ) -> "RaggedBatch":
         """A step in which every slot has the same number of query rows.
 
         **Arguments:**
@@ -88,12 +103,13 @@ class RaggedBatch(eqx.Module):
         >>> RaggedBatch.decode(lengths=[5, 9], block_tables=[[3], [1]], query_rows=2).query_starts.tolist()
         [0, 2, 4]
         """
-        slots = np.shape(lengths)[0] if np.ndim(lengths) == 1 else 0
-        starts = np.arange(slots + 1, dtype=np.int32) * query_rows
-        return cls(lengths, block_tables, starts, num_seqs, query_rows=query_rows)
+        if not isinstance(lengths, jax.Array | jax.ShapeDtypeStruct):
+            lengths = _as_numpy("lengths", lengths)
+        slots, rows = lengths.shape[0] if lengths.ndim == 1 else 0, _as_rows(query_rows)
+        return cls(lengths, block_tables, np.arange(slots + 1, dtype=np.int64) * rows, num_seqs, query_rows=rows)
 
     @classmethod
-    def prefill(cls, length: Any, block_table: Any, query_rows: int) -> "RaggedBatch":
+    def prefill(cls, length: Any, block_table: Any, query_rows: int | np.integer) -> "RaggedBatch":
         """A step of one sequence: a prompt, or a chunk of it.
 
         **Arguments:**
@@ -105,8 +121,11 @@ class RaggedBatch(eqx.Module):
         >>> RaggedBatch.prefill(length=6, block_table=[4, 2], query_rows=3).lengths.tolist()
         [6]
         """
-        table = _as_int32("block_table", block_table, 1)
-        return cls(jnp.reshape(jnp.asarray(length), (1,)), table[None], [0, query_rows], query_rows=query_rows)
+        length = length if isinstance(length, jax.Array) else _as_numpy("length", length)
+        if length.size != 1:
+            raise ValueError(f"length must be one number; got shape {tuple(length.shape)}.")
+        table, rows = _as_int32("block_table", block_table, 1), _as_rows(query_rows)
+        return cls(length.reshape(1), table[None], [0, rows], query_rows=rows)
 
     @classmethod
     def stack(cls, batches: "Sequence[RaggedBatch]") -> "RaggedBatch":
@@ -150,29 +169,79 @@ class RaggedBatch(eqx.Module):
         return self.block_tables.shape[-1]
 
 
-def _require_known_num_seqs(num_seqs: Any, slots: int) -> None:
-    """A number that is known when the batch is built. The values of JAX arrays are for `paged.check`."""
+def _known_num_seqs(num_seqs: Any) -> int | None:
+    """The number of live slots, if it is known when the batch is built: `paged.check` looks at JAX arrays' values."""
     if num_seqs is None or isinstance(num_seqs, jax.Array | jax.ShapeDtypeStruct):
+        return None
+    value = _as_numpy("num_seqs", num_seqs)
+    if isinstance(value, jax.Array) or value.size != 1 or not _is_integer(value):
+        return None  # `_as_int32` says so
+    return int(value.reshape(()))
+
+
+def _require_known_lengths(lengths: Any, live: int | None) -> None:
+    """Lengths of live slots that are known when the batch is built must be int32: a position could not be told."""
+    if live is None or isinstance(lengths, jax.Array | jax.ShapeDtypeStruct):
         return
-    live = int(np.asarray(num_seqs).reshape(()))
-    if not 0 <= live <= slots:
+    values = _as_numpy("lengths", lengths)[:live]
+    if isinstance(values, jax.Array):
+        return
+    if values.dtype.itemsize > 2 and values.size and values.max() > LARGEST_INT32:
+        slot = int(values.argmax())
         raise ValueError(
-            f"num_seqs must be in [0, {slots}], because lengths has {slots} sequence slots and the first num_seqs of "
-            f"them are live; got {live}."
+            f"lengths[{slot}] (sequence {slot}) must be at most 2**31 - 1, because positions are int32; got "
+            f"{values[slot]}."
         )
+
+
+def _as_rows(query_rows: Any) -> int:
+    if isinstance(query_rows, bool) or not isinstance(query_rows, int | np.integer) or query_rows < 0:
+        raise TypeError(f"query_rows must be a whole number of rows, or None where it varies; got {query_rows!r}.")
+    return int(query_rows)
 
 
 def _as_int32(name: str, value: Any, rank: int) -> Any:
     if not isinstance(value, jax.Array | jax.ShapeDtypeStruct):
-        is_typed = hasattr(value, "dtype")
-        value = np.asarray(value)
-        if not value.size and not is_typed:
-            value = value.astype(np.int32)  # an empty list says nothing of its dtype
-    if not jnp.issubdtype(value.dtype, jnp.integer):
+        value = _as_numpy(name, value)
+    if not _is_integer(value):
         raise TypeError(f"{name} must be int32; got {value.dtype.name}.")
     if name == "num_seqs" and value.shape == (1,) and not isinstance(value, jax.ShapeDtypeStruct):
         value = value.reshape(())  # callers of other libraries pass [1]
     if value.ndim != rank:
         raise ValueError(f"{name} must have {rank} dimension(s); got shape {tuple(value.shape)}.")
-    is_done = isinstance(value, jax.ShapeDtypeStruct) or (isinstance(value, jax.Array) and value.dtype == jnp.int32)
-    return value if is_done else jnp.asarray(value, jnp.int32)
+    if isinstance(value, jax.ShapeDtypeStruct) or (isinstance(value, jax.Array) and value.dtype == jnp.int32):
+        return value
+    return jnp.asarray(_within_int32(value), jnp.int32)
+
+
+def _as_numpy(name: str, value: Any) -> Any:
+    """A host value as an array; a list that holds traced numbers as a traced array."""
+    is_typed = hasattr(value, "dtype")
+    try:
+        value = np.asarray(value)
+    except jax.errors.TracerArrayConversionError:
+        return jnp.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name} must be an array, or lists of one length each; got {value!r}.") from None
+    return value.astype(np.int32) if not value.size and not is_typed else value  # [] says nothing of its dtype
+
+
+def _is_integer(value: Any) -> bool:
+    if value.dtype == object:  # Python integers that no integer of NumPy holds
+        return all(isinstance(x, int) and not isinstance(x, bool) for x in value.flat)
+    return bool(jnp.issubdtype(value.dtype, jnp.integer))
+
+
+def _within_int32(value: Any) -> Any:
+    """``value`` with every number outside of int32 replaced by the nearest one inside: a cast would wrap."""
+    if isinstance(value, jax.Array):
+        if jnp.iinfo(value.dtype).max > LARGEST_INT32:
+            value = jnp.minimum(value, jnp.asarray(LARGEST_INT32, value.dtype))
+        if jnp.iinfo(value.dtype).min < SMALLEST_INT32:
+            value = jnp.maximum(value, jnp.asarray(SMALLEST_INT32, value.dtype))
+        return value
+    with np.errstate(over="ignore"):
+        cast = value.astype(np.int32) if value.dtype != object else None
+    if cast is not None and (cast.dtype == value.dtype or (cast == value).all()):
+        return cast
+    return np.clip(value, SMALLEST_INT32, LARGEST_INT32).astype(np.int32)

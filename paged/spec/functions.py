@@ -24,3 +24,13 @@ def require_hashable_function(owner: str, fn: Any, signature: str) -> None:
             f"{type(fn).__name__} has no hash (a Module that holds arrays, perhaps). "
             f"Wrap it once: `fn = lambda *args: module(*args)`, and keep that function."
         ) from None
+
+
+def require_elementwise(owner: str, term: Any, got: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless a result of shape ``got`` broadcasts to ``shape``, that of the pairs it is for."""
+    tail = shape[len(shape) - len(got) :]
+    if len(got) > len(shape) or any(a not in (1, b) for a, b in zip(got, tail, strict=True)):
+        raise ValueError(
+            f"{owner} needs an elementwise function: its result must broadcast to {shape}, the shape that its "
+            f"arguments broadcast to; {term} returned {got}."
+        )

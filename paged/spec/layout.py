@@ -19,6 +19,7 @@ AnyArray = Array | jax.ShapeDtypeStruct
 _LANES = 128  # numbers in one row of a TPU's registers
 FLOAT_DTYPES = tuple(jnp.dtype(d) for d in ("float16", "bfloat16", "float32"))
 QUANTISED_DTYPES = tuple(jnp.dtype(d) for d in ("int8", "float8_e4m3fn", "float8_e5m2"))
+_DTYPE_NAMES = ", ".join(d.name for d in FLOAT_DTYPES + QUANTISED_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,12 +67,12 @@ class PageLayout:
     scales: ScaleKind | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "dtype", _as_dtype(self.dtype))
         if self.value_dim is None:
             object.__setattr__(self, "value_dim", self.head_dim)
         for name in ("page_size", "num_kv_heads", "head_dim", "value_dim"):
             require_positive_int(name, getattr(self, name))
-        if self.order not in PAGE_ORDERS:
+        if not isinstance(self.order, str) or self.order not in PAGE_ORDERS:
             raise ValueError(f"order must be one of {PAGE_ORDERS}; got {self.order!r}.")
         if self.value_dim != self.head_dim and "value_dim" not in self.array_axes[-1]:
             raise ValueError(
@@ -79,9 +80,8 @@ class PageLayout:
                 f'value_dim={self.value_dim}, head_dim={self.head_dim}. In order="split" they may differ.'
             )
         if self.dtype not in FLOAT_DTYPES + QUANTISED_DTYPES:
-            names = ", ".join(d.name for d in FLOAT_DTYPES + QUANTISED_DTYPES)
-            raise TypeError(f"dtype of pages must be one of {names}; got {self.dtype.name}.")
-        if self.scales not in (None, *SCALE_KINDS):
+            raise TypeError(f"dtype of pages must be one of {_DTYPE_NAMES}; got {self.dtype.name}.")
+        if self.scales is not None and not (isinstance(self.scales, str) and self.scales in SCALE_KINDS):
             raise ValueError(f"scales must be None or one of {SCALE_KINDS}; got {self.scales!r}.")
         if self.is_quantised != (self.scales is not None):
             raise ValueError(
@@ -306,6 +306,13 @@ class Pages(eqx.Module):
         return raw * (scale[..., None] if scale.ndim == 3 else scale.reshape(1, -1, 1, 1))
 
 
+def _as_dtype(dtype: Any) -> Any:
+    try:
+        return jnp.dtype("none" if dtype is None else dtype)  # NumPy takes None for float64
+    except TypeError:
+        raise TypeError(f"dtype of pages must be one of {_DTYPE_NAMES}; got {dtype!r}.") from None
+
+
 def _require_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any, why: str) -> None:
     if not isinstance(array, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         raise TypeError(f"{name} must be an array; got {type(array).__name__}.")
@@ -316,4 +323,6 @@ def _require_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any, wh
 
 
 def _describe(array: Any) -> str:
-    return "None" if array is None else f"{array.dtype.name} of shape {tuple(array.shape)}"
+    if not isinstance(array, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        return repr(array)
+    return f"{array.dtype.name} of shape {tuple(array.shape)}"

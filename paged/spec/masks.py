@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from .coverage import PARTIAL, Coverage
-from .functions import function_name, require_hashable_function
+from .functions import function_name, require_elementwise, require_hashable_function
+from .numbers import require_size
 
 Position = Any  # an int, or an integer array; shapes broadcast
 
@@ -85,8 +86,6 @@ class Mask(abc.ABC):
     def __bool__(self) -> bool:
         raise TypeError(_NO_TRUTH_VALUE)
 
-
-_LARGEST_POSITION = 2**31 - 1
 
 _NO_TRUTH_VALUE = """A mask has no truth value, so `and`, `or`, `not` and chained comparisons do not work on it.
     wrong: Causal() and Window(128)
@@ -167,7 +166,7 @@ class Window(Mask):
     width: int
 
     def __post_init__(self):
-        _require_integer("Window", "width", self.width)
+        require_size("Window", "width", self.width)
         if self.width < 1:
             raise ValueError(
                 f"Window({self.width}) would hide every position from itself: a window counts the query's own "
@@ -208,7 +207,7 @@ class Prefix(Mask):
     size: int
 
     def __post_init__(self):
-        _require_integer("Prefix", "size", self.size)
+        require_size("Prefix", "size", self.size)
         if self.size < 1:
             raise ValueError(f"Prefix({self.size}) has no tokens: the smallest is Prefix(1). For none, leave it out.")
 
@@ -244,7 +243,7 @@ class Chunk(Mask):
     size: int
 
     def __post_init__(self):
-        _require_integer("Chunk", "size", self.size)
+        require_size("Chunk", "size", self.size)
         if self.size < 1:
             raise ValueError(f"Chunk({self.size}) has no tokens: the smallest chunk is Chunk(1).")
 
@@ -296,6 +295,7 @@ class Where(Mask):
         value = jnp.asarray(self.fn(p, j))
         if value.dtype != bool:
             raise TypeError(f"Where needs fn(p, j) to return booleans; {self} returned {value.dtype}.")
+        require_elementwise("Where", self, value.shape, shape)
         return jnp.broadcast_to(value, shape)
 
     def coverage(self, p0, p1, j0, j1):
@@ -310,6 +310,9 @@ class And(Mask):
     """``a & b``: visible where every one of ``terms`` is visible."""
 
     terms: tuple[Mask, ...]
+
+    def __post_init__(self):
+        _require_terms("And", self.terms)
 
     @property
     def is_opaque(self) -> bool:
@@ -337,6 +340,9 @@ class Or(Mask):
 
     terms: tuple[Mask, ...]
 
+    def __post_init__(self):
+        _require_terms("Or", self.terms)
+
     @property
     def is_opaque(self) -> bool:
         return any(term.is_opaque for term in self.terms)
@@ -363,6 +369,9 @@ class Not(Mask):
 
     term: Mask
 
+    def __post_init__(self):
+        _require_terms("Not", (self.term,))
+
     @property
     def is_opaque(self) -> bool:
         return self.term.is_opaque
@@ -381,11 +390,6 @@ class Not(Mask):
         return f"~({self.term})"
 
 
-def _require_integer(owner: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}'s {name} must be a Python int, known when the program is built; got {value!r}.")
-    if value > _LARGEST_POSITION:
-        raise ValueError(
-            f"{owner}'s {name} must be at most 2**31 - 1, because positions are int32; got {value}. A mask as large as "
-            "that hides nothing: leave it out."
-        )
+def _require_terms(owner: str, terms: Any) -> None:
+    if not isinstance(terms, tuple) or not terms or not all(isinstance(term, Mask) for term in terms):
+        raise TypeError(f"{owner} is made of masks, such as Causal() & Window(128); got {terms!r}.")

@@ -3,12 +3,17 @@
 import abc
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
-from .functions import function_name, require_hashable_function
+from .functions import function_name, require_elementwise, require_hashable_function
+from .numbers import LARGEST_FLOAT32, SMALLEST_FLOAT32, Real, as_float
 
 
 class ScoreOp(abc.ABC):
@@ -71,14 +76,16 @@ class SoftCap(ScoreOp):
 
     is_opaque = False
 
-    cap: float
+    cap: Real  # a float after construction
 
     def __post_init__(self):
-        if not self.cap > 0 or math.isinf(self.cap):
+        is_number = isinstance(self.cap, numbers.Real) and not isinstance(self.cap, bool)
+        if is_number and not SMALLEST_FLOAT32 <= self.cap <= LARGEST_FLOAT32:
             raise ValueError(
                 f"SoftCap({self.cap}) is not a bound: scores are held in (-cap, cap), so cap must be positive and "
-                "finite. For no cap, leave it out (soft_cap=None)."
+                "finite, also in float32. For no cap, leave it out (soft_cap=None)."
             )
+        object.__setattr__(self, "cap", as_float("SoftCap's cap (soft_cap)", self.cap))
 
     def __call__(self, s, p, j, h):
         return self.cap * jnp.tanh(s / self.cap)
@@ -96,7 +103,8 @@ class ALiBi(ScoreOp):
     - `slopes`: one float per query head. By default the paper's geometric sequence for the spec's number of query
       heads, see `alibi_slopes`; `bind` fills it in.
 
-    **Raises:** ``ValueError`` where a spec has another number of query heads, and when called before it is bound.
+    **Raises:** ``TypeError`` for slopes that are no list of numbers, ``ValueError`` for slopes that are not finite in
+    float32, where a spec has another number of query heads, and when called before it is bound.
 
     >>> ALiBi().bind(4).slopes
     (0.25, 0.0625, 0.015625, 0.00390625)
@@ -104,11 +112,11 @@ class ALiBi(ScoreOp):
 
     is_opaque = False
 
-    slopes: tuple[float, ...] | None = None
+    slopes: Any = None  # a tuple of floats after construction, or None
 
     def __post_init__(self):
         if self.slopes is not None:
-            object.__setattr__(self, "slopes", tuple(float(slope) for slope in self.slopes))
+            object.__setattr__(self, "slopes", _as_slopes(self.slopes))
 
     def bind(self, num_q_heads: int) -> "ALiBi":
         slopes = alibi_slopes(num_q_heads) if self.slopes is None else self.slopes
@@ -138,7 +146,8 @@ class Bias(ScoreOp):
       ``Bias(lambda p, j, h: table[h, bucket(p - j)])`` trains ``table``. Two biases are equal when they have the same
       function object, so keep that object, as for `Where`.
 
-    **Raises:** ``TypeError`` unless ``fn`` is a callable with a hash.
+    **Raises:** ``TypeError`` unless ``fn`` is a callable with a hash, and where its result is no real number;
+    ``ValueError`` where its result does not broadcast to the scores' shape.
 
     >>> Bias(lambda p, j, h: 0.5 * h)(jnp.zeros(2), 0, 0, jnp.arange(2)).tolist()
     [0.0, 0.5]
@@ -150,10 +159,31 @@ class Bias(ScoreOp):
         require_hashable_function("Bias", self.fn, "fn(p, j, h) -> float")
 
     def __call__(self, s, p, j, h):
-        return s + jnp.asarray(self.fn(p, j, h)).astype(s.dtype)
+        bias = jnp.asarray(self.fn(p, j, h))
+        if not (jnp.issubdtype(bias.dtype, jnp.floating) or jnp.issubdtype(bias.dtype, jnp.integer)):
+            raise TypeError(
+                f"Bias needs fn(p, j, h) to return real numbers; {self} returned {bias.dtype}. A predicate is a mask: "
+                "paged.Where(fn)."
+            )
+        require_elementwise("Bias", self, bias.shape, jnp.shape(s))
+        return s + bias.astype(s.dtype)
 
     def __str__(self):
         return f"s + {function_name(self.fn)}(p, j, h)"
+
+
+def _as_slopes(slopes: Any) -> tuple[float, ...]:
+    """A row of finite numbers, such as a tuple, a list or an array."""
+    if isinstance(slopes, jax.core.Tracer):
+        raise TypeError(
+            "ALiBi's slopes must be numbers that are known when the spec is built; got a traced array. For traced "
+            "slopes: Bias(lambda p, j, h: slopes[h] * (j - p))."
+        )
+    if isinstance(slopes, jax.Array | np.ndarray) and slopes.ndim == 1:
+        slopes = slopes.tolist()
+    if not isinstance(slopes, tuple | list):
+        raise TypeError(f"ALiBi's slopes must be one number per query head, such as (0.5, 0.25); got {slopes!r}.")
+    return tuple(as_float("Each of ALiBi's slopes", slope) for slope in slopes)
 
 
 def alibi_slopes(num_q_heads: int) -> tuple[float, ...]:

@@ -11,7 +11,8 @@ class AttentionState(NamedTuple):
     """Attention over some of the keys: the normalised output, and the logarithm of the softmax's denominator.
 
     - `out` float[tokens, q_heads, value_dim]: 0 in an empty row.
-    - `lse` float32[tokens, q_heads]: the *natural* logarithm of ``sum_j exp(s_j)``; ``-inf`` in an empty row.
+    - `lse` float32[tokens, q_heads]: the *natural* logarithm of ``sum_j exp(s_j)``; ``-inf`` in an empty row. In states
+      of other libraries ``+inf`` also marks an empty row: see `merge`.
 
     `merge` joins states over disjoint keys. Split KV, shared prefixes and caches spread over devices use it.
     """
@@ -45,18 +46,24 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     - `a`, `b`: states of one shape. Keep them in float32 when many are merged. Sinks must not be in them: add sinks
       once, after the last merge.
 
-    **Returns:** the merged state, its output in the dtype of ``a.out``. Two empty rows merge to an empty row, without
-    NaN. All gradients are finite.
+    A row is empty where its ``lse`` is ``-inf``, or ``+inf`` as some kernels write there. The lowerings of this package
+    never give ``+inf``. The output of an empty row is not read, so it may be NaN.
 
-    **Raises:** ``ValueError`` for states of different shapes.
+    **Returns:** the merged state, its output in the dtype of ``a.out``. A row that is empty in one state is the other
+    state's row. Two empty rows merge to ``(0, -inf)``. All gradients are finite; an empty row has none.
+
+    **Raises:** ``TypeError`` for what is no `AttentionState` of floats, ``ValueError`` for states of different shapes.
 
     >>> empty = AttentionState(jnp.zeros((1, 1, 2)), jnp.full((1, 1), -jnp.inf))
     >>> one = AttentionState(jnp.ones((1, 1, 2)), jnp.zeros((1, 1)))
     >>> merge(empty, one).out.tolist(), merge(empty, empty).lse.tolist()
     ([[[1.0, 1.0]]], [[-inf]])
     """
+    _require_state("a", a)
+    _require_state("b", b)
     if a.out.shape != b.out.shape or a.lse.shape != b.lse.shape:
         raise ValueError(f"merge needs states of one shape; got out {a.out.shape} and {b.out.shape}.")
+    a, b = _without_empty_rows(a), _without_empty_rows(b)
     weight_a, weight_b, lse = _shares(a.lse, b.lse)
     out = weight_a[..., None] * a.out.astype(jnp.float32) + weight_b[..., None] * b.out.astype(jnp.float32)
     return AttentionState(out.astype(a.out.dtype), lse)
@@ -67,14 +74,20 @@ def merge_stacked(states: AttentionState) -> AttentionState:
 
     **Arguments:**
 
-    - `states`: a state whose arrays have a leading axis of states.
+    - `states`: a state whose arrays have a leading axis of states. Empty rows are as in `merge`.
 
     **Returns:** the merged state, without that axis.
+
+    **Raises:** ``TypeError`` for what is no `AttentionState` of floats, ``ValueError`` for arrays of other ranks.
 
     >>> states = AttentionState(jnp.array([[[[1.0]]], [[[3.0]]]]), jnp.zeros((2, 1, 1)))
     >>> merge_stacked(states).out.tolist()
     [[[2.0]]]
     """
+    _require_state("states", states)
+    if states.lse.ndim < 1 or not states.lse.shape[0]:
+        raise ValueError(f"states must have a leading axis of at least one state; got lse of shape {states.lse.shape}.")
+    states = _without_empty_rows(states)
     top = jax.lax.stop_gradient(jnp.max(states.lse, axis=0, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     share = exp_minus(states.lse, top)
@@ -90,7 +103,7 @@ def add_sinks(state: AttentionState, sinks: Float[Array, " q_heads"]) -> Attenti
 
     **Arguments:**
 
-    - `state`: the state over all keys. A sink enters once: add it after the last merge.
+    - `state`: the state over all keys. A sink enters once: add it after the last merge. Empty rows are as in `merge`.
     - `sinks`: float[q_heads], see `sinks_per_head`.
 
     **Returns:** the state with sinks. An empty row keeps ``out = 0`` and has ``lse = sink``.
@@ -99,10 +112,30 @@ def add_sinks(state: AttentionState, sinks: Float[Array, " q_heads"]) -> Attenti
     >>> add_sinks(state, jnp.zeros(1)).out.tolist()
     [[[0.5, 0.5]]]
     """
+    state = _without_empty_rows(state)
     sinks = jnp.broadcast_to(sinks.astype(jnp.float32), state.lse.shape)
     weight, _, lse = _shares(state.lse, sinks)
     out = weight[..., None] * state.out.astype(jnp.float32)
     return AttentionState(out.astype(state.out.dtype), lse)
+
+
+def _require_state(name: str, state: Any) -> None:
+    if not isinstance(state, AttentionState) or not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in state):
+        raise TypeError(f"{name} must be an AttentionState of two arrays, out and lse; got {type(state).__name__}.")
+    for part, x in zip(state._fields, state, strict=True):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name}.{part} must be floating point; got {x.dtype.name}.")
+    if state.out.shape[:-1] != state.lse.shape:
+        raise ValueError(
+            f"{name}.lse must have the shape of {name}.out without its last axis, {state.out.shape[:-1]}; got "
+            f"{state.lse.shape}."
+        )
+
+
+def _without_empty_rows(state: AttentionState) -> AttentionState:
+    """The state with ``(0, -inf)`` in its empty rows. A weight of 0 would not remove a NaN: 0 times NaN is NaN."""
+    is_empty = jnp.isinf(state.lse)
+    return AttentionState(jnp.where(is_empty[..., None], 0, state.out), jnp.where(is_empty, -jnp.inf, state.lse))
 
 
 def log_add_exp(a: Array, b: Array) -> Array:

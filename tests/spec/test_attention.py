@@ -3,11 +3,27 @@
 import inspect
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged.spec import ALiBi, AttentionSpec, Bias, Causal, Everything, Prefix, ScoreOp, SoftCap, Window, presets
+from paged.spec import (
+    ALiBi,
+    And,
+    AttentionSpec,
+    Bias,
+    Causal,
+    Everything,
+    Not,
+    Or,
+    Prefix,
+    ScoreOp,
+    SoftCap,
+    Where,
+    Window,
+    presets,
+)
 
 SPEC = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64)
 
@@ -59,7 +75,20 @@ ERRORS = {
     "cap -1": ({"soft_cap": -1}, ValueError, r"SoftCap\(-1\) is not a bound"),
     "cap inf": ({"soft_cap": math.inf}, ValueError, r"SoftCap\(inf\) is not a bound.*finite"),
     "cap nan": ({"soft_cap": math.nan}, ValueError, r"SoftCap\(nan\) is not a bound"),
-    "scale": ({"scale": math.inf}, ValueError, r"scale must be finite; got inf.*leave it out"),
+    "no flag": ({"causal": None}, TypeError, "causal must be True or False; got None"),
+    "text flag": ({"sinks": "no"}, TypeError, "sinks must be True or False; got 'no'"),
+    "NumPy window": ({"window": np.int32(4)}, TypeError, r"Window's width must be a Python int.*int32\(4\)"),
+    "text cap": ({"soft_cap": "5"}, TypeError, r"soft_cap\) must be a number.*got '5'"),
+    "bool cap": ({"soft_cap": True}, TypeError, r"soft_cap\) must be a number.*got True"),
+    "JAX cap": ({"soft_cap": jnp.ones(())}, TypeError, r"soft_cap\) must be a number.*got Array"),
+    "cap that is 0 in float32": ({"soft_cap": 1e-50}, ValueError, r"SoftCap\(1e-50\) is not a bound"),
+    "scale": ({"scale": math.inf}, ValueError, r"scale must be finite.*got inf.*leave it out"),
+    "scale nan": ({"scale": math.nan}, ValueError, "scale must be finite.*got nan"),
+    "scale that is infinite in float32": ({"scale": 1e300}, ValueError, r"scale must be finite.*got 1e\+300"),
+    "huge scale": ({"scale": 10**400}, ValueError, "scale must be finite.*got 1000"),
+    "text scale": ({"scale": "1"}, TypeError, "scale must be a number.*got '1'"),
+    "bool scale": ({"scale": True}, TypeError, "scale must be a number.*got True"),
+    "JAX scale": ({"scale": jnp.ones(())}, TypeError, "scale must be a number.*got Array"),
     "mask function": ({"mask": lambda p, j: True}, TypeError, r"mask must be a Mask.*Where\(lambda"),
     "score function": ({"scores": (abs,)}, TypeError, r"scores must be a tuple of.*built-in function abs"),
     "score alone": ({"scores": ALiBi()}, TypeError, r"scores must be a tuple of.*got ALiBi\(slopes=None\)"),
@@ -104,6 +133,55 @@ def test_score_operations_refuse_what_they_cannot_be():
         ALiBi()(jnp.zeros(1), 0, 0, 0)
     with pytest.raises(TypeError, match="abstract"):
         ScoreOp()
+
+
+TERM_ERRORS = {
+    "text slopes": (lambda: ALiBi("12"), TypeError, "slopes must be one number per query head.*got '12'"),
+    "one slope": (lambda: ALiBi(0.5), TypeError, "slopes must be one number per query head.*got 0.5"),
+    "text slope": (lambda: ALiBi([1, "2"]), TypeError, "slopes must be a number.*got '2'"),
+    "slope nan": (lambda: ALiBi([math.nan]), ValueError, "slopes must be finite.*got nan"),
+    "slopes 2d": (lambda: ALiBi(np.ones((2, 2))), TypeError, "slopes must be one number per query head"),
+    "bool slopes": (lambda: ALiBi(np.ones(3, bool)), TypeError, "slopes must be a number.*got True"),
+    "traced slopes": (
+        lambda: jax.jit(lambda slopes: ALiBi(slopes).slopes)(jnp.ones(2)),
+        TypeError,
+        r"slopes must be numbers that are known.*Bias\(lambda",
+    ),
+    "bool bias": (
+        lambda: Bias(lambda p, j, h: p > j)(jnp.ones(3), jnp.ones(3), jnp.ones(3), 0),
+        TypeError,
+        r"Bias needs fn\(p, j, h\) to return real numbers.*bool.*paged.Where",
+    ),
+    "bias shape": (
+        lambda: Bias(lambda p, j, h: jnp.ones((4, 3)))(jnp.ones((2, 3)), 0, 0, 0),
+        ValueError,
+        r"Bias needs an elementwise function.*\(2, 3\).*returned \(4, 3\)",
+    ),
+    "mask shape": (
+        lambda: Where(lambda p, j: jnp.ones((2, 3), bool))(1, jnp.arange(3)),
+        ValueError,
+        r"Where needs an elementwise function.*\(3,\).*returned \(2, 3\)",
+    ),
+    "no terms": (lambda: And(()), TypeError, r"And is made of masks.*got \(\)"),
+    "list of terms": (lambda: Or([Causal()]), TypeError, r"Or is made of masks.*got \[Causal"),
+    "no mask": (lambda: Not(3), TypeError, r"Not is made of masks.*got \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("name", TERM_ERRORS)
+def test_errors_of_terms_name_the_term_and_what_it_got(name):
+    act, kind, text = TERM_ERRORS[name]
+    with pytest.raises(kind, match=text):
+        act()
+
+
+def test_numbers_of_numpy_are_pythons_and_one_value_with_them():
+    """Also their type: a float64 of NumPy would make scores float64 where a program allows 64 bits."""
+    numpy = SPEC.replace(causal=np.False_, sinks=np.True_, soft_cap=np.float64(5), scale=np.float32(0.5))
+    python = SPEC.replace(causal=False, sinks=True, soft_cap=5, scale=0.5)
+    assert numpy == python and hash(numpy) == hash(python)
+    assert [type(x) for x in (numpy.causal, numpy.sinks, numpy.soft_cap, numpy.scale)] == [bool, bool, float, float]
+    assert ALiBi(np.array([0.5], np.float16)) == ALiBi(jnp.array([0.5])) == ALiBi((0.5,))
 
 
 PRESETS = {name: fn for name, fn in vars(presets).items() if inspect.isfunction(fn)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.spec import AttentionState, add_sinks, exp_minus, log_add_exp
+from paged.spec import AttentionState, add_sinks, exp_minus, log_add_exp, merge_stacked
 
 
 def _state(seed, empty=()):
@@ -64,6 +64,53 @@ def test_merge_keeps_dtype_and_works_under_vmap():
     stacked = jax.tree.map(lambda x, y: jnp.stack([x, y]), A, B)
     mapped = jax.vmap(paged.merge)(stacked, stacked)
     np.testing.assert_array_equal(mapped.out[1], paged.merge(B, B).out)
+
+
+@pytest.mark.parametrize("lse", [-np.inf, np.inf])
+@pytest.mark.parametrize("left", [np.nan, np.inf, -np.inf, 7.0])
+def test_an_empty_row_of_any_library_gives_the_other_part(left, lse):
+    """A row is empty by its log-sum-exp, -inf or +inf; what another kernel left in its output has no effect."""
+    odd = AttentionState(jnp.full_like(A.out, left), jnp.full_like(A.lse, lse))
+    stacked = lambda *states: merge_stacked(jax.tree.map(lambda *xs: jnp.stack(xs), *states))
+    for merge in (paged.merge, stacked):
+        for merged in (merge(A, odd), merge(odd, A)):
+            np.testing.assert_array_equal(merged.out, A.out)
+            np.testing.assert_array_equal(merged.lse, A.lse)
+        nothing = merge(odd, odd)
+        assert not np.asarray(nothing.out).any() and np.isneginf(nothing.lse).all()
+    sunk = add_sinks(odd, jnp.array([1.5, -2.0]))
+    assert not np.asarray(sunk.out).any() and np.asarray(sunk.lse).tolist() == [[1.5, -2.0]] * 6
+
+
+@pytest.mark.parametrize("lse", [-np.inf, np.inf])
+def test_gradients_of_a_merge_with_an_empty_row_of_any_library_are_finite(lse):
+    def loss(a, b):
+        merged, sunk = paged.merge(a, b), add_sinks(b, jnp.zeros(2))
+        kept = jnp.where(jnp.isfinite(merged.lse), merged.lse, 0)
+        return jnp.sum(merged.out**2) + jnp.sum(kept) + jnp.sum(sunk.out)
+
+    odd = AttentionState(jnp.full_like(A.out, jnp.nan), jnp.full_like(A.lse, lse))
+    a, b = jax.grad(loss, argnums=(0, 1))(A, odd)
+    np.testing.assert_array_equal(a.out, 2 * A.out)
+    np.testing.assert_array_equal(a.lse, np.isfinite(A.lse).astype(np.float32))
+    assert not np.asarray(b.out).any() and not np.asarray(b.lse).any()
+
+
+STATE_ERRORS = {
+    "tuple": (lambda: paged.merge((A.out, A.lse), A), TypeError, "a must be an AttentionState.*got tuple"),
+    "array": (lambda: paged.merge(A, A.out), TypeError, "b must be an AttentionState.*got ArrayImpl"),
+    "lists": (lambda: paged.merge(A, AttentionState([1.0], [0.0])), TypeError, "b must be .*two arrays"),
+    "integers": (lambda: paged.merge(A, A._replace(out=A.out.astype(int))), TypeError, "b.out must be floating.*int32"),
+    "lse": (lambda: paged.merge(A._replace(lse=A.lse[:5]), A), ValueError, r"a.lse must have.*\(6, 2\); got \(5, 2\)"),
+    "none stacked": (lambda: merge_stacked(jax.tree.map(lambda x: x[None][:0], A)), ValueError, "at least one state"),
+}
+
+
+@pytest.mark.parametrize("name", STATE_ERRORS)
+def test_merge_refuses_what_is_no_state_by_name(name):
+    act, kind, text = STATE_ERRORS[name]
+    with pytest.raises(kind, match=text):
+        act()
 
 
 def test_merge_refuses_states_of_different_shapes():

@@ -48,7 +48,7 @@ class Program:
             scale=spec.softmax_scale,
             score_ops=spec.score_ops,
             visibility=normal_form(spec.visibility),
-            sinks=spec.sinks,
+            sinks=bool(spec.sinks),
         )
 
     @property
