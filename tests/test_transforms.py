@@ -7,7 +7,7 @@ import pytest
 
 import paged
 from paged.spec import Bias
-from tests.support import PHASES, build, case_of, every_lowering, layers_of, lowered, state_of
+from tests.support import PHASES, build, case_of, every_lowering, layers_of, lowered, real, state_of
 
 every_phase = pytest.mark.parametrize("phase", PHASES)
 
@@ -133,7 +133,7 @@ def test_a_bias_over_a_traced_array_works_in_a_scan_and_is_never_stale(lowering)
     tables = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
 
     def step(total, table):
-        spec = case.spec.replace(scores=(Bias(lambda p, j, h: table[h] * (p - j)),))
+        spec = case.spec.replace(scores=(Bias(lambda p, j, h: table[h] * real(p - j)),))
         return total + paged.lower(spec, case.layout, target)(built.q, built.pages, built.batch), None
 
     scanned = jax.jit(lambda tables: jax.lax.scan(step, jnp.zeros_like(built.q), tables)[0])

@@ -164,7 +164,7 @@ class PagedAttention(eqx.Module):
         Raises ``ValueError`` unless ``x`` is [batch, tokens, embed_dim].
         """
         self._require_features(x, "[batch, tokens, embed_dim]", 3)
-        positions = jnp.arange(x.shape[1])
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         q, k, v = jax.vmap(lambda row: self._project(row, positions))(x)
         out = dense_attention(self.spec, q, k, v, self.sinks)
         return jax.vmap(jax.vmap(self.output_proj))(out.reshape(*x.shape[:2], -1))

@@ -220,7 +220,7 @@ class PagePool(eqx.Module):
     def _take(self, held: Array, wanted: Array, first: Array) -> "PagePool":
         """Fill table entries ``held[s] .. wanted[s] - 1`` with free pages, from number ``first[s]`` of those on."""
         free = jnp.nonzero(self.ref_counts == 0, size=self.num_pages, fill_value=self.num_pages)[0].astype(jnp.int32)
-        entry = jnp.arange(self.pages_per_seq)[None]
+        entry = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None]
         is_new = (entry >= held[:, None]) & (entry < wanted[:, None])
         which = jnp.clip(first[:, None] + entry - held[:, None], 0, self.num_pages - 1)
         taken = jnp.where(is_new, free[which], self.num_pages)

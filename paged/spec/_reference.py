@@ -62,13 +62,13 @@ def reference_state(
     [[-inf, -inf]]
     """
     require_sinks(spec, sinks)
-    tokens, dtype = q.shape[0], jnp.promote_types(q.dtype, jnp.float32)
+    tokens, dtype = q.shape[0], jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     if not batch.has_rows(tokens):
         return AttentionState.empty(tokens, spec.num_q_heads, pages.layout.value_dim, q.dtype)
     row = _rows(batch, tokens)
     j, keys, values, is_stored = _sequence_keys(pages, batch, row, dtype)
 
-    p, j, h = row.position[:, None, None], j[None, None], jnp.arange(spec.num_q_heads)[None, :, None]
+    p, j, h = row.position[:, None, None], j[None, None], jnp.arange(spec.num_q_heads, dtype=jnp.int32)[None, :, None]
     is_visible = spec.visibility(p, j) & is_stored[:, None, :] & row.is_live[:, None, None]
     # An old table entry may lead to another sequence's NaN, and a weight of 0 times NaN is NaN: select, and then weigh.
     keys, values = (jnp.where(is_visible[:, 0, :, None, None], x, 0) for x in (keys, values))
@@ -77,7 +77,7 @@ def reference_state(
     s = jnp.einsum("thgd,tjhd->thgj", grouped, keys, precision="highest") * spec.softmax_scale
     s = s.reshape(tokens, spec.num_q_heads, -1)
     for op in spec.score_ops:
-        s = op(s, p, j, h)
+        s = op(s, p, j, h).astype(s.dtype)
     s = jnp.where(is_visible, s, -jnp.inf)
 
     top = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)
@@ -104,10 +104,10 @@ class _Rows(NamedTuple):
 
 
 def _rows(batch: RaggedBatch, tokens: int) -> _Rows:
-    slots = jnp.arange(batch.num_slots)
+    slots = jnp.arange(batch.num_slots, dtype=jnp.int32)
     is_live_slot = slots < batch.num_seqs
     start, stop = batch.query_starts[:-1], batch.query_starts[1:]
-    row = jnp.arange(tokens)[:, None]
+    row = jnp.arange(tokens, dtype=jnp.int32)[:, None]
     owns = (row >= start[None]) & (row < stop[None]) & is_live_slot[None]  # [tokens, seqs]
     seq = jnp.argmax(owns, axis=1)
     length = jnp.maximum(batch.lengths, 0)[seq]
@@ -118,7 +118,7 @@ def _rows(batch: RaggedBatch, tokens: int) -> _Rows:
 def _sequence_keys(pages: Pages, batch: RaggedBatch, row: _Rows, dtype: Any) -> tuple[Array, Array, Array, Array]:
     """Key positions; for each query row the keys and values there, 0 where none is stored; and which are stored."""
     size = pages.layout.page_size
-    j = jnp.arange(batch.pages_per_seq * size)
+    j = jnp.arange(batch.pages_per_seq * size, dtype=jnp.int32)
     page = batch.block_tables[row.seq][:, j // size]  # [tokens, positions]
     is_stored = (j[None] < row.length[:, None]) & (page >= 0) & (page < pages.num_pages)
     page = jnp.where(is_stored, page, 0)

@@ -127,7 +127,7 @@ class ALiBi(ScoreOp):
     def __call__(self, s, p, j, h):
         if self.slopes is None:
             raise ValueError("ALiBi() has no slopes before it is bound: call `ALiBi().bind(num_q_heads)` first.")
-        return s + jnp.asarray(self.slopes, s.dtype)[h] * (j - p)
+        return s + jnp.asarray(self.slopes, s.dtype)[h] * jnp.asarray(j - p, s.dtype)
 
     def __str__(self):
         return "s + slope[h] * (j - p)"
@@ -149,8 +149,9 @@ class Bias(ScoreOp):
     **Raises:** ``TypeError`` unless ``fn`` is a callable with a hash, and where its result is no real number;
     ``ValueError`` where its result does not broadcast to the scores' shape.
 
-    >>> Bias(lambda p, j, h: 0.5 * h)(jnp.zeros(2), 0, 0, jnp.arange(2)).tolist()
-    [0.0, 0.5]
+    >>> first = Bias(lambda p, j, h: jnp.where(j == 0, 0.5, 0.0))
+    >>> first(jnp.zeros(2), 3, jnp.arange(2), 0).tolist()
+    [0.5, 0.0]
     """
 
     fn: Callable[[Any, Any, Any], Any]

@@ -113,9 +113,10 @@ def add_sinks(state: AttentionState, sinks: Float[Array, " q_heads"]) -> Attenti
     [[[0.5, 0.5]]]
     """
     state = _without_empty_rows(state)
-    sinks = jnp.broadcast_to(sinks.astype(jnp.float32), state.lse.shape)
+    # In the dtype of the log-sum-exp: float32, and float64 in a reference of float64.
+    sinks = jnp.broadcast_to(sinks.astype(state.lse.dtype), state.lse.shape)
     weight, _, lse = _shares(state.lse, sinks)
-    out = weight[..., None] * state.out.astype(jnp.float32)
+    out = weight[..., None] * state.out.astype(state.lse.dtype)
     return AttentionState(out.astype(state.out.dtype), lse)
 
 

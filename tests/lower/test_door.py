@@ -10,7 +10,7 @@ import pytest
 import paged
 from paged.lower import LOWERINGS, Program, Schedule, refusals
 from paged.spec import AttentionSpec, Bias, Chunk, Prefix, RaggedBatch
-from tests.support import Case, build, every_lowering, lowered
+from tests.support import Case, build, every_lowering, lowered, real
 from tests.support.lowerings import ALL_LOWERINGS
 
 SPEC = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
@@ -196,7 +196,11 @@ def test_a_target_that_takes_nothing_says_which_does():
 DENSE = {
     "causal": {},
     "everything": {"window": 4, "soft_cap": 9.0, "sinks": True, "scores": (paged.ALiBi(),)},
-    "both sides": {"causal": False, "mask": Prefix(2) | Chunk(4), "scores": (Bias(lambda p, j, h: 0.1 * h * (p - j)),)},
+    "both sides": {
+        "causal": False,
+        "mask": Prefix(2) | Chunk(4),
+        "scores": (Bias(lambda p, j, h: 0.1 * real(h) * real(p - j)),),
+    },
 }
 
 

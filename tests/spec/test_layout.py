@@ -77,7 +77,7 @@ def test_split_pages_may_have_values_of_another_dimension():
 def test_scales_multiply_what_they_belong_to(scales, shape):
     layout = PageLayout(**{**FACTS, "dtype": "int8"}, scales=scales)
     assert layout.is_quantised and layout.scale_shape(5) == shape and layout.init(5).k_scale.shape == shape
-    k_scale = jnp.arange(1.0, 1 + np.prod(shape, dtype=int)).reshape(shape)
+    k_scale = jnp.arange(1, 1 + np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape)
     pages = layout.wrap(jnp.full(SHAPES["packed"][0], 2, jnp.int8), k_scale=k_scale, v_scale=0 * k_scale)
     each = {"tensor": (1, 1, 1), "head": (1, 2, 1), "token": (5, 2, 4)}[scales]
     want = np.broadcast_to(2 * np.asarray(k_scale).reshape(each), (5, 2, 4))

@@ -19,7 +19,7 @@ from paged.spec import (
     Window,
     reference_state,
 )
-from tests.support import CORNERS, Case, build, exact_state
+from tests.support import CORNERS, Case, build, exact_state, real
 from tests.support.oracle import attention_by_loops
 
 SPECS = {
@@ -30,7 +30,7 @@ SPECS = {
         "sinks": True,
         "scale": 0.3,
         "mask": ~Prefix(1) | Window(2),
-        "scores": (ALiBi(), SoftCap(11.0), Bias(lambda p, j, h: 0.3 * h - 0.1 * (p - j))),
+        "scores": (ALiBi(), SoftCap(11.0), Bias(lambda p, j, h: 0.3 * real(h) - 0.1 * real(p - j))),
     },
     "both sides": {"causal": False, "mask": (Prefix(3) | Chunk(6)) & Where(lambda p, j: (p + 2 * j) % 5 != 0)},
 }

@@ -31,3 +31,4 @@ from .lowerings import state_of as state_of
 from .specs import PHASES as PHASES
 from .specs import SPECS as SPECS
 from .specs import case_of as case_of
+from .specs import real as real

@@ -14,9 +14,14 @@ def not_fifth(p, j):
     return (p + 2 * j) % 5 != 0
 
 
+def real(x):
+    """An integer, or an array of integers, as floats: where dtypes are strict, the two do not mix."""
+    return float(x) if isinstance(x, int) else x.astype(jnp.float32)
+
+
 def table_bias(p, j, h):
     """An opaque bias over a table."""
-    return SLOPE_TABLE[h] * jnp.abs(p - j) ** 0.5
+    return SLOPE_TABLE[h] * real(jnp.abs(p - j)) ** 0.5
 
 
 PLAIN = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)

@@ -93,4 +93,4 @@ def select_own_heads(x: Array, kv_heads: int, repeats: int, axes: Names) -> Arra
     if repeats == 1:
         return x
     first = jax.lax.axis_index(axes) * kv_heads
-    return jnp.take(x, (first + jnp.arange(kv_heads)) // repeats, axis=1)
+    return jnp.take(x, (first + jnp.arange(kv_heads, dtype=jnp.int32)) // repeats, axis=1)

@@ -67,7 +67,7 @@ class Program:
         **Returns:** scores in the shape of ``s``, before the mask.
         """
         for op in self.score_ops:
-            s = op(s, p, j, h)
+            s = op(s, p, j, h).astype(s.dtype)
         return s
 
     def visible(self, p: Any, j: Any, length: Any) -> Any:

@@ -57,7 +57,7 @@ class Sequences(NamedTuple):
         There are ``most`` tiles. Those with rows come first, in the order of their sequences.
         """
         per_seq = (self.counts + rows - 1) // rows
-        ends = jnp.cumsum(per_seq)
+        ends = jnp.cumsum(per_seq, dtype=jnp.int32)
         tile = jnp.arange(most, dtype=jnp.int32)
         seq = jnp.sum(ends[None] <= tile[:, None], axis=1, dtype=jnp.int32)
         is_live, seq = seq < ends.shape[0], jnp.minimum(seq, ends.shape[0] - 1)

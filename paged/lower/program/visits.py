@@ -41,7 +41,8 @@ def visits_by_scatter(
     some, full = page_coverage(program, p0, p1, length, table, page_size, num_pages)
     num_full, count = jnp.sum(full, dtype=jnp.int32), jnp.sum(some, dtype=jnp.int32)
     partial = some & ~full
-    rank = jnp.where(full, jnp.cumsum(full) - 1, num_full + jnp.cumsum(partial) - 1)
+    of_full, of_partial = (jnp.cumsum(pages, dtype=jnp.int32) - 1 for pages in (full, partial))
+    rank = jnp.where(full, of_full, num_full + of_partial)
     width = table.shape[0]
     column = jnp.arange(width, dtype=jnp.int32)
     index = jnp.zeros(width, jnp.int32).at[jnp.where(some, rank, width)].set(column, mode="drop")
@@ -77,7 +78,7 @@ def page_coverage(
     program: Program, p0: Any, p1: Any, length: Any, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
 ) -> Coverage:
     """For each page of the table, what is certain about the query positions ``[p0, p1)``. A hole is empty."""
-    j0 = jnp.arange(table.shape[0]) * page_size
+    j0 = jnp.arange(table.shape[0], dtype=jnp.int32) * page_size
     is_there = (p0 < p1) & (table >= 0) & (table < num_pages)
     return program.coverage(p0, p1, j0, j0 + page_size, length) & Coverage(is_there, is_there)
 

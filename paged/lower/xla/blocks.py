@@ -38,7 +38,7 @@ class RowBlocks(NamedTuple):
     def of(cls, seqs: Sequences, is_member: Bool[Array, " seqs"], rows: int) -> "RowBlocks":
         """Cut the query rows of every sequence in ``is_member`` into row blocks of ``rows``."""
         per_seq = jnp.where(is_member, -(-seqs.counts // rows), 0)
-        return cls(seqs, jnp.cumsum(per_seq))
+        return cls(seqs, jnp.cumsum(per_seq, dtype=jnp.int32))
 
     @property
     def count(self) -> Int[Array, ""]:
@@ -50,7 +50,7 @@ class RowBlocks(NamedTuple):
         seqs = self.seqs
         seq = jnp.minimum(jnp.searchsorted(self.ends, which, side="right"), self.ends.shape[0] - 1)
         before = jnp.where(seq > 0, self.ends[jnp.maximum(seq - 1, 0)], 0)
-        offset = (which - before) * rows + jnp.arange(rows)
+        offset = (which - before) * rows + jnp.arange(rows, dtype=jnp.int32)
         is_row = (offset < seqs.counts[seq]) & (which < self.count)
         row = jnp.where(is_row, seqs.starts[seq] + offset, 0)
         position = seqs.positions[seq] + offset

@@ -44,9 +44,9 @@ def dense_attention(
     batch, tokens, length = *q.shape[:2], k.shape[1]
     grouped = q.astype(jnp.float32).reshape(batch, tokens, spec.num_kv_heads, spec.group, spec.head_dim)
     s = program.scale * jnp.einsum("bthgd,bjhd->bhgtj", grouped, k.astype(jnp.float32), precision="highest")
-    p = jnp.reshape(length - tokens + jnp.arange(tokens), (1, 1, 1, -1, 1))
-    j = jnp.reshape(jnp.arange(length), (1, 1, 1, 1, -1))
-    head = jnp.arange(spec.num_q_heads).reshape(1, spec.num_kv_heads, spec.group, 1, 1)
+    p = jnp.reshape(length - tokens + jnp.arange(tokens, dtype=jnp.int32), (1, 1, 1, -1, 1))
+    j = jnp.reshape(jnp.arange(length, dtype=jnp.int32), (1, 1, 1, 1, -1))
+    head = jnp.arange(spec.num_q_heads, dtype=jnp.int32).reshape(1, spec.num_kv_heads, spec.group, 1, 1)
     s = jnp.where(program.visible(p, j, length), program.apply_scores(s, p, j, head), -jnp.inf)
     top = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)
     weights = jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top))

@@ -42,7 +42,7 @@ def attend(walk: Walk, operands: Operands) -> AttentionState:
         if at_once == 1:
             (row, out, lse), buffers = attend_one(i, buffers)
         else:
-            which = i * at_once + jnp.arange(at_once)
+            which = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
             (row, out, lse), _ = jax.vmap(attend_one, in_axes=(0, None))(which, buffers)
         # Rows that the sequence does not have are sent past the end, and dropped.
         state = AttentionState(state.out.at[row].set(out, mode="drop"), state.lse.at[row].set(lse, mode="drop"))

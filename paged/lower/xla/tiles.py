@@ -55,7 +55,7 @@ def gather(pages: Pages, ids: Int[Array, " block"], counter: Any) -> tuple[Tile,
         case "split":
             raw = _take(pools[0], ids, axis=1), _take(pools[1], ids, axis=1)
         case "interleaved":
-            heads = 2 * jnp.arange(layout.num_kv_heads)[:, None]
+            heads = 2 * jnp.arange(layout.num_kv_heads, dtype=jnp.int32)[:, None]
             pool = pools[0].at[ids, :, heads], pools[0].at[ids, :, heads + 1]
             raw = tuple(half.get(mode="promise_in_bounds") for half in pool)
         case _:
@@ -69,7 +69,7 @@ def scatter_add(
     layout: PageLayout, pools: tuple[Array, ...], ids: Int[Array, " block"], k: Tile, v: Tile
 ) -> tuple[Array, ...]:
     """The transpose of `gather` for float pages: add tiles to pool-shaped float32 accumulators."""
-    heads = jnp.arange(layout.num_kv_heads)[:, None]
+    heads = jnp.arange(layout.num_kv_heads, dtype=jnp.int32)[:, None]
     k, v = (tile.reshape(layout.num_kv_heads, ids.shape[0], layout.page_size, -1) for tile in (k, v))
     pool = pools[0]
     match layout.order:

@@ -95,10 +95,10 @@ class Walk:
 
     def page_block(self, which: Any, visits: Visits, page_size: int) -> PageBlock:
         """Page block number ``which`` of the visited pages."""
-        entry = which * self.pages_per_block + jnp.arange(self.pages_per_block)
+        entry = which * self.pages_per_block + jnp.arange(self.pages_per_block, dtype=jnp.int32)
         is_visit = entry < visits.count
         entry = jnp.minimum(entry, jnp.maximum(visits.count - 1, 0))
-        j = visits.index[entry][:, None] * page_size + jnp.arange(page_size)[None]
+        j = visits.index[entry][:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None]
         return PageBlock(visits.page[entry], j.reshape(1, 1, -1), jnp.repeat(is_visit, page_size).reshape(1, 1, -1))
 
     def visible(self, page_block: PageBlock, row_block: RowBlock, constants: Any) -> Bool[Array, "1 group_rows keys"]:
@@ -125,5 +125,6 @@ class Walk:
     @property
     def heads(self) -> Int[Array, "kv_heads group_rows 1"]:
         """The query head of each row of a tile."""
-        head = jnp.arange(self.program.num_q_heads).reshape(self.program.num_kv_heads, self.program.group)
+        program = self.program
+        head = jnp.arange(program.num_q_heads, dtype=jnp.int32).reshape(program.num_kv_heads, program.group)
         return jnp.repeat(head, self.rows, axis=1)[..., None]

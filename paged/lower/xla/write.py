@@ -79,7 +79,8 @@ def _put(axes: tuple[int, int], rows: tuple[Array, ...], pools: tuple[Array, ...
 def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, places: Places) -> tuple[Array, ...]:
     """A loop over the rows that are written. On CPU a scatter may convert or copy the whole pool: see `cpu`."""
     dtypes = [pool.dtype for pool in pools]
-    order = jnp.argsort(~places.is_written, stable=True)
+    tokens = jnp.arange(places.page.shape[0], dtype=jnp.int32)
+    _, order = jax.lax.sort((~places.is_written, tokens), num_keys=1)
     if not HAS_BIT_UPDATES_IN_PLACE:
         rows, pools = (tuple(as_bits(x) for x in arrays) for arrays in (rows, pools))
 
@@ -94,7 +95,7 @@ def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, places: Places
 
         return tuple(put_in(pool, row) for pool, row in zip(pools, rows, strict=True))
 
-    pools = jax.lax.fori_loop(0, jnp.sum(places.is_written), put_row, tuple(pools))
+    pools = jax.lax.fori_loop(0, jnp.sum(places.is_written, dtype=jnp.int32), put_row, tuple(pools))
     return tuple(from_bits(pool, dtype) for pool, dtype in zip(pools, dtypes, strict=True))
 
 

@@ -294,4 +294,4 @@ def dot(a: Any, b: Any, contract: int) -> Any:
 def compute_dtype(layout: PageLayout, q_dtype: Any) -> Any:
     """The dtype of products' operands. Queries and stored values are exact in it: bfloat16 holds every 8-bit value."""
     stored = jnp.dtype("bfloat16") if layout.is_quantised else layout.dtype
-    return jnp.promote_types(jnp.promote_types(q_dtype, stored), jnp.bfloat16)
+    return jnp.dtype("bfloat16" if q_dtype == stored == jnp.bfloat16 else "float32")
