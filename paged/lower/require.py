@@ -31,11 +31,12 @@ def require_queries(spec: AttentionSpec, q: Any, batch: RaggedBatch) -> None:
 
 
 def require_pages(layout: PageLayout | None, pages: Any) -> None:
-    """Raise unless ``pages`` were made by this layout; by any layout when it is None."""
+    """Raise unless ``pages`` were made by this layout, or by any layout when it is None, and have their scales."""
     if not isinstance(pages, Pages):
         raise TypeError(f"pages must come from layout.init(...) or layout.wrap(...); got {type(pages).__name__}.")
     if layout is not None and pages.layout != layout:
         raise ValueError(f"pages must have the layout that was lowered for, {layout}; got {pages.layout}.")
+    pages.require_scales()
 
 
 def require_new_tokens(layout: PageLayout, k: Any, v: Any, tokens: int | None = None) -> None:

@@ -5,6 +5,7 @@ from ._generate import StepReport as StepReport
 from ._generate import generate as generate
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache
+from .calibration import calibrate as calibrate
 from .pool import PagePool as PagePool
 from .rotary import Rotary as Rotary
 from .rotary_scaling import LinearScaling as LinearScaling

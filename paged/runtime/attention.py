@@ -11,6 +11,7 @@ from paged.lower import Schedule, Sequences, dense_attention
 from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
 
 from .cache import PagedCache
+from .calibration import CalibratingPages
 from .rotary import Rotary
 
 
@@ -64,6 +65,8 @@ class PagedAttention(eqx.Module):
         schedule: Schedule | None = None,
         check: bool = True,
         interpret: Any = False,
+        k_scale: Any = None,
+        v_scale: Any = None,
         dtype: Any = jnp.float32,
         key: PRNGKeyArray,
     ):
@@ -77,7 +80,8 @@ class PagedAttention(eqx.Module):
         - `qk_norm`: whether the queries and keys of each head are RMS-normalised, with learnt weights.
         - `qk_norm_eps`: what the norm adds to the mean square before it takes the root.
         - `use_query_bias`, `use_key_bias`, `use_value_bias`, `use_output_bias`: whether that projection has a bias.
-        - `target`, `schedule`, `check`, `interpret`: see `PagedCache`; ``check`` is True by default.
+        - `target`, `schedule`, `check`, `interpret`, `k_scale`, `v_scale`: see `PagedCache`; ``check`` is True by
+          default.
         - `dtype`: dtype of the parameters.
         - `key`: a PRNG key, from which the parameters are drawn.
 
@@ -99,9 +103,8 @@ class PagedAttention(eqx.Module):
         self.key_norm = _rms_norm(spec.head_dim, qk_norm_eps, dtype) if qk_norm else None
         self.sinks = jnp.zeros(spec.num_q_heads, jnp.float32) if spec.sinks else None
         self.rotary = rotary
-        self.cache = PagedCache(
-            spec, layout, num_pages, target=target, schedule=schedule, check=check, interpret=interpret
-        )
+        how: dict[str, Any] = {"target": target, "schedule": schedule, "check": check, "interpret": interpret}
+        self.cache = PagedCache(spec, layout, num_pages, **how, k_scale=k_scale, v_scale=v_scale)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -136,8 +139,8 @@ class PagedAttention(eqx.Module):
         return y, state.set(self.cache.index, pages)
 
     def attend_pages(
-        self, x: Float[Array, "tokens embed_dim"], pages: Pages, batch: RaggedBatch
-    ) -> tuple[Float[Array, "tokens embed_dim"], Pages]:
+        self, x: Float[Array, "tokens embed_dim"], pages: Pages | CalibratingPages, batch: RaggedBatch
+    ) -> tuple[Float[Array, "tokens embed_dim"], Any]:
         """A call with pages passed and returned instead of state.
 
         Layers that ``eqx.filter_vmap`` builds together have their parameters stacked on a leading axis, and in the

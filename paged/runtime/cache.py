@@ -8,6 +8,8 @@ from jaxtyping import Array, Float
 from paged.lower import Attend, Schedule, lower
 from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, Sinks
 
+from .calibration import CalibratingPages
+
 
 class PagedCache(eqx.Module):
     """A lowered attention together with its pages, for models that compute queries, keys and values themselves.
@@ -38,6 +40,8 @@ class PagedCache(eqx.Module):
         schedule: Schedule | None = None,
         check: bool = True,
         interpret: Any = False,
+        k_scale: Any = None,
+        v_scale: Any = None,
     ):
         """**Arguments:**
 
@@ -50,11 +54,13 @@ class PagedCache(eqx.Module):
           the server, and False in `paged.lower`, whose programs call no host unless asked to. A batch that
           `paged.check` has passed already, for a mask that sees at least as much, is not checked again: a model of
           many layers checks once, before the first.
+        - `k_scale`, `v_scale`: per-tensor or per-head scales of quantised pages, see `PageLayout.init`. A cache of int8
+          pages that has none of them raises when it is called: `calibrate` measures them.
 
-        Raises what `paged.lower` raises, and ``ValueError`` for ``num_pages`` below 1.
+        Raises what `paged.lower` and `PageLayout.init` raise.
         """
         self.attend = lower(spec, layout, target, schedule=schedule, check=check, interpret=interpret)
-        self.index = eqx.nn.StateIndex(layout.init(num_pages))
+        self.index = eqx.nn.StateIndex(layout.init(num_pages, k_scale=k_scale, v_scale=v_scale))
 
     def __call__(
         self,
@@ -86,12 +92,14 @@ class PagedCache(eqx.Module):
         q: Float[Array, "tokens q_heads head_dim"],
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
-        pages: Pages,
+        pages: Pages | CalibratingPages,
         batch: RaggedBatch,
         sinks: Sinks | None = None,
-    ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
+    ) -> tuple[Float[Array, "tokens q_heads value_dim"], Any]:
         """A call with pages passed and returned instead of state, for ``jax.lax.scan`` over layers.
 
-        The same as ``cache.attend.update``, argument for argument.
+        The same as ``cache.attend.update``, argument for argument. While `calibrate` runs, the pages are its own.
         """
+        if isinstance(pages, CalibratingPages):
+            return pages.update(self.attend, q, k, v, batch, sinks)
         return self.attend.update(q, k, v, pages, batch, sinks)

@@ -6,6 +6,7 @@ from typing import Any, assert_never
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
@@ -219,17 +220,41 @@ class PageLayout:
             case _:
                 assert_never(self.order)
 
-    def init(self, num_pages: int) -> "Pages":
-        """A pool of ``num_pages`` pages of zeros, with scales of 1.
+    def init(self, num_pages: int, *, k_scale: Any = None, v_scale: Any = None) -> "Pages":
+        """A pool of ``num_pages`` pages of zeros.
 
-        **Raises:** ``TypeError`` or ``ValueError`` unless ``num_pages`` is a positive Python int.
+        **Arguments:**
+
+        - `num_pages`: how many pages the pool holds.
+        - `k_scale`, `v_scale`: per-tensor or per-head scales of the keys and of the values, both or neither: positive
+          numbers, or float arrays in the shape of the scales. The largest key that fits is ``k_scale`` times the
+          largest number of the dtype; greater ones saturate. None for float8 pages: 1. None for int8 pages: the pool
+          has no scales yet, and every use of it raises, because a scale of 1 would round keys and values to whole
+          numbers. Per-token scales are computed when a token is written, and are not given.
+
+        **Raises:** ``TypeError`` or ``ValueError`` unless ``num_pages`` is a positive Python int, and for scales that
+        are not as above.
+
+        >>> layout = PageLayout(page_size=16, num_kv_heads=8, head_dim=128, dtype=jnp.int8, scales="head")
+        >>> layout.init(num_pages=4, k_scale=20 / 127, v_scale=jnp.full(8, 3 / 127)).k_scale.shape
+        (8,)
         """
         require_positive_int("num_pages", num_pages)
+        given = {"k_scale": k_scale, "v_scale": v_scale}
+        names = [name for name, scale in given.items() if scale is not None]
+        if names and self.scales not in ("tensor", "head"):
+            raise ValueError(
+                f"{names[0]} is for per-tensor and per-head scales; the layout has scales={self.scales!r}."
+            )
+        if len(names) == 1:
+            raise ValueError(f"k_scale and v_scale are given together; got {names[0]} alone.")
         arrays = tuple(jnp.zeros(shape, self.dtype) for shape in self.array_shapes(num_pages))
         shape = self.scale_shape(num_pages)
-        if shape is None:
+        is_unknown = self.dtype == jnp.int8 and self.scales != "token" and not names
+        if shape is None or is_unknown:
             return Pages(arrays, None, None, self)
-        return Pages(arrays, jnp.ones(shape, jnp.float32), jnp.ones(shape, jnp.float32), self)
+        k_scale, v_scale = (_fixed_scale(name, scale, shape) for name, scale in given.items())
+        return Pages(arrays, k_scale, v_scale, self)
 
     def wrap(self, *arrays: AnyArray, k_scale: AnyArray | None = None, v_scale: AnyArray | None = None) -> "Pages":
         """Make `Pages` of arrays that there are already, without a copy.
@@ -273,7 +298,8 @@ class Pages(eqx.Module):
     """A pool of pages: the arrays and their layout, as a pytree. `PageLayout.init` and `PageLayout.wrap` make it.
 
     - `arrays`: the keys and values, one array or two, see `PageLayout`.
-    - `k_scale`, `v_scale`: float32 scales of quantised pages, else None.
+    - `k_scale`, `v_scale`: float32 scales of quantised pages. None for float pages, and for int8 pages whose scales are
+      not known yet.
     - `layout`: the `PageLayout`, static.
     """
 
@@ -296,7 +322,18 @@ class Pages(eqx.Module):
         """All values in float32, multiplied by their scales. This copies the pool: it is for inspection and tests."""
         return self._dequantised(1, self.v_scale)
 
+    def require_scales(self) -> None:
+        """Raise ``ValueError`` where these pages need scales that nobody has given or measured."""
+        if self.k_scale is None and self.layout.scales is not None:
+            raise ValueError(
+                f"These pages have no scales yet, {self.layout}: with a scale of 1 they would hold whole numbers. Give "
+                "them: layout.init(num_pages, k_scale=..., v_scale=...), or k_scale= and v_scale= of PagedCache and "
+                "PagedAttention. Or measure them: state = paged.runtime.calibrate(model, state, prompts). Or use "
+                'scales="token", which are computed when a token is written.'
+            )
+
     def _dequantised(self, which: int, scale: Array | None) -> Array:
+        self.require_scales()
         layout = self.layout
         axes = ["head" if axis == "kv_head" else axis for axis in layout.array_axes[0] if axis != "kv"]
         raw = layout._half(self.arrays, layout.array_axes, which)
@@ -320,6 +357,16 @@ def _require_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any, wh
         raise ValueError(f"{name} must have shape {shape} ({why}); got {tuple(array.shape)}.")
     if array.dtype != dtype:
         raise TypeError(f"{name} must be {dtype.name} ({why}); got {array.dtype.name}.")
+
+
+def _fixed_scale(name: str, scale: Any, shape: tuple[int, ...]) -> Array:
+    """A per-tensor or per-head scale of a new pool: what was given, or 1."""
+    if np.shape(scale) not in ((), shape):
+        raise ValueError(f"{name} must be a number, or an array of shape {shape}; got shape {np.shape(scale)}.")
+    scale = jnp.asarray(1.0 if scale is None else scale, jnp.float32)
+    if not isinstance(scale, jax.core.Tracer) and not bool(((scale > 0) & jnp.isfinite(scale)).all()):
+        raise ValueError(f"{name} must be positive and finite; got {np.asarray(scale).tolist()}.")
+    return jnp.broadcast_to(scale, shape)
 
 
 def _describe(array: Any) -> str:

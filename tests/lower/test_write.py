@@ -102,10 +102,7 @@ def test_rounds_to_the_pages_dtype_once(dtype):
 def test_quantises_to_the_nearest_value_and_saturates(dtype, scales, order):
     """Scales a token are the row's largest magnitude over the dtype's; given scales bound what can be stored."""
     layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8, dtype=dtype, scales=scales, order=order)
-    pages = layout.init(3)
-    if scales != "token":
-        scale = jnp.full(pages.k_scale.shape, 0.25)
-        pages = layout.wrap(*pages.arrays, k_scale=scale, v_scale=2 * scale)
+    pages = layout.init(3, **({} if scales == "token" else {"k_scale": 0.25, "v_scale": 0.5}))
     rng = np.random.default_rng(0)
     k, v = (jnp.asarray(rng.normal(0, 3, (3, 2, 8)), jnp.float32) for _ in range(2))
     k = k.at[1].set(0.0).at[2, 0, 0].set(1e6)

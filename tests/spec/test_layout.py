@@ -76,7 +76,9 @@ def test_split_pages_may_have_values_of_another_dimension():
 @pytest.mark.parametrize(("scales", "shape"), [("tensor", ()), ("head", (2,)), ("token", (5, 2, 4))])
 def test_scales_multiply_what_they_belong_to(scales, shape):
     layout = PageLayout(**{**FACTS, "dtype": "int8"}, scales=scales)
-    assert layout.is_quantised and layout.scale_shape(5) == shape and layout.init(5).k_scale.shape == shape
+    assert layout.is_quantised and layout.scale_shape(5) == shape
+    given = {} if scales == "token" else {"k_scale": 0.5, "v_scale": jnp.ones(shape)}
+    assert layout.init(5, **given).k_scale.shape == layout.init(5, **given).v_scale.shape == shape
     k_scale = jnp.arange(1, 1 + np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape)
     pages = layout.wrap(jnp.full(SHAPES["packed"][0], 2, jnp.int8), k_scale=k_scale, v_scale=0 * k_scale)
     each = {"tensor": (1, 1, 1), "head": (1, 2, 1), "token": (5, 2, 4)}[scales]
@@ -154,6 +156,11 @@ WRAP_ERRORS = {
         ValueError,
         r"v_scale must have shape \(2,\).*got \(3,\)",
     ),
+    "scales of float pages": (lambda: _PACKED.init(5, k_scale=1.0), ValueError, "k_scale is for per-tensor.*=None"),
+    "one scale": (lambda: _INT8.init(5, v_scale=1.0), ValueError, "given together; got v_scale alone"),
+    "scale of 0": (lambda: _INT8.init(5, k_scale=0.0, v_scale=1.0), ValueError, r"k_scale must be positive.*got 0\.0"),
+    "NaN scale": (lambda: _INT8.init(5, k_scale=1.0, v_scale=jnp.nan), ValueError, "v_scale must be positive"),
+    "scales of 3 heads": (lambda: _INT8.init(5, k_scale=jnp.ones(3), v_scale=1.0), ValueError, r"\(2,\); got .*\(3,"),
     "no pages": (lambda: _PACKED.init(0), ValueError, "num_pages must be at least 1; got 0"),
 }
 
