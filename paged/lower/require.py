@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from paged.spec import FLOAT_DTYPES, AttentionSpec, PageLayout, Pages, RaggedBatch
+from paged.spec import FLOAT_DTYPES, AttentionSpec, PageLayout, Pages, RaggedBatch, require_scales
 
 
 def require_layout(spec: AttentionSpec, layout: PageLayout) -> None:
@@ -34,9 +34,11 @@ def require_pages(layout: PageLayout | None, pages: Any) -> None:
     """Raise unless ``pages`` were made by this layout, or by any layout when it is None, and have their scales."""
     if not isinstance(pages, Pages):
         raise TypeError(f"pages must come from layout.init(...) or layout.wrap(...); got {type(pages).__name__}.")
-    if layout is not None and pages.layout != layout:
-        raise ValueError(f"pages must have the layout that was lowered for, {layout}; got {pages.layout}.")
-    pages.require_scales()
+    own = pages.layout  # read once: every read of an Equinox module's field takes Python a quarter of a microsecond
+    if layout is not None and own != layout:
+        raise ValueError(f"pages must have the layout that was lowered for, {layout}; got {own}.")
+    if own.scales is not None:
+        require_scales(pages)
 
 
 def require_new_tokens(layout: PageLayout, k: Any, v: Any, tokens: int | None = None) -> None:

@@ -10,6 +10,7 @@ from .export import register_module as register_module
 from .layout import FLOAT_DTYPES as FLOAT_DTYPES
 from .layout import PageLayout as PageLayout
 from .layout import Pages as Pages
+from .layout import require_scales as require_scales
 from .masks import And as And
 from .masks import Causal as Causal
 from .masks import Chunk as Chunk

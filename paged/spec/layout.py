@@ -322,18 +322,8 @@ class Pages(eqx.Module):
         """All values in float32, multiplied by their scales. This copies the pool: it is for inspection and tests."""
         return self._dequantised(1, self.v_scale)
 
-    def require_scales(self) -> None:
-        """Raise ``ValueError`` where these pages need scales that nobody has given or measured."""
-        if self.k_scale is None and self.layout.scales is not None:
-            raise ValueError(
-                f"These pages have no scales yet, {self.layout}: with a scale of 1 they would hold whole numbers. Give "
-                "them: layout.init(num_pages, k_scale=..., v_scale=...), or k_scale= and v_scale= of PagedCache and "
-                "PagedAttention. Or measure them: state = paged.runtime.calibrate(model, state, prompts). Or use "
-                'scales="token", which are computed when a token is written.'
-            )
-
     def _dequantised(self, which: int, scale: Array | None) -> Array:
-        self.require_scales()
+        require_scales(self)
         layout = self.layout
         axes = ["head" if axis == "kv_head" else axis for axis in layout.array_axes[0] if axis != "kv"]
         raw = layout._half(self.arrays, layout.array_axes, which)
@@ -348,6 +338,17 @@ def _as_dtype(dtype: Any) -> Any:
         return jnp.dtype("none" if dtype is None else dtype)  # NumPy takes None for float64
     except TypeError:
         raise TypeError(f"dtype of pages must be one of {_DTYPE_NAMES}; got {dtype!r}.") from None
+
+
+def require_scales(pages: Pages) -> None:
+    """Raise ``ValueError`` where pages need scales that nobody has given or measured."""
+    if pages.k_scale is None and pages.layout.scales is not None:
+        raise ValueError(
+            f"These pages have no scales yet, {pages.layout}: with a scale of 1 they would hold whole numbers. Give "
+            "them: layout.init(num_pages, k_scale=..., v_scale=...), or k_scale= and v_scale= of PagedCache and "
+            "PagedAttention. Or measure them: state = paged.runtime.calibrate(model, state, prompts). Or use "
+            'scales="token", which are computed when a token is written.'
+        )
 
 
 def _require_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any, why: str) -> None:
