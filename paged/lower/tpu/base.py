@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..program import Call, Program, Sequences, refused_operations
 from ..xla import XLA_BLOCKS
 from .chips import CHIPS, LANES, Chip, chip_named, this_chip
 from .pages import refuses_layout
-from .transforms import state_with_gradient, update_with_gradient
+from .transforms import run_kernels
 from .write import refuses_write, write_rows
 
 
@@ -69,7 +70,9 @@ class TpuLowering(Lowering):
         self, program: Program, schedule: Schedule, call: Call, q: Array, pages: Pages, seqs: Sequences
     ) -> AttentionState:
         """`run_state`, with the XLA lowering's gradient."""
-        return state_with_gradient(self, program, schedule, call, q, pages, seqs)
+        run = functools.partial(self.run_state, program, schedule, call)
+        like = functools.partial(XLA_BLOCKS.state, program, XLA_BLOCKS.schedule(program, pages.layout), call)
+        return run_kernels(run, like, q, pages, seqs, is_interpreted=self.is_interpreted)
 
     def update(
         self,
@@ -83,7 +86,9 @@ class TpuLowering(Lowering):
         seqs: Sequences,
     ) -> tuple[AttentionState, Pages]:
         """`run_update`, with the XLA lowering's gradient."""
-        return update_with_gradient(self, program, schedule, call, q, k, v, pages, seqs)
+        run = functools.partial(self.run_update, program, schedule, call)
+        like = functools.partial(XLA_BLOCKS.update, program, XLA_BLOCKS.schedule(program, pages.layout), call)
+        return run_kernels(run, like, q, k, v, pages, seqs, is_interpreted=self.is_interpreted)
 
     @abc.abstractmethod
     def run_state(

@@ -18,13 +18,12 @@ from ...program import Sequences
 from ...xla import XLA_BLOCKS, Places, token_rows, write_scales
 from ..chips import Chip
 from ..references import call_kernel
-from ..transforms import in_turn
+from ..transforms import run_kernels
 from .granules import GRANULE, GranuleLists, Granules, token_axis
 from .kernel import Inputs, Kernel, Outputs, Partial, Scalars, Scratch, Whole
 from .plan import Writer
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def write_rows(
     chip: Chip, interpret: Any, query_rows: int | None, k: Array, v: Array, pages: Pages, seqs: Sequences
 ) -> Pages:
@@ -33,21 +32,13 @@ def write_rows(
     Dropped are rows of no sequence, rows past the table, and rows whose page is a hole. If two rows have the same place
     in the pages, which is a fault of the caller, one of them is written. The gradient is that of the XLA write.
     """
-    return in_turn(functools.partial(_write, chip, interpret, query_rows))(k, v, pages, seqs)
+    run = functools.partial(_write, chip, interpret, query_rows)
+    like = functools.partial(_like, query_rows)
+    return run_kernels(run, like, k, v, pages, seqs, is_interpreted=bool(interpret))
 
 
-def _write_forward(chip: Chip, interpret: Any, query_rows: int | None, *args: Any) -> Any:
-    return write_rows(chip, interpret, query_rows, *args), args
-
-
-def _write_backward(chip: Chip, interpret: Any, query_rows: int | None, residuals: Any, cotangent: Any) -> Any:
-    *differentiable, seqs = residuals
-    del chip, interpret
-    _, pull = jax.vjp(lambda k, v, pages: XLA_BLOCKS.write(k, v, pages, seqs, query_rows), *differentiable)
-    return (*pull(cotangent), None)
-
-
-write_rows.defvjp(_write_forward, _write_backward)
+def _like(query_rows: int | None, k: Array, v: Array, pages: Pages, seqs: Sequences) -> Pages:
+    return XLA_BLOCKS.write(k, v, pages, seqs, query_rows)
 
 
 def _write(
