@@ -111,3 +111,16 @@ def test_what_comes_of_positions_is_left_as_it_is():
 
     assert divisors(lambda s, p, j: terms.scores((), s, p, j), p * 1.0, p, j) == [41.0]
     assert divisors(lambda p, j: terms.visible((), p, j, 1), p, j) == [41.0, 41.0]
+
+
+def test_booleans_of_a_head_are_numbers_in_a_kernel_and_booleans_in_the_term():
+    is_far = jnp.array([True, False])
+
+    def bias(p, j, h):
+        return jnp.where(is_far[h] & (p - j > 3), 2.0, 0.0)
+
+    terms = kernel_terms(_program(scores=(paged.Bias(bias),)), 1, KEYS)
+    s, p, j = jnp.zeros((1, KEYS)), jnp.full((1, KEYS), KEYS - 1), jnp.arange(KEYS)[None]
+    for head, expected in ((0, 2.0), (1, 0.0)):
+        numbers = tuple(x.astype(jnp.int32) for x in terms.early(jnp.full((1, 1), head)))
+        assert float(terms.scores(numbers, s, p, j).max()) == expected

@@ -156,6 +156,8 @@ def _cut(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, .
         return tuple(jnp.asarray(env[v]) for v in crossing)
 
     def run_late(arrays: tuple[Array, ...], *args: Array) -> Array:
+        # Kernels hold Booleans as numbers.
+        arrays = tuple(x != 0 if v.aval.dtype == bool else x for v, x in zip(crossing, arrays, strict=True))
         env = dict(zip(crossing, arrays, strict=True)) | dict(zip(unknowns, args, strict=True))
         _evaluate(late, env)
         return _read(env, jaxpr.outvars[0])
