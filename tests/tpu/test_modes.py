@@ -1,6 +1,7 @@
 """The TPU kernels under JAX's modes: in all of them a kernel is traced as in none, and a mode changes no value."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def _arrays(tokens):
     return [jax.random.normal(jax.random.key(i), (tokens, heads, 16), jnp.float32) for i, heads in enumerate((4, 2, 2))]
 
 
-def _step(batch, schedule, **how):
+def _step(batch, schedule, **how) -> tuple[Any, Any]:
     """A function of queries, new keys and values, and pages; and these."""
     attend = paged.lower(TERMS, LAYOUT, "tpu", schedule=schedule, **how)
     sinks = jnp.ones(4, jnp.float32)
@@ -108,7 +109,8 @@ def test_an_interpreted_kernel_has_the_values_and_gradients_of_xla(mode):
 def test_interpreted_under_64_bits_a_step_has_the_values_of_xla(kernel):
     batch, schedule = KERNELS[kernel]
     step, args = _step(batch, schedule, interpret=True)
-    out, pages = paged.lower(TERMS, LAYOUT, "xla").update(*args, batch, jnp.ones(4))
+    q, k, v, pages = args
+    out, pages = paged.lower(TERMS, LAYOUT, "xla").update(q, k, v, pages, batch, jnp.ones(4))
     with jax.enable_x64(True):
         found, written = step(*args)
     np.testing.assert_allclose(found, out, rtol=1e-5, atol=1e-5)

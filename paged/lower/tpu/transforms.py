@@ -1,4 +1,4 @@
-"""Kernels under JAX's transforms and modes: gradients are the XLA lowering's, ``vmap`` is a loop, integers are 32 bits."""
+"""Kernels under JAX's transforms and modes: the XLA lowering's gradients, ``vmap`` as a loop, 32 bits in any mode."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,9 @@ def run_kernels(run: Function, like: Function, *args: Any, is_interpreted: bool)
     if is_interpreted and jax.config.jax_enable_checks:  # pyright: ignore
         # The interpreter calls the host, and JAX's checker refuses a rule for gradients around such calls. So here the
         # kernels run before the rule, as a constant, and the rule is around their results.
-        return _with_gradient(_first, functools.partial(_ignoring_first, like), run(*jax.lax.stop_gradient(args)), *args)
+        return _with_gradient(
+            _first, functools.partial(_ignoring_first, like), run(*jax.lax.stop_gradient(args)), *args
+        )
     return _with_gradient(run, like, *args)
 
 
