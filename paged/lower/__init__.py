@@ -8,6 +8,9 @@ import inspect
 import sys
 import types
 
+from ._ahead import first_rows as first_rows
+from ._ahead import may_cut as may_cut
+from ._ahead import seen_ahead as seen_ahead
 from ._check import check as check
 from ._check import check_values as check_values
 from ._compile_for import Compiled as Compiled

@@ -9,10 +9,13 @@ import numpy as np
 
 from paged.spec import AttentionSpec, Mask, Pages, RaggedBatch
 
+from ._ahead import first_rows, may_cut, seen_ahead
 from .program import implies, normal_form
 
 
-def check(spec: AttentionSpec, pages: Pages, batch: RaggedBatch, tokens: int) -> RaggedBatch:
+def check(
+    spec: AttentionSpec, pages: Pages, batch: RaggedBatch, tokens: int, *, final_lengths: Any = None
+) -> RaggedBatch:
     """Raise ``ValueError`` where the *values* of a batch are at fault, naming the array, the sequence and the value.
 
     **Arguments:**
@@ -21,6 +24,9 @@ def check(spec: AttentionSpec, pages: Pages, batch: RaggedBatch, tokens: int) ->
     - `pages`: the pages that the batch is for. Only the page size and the number of pages matter.
     - `batch`: the batch, concrete or traced.
     - `tokens`: the number of query rows, ``q.shape[0]``.
+    - `final_lengths` i32[seqs]: how many tokens each sequence will have when all of its steps are done, such as the
+      length of a prompt of which this step is a chunk. Then the mask is asked whether a sequence may be cut where this
+      step ends. None: not asked. Needs values: concrete arrays, outside of ``jax.jit``.
 
     **Returns:** the batch, marked as checked. A marked batch is not checked again for a spec that sees no more, over
     as many rows and as many pages of this size. So a model of many layers checks once.
@@ -31,9 +37,11 @@ def check(spec: AttentionSpec, pages: Pages, batch: RaggedBatch, tokens: int) ->
     - ``query_starts`` begins at 0, does not decrease, and ends within ``tokens``;
     - ``lengths`` is in ``[0, pages_per_seq * page_size]``, and at least the number of query rows;
     - every page that holds a visible token, or one that this step writes, is in ``[0, num_pages)``;
-    - no place in the pages is written by two tokens.
+    - no place in the pages is written by two tokens;
+    - with ``final_lengths``, no row up to the end of this step sees a key that a later step writes, as a prefix longer
+      than the chunk does. Such a row would be computed without that key. The error says where the next step may end.
 
-    With concrete arrays the error comes at once. Under ``jax.jit`` it comes when the returned batch is used, as JAX's
+    Raises ``TypeError`` for ``final_lengths`` that are traced or no integers. With concrete arrays the error comes at once. Under ``jax.jit`` it comes when the returned batch is used, as JAX's
     runtime error with the same text, through a host callback. A lowering itself never adds a callback.
 
     >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4)
@@ -45,7 +53,10 @@ def check(spec: AttentionSpec, pages: Pages, batch: RaggedBatch, tokens: int) ->
     ValueError: block_tables[0, 1] = 7 (sequence 0) is no page of the pool: it holds tokens 2 to 2, must be in [0, 4).
     """
     size = pages.layout.page_size
-    return check_values(batch, page_size=size, num_pages=pages.num_pages, tokens=tokens, mask=spec.visibility)
+    checked = check_values(batch, page_size=size, num_pages=pages.num_pages, tokens=tokens, mask=spec.visibility)
+    if final_lengths is not None:
+        _require_steps_end_at_cuts(batch, final_lengths, spec.visibility)
+    return checked
 
 
 def check_values(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask) -> RaggedBatch:
@@ -141,3 +152,26 @@ def _require_distinct_slots(lengths: np.ndarray, tables: np.ndarray, rows: np.nd
             f"block_tables[{seq[b]}, {position[b] // page_size}] = {page[b]} (sequence {seq[b]}) is stale: slot "
             f"{position[b] % page_size} of that page is also written by sequence {seq[a]} in this step."
         )
+
+
+def _require_steps_end_at_cuts(batch: RaggedBatch, final_lengths: Any, mask: Mask) -> None:
+    """No row up to the end of a sequence's step may see what a later step writes."""
+    values = (batch.lengths, batch.query_starts, batch.num_seqs, final_lengths)
+    if any(isinstance(value, jax.core.Tracer) for value in values):
+        raise TypeError("final_lengths are compared on the host, so the batch and they must be concrete, not traced.")
+    lengths, starts, num_seqs, final = map(np.asarray, values)
+    if not np.issubdtype(final.dtype, np.integer) or final.shape != lengths.shape:
+        raise TypeError(f"final_lengths must be int32[{len(lengths)}]; got {final.dtype.name} of shape {final.shape}.")
+    for s in np.flatnonzero(np.diff(starts)[: int(num_seqs)] > 0):
+        length, tokens = int(lengths[s]), int(final[s])
+        if tokens < length:
+            raise ValueError(f"final_lengths[{s}] = {tokens} (sequence {s}) is less than lengths[{s}] = {length}.")
+        first = first_rows(mask, tokens)
+        cuts = may_cut(first)
+        if not cuts[length]:
+            row, key = seen_ahead(first, length)
+            following = length + int(np.argmax(cuts[length:]))
+            raise ValueError(
+                f"lengths[{s}] = {length} (sequence {s}) ends a step where the mask {mask} sees ahead: row {row} sees "
+                f"token {key}, which a later step writes. Let the step end at token {following} of {tokens}."
+            )
