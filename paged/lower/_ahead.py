@@ -15,7 +15,7 @@ def first_rows(mask: Mask, tokens: int) -> np.ndarray:
     - `mask`: the whole mask of an attention. It is evaluated on the host where its coverage does not suffice.
     - `tokens`: how many tokens the sequence has.
 
-    **Returns:** int64[tokens]: the least position ``p < j`` at which key ``j`` is visible, or ``j`` where there is none.
+    **Returns:** int64[tokens]: the least position ``p < j`` that sees key ``j``, or ``j`` where there is none.
 
     >>> first_rows(Causal() | Prefix(3), 5).tolist()
     [0, 0, 0, 3, 4]

@@ -41,8 +41,9 @@ def check(
     - with ``final_lengths``, no row up to the end of this step sees a key that a later step writes, as a prefix longer
       than the chunk does. Such a row would be computed without that key. The error says where the next step may end.
 
-    Raises ``TypeError`` for ``final_lengths`` that are traced or no integers. With concrete arrays the error comes at once. Under ``jax.jit`` it comes when the returned batch is used, as JAX's
-    runtime error with the same text, through a host callback. A lowering itself never adds a callback.
+    ``final_lengths`` that are traced, or no integers, raise ``TypeError``. With concrete arrays an error comes at once.
+    Under ``jax.jit`` it comes when the returned batch is used, as JAX's runtime error with the same text, through
+    a host callback. A lowering itself never adds a callback.
 
     >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4)
     >>> batch = RaggedBatch.decode(lengths=[3], block_tables=[[0, 7]])

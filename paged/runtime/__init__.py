@@ -1,8 +1,9 @@
 """When attention runs: pages and who holds them, caches, layers, sampling and serving. State in, state out."""
 
 from ._generate import Generation as Generation
-from ._generate import StepReport as StepReport
+from ._generate import PartialGenerations as PartialGenerations
 from ._generate import generate as generate
+from ._serve import StepReport as StepReport
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache
 from .calibration import calibrate as calibrate

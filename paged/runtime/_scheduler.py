@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ class Request:
     * ``known``: the prompt and every token drawn so far.
     * ``cached``: how many of the known tokens have their keys and values in pages.
     * ``preemptions``: how often the sequence gave up its pages.
+    * ``finish_reason``: why the sequence ended, None while it has not.
 
     A running sequence that lacks one known token decodes: that token is its row, and the next token its result. A
     sequence that lacks more than one prefills.
@@ -42,6 +44,12 @@ class Request:
     known: list[int]
     cached: int = 0
     preemptions: int = 0
+    finish_reason: Literal["eos", "length", "no_token"] | None = None
+
+    @property
+    def most_cached(self) -> int:
+        """The most tokens that the sequence will have in pages: all but the last one drawn."""
+        return len(self.prompt) + self.max_new_tokens - 1
 
     @property
     def num_generated(self) -> int:

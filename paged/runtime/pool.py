@@ -1,6 +1,6 @@
 """`PagePool`: which pages are free, and which sequence slot holds which; arrays of fixed shapes."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -9,6 +9,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from paged.spec import RaggedBatch, register_module, require_positive_int
+
+from ._arguments import index_or_traced, slot_counts, slot_flags
+
+# One per slot: an array, which may be traced, or a list.
+Counts = Int[Array | np.ndarray, " seqs"] | Sequence[int]
+Flags = Bool[Array | np.ndarray, " seqs"] | Sequence[bool]
+Number = Int[Array | np.ndarray, ""] | int | np.integer
 
 
 class PagePool(eqx.Module):
@@ -97,7 +104,7 @@ class PagePool(eqx.Module):
         """How many pages are not free, i32[]."""
         return self.num_pages - self.num_free
 
-    def reserve(self, tokens: Int[Array, " seqs"]) -> tuple["PagePool", Bool[Array, " seqs"]]:
+    def reserve(self, tokens: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
         """Give slots free pages, until each has room for a number of tokens. Lengths stay as they are.
 
         Slots are served in order. A slot that does not fit does not stop the next one.
@@ -109,20 +116,21 @@ class PagePool(eqx.Module):
         **Returns:** the new pool, and ``ok`` bool[seqs]. Where too few pages are free, or ``tokens[s]`` is negative or
         above `capacity`, ``ok[s]`` is False and the slot unchanged.
 
-        Raises ``ValueError`` or ``TypeError`` unless ``tokens`` is int32[seqs].
+        Raises ``ValueError`` or ``TypeError`` unless ``tokens`` is int[seqs]. What int32 cannot hold is above every
+        capacity.
 
         >>> pool, ok = PagePool.init(4, num_slots=2, pages_per_seq=3, page_size=2).reserve(jnp.array([5, 3]))
         >>> ok.tolist(), pool.block_tables.tolist(), pool.lengths.tolist()
         ([True, False], [[0, 1, 2], [-1, -1, -1]], [0, 0])
         """
-        tokens = self._per_slot("tokens", tokens, jnp.integer)
+        tokens = slot_counts("tokens", tokens, self.num_slots)
         fits = (tokens >= 0) & (tokens <= self.capacity)
         held = jnp.sum(self.block_tables >= 0, axis=1, dtype=jnp.int32)
         needed = -(-jnp.where(fits, tokens, 0) // self.page_size)
         ok, first = _serve_in_order(jnp.maximum(needed - held, 0), fits, self.num_free)
         return self._take(held, jnp.where(ok, needed, held), first), ok
 
-    def extend(self, tokens: Int[Array, " seqs"]) -> tuple["PagePool", Bool[Array, " seqs"]]:
+    def extend(self, tokens: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
         """Add tokens to slots: `reserve` pages for them and, where that is ok, count them in the lengths.
 
         A step that writes these tokens needs its batch to be made after this, since a batch's lengths count them.
@@ -133,14 +141,14 @@ class PagePool(eqx.Module):
 
         **Returns:** the new pool and ``ok`` bool[seqs], and raises, as `reserve` does.
         """
-        tokens = self._per_slot("tokens", tokens, jnp.integer)
+        tokens = slot_counts("tokens", tokens, self.num_slots)
         # Compared before the addition, which could overflow; -1 is what reserve refuses.
         fits = (tokens >= 0) & (tokens <= self.capacity - self.lengths)
         total = jnp.where(fits, self.lengths + tokens, -1)
         pool, ok = self.reserve(total)
         return pool._replace_lengths(jnp.where(ok, total, self.lengths)), ok
 
-    def release(self, is_released: Bool[Array, " seqs"]) -> "PagePool":
+    def release(self, is_released: Flags) -> "PagePool":
         """Empty some slots: their pages have one holder less, and are free without any.
 
         Their tables become -1, so that nothing leads to a page that the slot no longer holds. Releasing an empty slot
@@ -152,7 +160,7 @@ class PagePool(eqx.Module):
 
         **Returns:** the new pool. Raises ``ValueError`` or ``TypeError`` unless ``is_released`` is bool[seqs].
         """
-        is_released = self._per_slot("is_released", is_released, jnp.bool_)[:, None]
+        is_released = slot_flags("is_released", is_released, self.num_slots)[:, None]
         given_back = jnp.where(is_released & (self.block_tables >= 0), self.block_tables, self.num_pages)
         return PagePool(
             ref_counts=self.ref_counts.at[given_back].add(-1, mode="drop"),
@@ -161,7 +169,7 @@ class PagePool(eqx.Module):
             page_size=self.page_size,
         )
 
-    def ragged_batch(self, query_rows: Int[Array, " seqs"]) -> RaggedBatch:
+    def ragged_batch(self, query_rows: Counts) -> RaggedBatch:
         """A step in which every slot has some query rows, packed in slot order.
 
         **Arguments:**
@@ -169,17 +177,20 @@ class PagePool(eqx.Module):
         - `query_rows`: how many rows each slot has, its last tokens. A slot with 0 rows takes no part.
 
         **Returns:** the batch. A step may have more rows than these: such rows give 0 and write nothing. Raises
-        ``ValueError`` or ``TypeError`` unless ``query_rows`` is int32[seqs].
+        ``ValueError`` or ``TypeError`` unless ``query_rows`` is int32[seqs], and for a list or a NumPy array with a
+        negative number.
 
         >>> pool, _ = PagePool.init(4, num_slots=3, pages_per_seq=2, page_size=2).extend(jnp.array([3, 0, 1]))
         >>> pool.ragged_batch(jnp.array([2, 0, 1])).query_starts.tolist()
         [0, 2, 2, 3]
         """
-        query_rows = self._per_slot("query_rows", query_rows, jnp.integer)
+        if not isinstance(query_rows, jax.Array) and np.any(np.asarray(query_rows) < 0):
+            raise ValueError(f"query_rows must not be negative; got {np.asarray(query_rows).tolist()}.")
+        query_rows = slot_counts("query_rows", query_rows, self.num_slots)
         starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(query_rows, dtype=jnp.int32)])
         return RaggedBatch(self.lengths, self.block_tables, starts)
 
-    def decode_batch(self, is_decoding: Bool[Array, " seqs"] | None = None) -> RaggedBatch:
+    def decode_batch(self, is_decoding: Flags | None = None) -> RaggedBatch:
         """A step in which row ``s`` is the last token of slot ``s``.
 
         **Arguments:**
@@ -195,10 +206,10 @@ class PagePool(eqx.Module):
         """
         lengths = self.lengths
         if is_decoding is not None:
-            lengths = jnp.where(self._per_slot("is_decoding", is_decoding, jnp.bool_), lengths, 0)
+            lengths = jnp.where(slot_flags("is_decoding", is_decoding, self.num_slots), lengths, 0)
         return RaggedBatch.decode(lengths, self.block_tables)
 
-    def prefill_batch(self, slot: Int[Array, ""] | int, query_rows: Int[Array, ""] | int) -> RaggedBatch:
+    def prefill_batch(self, slot: Number, query_rows: Number) -> RaggedBatch:
         """A step of one sequence.
 
         **Arguments:**
@@ -207,13 +218,16 @@ class PagePool(eqx.Module):
         - `query_rows`: how many of its last tokens are rows; may be traced.
 
         **Returns:** a batch of one slot. A step may have more rows than ``query_rows``: such rows give 0 and write
-        nothing, so that one compiled step serves every chunk up to its size.
+        nothing, so that one compiled step serves every chunk up to its size. Raises ``TypeError`` or ``ValueError``
+        unless both are integers, and for an int that no slot or no row count has.
 
         >>> pool, _ = PagePool.init(4, num_slots=2, pages_per_seq=2, page_size=2).extend(jnp.array([0, 3]))
         >>> batch = pool.prefill_batch(slot=1, query_rows=2)
         >>> batch.lengths.tolist(), batch.block_tables.tolist(), batch.query_starts.tolist()
         ([3], [[0, 1]], [0, 2])
         """
+        slot = index_or_traced("slot", slot, 0, self.num_slots - 1)
+        query_rows = index_or_traced("query_rows", query_rows, 0, self.capacity)
         starts = jnp.stack([jnp.zeros((), jnp.int32), jnp.asarray(query_rows, jnp.int32)])
         return RaggedBatch(self.lengths[slot][None], self.block_tables[slot][None], starts)
 
@@ -233,16 +247,6 @@ class PagePool(eqx.Module):
 
     def _replace_lengths(self, lengths: Array) -> "PagePool":
         return PagePool(self.ref_counts, self.block_tables, lengths, self.page_size)
-
-    def _per_slot(self, name: str, value: Any, kind: Any) -> Array:
-        """The argument as an array, one entry per slot. A scatter would silently cut a wider one."""
-        value = jnp.asarray(value)
-        if value.shape != (self.num_slots,):
-            raise ValueError(f"{name} must be [seqs] = [{self.num_slots}], one for each slot; got {value.shape}.")
-        if not jnp.issubdtype(value.dtype, kind):
-            wanted = "bool" if kind is jnp.bool_ else "int32"
-            raise TypeError(f"{name} must be {wanted}; got {value.dtype.name}.")
-        return value if kind is jnp.bool_ else value.astype(jnp.int32)
 
 
 def _serve_in_order(

@@ -48,7 +48,9 @@ def check(lengths, rows, final_lengths, spec=SPEC):
 
 def test_check_says_where_a_step_may_end():
     for _ in range(2):  # a batch that is marked as checked is asked again
-        with pytest.raises(ValueError, match=r"lengths\[1\] = 4 \(sequence 1\).*row 0 sees token 4.*end at token 6 of 9"):
+        with pytest.raises(
+            ValueError, match=r"lengths\[1\] = 4 \(sequence 1\).*row 0 sees token 4.*end at token 6 of 9"
+        ):
             check([3, 4], [3, 4], [3, 9])
     for lengths, rows, final in [([6, 8], [6, 2], [9, 9]), ([4], [4], [4]), ([4], [0], [9])]:
         assert check(lengths, rows, final).checked_for is not None

@@ -109,8 +109,10 @@ def test_the_callers_state_survives_unless_donated():
     run((model, state), prompts=[[1, 2]], max_new_tokens=2)
     pages = state.get(model.layers[0].cache.index)
     assert not pages.arrays[0].any()
-    run((model, state), prompts=[[1, 2]], max_new_tokens=2, donate_state=True)
+    results, after = run((model, state), prompts=[[1, 2]], max_new_tokens=2, donate_state=True)
     assert pages.arrays[0].is_deleted()
+    again, _ = run((model, after), prompts=[[1, 2]], max_new_tokens=2, donate_state=True)
+    assert again == results, "what the pages held before means nothing"
 
 
 class Counter(eqx.Module):
@@ -194,10 +196,10 @@ def no_model(tokens, batch, state):
             r"can have 3 \(num_pages=3, pages_per_seq=8\)",
         ),
         ({"prompts": [[1], []], "max_new_tokens": 1}, r"prompts\[1\] is empty"),
-        ({"max_new_tokens": [1, 0, 1, 1, 1]}, r"max_new_tokens must be at least 1; got 0 for prompts\[1\]"),
+        ({"max_new_tokens": [1, 0, 1, 1, 1]}, r"max_new_tokens\[1\] must be at least 1; got 0"),
         ({"max_new_tokens": [1, 2]}, "one for each of 5 prompts; got 2"),
         ({"sampler": Sampler(temperature=1.0)}, "key is missing"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1 row; got 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
         ({"num_pages": 33}, "num_pages=33 of page_size=4 tokens.*a layer with 32 pages of 4"),
         ({"page_size": 8}, "page_size=8 tokens.*a layer with 32 pages of 4"),
     ],

@@ -3,12 +3,13 @@
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged.runtime import Sampler, sample
+from paged.runtime import Sampler, sample, sampling
 
 DRAWS = 400
 
@@ -92,6 +93,78 @@ def test_minus_infinity_is_never_drawn():
         assert set(draw(logits, sampler).tolist()) == {1, 3}
 
 
+def test_the_limit_of_low_temperatures_is_the_largest_logit():
+    logits = jnp.array([[-3.0, -1.0, -2.0], [20.0, 50.0, 40.0], [-3e38, -3e38, 3e38], [-jnp.inf, -1.0, -jnp.inf]])
+    keys = jax.random.split(jax.random.key(0), 4)
+    for temperature in (1e-30, 1e-37, 1e-38, 1e-320):
+        for filters in ({}, {"top_p": 0.9}):
+            sampler = Sampler(temperature=temperature, **filters)
+            assert sample(logits, sampler, keys).tolist() == [1, 1, 2, 1], sampler
+    assert Sampler(temperature=1e-38).is_greedy and not Sampler(temperature=1.2e-38).is_greedy
+    hot = Sampler(temperature=1e300)  # infinite in float32: every finite logit is as likely
+    assert set(draw([-jnp.inf, 90.0, -90.0], hot).tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 3},
+                                     {"temperature": 1.0, "top_p": 0.9}], ids=str)  # fmt: skip
+def test_rows_without_a_token_give_minus_one_and_inf_is_drawn(options):
+    nan, inf = float("nan"), float("inf")
+    logits = [[0.0, nan, 1.0], [nan] * 3, [-inf] * 3, [nan, inf, 0.0], [0.0, inf, 9.0], [-inf, -inf, 5.0]]
+    keys = jax.random.split(jax.random.key(0), 6)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert sample(jnp.asarray(logits, dtype), Sampler(**options), keys).tolist() == [-1, -1, -1, -1, 1, 2]
+    with jax.debug_nans(True):
+        sample(jnp.asarray(logits[-2:]), Sampler(**options), keys[-2:])
+    if options:
+        assert set(draw([inf, 5.0, inf], Sampler(**options)).tolist()) == {0, 2}
+
+
+@pytest.fixture
+def few_candidates(monkeypatch):
+    monkeypatch.setattr(sampling, "_CANDIDATES", (2, 4))
+    sampling._draw.clear_cache()
+    yield
+    sampling._draw.clear_cache()
+
+
+def test_candidates_that_do_not_hold_the_mass_give_way_to_more(few_candidates):
+    """In one batch: rows whose mass 2, 4 and all 9 tokens hold, with many ties, and rows without a token."""
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-4, 5, (512, 9)) / 2 * rng.choice([0.0, 0.5, 1.0, 4.0], (512, 1))
+    logits[5], logits[6, 3] = -np.inf, np.nan
+    sampler, keys = Sampler(temperature=1.0, top_p=0.6977), jax.random.split(jax.random.key(0), 512)
+    drawn = sample(jnp.asarray(logits, jnp.float32), sampler, keys).tolist()
+    supports = [support_ref(row, None, 0.6977) if np.isfinite(row).all() else {-1} for row in logits]
+    assert {min(len(support), 5) for support in supports} == {1, 2, 3, 4, 5}
+    assert all(token in support for token, support in zip(drawn, supports, strict=True))
+    is_peaked = np.array([len(support) <= 2 and -1 not in support for support in supports])
+    peaked = jnp.asarray(np.resize(logits[is_peaked], (512, 9)), jnp.float32)
+    alone = sample(peaked, sampler, keys).tolist()
+    assert sample(peaked.at[0].set(0.0), sampler, keys).tolist()[1:] == alone[1:]
+    by_vmap = jax.vmap(lambda row, key: sample(row[None], sampler, key[None])[0])(peaked, keys)
+    assert by_vmap.tolist() == alone
+    for row in ([0.0] * 9, np.log([0.3, 0.3, 0.2, 0.05, 0.05, 0.04, 0.03, 0.02, 0.01])):
+        assert set(draw(row, sampler, draws=512).tolist()) == support_ref(row, None, 0.6977)
+
+
+def test_all_tokens_are_ranked_in_a_branch_only():
+    def ranked(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "cond":
+                continue
+            if equation.primitive.name in ("top_k", "sort"):
+                yield equation.outvars[0].aval.shape[-1]
+            for value in equation.params.values():
+                if hasattr(value, "jaxpr"):
+                    yield from ranked(value.jaxpr)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    for options, expected in [({"top_p": 0.9}, 512), ({"top_p": 0.9, "top_k": 20}, 20), ({"top_k": 20}, 20)]:
+        sampler = Sampler(temperature=1.0, **options)
+        jaxpr = jax.make_jaxpr(lambda x, sampler=sampler: sample(x, sampler, keys))(jnp.zeros((2, 5000)))
+        assert list(ranked(jaxpr.jaxpr)) == [expected]
+
+
 def test_one_trace_a_sampler():
     traced = chex.assert_max_traces(lambda logits, keys: sample(logits, Sampler(temperature=1.0, top_k=2), keys), n=1)
     run = jax.jit(traced)
@@ -106,8 +179,17 @@ def test_one_trace_a_sampler():
         (lambda: Sampler(temperature=-1.0), ValueError, "temperature must be finite and not negative; got -1.0"),
         (lambda: Sampler(temperature=float("nan")), ValueError, "got nan"),
         (lambda: Sampler(top_k=0), ValueError, "top_k must be at least 1.*got 0. For all tokens, leave it out"),
-        (lambda: Sampler(top_k=2.0), TypeError, "top_k must be a Python int or None"),
+        (lambda: Sampler(top_k=2.0), TypeError, "top_k must be an int; got 2.0"),
         (lambda: Sampler(top_p=0.0), ValueError, r"top_p must be in \(0, 1\]"),
+        (lambda: Sampler(temperature=True), TypeError, "temperature must be a number; got True"),
+        (lambda: Sampler(temperature="1"), TypeError, "temperature must be a number; got '1'"),
+        (lambda: Sampler(top_k=True), TypeError, "top_k must be an int; got the bool True"),
+        (lambda: Sampler(top_k=2**40), ValueError, "top_k must be at most"),
+        (lambda: Sampler(top_p=True), TypeError, "top_p must be a number; got True"),
+        (lambda: Sampler(top_p="all"), TypeError, "top_p must be a number; got 'all'"),
+        (lambda: sample(jnp.zeros((2, 3), int), Sampler()), TypeError, "logits must be floats; got int32"),
+        (lambda: sample(jnp.zeros((2, 3)), 0.7), TypeError, "sampler must be a Sampler; got 0.7"),
+        (lambda: sample(jnp.zeros((2, 3)), Sampler(temperature=1.0), 0), ValueError, r"one typed PRNG key.*got 0"),
         (lambda: Sampler(top_p=1.5), ValueError, r"top_p must be in \(0, 1\].*got 1.5"),
         (lambda: sample(jnp.zeros((2, 3)), Sampler(temperature=1.0)), ValueError, r"shape \(2,\).*got None"),
         (
@@ -121,3 +203,10 @@ def test_one_trace_a_sampler():
 def test_error_texts(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+def test_numbers_of_numpy_are_numbers(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the annotations say Python's
+    assert Sampler(temperature=np.float32(0.5), top_k=np.int64(3), top_p=np.float64(1)) == Sampler(
+        temperature=0.5, top_k=3, top_p=1.0
+    )

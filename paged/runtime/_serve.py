@@ -1,0 +1,155 @@
+"""The loop of one `generate`: the scheduler decides, the device computes, drawn tokens go back."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from paged.lower import check_values
+from paged.spec import Everything, RaggedBatch
+
+from ._scheduler import Request, Scheduler
+from .sampling import Sampler, sample
+
+Model = Callable[[Int[Array, " tokens"], RaggedBatch, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """One step of the model, as ``on_step`` sees it.
+
+    * ``kind``: ``"prefill"``, a chunk of one sequence, or ``"decode"``, one row for each decoding sequence.
+    * ``tokens``: how many tokens the step put into pages.
+    * ``new_tokens``: how many generated tokens it added to sequences.
+    * ``pages_in_use``, ``running``, ``waiting``: pages, running sequences and waiting ones while it ran.
+    """
+
+    kind: Literal["prefill", "decode"]
+    tokens: int
+    new_tokens: int
+    pages_in_use: int
+    running: int
+    waiting: int
+
+
+@dataclasses.dataclass
+class Serve:
+    """What the loop holds. ``run`` ends when every request has a finish reason."""
+
+    model: Model
+    state: eqx.nn.State
+    scheduler: Scheduler
+    sampler: Sampler
+    key: PRNGKeyArray
+    ends: frozenset[int]
+    chunk_size: int
+    on_step: Callable[[StepReport], None] | None
+
+    def vocabulary_size(self) -> int:
+        """How many columns the logits have. The model is traced for it, for the prefill step, and nothing runs."""
+        tokens = np.zeros(self.chunk_size, np.int32)
+        batch = self._checked(self.scheduler.prefill_batch(0, 1), tokens)
+        result = eqx.filter_eval_shape(_apply, self.model, jnp.asarray(tokens), batch, self.state)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"The model must return a pair (logits, state); got {type(result).__name__}.")
+        logits = result[0]
+        is_float = isinstance(logits, jax.ShapeDtypeStruct) and jnp.issubdtype(logits.dtype, jnp.floating)
+        if not is_float or len(logits.shape) != 2 or logits.shape[0] != self.chunk_size or logits.shape[1] < 1:
+            got = f"{logits.dtype.name}{list(logits.shape)}" if isinstance(logits, jax.ShapeDtypeStruct) else logits
+            raise TypeError(
+                f"The model must return logits float[rows, vocab], here [{self.chunk_size}, vocab]; got {got}."
+            )
+        return logits.shape[1]
+
+    def run(self) -> None:
+        scheduler = self.scheduler
+        while scheduler.waiting or scheduler.running:
+            scheduler.admit()
+            slot = scheduler.next_prefill()
+            if slot is not None:
+                self._prefill(slot)
+            self._decode()
+
+    def _prefill(self, slot: int) -> None:
+        """One chunk of one sequence, padded to the chunk size."""
+        scheduler, request = self.scheduler, self.scheduler.running[slot]
+        start = request.cached
+        chunk = request.known[start : start + self.chunk_size]
+        scheduler.extend_prefill(slot, len(chunk))
+        tokens = np.zeros(self.chunk_size, np.int32)
+        tokens[: len(chunk)] = chunk
+        drawn = self._step(scheduler.prefill_batch(slot, len(chunk)), tokens, [len(chunk) - 1], [request])
+        # Only the last chunk's row has seen the whole prompt: what the others draw is dropped.
+        finished = [slot] if request.cached == len(request.known) else []
+        self._finish("prefill", len(chunk), finished, drawn)
+
+    def _decode(self) -> None:
+        """One row for every slot; the rows of slots that do not decode are empty."""
+        scheduler = self.scheduler
+        slots = scheduler.extend_decoding()
+        if not slots:
+            return
+        tokens = np.zeros(scheduler.pool.num_slots, np.int32)
+        requests: list[Request | None] = [None] * scheduler.pool.num_slots
+        for slot in slots:
+            requests[slot] = scheduler.running[slot]
+            tokens[slot] = scheduler.running[slot].known[-1]
+        drawn = self._step(scheduler.decode_batch(slots), tokens, range(len(requests)), requests)
+        self._finish("decode", len(slots), slots, drawn[slots])
+
+    def _step(self, batch: RaggedBatch, tokens: np.ndarray, rows: Any, requests: Sequence[Request | None]) -> Any:
+        """Run the model, and draw one token for each of ``requests`` from the logits of its row."""
+        batch = self._checked(batch, tokens)
+        draws = np.asarray([(r.index, r.num_generated) if r else (0, 0) for r in requests], np.int32)
+        arrays = jnp.asarray(tokens), batch, jnp.asarray(rows, jnp.int32), jnp.asarray(draws)
+        drawn, self.state = _model_step((self.model, *arrays, self.key, self.sampler), self.state)
+        return np.asarray(drawn)
+
+    def _checked(self, batch: RaggedBatch, tokens: np.ndarray) -> RaggedBatch:
+        """A batch that is sound where every key is visible is sound for any layer's mask."""
+        pool = self.scheduler.pool
+        sizes = {"page_size": pool.page_size, "num_pages": pool.num_pages}
+        return check_values(batch, **sizes, tokens=len(tokens), mask=Everything())
+
+    def _finish(self, kind: Literal["prefill", "decode"], tokens: int, slots: Sequence[int], drawn: np.ndarray) -> None:
+        """Add the drawn tokens to the sequences in ``slots``, release those that are done, and report the step."""
+        scheduler = self.scheduler
+        in_use = 0 if self.on_step is None else scheduler.pool.pages_in_use
+        running, waiting, new_tokens, done = len(scheduler.running), len(scheduler.waiting), 0, []
+        for slot, token in zip(slots, drawn[: len(slots)].tolist(), strict=True):
+            request = scheduler.running[slot]
+            if token < 0:
+                request.finish_reason = "no_token"
+            else:
+                request.known.append(token)
+                new_tokens += 1
+                is_last = request.num_generated == request.max_new_tokens
+                request.finish_reason = "eos" if token in self.ends else "length" if is_last else None
+            if request.finish_reason is not None:
+                done.append(slot)
+        if done:
+            scheduler.release(done)
+        if self.on_step is not None:
+            self.on_step(StepReport(kind, tokens, new_tokens, int(in_use), running, waiting))
+
+
+@eqx.filter_jit
+def _apply(model: Model, tokens: Any, batch: RaggedBatch, state: eqx.nn.State) -> Any:
+    """The model, with a jit of its own: what was traced to learn its shapes is not traced again for the first step."""
+    return model(tokens, batch, state)
+
+
+# All but the state are one argument, because Equinox donates either every argument or all but the first: the state is
+# donated, so that pages are updated in place, and the parameters are not.
+@eqx.filter_jit(donate="all-except-first")
+def _model_step(inputs: tuple, state: eqx.nn.State) -> tuple[Int[Array, " requests"], eqx.nn.State]:
+    """The one step on the device: run the model, and draw a token from the logits of each of ``rows``."""
+    model, tokens, batch, rows, draws, key, sampler = inputs
+    logits, state = _apply(model, tokens, batch, state)
+    keys = jax.vmap(lambda draw: jax.random.fold_in(jax.random.fold_in(key, draw[0]), draw[1]))(draws)
+    return sample(logits[rows], sampler, keys), state

@@ -1,0 +1,232 @@
+"""`generate` at its ends: masks that see ahead, logits without a token, exceptions, donated states, traces."""
+
+import dataclasses
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import paged
+from paged.runtime import PagedAttention, PartialGenerations, generate
+from paged.runtime._masks import masks_of
+from paged.spec import Causal, Chunk, Everything, Prefix, Where, Window
+
+from .tiny import EMBED, LAYOUT, VOCAB, greedy_ref, random_layer
+
+SPEC = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, causal=False, scale=1.5)
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+
+
+class TwoLayers(eqx.Module):
+    """A causal layer, then one whose mask sees ahead."""
+
+    embedding: jax.Array
+    layers: tuple[PagedAttention, PagedAttention]
+
+    def __init__(self, mask, *, key):
+        keys = jax.random.split(key, 3)
+        specs = SPEC.replace(causal=True), SPEC.replace(mask=mask)
+        self.layers = tuple(random_layer(spec, 16, key) for spec, key in zip(specs, keys[1:], strict=True))
+        self.embedding = jax.random.normal(keys[0], (VOCAB, EMBED))
+
+    def __call__(self, tokens, batch, state):
+        x = self.embedding[tokens]
+        for layer in self.layers:
+            y, state = layer(x, batch, state)
+            x = x + 3 * y
+        return x @ self.embedding.T, state
+
+    def dense(self, tokens):
+        x = self.embedding[tokens][None]
+        for layer in self.layers:
+            x = x + 3 * layer.dense(x)
+        return (x @ self.embedding.T)[0]
+
+
+@functools.cache
+def two_layers(mask):
+    return eqx.nn.make_with_state(TwoLayers)(mask, key=jax.random.key(0))
+
+
+def serve(mask, chunk_size, prompts=(PROMPT,), max_new_tokens=4, **options):
+    options = {"num_slots": 2, "pages_per_seq": 4, **options}
+    return generate(*two_layers(mask), prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size, **options)
+
+
+PREFIX = Causal() | Prefix(6)
+
+
+def test_a_prompt_is_served_in_chunks_that_no_row_sees_past():
+    """Under preemption too: what was drawn is prefilled again in chunks."""
+    model, _ = two_layers(PREFIX)
+    prompts = [PROMPT, PROMPT[:7]]
+    expected = [greedy_ref(model, prompt, 6) for prompt in prompts]
+    for num_pages in (16, 5):
+        results = serve(PREFIX, 6, prompts, max_new_tokens=6, num_pages=num_pages)
+        assert [result.tokens for result in results] == expected
+    assert sum(result.preemptions for result in results) > 0
+
+
+CUT = r"chunk_size={} cuts prompts\[0\] after {} tokens, and the mask .* of a layer sees ahead: token {} sees token {},"
+REFUSED = [
+    (PREFIX, 4, CUT.format(4, 4, 0, 4) + ".*Pass chunk_size=6"),
+    (PREFIX, 1, CUT.format(1, 1, 0, 1) + ".*Pass chunk_size=6"),
+    (Causal() | (Chunk(4) & ~Prefix(4) & Prefix(8)), 3, CUT.format(3, 6, 4, 6) + ".*Pass chunk_size=4"),
+    (Causal() | (Chunk(4) & ~Prefix(4) & Prefix(8)), 5, CUT.format(5, 5, 4, 5) + ".*Pass chunk_size=8"),
+    (Where(lambda p, j: j <= p + (p == 7)), 8, CUT.format(8, 8, 7, 8) + ".*Pass chunk_size=9"),
+    (Everything(), 4, CUT.format(4, 4, 0, 4) + ".*Pass chunk_size=11"),
+    (Everything(), 16, r"token 0 sees token 11, which is generated .*max_new_tokens=1"),
+    (Window(2), 16, r"token 0 sees token 11, which is generated"),
+    (Causal() | Prefix(12), 16, r"prompts\[0\] has 11 tokens.*token 0 sees token 11, which is generated"),
+    (Chunk(4), 4, r"token 8 sees token 11, which is generated"),
+]
+
+
+@pytest.mark.parametrize(("mask", "chunk_size", "text"), REFUSED, ids=[str(mask) for mask, _, _ in REFUSED])
+def test_a_chunk_that_a_row_sees_past_is_refused(mask, chunk_size, text, monkeypatch):
+    monkeypatch.setattr("paged.runtime._serve.Serve.run", lambda _: pytest.fail("nothing may run"))
+    with pytest.raises(ValueError, match=text):
+        serve(mask, chunk_size)
+
+
+def test_a_mask_that_sees_all_serves_one_token_in_one_chunk():
+    model, _ = two_layers(Everything())
+    expected = int(jnp.argmax(model.dense(jnp.asarray(PROMPT))[-1]))
+    assert serve(Everything(), 16, max_new_tokens=1)[0].tokens == (expected,)
+    with pytest.raises(ValueError, match=r"cuts prompts\[1\] after 8.*Pass chunk_size=11"):
+        serve(Everything(), 8, prompts=[PROMPT[:8], PROMPT], max_new_tokens=1)
+
+
+def test_masks_are_found_wherever_a_model_keeps_its_attention():
+    attend = paged.lower(SPEC.replace(mask=PREFIX), LAYOUT)
+    layer = two_layers(PREFIX)[0].layers[1]
+
+    @dataclasses.dataclass
+    class Plain:
+        parts: dict
+
+    class Callable:
+        def __init__(self):
+            self.inner = [attend]
+
+        def __call__(self):
+            """As a model is called."""
+
+    def closure():
+        return attend
+
+    holders = [attend, layer, layer.__call__, layer.cache, Plain({"a": (attend,)}), Callable(), Callable().__call__]
+    holders += [closure, jax.jit(closure), eqx.filter_jit(closure), functools.partial(print, attend), lambda: closure()]
+    for holder in holders:
+        assert masks_of(holder) == [PREFIX], holder
+    assert masks_of(two_layers(PREFIX)[0]) == [PREFIX, Causal()] and masks_of(print) == []
+
+
+class Counter(eqx.Module):
+    """After token t it likes t + 1 best. It counts its traces, and after some token its logits are ``after``."""
+
+    traces: list = eqx.field(static=True)
+    last: int = 100
+    after: float = 0.0
+
+    def __call__(self, tokens, batch, state):
+        del batch
+        self.traces.append(tokens.shape)
+        logits = jax.nn.one_hot((tokens + 1) % VOCAB, VOCAB)
+        # One logit among others, or all of them.
+        is_bad = (tokens == self.last)[:, None] & ((jnp.arange(VOCAB) == 3) | (self.after < 0))[None]
+        return jnp.where(is_bad, self.after, logits), state
+
+
+class Traces(list):
+    """A list that is hashed and compared by identity."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other):
+        return self is other
+
+
+def count(prompts, max_new_tokens, last=100, after=0.0, **options):
+    model, state = eqx.nn.make_with_state(Counter)(Traces(), last, after)
+    sizes = {"num_slots": 2, "num_pages": 16, "page_size": 4, "chunk_size": 4}
+    return generate(model, state, prompts, max_new_tokens=max_new_tokens, **{**sizes, **options})
+
+
+@pytest.mark.parametrize(
+    ("after", "sampler"), [(jnp.nan, {}), (-jnp.inf, {}), (jnp.nan, {"temperature": 1e-6, "top_p": 0.5})], ids=str
+)
+def test_logits_without_a_token_end_their_own_sequence(after, sampler):
+    reports = []
+    options = {"sampler": paged.runtime.Sampler(**sampler), "key": jax.random.key(0), "on_step": reports.append}
+    results = count([[5, 6], [9] * 6 + [12], [1]], 4, last=12, after=after, **options)
+    assert [r.tokens for r in results] == [(7, 8, 9, 10), (), (2, 3, 4, 5)]
+    assert [r.finish_reason for r in results] == ["length", "no_token", "length"]
+    assert sum(report.new_tokens for report in reports) == 8
+    (later,) = count([[10]], 4, last=12, after=after, **options)
+    assert (later.tokens, later.finish_reason) == ((11, 12), "no_token")
+
+
+class Stop(BaseException):
+    """An exception of the caller."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    """An exception whose attributes cannot be set."""
+
+
+@pytest.mark.parametrize("error", [Stop(), Frozen(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("donates", [False, True])
+def test_an_exception_brings_what_was_drawn(error, donates):
+    steps = []
+
+    def on_step(report):
+        steps.append(report)
+        if len(steps) == 4:
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        count([[1], [2], [3]], [2, 9, 3], on_step=on_step, donate_state=donates)
+    assert raised.value is error and any("partial.generations" in note for note in error.__notes__)
+    partial = error.partial
+    assert isinstance(partial, PartialGenerations) and (partial.state is not None) == donates
+    assert [g.tokens for g in partial.generations] == [(2, 3), (3, 4, 5, 6), (4, 5)]
+    assert [g.finish_reason for g in partial.generations] == ["length", "interrupted", "interrupted"]
+
+
+def test_a_state_comes_back_from_an_exception_too():
+    model, state = two_layers(PREFIX)
+
+    def stop(report):
+        raise Stop
+
+    with pytest.raises(Stop) as raised:
+        generate(model, jax.tree.map(jnp.copy, state), [PROMPT], max_new_tokens=2, num_slots=2, pages_per_seq=4,
+                 chunk_size=6, donate_state=True, on_step=stop)  # fmt: skip
+    (result,), _ = generate(model, raised.value.partial.state, [PROMPT], max_new_tokens=4, num_slots=2, chunk_size=6,
+                            pages_per_seq=4, donate_state=True)  # fmt: skip
+    assert result.tokens == serve(PREFIX, 6)[0].tokens
+
+
+def test_steps_trace_nothing():
+    """The model is traced once for each kind of step, and what the host does between steps is not traced at all."""
+    traced: list[int] = []
+    options = {"chunk_size": 3, "on_step": lambda report: traced.append(len(events))}
+    model, state = eqx.nn.make_with_state(Counter)(Traces())
+    sizes = {"num_slots": 2, "num_pages": 16, "page_size": 4, "pages_per_seq": 4}
+    events: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: events.append(event) if "jaxpr_trace" in event else None
+    )
+    try:
+        generate(model, state, [[1, 2, 3, 4], [5]], max_new_tokens=4, **sizes, **options)
+        assert events and sorted(model.traces) == [(2,), (3,)]
+        events.clear()
+        traced.clear()
+        generate(model, state, [[1, 2, 3, 4, 5], [5], [7]], max_new_tokens=4, **sizes, **options)
+        assert len(set(traced)) == 1 and len(traced) > 4 and len(model.traces) == 2
+    finally:
+        jax.monitoring.clear_event_listeners()
