@@ -8,7 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Integer as AnyInt
 
 from paged.spec import Pages
 
@@ -19,9 +20,9 @@ from ._serve import Model, Serve, StepReport
 from .pool import PagePool
 from .sampling import Sampler
 
-Integer = int | np.integer | Int[Array | np.ndarray, ""]
-Integers = Sequence[Integer] | Int[Array | np.ndarray, " _"]
-Prompts = Sequence[Integers] | Int[Array | np.ndarray, "prompts tokens"]
+Integer = int | np.integer | AnyInt[Array | np.ndarray, ""]
+Integers = Sequence[Integer] | AnyInt[Array | np.ndarray, " _"]
+Prompts = Sequence[Integers] | AnyInt[Array | np.ndarray, "prompts tokens"]
 FinishReason = Literal["eos", "length", "no_token", "interrupted"]
 
 

@@ -6,16 +6,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer
 
 from paged.spec import RaggedBatch, register_module, require_positive_int
 
 from ._arguments import index_or_traced, slot_counts, slot_flags
 
 # One per slot: an array, which may be traced, or a list.
-Counts = Int[Array | np.ndarray, " seqs"] | Sequence[int]
+Counts = Integer[Array | np.ndarray, " seqs"] | Sequence[int]
 Flags = Bool[Array | np.ndarray, " seqs"] | Sequence[bool]
-Number = Int[Array | np.ndarray, ""] | int | np.integer
+Number = Integer[Array | np.ndarray, ""] | int | np.integer
 
 
 class PagePool(eqx.Module):

@@ -162,8 +162,37 @@ def test_batches_pass_the_check():
         ),
         (lambda pool: pool.extend(jnp.zeros(2)), TypeError, "tokens must be int32; got float32."),
         (lambda pool: pool.release(jnp.zeros(2, jnp.int32)), TypeError, "is_released must be bool; got int32."),
+        (lambda pool: pool.release([0, 1]), TypeError, "is_released must be bool; got int64."),
+        (lambda pool: pool.extend([1.5, 1]), TypeError, "tokens must be int32; got float64."),
+        (lambda pool: pool.extend("12"), ValueError, r"tokens must be \[seqs\] = \[2\].*got \(\)"),
+        (lambda pool: pool.decode_batch([1, 0]), TypeError, "is_decoding must be bool; got int64."),
+        (lambda pool: pool.ragged_batch([2, -1]), ValueError, r"query_rows must not be negative; got \[2, -1\]"),
+        (lambda pool: pool.prefill_batch(2, 1), ValueError, "slot must be at most 1; got 2"),
+        (lambda pool: pool.prefill_batch(-1, 1), ValueError, "slot must be at least 0; got -1"),
+        (lambda pool: pool.prefill_batch(True, 1), TypeError, "slot must be an int; got the bool True"),
+        (lambda pool: pool.prefill_batch(0.0, 1), TypeError, "slot must be an int; got 0.0"),
+        (lambda pool: pool.prefill_batch(jnp.zeros(1, int), 1), TypeError, r"slot must be an int.*shape \(1,\)"),
+        (lambda pool: pool.prefill_batch(0, 1.5), TypeError, "query_rows must be an int; got 1.5"),
+        (lambda pool: pool.prefill_batch(0, jnp.float32(1)), TypeError, "query_rows must be an int.*float32"),
+        (lambda pool: pool.prefill_batch(0, 5), ValueError, "query_rows must be at most 4; got 5"),
     ],
 )
 def test_error_texts(call, error, text):
     with pytest.raises(error, match=text):
         call(PagePool.init(4, 2, 2, 2))
+
+
+def test_counts_of_every_width_mean_what_they_say():
+    """An int64 or uint32 that int32 cannot hold is more than any slot has room for, and never wraps."""
+    pool = PagePool.init(4, 2, 2, 2)
+    many = [np.array([3, 2**32 + 1]), np.array([3, 2**32 - 1], np.uint32), jnp.array([3, 2**32 - 1], jnp.uint32)]
+    many += [[3, 2**40], np.array([3, -(2**40)]), np.array([3, 2**63], np.uint64)]
+    with jax.enable_x64(True):
+        many += [jnp.array([3, 2**32 + 1])]
+        for tokens in many:
+            after, ok = pool.extend(tokens)
+            assert ok.tolist() == [True, False] and after.lengths.tolist() == [3, 0], tokens
+    for tokens in (np.array([3, 1], np.int8), jnp.array([3, 1], jnp.uint8), [3, 1]):
+        assert pool.extend(tokens)[0].lengths.tolist() == [3, 1]
+    assert pool.extend([3, 1])[0].release([True, False]).lengths.tolist() == [0, 1]
+    assert pool.prefill_batch(np.int64(1), np.array(0)).lengths.tolist() == [0]
