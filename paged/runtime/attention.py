@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from paged.lower import Schedule, Sequences, dense_attention
-from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
+from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, as_bool, as_float, require_positive_int
 
 from .cache import PagedCache
 from .calibration import CalibratingPages
@@ -85,13 +85,19 @@ class PagedAttention(eqx.Module):
         - `dtype`: dtype of the parameters.
         - `key`: a PRNG key, from which the parameters are drawn.
 
-        Raises ``ValueError`` where the rotary embedding, the layout and the spec do not fit together.
+        Raises ``ValueError`` where the rotary embedding, the layout and the spec do not fit together, and ``TypeError``
+        for a flag that is no bool and a number that is none.
         """
         if rotary is not None and rotary.head_dim != spec.head_dim:
             raise ValueError(
                 f"rotary.head_dim must equal spec.head_dim = {spec.head_dim}; got {rotary.head_dim}. To turn a part of "
                 "the head, use Rotary(head_dim, rotary_dim=...)."
             )
+        require_positive_int("embed_dim", embed_dim)
+        flags = {"qk_norm": qk_norm, "use_query_bias": use_query_bias, "use_key_bias": use_key_bias}
+        flags |= {"use_value_bias": use_value_bias, "use_output_bias": use_output_bias}
+        for name, value in flags.items():
+            as_bool(name, value)
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         q_dim, k_dim = spec.num_q_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         v_dim, o_dim = spec.num_kv_heads * layout.value_dim, spec.num_q_heads * layout.value_dim
@@ -99,8 +105,8 @@ class PagedAttention(eqx.Module):
         self.key_proj = eqx.nn.Linear(embed_dim, k_dim, use_key_bias, dtype, key=k_key)
         self.value_proj = eqx.nn.Linear(embed_dim, v_dim, use_value_bias, dtype, key=v_key)
         self.output_proj = eqx.nn.Linear(o_dim, embed_dim, use_output_bias, dtype, key=o_key)
-        self.query_norm = _rms_norm(spec.head_dim, qk_norm_eps, dtype) if qk_norm else None
-        self.key_norm = _rms_norm(spec.head_dim, qk_norm_eps, dtype) if qk_norm else None
+        self.query_norm = _rms_norm(spec.head_dim, as_float("qk_norm_eps", qk_norm_eps), dtype) if qk_norm else None
+        self.key_norm = _rms_norm(spec.head_dim, as_float("qk_norm_eps", qk_norm_eps), dtype) if qk_norm else None
         self.sinks = jnp.zeros(spec.num_q_heads, jnp.float32) if spec.sinks else None
         self.rotary = rotary
         how: dict[str, Any] = {"target": target, "schedule": schedule, "check": check, "interpret": interpret}

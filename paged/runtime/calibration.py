@@ -1,7 +1,6 @@
 """`calibrate`: the fixed scales of quantised pages, measured on sample prompts."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from paged.lower import Attend, Sequences, check_values, lower
-from paged.spec import Everything, PageLayout, Pages, RaggedBatch, Sinks
+from paged.spec import Everything, PageLayout, Pages, RaggedBatch, Sinks, as_float
 
 
 def calibrate(
@@ -57,8 +56,8 @@ def calibrate(
     >>> bool(jnp.allclose(y, layer.dense(x[None])[0], atol=0.02))
     True
     """
-    if not (margin > 0 and math.isfinite(margin)):
-        raise ValueError(f"margin must be positive and finite; got {margin}.")
+    if not as_float("margin", margin) > 0:
+        raise ValueError(f"margin must be positive; got {margin}.")
     arrays = [_prompt(index, prompt) for index, prompt in enumerate(prompts)]
     if not arrays:
         raise ValueError("prompts is empty: scales are measured on at least one prompt.")

@@ -1,13 +1,11 @@
 """`Rotary`: rotary position embedding of queries and keys."""
 
-import math
-
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from paged.spec import require_int
+from paged.spec import as_bool, as_float, require_int
 
 from .rotary_angles import cos_sin
 from .rotary_scaling import RotaryScaling, plain_frequencies
@@ -55,10 +53,10 @@ class Rotary(eqx.Module):
         and a ``scaling`` of another type.
         """
         self.head_dim = head_dim
-        self.theta = float(theta)
+        self.theta = as_float("theta", theta)
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
         self.scaling = scaling
-        self.is_interleaved = is_interleaved
+        self.is_interleaved = as_bool("is_interleaved", is_interleaved)
         for name in ("head_dim", "rotary_dim"):
             require_int(name, getattr(self, name))
         if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= head_dim:
@@ -66,7 +64,7 @@ class Rotary(eqx.Module):
                 "rotary_dim must be even, because features are turned in pairs, and in [2, head_dim]; got "
                 f"rotary_dim={self.rotary_dim}, head_dim={head_dim}. To turn a part of the head, pass rotary_dim."
             )
-        if not (self.theta > 1 and math.isfinite(self.theta)):
+        if not self.theta > 1:
             raise ValueError(f"theta must be finite and greater than 1, so that frequencies fall; got {theta}.")
         if scaling is not None and not isinstance(scaling, RotaryScaling):
             raise TypeError(f"scaling must be a RotaryScaling, such as LinearScaling(4.0), or None; got {scaling!r}.")
@@ -90,13 +88,17 @@ class Rotary(eqx.Module):
           which rows of no sequence have, turns the other way and does no harm.
 
         **Returns:** the turned rows in ``x``'s dtype, computed in float32. Cosines and sines are right to 1e-6 at every
-        position, the last one of int32 included. Raises ``ValueError`` for shapes that do not fit.
+        position, the last one of int32 included.
+
+        Raises ``ValueError`` for shapes that do not fit, and ``TypeError`` for positions that are no integers.
         """
         if x.ndim != 3 or x.shape[-1] != self.head_dim or positions.shape != x.shape[:1]:
             raise ValueError(
                 f"x must be [tokens, heads, head_dim] = [*, *, {self.head_dim}] and positions [tokens]; got {x.shape} "
                 f"and {positions.shape}."
             )
+        if not jnp.issubdtype(positions.dtype, jnp.integer):
+            raise TypeError(f"positions must be integers; got {positions.dtype.name}. For fractions use LinearScaling.")
         factor = 1.0 if self.scaling is None else self.scaling.magnitude
         cos, sin = (factor * part[:, None] for part in cos_sin(positions, self.frequencies))
         a, b = self._pairs(x[..., : self.rotary_dim].astype(jnp.float32))

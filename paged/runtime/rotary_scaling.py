@@ -3,9 +3,12 @@
 import abc
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import numpy as np
+
+from paged.spec import as_bool
 
 
 class RotaryScaling(abc.ABC):
@@ -141,6 +144,7 @@ class Llama3Scaling(RotaryScaling):
         _require_at_least_one(self, "factor")
         _require_positive(self, "original_context")
         _require_positive(self, "low_freq_factor")
+        _require_positive(self, "high_freq_factor")
         if not self.high_freq_factor > self.low_freq_factor:
             raise ValueError(
                 "high_freq_factor must be greater than low_freq_factor, so that there is a band to blend in; got "
@@ -201,6 +205,8 @@ class YarnScaling(RotaryScaling):
         _require_at_least_one(self, "factor")
         _require_positive(self, "original_context")
         _require_positive(self, "beta_slow")
+        _require_positive(self, "beta_fast")
+        as_bool("YarnScaling.is_rounded", self.is_rounded)
         self._require_one_magnitude()
         if not self.beta_fast > self.beta_slow:
             raise ValueError(
@@ -253,14 +259,21 @@ class YarnScaling(RotaryScaling):
         return rotary_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
-def _require_positive(scaling: Any, name: str) -> None:
+def _number(scaling: Any, name: str) -> Any:
     value = getattr(scaling, name)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{type(scaling).__name__}.{name} must be a number; got {value!r}.")
+    return value
+
+
+def _require_positive(scaling: Any, name: str) -> None:
+    value = _number(scaling, name)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{type(scaling).__name__}.{name} must be positive and finite; got {value}.")
 
 
 def _require_at_least_one(scaling: Any, name: str) -> None:
-    value = getattr(scaling, name)
+    value = _number(scaling, name)
     if not (value >= 1 and math.isfinite(value)):
         raise ValueError(
             f"{type(scaling).__name__}.{name} must be at least 1 and finite: it is how many times longer the context "

@@ -215,6 +215,8 @@ def test_rotary_scaling_and_bfloat16_pages_serve():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
+        (lambda: build(LOCAL, use_key_bias="no"), "use_key_bias must be True or False; got 'no'"),
+        (lambda: build(LOCAL, qk_norm=1), "qk_norm must be True or False; got 1"),
         (lambda: build(LOCAL.replace(head_dim=16)), "rotary.head_dim must equal spec.head_dim = 16; got 8"),
         (lambda: build(LOCAL)[0].dense(jnp.ones((3, EMBED))), r"x must be \[batch, tokens, embed_dim\].*got \(3, 16\)"),
         (
@@ -224,5 +226,5 @@ def test_rotary_scaling_and_bfloat16_pages_serve():
     ],
 )
 def test_error_texts(call, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((TypeError, ValueError), match=text):
         call()
