@@ -26,13 +26,6 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
-def flag(name: str, value: Any) -> bool:
-    """``value`` as a Python bool."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False; got {value!r}.")
-    return bool(value)
-
-
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """The ids of one prompt: of a list, a tuple, a range or an integer array of one axis."""
     if isinstance(value, np.ndarray | jax.Array):

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from jaxtyping import Integer as AnyInt
 
-from paged.spec import Pages
+from paged.spec import Pages, as_bool
 
-from ._arguments import end_ids, flag, integer, limits_of, prompts_of
+from ._arguments import end_ids, integer, limits_of, prompts_of
 from ._masks import masks_of, require_chunks
 from ._scheduler import Request, Scheduler
 from ._serve import Model, Serve, StepReport
@@ -147,7 +147,7 @@ def generate(
     _require_kinds(model, state, on_step)
     sampler, key = _require_sampler(sampler, key)
     num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
-    donate_state, ends = flag("donate_state", donate_state), end_ids(eos)
+    donate_state, ends = as_bool("donate_state", donate_state), end_ids(eos)
     num_pages, page_size = _pool_size(state, num_pages, page_size)
     requests = _requests(prompts, max_new_tokens)
     pages_per_seq = _table_width(requests, num_pages, page_size, pages_per_seq)

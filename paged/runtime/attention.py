@@ -162,7 +162,9 @@ class PagedAttention(eqx.Module):
     def dense(self, x: Float[Array, "batch tokens embed_dim"]) -> Float[Array, "batch tokens embed_dim"]:
         """Attend over whole sequences without pages, for training: differentiable.
 
-        Equals serving the same tokens, up to rounding and up to what the pages' dtype rounds of keys and values.
+        Equals serving the same tokens, up to rounding and up to what the pages' dtype rounds of keys and values, where
+        no row sees a key that a later step writes. A causal mask sees none; `paged.check` with ``final_lengths`` asks
+        any mask.
 
         **Arguments:**
 
