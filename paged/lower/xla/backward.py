@@ -9,22 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from paged.spec import AttentionState, Pages
+from paged.spec import AttentionState
 
 from ..program import select_values
 from . import tiles
 from .blocks import RowBlock, RowBlocks
-from .walk import Operands, Walk
+from .walk import Operands, Parts, Walk
 
 
-def backward(walk: Walk, saved: tuple[Operands, AttentionState], cotangent: AttentionState) -> tuple[Operands]:
-    """Gradients of the operands of `attend`. Integers and quantised pages have none, which is None."""
-    operands, state = saved
+def backward(walk: Walk, operands: Operands, state: AttentionState, cotangent: AttentionState, like: Parts) -> Parts:
+    """Gradients of the operands of `attend`, whose result ``state`` is: of the parts that are in ``like``."""
     row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows)
-    is_differentiable = not operands.pages.layout.is_quantised
-    pools = tuple(jnp.zeros(a.shape, jnp.float32) for a in operands.pages.arrays if is_differentiable)
+    pools = tuple(jnp.zeros(a.shape, jnp.float32) for a in operands.pages.arrays if like.arrays)
     zeros = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), operands.constants)
 
     def add_row_block(which, carry):
@@ -36,17 +33,13 @@ def backward(walk: Walk, saved: tuple[Operands, AttentionState], cotangent: Atte
 
     start = (jnp.zeros(operands.q.shape, jnp.float32), pools, zeros)
     q, pools, constants = jax.lax.fori_loop(0, row_blocks.count, add_row_block, start)
-    pages = None
-    if is_differentiable:
-        cast = tuple(pool.astype(array.dtype) for pool, array in zip(pools, operands.pages.arrays, strict=True))
-        pages = Pages(cast, None, None, operands.pages.layout)
-    constants = jax.tree.map(lambda c: c if jnp.issubdtype(c.dtype, jnp.inexact) else None, constants)
-    return (Operands(q.astype(operands.q.dtype), pages, constants, None, None),)  # pyright: ignore
+    cast = tuple(pool.astype(array.dtype) for pool, array in zip(pools, operands.pages.arrays, strict=False))
+    return Parts(q.astype(operands.q.dtype), cast, tuple(constants)).only(like)
 
 
 def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, state, cotangent, pools, constants):
     """The gradient of one row block's queries; and those of pools and constants, with the row block's part added."""
-    at_rows = functools.partial(_rows_of, walk, row_block)
+    at_rows = functools.partial(walk.rows_of, row_block)
     q, out, out_gradient = at_rows(operands.q), at_rows(state.out), at_rows(cotangent.out)
     lse, lse_gradient = at_rows(state.lse[..., None]), at_rows(cotangent.lse[..., None])
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
@@ -74,12 +67,6 @@ def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, sta
         return q_gradient + q_step, pools, _accumulate(constants, c_step)
 
     return walk.over_page_blocks(0, walk.num_page_blocks(visits), visits, step, (jnp.zeros_like(q), pools, constants))
-
-
-def _rows_of(walk: Walk, row_block: RowBlock, x: Float[Array, "tokens q_heads dim"]) -> Array:
-    """The row block's rows of an array, folded; 0 for rows that its sequence does not have."""
-    rows = jnp.where(row_block.is_row[:, None, None], x[row_block.row].astype(jnp.float32), 0.0)
-    return walk.fold(rows)
 
 
 def _accumulate(total: Any, step: Any) -> Any:

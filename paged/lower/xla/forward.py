@@ -18,13 +18,11 @@ from paged.spec import AttentionState
 
 from ..program import Running, Visits
 from . import tiles
-from .backward import backward
 from .blocks import RowBlock, RowBlocks
 from .cpu import Buffers, dot_products_keys_left
 from .walk import Operands, Walk
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(walk: Walk, operands: Operands) -> AttentionState:
     """State of the members' rows, float32; rows of no member are empty. Every gradient is finite."""
     tokens, layout = operands.q.shape[0], operands.pages.layout
@@ -133,11 +131,3 @@ def _step_of_several(
     s, buffers = walk.over_page_blocks(first, last, visits, put_scores, (no_scores, buffers))
     running, weights = running.weigh(s)
     return walk.over_page_blocks(first, last, visits, add_values, (running, buffers))
-
-
-def _forward(walk: Walk, operands: Operands) -> Any:
-    state = attend(walk, operands)
-    return state, (operands, state)
-
-
-attend.defvjp(_forward, backward)

@@ -13,7 +13,7 @@ from ..base import Lowering, Schedule
 from ..program import Call, Program, Sequences, plain_terms
 from .alternatives import alternatives
 from .cpu import FEW_ROWS
-from .forward import attend
+from .derivatives import attend
 from .schedule import XlaSchedule
 from .walk import Operands, Walk
 from .write import write

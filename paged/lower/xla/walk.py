@@ -35,6 +35,44 @@ class Operands(NamedTuple):
     is_member: Bool[Array, " seqs"]
 
 
+class Parts(NamedTuple):
+    """The parts of operands that derivatives have: the queries, the arrays of float pages, and float constants.
+
+    A part that is absent is None; absent ``arrays`` are ``()``. Scales of quantised pages are constants.
+    """
+
+    q: Any
+    arrays: tuple[Any, ...]
+    constants: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, operands: Operands, like: "Parts | None" = None) -> "Parts":
+        """The parts of operands; only those that are in ``like``, if it is given."""
+        arrays = () if operands.pages.layout.is_quantised else operands.pages.arrays
+        constants = tuple(c if jnp.issubdtype(c.dtype, jnp.inexact) else None for c in operands.constants)
+        return cls(operands.q, arrays, constants).only(like)
+
+    def only(self, like: "Parts | None") -> "Parts":
+        """The parts that are in ``like`` too."""
+        if like is None:
+            return self
+        constants = (c if one is not None else None for c, one in zip(self.constants, like.constants, strict=True))
+        return Parts(None if like.q is None else self.q, self.arrays if like.arrays else (), tuple(constants))
+
+    def put_in(self, operands: Operands) -> Operands:
+        """The operands with these parts in place of their own."""
+        pages = operands.pages
+        return operands._replace(
+            q=operands.q if self.q is None else self.q,
+            pages=dataclasses.replace(pages, arrays=self.arrays) if self.arrays else pages,
+            constants=self.put_constants(operands.constants),
+        )
+
+    def put_constants(self, constants: Any) -> tuple[Any, ...]:
+        """The constants, with those that are parts in place of them."""
+        return tuple(c if own is None else own for c, own in zip(constants, self.constants, strict=True))
+
+
 class PageBlock(NamedTuple):
     """Pages that one row block visits: where they lie in the pool, and the position of each key.
 
@@ -72,6 +110,11 @@ class Walk:
         """The inverse of `fold`."""
         split = x.reshape(self.program.num_kv_heads, self.program.group, self.rows, -1)
         return jnp.moveaxis(split, 2, 0).reshape(self.rows, self.program.num_q_heads, -1)
+
+    def rows_of(self, row_block: RowBlock, x: Float[Array, "tokens q_heads dim"]) -> Array:
+        """The row block's rows of an array, folded; 0 for rows that its sequence does not have."""
+        rows = jnp.where(row_block.is_row[:, None, None], x[row_block.row].astype(jnp.float32), 0.0)
+        return self.fold(rows)
 
     def visits(self, row_block: RowBlock, operands: Operands) -> Visits:
         """The pages that the row block visits."""

@@ -12,6 +12,7 @@ from paged.spec import PageLayout, Pages
 from ..jax_version import HAS_BIT_UPDATES_IN_PLACE
 from ..program import Sequences
 from .cpu import as_bits, from_bits
+from .linear import Linear, linear
 
 
 class Places(NamedTuple):
@@ -65,7 +66,7 @@ def token_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
     return rows if k_row_scale is None or v_row_scale is None else (*rows, k_row_scale, v_row_scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _put(axes: tuple[int, int], rows: tuple[Array, ...], pools: tuple[Array, ...], places: Places) -> tuple[Array, ...]:
     """The pools with ``rows [tokens, ...]`` in their places; ``axes`` are the pools' axes of pages and of offsets.
 
@@ -110,20 +111,26 @@ def _put_at_once(axes: tuple[int, int], rows: Any, pools: Any, places: Places) -
     return tuple(put_in(pool, row) for pool, row in zip(pools, rows, strict=True))
 
 
-def _put_forward(axes: tuple[int, int], rows: Any, pools: Any, places: Places) -> tuple[Any, Places]:
-    return _put(axes, rows, pools, places), places
+def _put_jvp(axes: tuple[int, int], primals: Any, tangents: Any) -> Any:
+    """A write is linear in rows and pools; integers do not move."""
+    (rows, pools, places), (row_moves, pool_moves, _) = primals, tangents
+    new = _put(axes, rows, pools, places)
+    if not jnp.issubdtype(rows[0].dtype, jnp.inexact):
+        return new, pool_moves
+    rule = Linear(lambda places, x: _put(axes, *x, places), functools.partial(_put_transpose, axes))
+    return new, linear(rule, places, (row_moves, pool_moves))
 
 
-def _put_backward(axes: tuple[int, int], places: Places, cotangent: tuple[Array, ...]) -> Any:
+def _put_transpose(axes: tuple[int, int], places: Places, cotangent: tuple[Array, ...]) -> Any:
     def of_rows(c: Array) -> Array:
         row = jnp.moveaxis(c[_index(axes, places.page, places.offset)], _token_axis(axes), 0)
         return jnp.where(places.is_written.reshape(-1, *[1] * (row.ndim - 1)), row, 0)
 
     rows = tuple(of_rows(c) for c in cotangent)
-    return rows, _put_at_once(axes, tuple(jnp.zeros_like(row) for row in rows), cotangent, places), None
+    return rows, _put_at_once(axes, tuple(jnp.zeros_like(row) for row in rows), cotangent, places)
 
 
-_put.defvjp(_put_forward, _put_backward)
+_put.defjvp(_put_jvp)
 
 
 def _index(axes: tuple[int, int], page: Array, offset: Array) -> tuple[Any, ...]:
