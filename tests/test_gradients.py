@@ -165,6 +165,97 @@ def test_gradients_of_an_update_reach_the_new_tokens(lowering):
     assert np.abs(np.asarray(v)).max() > 0.1
 
 
+def _dot(a, b):
+    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# Derivatives of a loss ``f`` at ``x`` along ``a`` and ``b``: both modes, and both modes of both.
+DERIVATIVES = {
+    "jvp": lambda f, x, a, b: jax.jvp(f, (x,), (a,))[1],
+    "linearize": lambda f, x, a, b: jax.linearize(f, x)[1](a),
+    "jvp of jvp": lambda f, x, a, b: jax.jvp(lambda x: jax.jvp(f, (x,), (a,))[1], (x,), (b,))[1],
+    "jvp of grad": lambda f, x, a, b: jax.jvp(jax.grad(f), (x,), (a,))[1],
+    "grad of jvp": lambda f, x, a, b: jax.grad(lambda x: jax.jvp(f, (x,), (a,))[1])(x),
+    "grad of grad": lambda f, x, a, b: jax.grad(lambda x: _dot(jax.grad(f)(x), a))(x),
+}
+
+
+@every_lowering
+@pytest.mark.parametrize(
+    ("name", "order", "kinds"),
+    [
+        ("causal", "split", tuple(DERIVATIVES)),
+        ("window, cap, sinks", "packed", ("jvp", "grad of grad")),
+        ("chunks, ALiBi", "interleaved", ("jvp of grad",)),
+    ],
+)
+def test_every_first_and_second_derivative_is_the_references(lowering, name, order, kinds):
+    """Of an update, by the queries, the new tokens, the pages, the sinks and a bias's table. Some rows are empty."""
+    case = _case(name, order=order)
+    built, table = build(case, hold_new=False), jnp.asarray(np.random.default_rng(3).normal(size=(4, 8)), jnp.float32)
+
+    def spec_of(table):
+        bias = Bias(lambda p, j, h: table[h, jnp.clip(p - j, 0, 7)])
+        return case.spec.replace(scores=(*case.spec.scores, bias))
+
+    clean = lambda x: jnp.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+    arrays = tuple(clean(a) for a in built.pages.arrays)
+    x = (built.q, clean(built.k), clean(built.v), arrays, built.sinks, table)
+    a, b = (_directions(x, seed) for seed in (1, 2))
+
+    def got_loss(x):
+        q, k, v, arrays, sinks, table = x
+        attend = paged.lower(spec_of(table), case.layout, lowered(lowering, case).lowering.target)
+        state, _ = attend.update_state(q, k, v, built.pages.layout.wrap(*arrays), built.batch, sinks)
+        return _curved(state)
+
+    def exact_loss(x):
+        q, k, v, arrays, sinks, table = x
+        pages = paged.write(k, v, built.pages.layout.wrap(*arrays), built.batch, "xla")
+        return _curved(reference_state(spec_of(table), q, pages, built.batch, sinks))
+
+    every = lambda f: lambda x, a, b: {kind: DERIVATIVES[kind](f, x, a, b) for kind in kinds}
+    got, exact = (jax.tree.map(np.asarray, jax.jit(every(f))(x, a, b)) for f in (got_loss, exact_loss))
+    for kind in kinds:
+        for i, (y, z) in enumerate(zip(jax.tree.leaves(got[kind]), jax.tree.leaves(exact[kind]), strict=True)):
+            assert np.isfinite(y).all() and np.abs(z).max() > 1e-2, (kind, i)
+            # Both are float32; sums of second derivatives are of terms about ten times larger than their result.
+            assert np.abs(y - z).max() <= 10 * RELATIVE * np.abs(z).max(), (kind, i)
+
+
+def _directions(x, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), x)
+
+
+def _curved(state):
+    """A loss whose second derivative is not 0."""
+    return jnp.sum(jnp.sin(state.out)) + jnp.sum(jnp.where(jnp.isneginf(state.lse), 0.0, state.lse) ** 2)
+
+
+@every_lowering
+def test_second_derivatives_are_finite_and_zero_where_nothing_is_visible(lowering):
+    case = _case("causal")
+    built = build(case.replace(corner="empty"))
+    attend = lowered(lowering, case)
+    loss = lambda q: _curved(attend.state(q, built.pages, built.batch))
+    for name in ("jvp of grad", "grad of jvp"):
+        found = jax.jit(lambda q, name=name: DERIVATIVES[name](loss, q, q, None))(built.q)
+        assert not np.asarray(found).any(), name
+
+
+@every_lowering
+def test_a_third_derivative_is_for_forward_mode_and_says_so(lowering):
+    built = build(_case("causal"))
+    attend = lowered(lowering, built.case)
+    loss = lambda q: jnp.sum(attend(q, built.pages, built.batch) ** 2)
+    second = lambda q: jax.jvp(jax.grad(loss), (q,), (q,))[1]
+    third = jax.jit(lambda q: jax.jvp(second, (q,), (q,))[1])(built.q)
+    assert np.isfinite(np.asarray(third)).all() and np.asarray(third).any()
+    with pytest.raises(NotImplementedError, match=r"no third derivative in reverse mode.*jax.jvp.*dense_attention"):
+        jax.eval_shape(jax.grad(lambda q: jnp.sum(second(q))), built.q)
+
+
 def test_gradients_of_a_merge_are_finite_at_empty_states():
     def loss(out, lse, is_empty):
         empty = AttentionState(jnp.zeros((2, 1, 3)), jnp.full((2, 1), -jnp.inf))

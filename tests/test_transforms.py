@@ -112,6 +112,28 @@ def test_vmap_and_scan_over_the_caches_of_layers_are_a_loop_over_layers(lowering
 
 
 @every_lowering
+def test_vmap_of_derivatives_is_a_loop_over_them(lowering):
+    """Queries and directions are stacked, pages are shared."""
+    built = build(case_of("rich", "decode"))
+    attend = lowered(lowering, built.case)
+    finite = jnp.nan_to_num(built.pages.arrays[0], nan=0.0, posinf=0.0, neginf=0.0)
+
+    def loss(q, array):
+        return jnp.sum(attend(q, built.case.layout.wrap(array), built.batch, built.sinks) ** 2)
+
+    def derivatives(q, along):
+        gradient = jax.grad(loss, argnums=(0, 1))
+        return gradient(q, finite), jax.jvp(lambda q: gradient(q, finite), (q,), (along,))[1]
+
+    queries, along = jnp.stack([built.q, -built.q]), jnp.stack([built.q[::-1], built.q])
+    found = jax.jit(jax.vmap(derivatives))(queries, along)
+    one = jax.jit(derivatives)
+    for i in range(2):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(one(queries[i], along[i])), strict=True):
+            _close(a[i], b, scale=float(10 * jnp.abs(b).max()))
+
+
+@every_lowering
 def test_checkpoint_changes_no_gradient(lowering):
     built = build(case_of("rich", "ragged"))
     attend = lowered(lowering, built.case)

@@ -48,11 +48,11 @@ def _tangent(walk: Walk, operands: Operands, state: AttentionState, x: Parts) ->
     like = jax.tree.map(lambda _: True, x)
 
     def derivative(residuals: Any, x: Parts, along: Any) -> AttentionState:
-        return _tangent_change(walk, *residuals, x, _parts_along(residuals, along))
+        return _tangent_change(walk, residuals[0], residuals[1], x, _parts_along(residuals, along))
 
     rule = Linear(
-        lambda residuals, x: tangent(walk, *residuals, x),
-        lambda residuals, y: _gradient(walk, *residuals, y, like),
+        lambda residuals, x: tangent(walk, residuals[0], residuals[1], x),
+        lambda residuals, y: _gradient(walk, residuals[0], residuals[1], y, like),
         derivative,
     )
     return linear(rule, (operands, state), x)
@@ -62,11 +62,11 @@ def _gradient(walk: Walk, operands: Operands, state: AttentionState, y: Attentio
     """``J^T y``, of the parts that are in ``like``."""
 
     def derivative(residuals: Any, y: AttentionState, along: Any) -> Parts:
-        return _curvature(walk, *residuals, y, _parts_along(residuals, along), like)
+        return _curvature(walk, residuals[0], residuals[1], y, _parts_along(residuals, along), like)
 
     rule = Linear(
-        lambda residuals, y: backward(walk, *residuals, y, like),
-        lambda residuals, x: _tangent(walk, *residuals, x),
+        lambda residuals, y: backward(walk, residuals[0], residuals[1], y, like),
+        lambda residuals, x: _tangent(walk, residuals[0], residuals[1], x),
         derivative,
     )
     return linear(rule, (operands, state), y)
@@ -82,12 +82,11 @@ def _curvature(
         operands, state, y = residuals
         return _change(walk, operands, state, x, lambda operands, state: backward(walk, operands, state, y, like))
 
-    rule = Linear(
-        apply,
-        lambda residuals, x: _curvature(walk, *residuals, x, along),
-        functools.partial(_third, apply),
-    )
-    return linear(rule, (operands, state, y), x)
+    def transpose(residuals: Any, x: Parts) -> Parts:
+        operands, state, y = residuals
+        return _curvature(walk, operands, state, y, x, along)
+
+    return linear(Linear(apply, transpose, functools.partial(_third, apply)), (operands, state, y), x)
 
 
 def _tangent_change(walk: Walk, operands: Operands, state: AttentionState, fixed: Parts, x: Parts) -> AttentionState:
@@ -106,7 +105,7 @@ def _tangent_change(walk: Walk, operands: Operands, state: AttentionState, fixed
 
 
 def _change(walk: Walk, operands: Operands, state: AttentionState, x: Parts, of: Any) -> Any:
-    """The change of ``of(operands, state)`` along ``x``. The state moves with the operands, since it is their result."""
+    """The change of ``of(operands, state)`` along ``x``; the state moves too, since it is the operands' result."""
 
     def at(parts: Parts, state: AttentionState) -> Any:
         return of(parts.put_in(operands), state)

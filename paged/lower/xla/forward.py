@@ -8,7 +8,6 @@ depends on that sequence alone. What is here for the sake of CPUs is in `cpu`.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -6,6 +6,7 @@ operations, one tile at a time.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def _row_block_tangent(walk: Walk, row_block: RowBlock, operands: Operands, stat
     q, out, lse = at_rows(operands.q), at_rows(state.out), at_rows(state.lse[..., None])
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     visits, p = walk.visits(row_block, operands), walk.positions(row_block)
-    moves = {"constants": along.constants}
+    moves: dict[str, Any] = {"constants": along.constants}
     if along.q is not None:
         moves["q"] = at_rows(along.q)
 
