@@ -1,5 +1,7 @@
 """`jax.export`: what is lowered is written down with this package's pytrees, read back, and means the same."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,40 @@ def test_an_update_of_quantised_pages_comes_back_with_their_layout(lowering):
     assert pages.layout == built.case.layout and jax.tree.structure(pages) == jax.tree.structure(written)
     for a, b in zip(jax.tree.leaves((out, pages)), jax.tree.leaves((want, written)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@every_lowering
+def test_one_program_for_any_number_of_rows_and_of_sequences(lowering):
+    """Both are symbolic, and so are the pages of the pool and the width of the tables."""
+    case = case_of("rich", "ragged")
+    attend, heads = lowered(lowering, case), case.spec.num_q_heads
+    t, s, n, w = export.symbolic_shape("t, s, n, w")
+    shape, i32 = jax.ShapeDtypeStruct, jnp.int32
+    batch = paged.RaggedBatch(shape((s,), i32), shape((s, w), i32), shape((s + 1,), i32), shape((), i32))
+    q, pool = shape((t, heads, 8), jnp.float32), shape((n, *case.layout.array_shapes(1)[0][1:]), jnp.float32)
+    again = _read_back(jax.jit(attend.state), q, case.layout.wrap(pool), batch, shape((heads,), jnp.float32))
+    for other in (case, case.replace(corner="empty"), case_of("rich", "prefill", pages_per_seq=3)):
+        built = build(other)
+        batch = paged.RaggedBatch(*(getattr(built.batch, x) for x in ("lengths", "block_tables", "query_starts")))
+        batch = dataclasses.replace(batch, num_seqs=built.batch.num_seqs)
+        got = again.call(built.q, built.pages, batch, built.sinks)
+        assert_bitwise(got, attend.state(built.q, built.pages, batch, built.sinks))
+
+
+def test_a_decode_step_of_any_number_of_sequences_is_built_inside():
+    built = build(case_of("plain", "decode"))
+    attend = paged.lower(built.case.spec, built.case.layout, "xla")
+    step = lambda q, k, v, pages, lengths, tables: attend.update(
+        q, k, v, pages, paged.RaggedBatch.decode(lengths, tables)
+    )
+    args = (built.q, built.k, built.v, built.pages, built.batch.lengths, built.batch.block_tables)
+    (s,) = export.symbolic_shape("s")
+    symbolic = [jax.ShapeDtypeStruct((s, *x.shape[1:]), x.dtype) for x in args if not isinstance(x, paged.Pages)]
+    again = _read_back(jax.jit(step), *symbolic[:3], built.pages, *symbolic[3:])
+    for count in (5, 2):
+        fewer = [x if isinstance(x, paged.Pages) else x[:count] for x in args]
+        for a, b in zip(jax.tree.leaves(again.call(*fewer)), jax.tree.leaves(step(*fewer)), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_pages_of_another_layout_are_not_taken():

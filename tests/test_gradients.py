@@ -185,7 +185,7 @@ DERIVATIVES = {
     ("name", "order", "kinds"),
     [
         ("causal", "split", tuple(DERIVATIVES)),
-        ("window, cap, sinks", "packed", ("jvp", "grad of grad")),
+        ("window, cap, sinks", "packed", ("grad of grad",)),
         ("chunks, ALiBi", "interleaved", ("jvp of grad",)),
     ],
 )

@@ -65,18 +65,20 @@ class RaggedBatch(eqx.Module):
         query_rows: int | np.integer | None = None,
         checked_for: tuple[int, int, int, Mask] | None = None,
     ):
-        live = _known_num_seqs(num_seqs)
         self.lengths = _as_int32("lengths", lengths, 1)
         self.block_tables = _as_int32("block_tables", block_tables, 2)
         self.query_starts = _as_int32("query_starts", query_starts, 1)
         slots = self.lengths.shape[0]
-        self.num_seqs = _as_int32("num_seqs", slots if num_seqs is None else num_seqs, 0)
+        if num_seqs is None:  # all; `jax.export` may have a symbolic number of slots
+            num_seqs = slots if isinstance(slots, int) else jnp.asarray(slots, jnp.int32)
+        self.num_seqs = _as_int32("num_seqs", num_seqs, 0)
+        live = _known_num_seqs(num_seqs)
         if live is not None and not 0 <= live <= slots:
             raise ValueError(
                 f"num_seqs must be in [0, {slots}], because lengths has {slots} sequence slots and the first num_seqs "
                 f"of them are live; got {live}."
             )
-        _require_known_lengths(lengths, live if num_seqs is not None else slots)
+        _require_known_lengths(lengths, live)
         self.query_rows = query_rows if query_rows is None else _as_rows(query_rows)
         self.checked_for = checked_for
         if self.block_tables.shape[0] != slots or self.block_tables.shape[1] < 1:
@@ -106,7 +108,11 @@ class RaggedBatch(eqx.Module):
         if not isinstance(lengths, jax.Array | jax.ShapeDtypeStruct):
             lengths = _as_numpy("lengths", lengths)
         slots, rows = lengths.shape[0] if lengths.ndim == 1 else 0, _as_rows(query_rows)
-        return cls(lengths, block_tables, np.arange(slots + 1, dtype=np.int64) * rows, num_seqs, query_rows=rows)
+        is_known = isinstance(slots, int)  # `jax.export` may have a symbolic number of slots
+        starts = (
+            np.arange(slots + 1, dtype=np.int64) * rows if is_known else jnp.arange(slots + 1, dtype=jnp.int32) * rows
+        )
+        return cls(lengths, block_tables, starts, num_seqs, query_rows=rows)
 
     @classmethod
     def prefill(cls, length: Any, block_table: Any, query_rows: int | np.integer) -> "RaggedBatch":

@@ -2,8 +2,10 @@
 
 from .call import COMMON as COMMON
 from .call import Call as Call
+from .call import at_most as at_most
 from .program import Program as Program
 from .sequences import Sequences as Sequences
+from .sequences import count_up_to as count_up_to
 from .simplify import implies as implies
 from .simplify import normal_form as normal_form
 from .softmax import Running as Running

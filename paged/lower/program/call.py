@@ -37,3 +37,8 @@ class Call:
 
 # A common decode step: what is assumed where no call is known.
 COMMON = Call(tokens=64, slots=64, pages_per_seq=256, num_pages=2**14, query_rows=1, q_dtype=jnp.dtype("bfloat16"))
+
+
+def at_most(limit: int, size: Any) -> int:
+    """``size``, if that is smaller than ``limit``. A symbolic size, as `jax.export` has it, may be larger."""
+    return min(limit, size) if isinstance(size, int) else limit

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -30,7 +31,7 @@ class Sequences(NamedTuple):
         slot = jnp.arange(batch.num_slots + 1, dtype=jnp.int32)
         live = jnp.clip(batch.num_seqs, 0, batch.num_slots)
         # A running maximum makes decreasing starts into empty sequences, so no row ever has two owners.
-        bounds = jnp.maximum.accumulate(jnp.clip(batch.query_starts, 0, tokens))
+        bounds = _running_maximum(jnp.clip(batch.query_starts, 0, tokens))
         bounds = jnp.where(slot <= live, bounds, bounds[live])
         counts = bounds[1:] - bounds[:-1]
         lengths = jnp.where(slot[:-1] < live, jnp.maximum(batch.lengths, 0), 0)
@@ -40,7 +41,7 @@ class Sequences(NamedTuple):
     def owner(self, tokens: int) -> tuple[Int[Array, " tokens"], Bool[Array, " tokens"]]:
         """Each query row's slot, and whether it has one; the slot of a row without is any valid one."""
         row = jnp.arange(tokens, dtype=jnp.int32)
-        slot = jnp.searchsorted(self.starts + self.counts, row, side="right")
+        slot = count_up_to(self.starts + self.counts, row)
         slot = jnp.minimum(slot, self.starts.shape[0] - 1)
         is_owned = (row >= self.starts[slot]) & (row < self.starts[slot] + self.counts[slot])
         return slot, is_owned
@@ -66,3 +67,17 @@ class Sequences(NamedTuple):
         return Sequences(
             self.starts[seq] + first, counts, self.positions[seq] + first, self.lengths[seq], self.tables[seq]
         )
+
+
+def count_up_to(ends: Int[Array, " seqs"], x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """How many of the sorted ``ends`` are ``<= x``. A symbolic number of them has no known depth of bisection."""
+    if isinstance(ends.shape[0], int):
+        return jnp.searchsorted(ends, x, side="right")
+    x = jnp.asarray(x)
+    ends = jnp.expand_dims(ends, tuple(range(x.ndim)))
+    return jnp.sum(ends <= x[..., None], axis=-1, dtype=jnp.int32)
+
+
+def _running_maximum(x: Int[Array, " n"]) -> Int[Array, " n"]:
+    """The maximum of all entries up to each one."""
+    return jnp.maximum.accumulate(x) if isinstance(x.shape[0], int) else jax.lax.cummax(x)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from ..program import Sequences
+from ..program import Sequences, count_up_to
 
 
 class RowBlock(NamedTuple):
@@ -48,7 +48,7 @@ class RowBlocks(NamedTuple):
     def block(self, which: Any, rows: int) -> RowBlock:
         """Row block number ``which``, of at most ``rows`` rows; it has no row if ``which`` is ``count`` or more."""
         seqs = self.seqs
-        seq = jnp.minimum(jnp.searchsorted(self.ends, which, side="right"), self.ends.shape[0] - 1)
+        seq = jnp.minimum(count_up_to(self.ends, which), self.ends.shape[0] - 1)
         before = jnp.where(seq > 0, self.ends[jnp.maximum(seq - 1, 0)], 0)
         offset = (which - before) * rows + jnp.arange(rows, dtype=jnp.int32)
         is_row = (offset < seqs.counts[seq]) & (which < self.count)

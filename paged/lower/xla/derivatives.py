@@ -45,6 +45,8 @@ attend.defjvp(_attend_jvp, symbolic_zeros=True)
 
 def _tangent(walk: Walk, operands: Operands, state: AttentionState, x: Parts) -> AttentionState:
     """``J x``."""
+    if not jax.tree.leaves(x):  # what moves is a constant, such as a scale
+        return AttentionState(jnp.zeros_like(state.out), jnp.zeros_like(state.lse))
     like = jax.tree.map(lambda _: True, x)
 
     def derivative(residuals: Any, x: Parts, along: Any) -> AttentionState:

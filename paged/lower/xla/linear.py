@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+_LINEAR = Primitive("paged_linear")  # its rules' pytrees are lists: residuals first, ``count`` of them
+_LINEAR.multiple_results = True
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
@@ -34,7 +37,8 @@ def linear(rule: Linear, residuals: Any, x: Any) -> Any:
     """``rule.apply(residuals, x)``, with the transpose and the derivative of the rule."""
     res, res_tree = jax.tree.flatten(residuals)
     xs, x_tree = jax.tree.flatten(x)
-    out_tree = jax.tree.structure(jax.eval_shape(rule.apply, residuals, x))
+    jaxpr, shapes = jax.make_jaxpr(rule.apply, return_shape=True)(residuals, x)
+    out_tree = jax.tree.structure(shapes)
 
     def apply(res: Any, xs: Any) -> Any:
         return jax.tree.leaves(rule.apply(res_tree.unflatten(res), x_tree.unflatten(xs)))
@@ -46,17 +50,7 @@ def linear(rule: Linear, residuals: Any, x: Any) -> Any:
         return jax.tree.leaves(rule.derivative(res_tree.unflatten(res), x_tree.unflatten(xs), along))  # pyright: ignore
 
     flat = Linear(apply, transpose, None if rule.derivative is None else derivative)
-    return out_tree.unflatten(_bind(flat, res, xs))
-
-
-_LINEAR = Primitive("paged_linear")
-_LINEAR.multiple_results = True
-
-
-def _bind(rule: Linear, res: Any, xs: Any) -> Any:
-    """The primitive of a rule whose pytrees are lists."""
-    jaxpr = jax.make_jaxpr(rule.apply)(list(res), list(xs))
-    return _LINEAR.bind(*res, *xs, rule=rule, jaxpr=jaxpr, count=len(res))
+    return out_tree.unflatten(_LINEAR.bind(*res, *xs, rule=flat, jaxpr=jaxpr, count=len(res)))
 
 
 def _evaluate(*args: Any, rule: Linear, jaxpr: Any, count: int) -> Any:
@@ -91,7 +85,6 @@ def _transpose(cotangents: Any, *args: Any, rule: Linear, jaxpr: Any, count: int
 
 def _batch(args: Any, axes: Any, *, rule: Linear, jaxpr: Any, count: int) -> Any:
     """The rule of a whole batch. Residuals that the batch shares stay one; all else has the batch's axis first."""
-    del jaxpr
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
     res, res_axes = list(args[:count]), list(axes[:count])
     pairs = zip(args[count:], axes[count:], strict=True)
@@ -106,7 +99,8 @@ def _batch(args: Any, axes: Any, *, rule: Linear, jaxpr: Any, count: int) -> Any
         jax.vmap(rule.transpose, in_axes=(res_axes, 0)),
         None if rule.derivative is None else derivative,
     )
-    return _bind(batched, res, xs), [0] * len(jax.eval_shape(batched.apply, res, xs))
+    jaxpr = jax.make_jaxpr(batched.apply)(res, xs)
+    return _LINEAR.bind(*res, *xs, rule=batched, jaxpr=jaxpr, count=count), [0] * len(jaxpr.out_avals)
 
 
 _LINEAR.def_impl(_evaluate)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ..base import Lowering, Schedule
-from ..program import Call, Program, Sequences, plain_terms
+from ..program import Call, Program, Sequences, at_most, plain_terms
 from .alternatives import alternatives
 from .cpu import FEW_ROWS
 from .derivatives import attend
@@ -86,7 +86,7 @@ def _phases(schedule: XlaSchedule, call: Call, seqs: Sequences) -> list[tuple[in
     if call.query_rows is not None or call.tokens == 1:
         rows = min(call.query_rows or 1, schedule.rows_per_tile)
         return [(rows, seqs.counts > 0)]
-    rows = min(schedule.rows_per_tile, call.tokens)
+    rows = at_most(schedule.rows_per_tile, call.tokens)
     return [(1, seqs.counts == 1), (rows, seqs.counts > 1)] if rows > 1 else [(1, seqs.counts > 0)]
 
 
