@@ -41,7 +41,7 @@ def require_pages(layout: PageLayout | None, pages: Any) -> None:
         require_scales(pages)
 
 
-def require_new_tokens(layout: PageLayout, k: Any, v: Any, tokens: int | None = None) -> None:
+def require_new_tokens(layout: PageLayout, k: Any, v: Any, tokens: Any = None) -> None:
     """Raise unless ``k`` and ``v`` are a step's keys and values for pages of this layout."""
     _require_rows("k", k, (layout.num_kv_heads, layout.head_dim), "kv_heads and head_dim from the layout")
     _require_rows("v", v, (layout.num_kv_heads, layout.value_dim), "kv_heads and value_dim from the layout")

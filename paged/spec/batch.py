@@ -160,17 +160,17 @@ class RaggedBatch(eqx.Module):
         same = [cls(b.lengths, b.block_tables, b.query_starts, b.num_seqs, **facts) for b in batches]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
 
-    def has_rows(self, tokens: int) -> bool:
+    def has_rows(self, tokens: Any) -> bool:
         """Whether this batch and a step of ``tokens`` query rows have room for a row of a sequence, by their shapes."""
         return tokens > 0 and self.num_slots > 0
 
     @property
-    def num_slots(self) -> int:
-        """The number of sequence slots ``S``, live or not."""
+    def num_slots(self) -> Any:
+        """The number of sequence slots ``S``, live or not: an int, or a symbolic size of `jax.export`."""
         return self.lengths.shape[-1]
 
     @property
-    def pages_per_seq(self) -> int:
+    def pages_per_seq(self) -> Any:
         """Entries in the block table of one sequence: the most pages that a sequence may have."""
         return self.block_tables.shape[-1]
 

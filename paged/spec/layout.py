@@ -144,17 +144,17 @@ class PageLayout:
         axes = self.array_axes[0]
         return axes.index("head" if "head" in axes else "kv_head")
 
-    def array_shapes(self, num_pages: int) -> tuple[tuple[int, ...], ...]:
-        """The shape of each array of a pool of ``num_pages`` pages."""
+    def array_shapes(self, num_pages: Any) -> tuple[tuple[Any, ...], ...]:
+        """The shape of each array of a pool of ``num_pages`` pages, a number or a symbolic size of `jax.export`."""
         sizes = self._sizes(num_pages)
         return tuple(tuple(sizes[axis] for axis in axes) for axes in self.array_axes)
 
-    def scale_shape(self, num_pages: int) -> tuple[int, ...] | None:
+    def scale_shape(self, num_pages: Any) -> tuple[Any, ...] | None:
         """The shape of ``k_scale`` and of ``v_scale`` in a pool of ``num_pages`` pages; None for float pages."""
         sizes = self._sizes(num_pages)
         return None if self.scale_axes is None else tuple(sizes[axis] for axis in self.scale_axes)
 
-    def _sizes(self, num_pages: int) -> dict[str, int]:
+    def _sizes(self, num_pages: Any) -> dict[str, Any]:
         return {
             "page": num_pages,
             "head": self.num_kv_heads,
@@ -310,8 +310,8 @@ class Pages(eqx.Module):
     layout: PageLayout = eqx.field(static=True)
 
     @property
-    def num_pages(self) -> int:
-        """The number of pages in the pool."""
+    def num_pages(self) -> Any:
+        """The number of pages in the pool: an int, or a symbolic size of `jax.export`."""
         return self.arrays[0].shape[self.layout.page_axis]
 
     def keys(self) -> Float[Array, "pages kv_heads page_size head_dim"]:
@@ -351,7 +351,7 @@ def require_scales(pages: Pages) -> None:
         )
 
 
-def _require_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any, why: str) -> None:
+def _require_array(name: str, array: Any, shape: tuple[Any, ...], dtype: Any, why: str) -> None:
     if not isinstance(array, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         raise TypeError(f"{name} must be an array; got {type(array).__name__}.")
     if tuple(array.shape) != shape:

@@ -21,7 +21,7 @@ class AttentionState(NamedTuple):
     lse: Float[Array, "tokens q_heads"]
 
     @classmethod
-    def empty(cls, tokens: int, q_heads: int, value_dim: int, dtype: Any = jnp.float32) -> "AttentionState":
+    def empty(cls, tokens: Any, q_heads: int, value_dim: int, dtype: Any = jnp.float32) -> "AttentionState":
         """The state over no keys: ``(0, -inf)`` in every row. Merging it into another state changes nothing.
 
         **Arguments:**
