@@ -28,6 +28,7 @@ from .program import Call, Program, Sequences
 from .registry import device_kinds
 from .require import require_new_tokens, require_pages, require_queries, require_whole_call
 from .schedule import EXPLICIT, NO_ADVICE, Advice, Choice, choose, choose_for_any_call
+from .tpu import Chip
 
 Merge = Callable[[AttentionState], AttentionState]
 
@@ -90,12 +91,12 @@ class Attend:
         """The schedule of a common call: the caller's, or else a context's, or else the lowering's heuristic."""
         return self.choice().schedule
 
-    def on_chip(self, generation: str) -> "Attend":
+    def on_chip(self, generation: str | Chip) -> "Attend":
         """This attention as it would be lowered for a chip, whatever this process has.
 
         **Arguments:**
 
-        - `generation`: a key of `paged.CHIPS`, such as ``"v5e"``.
+        - `generation`: a key of `paged.CHIPS`, such as ``"v5e"``, or a `paged.Chip`.
 
         **Returns:** the attention, to ask for its schedule and explanation, or to compile with `compile_for`.
 

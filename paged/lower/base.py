@@ -173,7 +173,7 @@ class Lowering(abc.ABC):
         """This lowering with its kernels interpreted as told. Raises ``ValueError`` where there are no kernels."""
         raise ValueError(f'interpret={interpret!r} is for kernels, and the lowering "{self.name}" has none.')
 
-    def on_chip(self, generation: str) -> "Lowering":
+    def on_chip(self, generation: Any) -> "Lowering":
         """This lowering for another chip than this process's. A lowering without chips stays as it is."""
         del generation
         return self

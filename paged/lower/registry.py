@@ -6,7 +6,7 @@ from paged.spec import PageLayout
 
 from .base import Lowering, Schedule
 from .program import Call, Program
-from .tpu import TPU_DECODE, TPU_RAGGED
+from .tpu import TPU_DECODE, TPU_RAGGED, Chip
 from .xla import XLA_BLOCKS
 
 # In order of preference. A new lowering is one more entry; its target is then accepted by `lower`.
@@ -63,8 +63,10 @@ def select_write(layout: PageLayout, target: str) -> Lowering:
     raise ValueError(f'No lowering writes these pages on target "{target}": {why}. Targets that do: {others}.')
 
 
-def device_kinds(generation: str) -> tuple[str, ...]:
+def device_kinds(generation: str | Chip) -> tuple[str, ...]:
     """JAX's names for the devices of a generation of chips. Raises ``ValueError`` that lists the known generations."""
+    if isinstance(generation, Chip):
+        return generation.device_kinds
     known = {name: kinds for low in LOWERINGS for name, kinds in low.generations.items()}
     if generation not in known:
         raise ValueError(f"generation must be one of {sorted(known)}; got {generation!r}.")

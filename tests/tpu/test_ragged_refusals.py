@@ -60,7 +60,7 @@ def test_pages_too_large_for_vector_memory_are_refused_by_both_lowerings():
         _call(spec, layout)
     said = str(error.value).partition("tpu-ragged: ")[2]
     assert said.startswith(
-        "16 query rows of 128 heads, with two blocks of 1 pages, do not fit the v4 chip's vector memory"
+        "16 query rows of 128 heads, with two blocks of 1 pages, do not fit the vector memory of v4: use smaller pages"
     )
     assert "use smaller pages" in said
 

@@ -111,8 +111,29 @@ def test_pages_too_large_for_vector_memory_are_refused():
     spec, layout = SPEC.replace(num_q_heads=128, num_kv_heads=64), _layout(num_kv_heads=64, page_size=256)
     attend = paged.lower(spec, layout, "tpu").on_chip("v4")
     q = jax.ShapeDtypeStruct((1, 128, 128), jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"two pages of \d+ bytes.*do not fit the v4 chip.*use smaller pages"):
+    with pytest.raises(
+        ValueError, match=r"two pages of \d+ bytes.*do not fit the vector memory of v4: use smaller pages"
+    ):
         jax.eval_shape(attend.__call__, q, _pages(layout), RaggedBatch.decode([9], [[0]]))
+
+
+CHIPS = {
+    "named": ("v4", "for them on v4: lower"),
+    "given": (paged.CHIPS["v4"], "for them on v4: lower"),
+    "limited": (
+        dataclasses.replace(paged.CHIPS["v5e"], vmem_bytes=2**20),
+        "for them on v5e with 1048576 bytes of vector memory allowed: lower",
+    ),
+    "not known": (None, r"for them on a chip that is not known \(the least of all generations is assumed\): lower"),
+}
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_a_schedule_that_does_not_fit_is_refused_by_the_chips_name(name):
+    chip, text = CHIPS[name]
+    attend = paged.lower(SPEC, LAYOUT, "tpu", schedule=DecodeSchedule(pages_per_block=1024))
+    with pytest.raises(ValueError, match=text):
+        (attend if chip is None else attend.on_chip(chip)).choice(Call(8, 8, 2048, 4096, 1, jnp.dtype("bfloat16")))
 
 
 SCHEDULES = {

@@ -29,6 +29,7 @@ from ..base import Schedule
 from ..jax_version import on_devices
 from ..program import Call, Program
 from ..require import require_layout, require_new_tokens, require_pages, require_queries, require_whole_call
+from ..tpu import Chip
 from .axes import Axes, Shares
 from .context import merge_over, spread, with_own_pages
 from .heads import repeated, repeats_of, select_own_heads, share_of
@@ -94,7 +95,7 @@ class ShardedAttend:
     def _repeats(self) -> int:
         return self.layout.num_kv_heads // self.spec.num_kv_heads
 
-    def on_chip(self, generation: str) -> "ShardedAttend":
+    def on_chip(self, generation: str | Chip) -> "ShardedAttend":
         """This attention as it would be lowered for a chip, whatever this process has. See `Attend.on_chip`."""
         return dataclasses.replace(self, first_device=self.first_device.on_chip(generation))
 

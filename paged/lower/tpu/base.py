@@ -57,7 +57,7 @@ class TpuLowering(Lowering):
         """This lowering with its kernels interpreted as told: True stands for the interpreter's default settings."""
         return dataclasses.replace(self, interpret=_interpreter(interpret))
 
-    def on_chip(self, generation: str) -> Self:
+    def on_chip(self, generation: str | Chip) -> Self:
         """This lowering for another chip, compiled."""
         return dataclasses.replace(self, chip=chip_named(generation), interpret=False)
 

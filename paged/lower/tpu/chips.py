@@ -34,6 +34,16 @@ class Chip:
     has_tall_tiles: bool = False
 
     @property
+    def words(self) -> str:
+        """What messages call it."""
+        known = CHIPS.get(self.generation)
+        if known is None:
+            return "a chip that is not known (the least of all generations is assumed)"
+        if self.vmem_bytes < known.vmem_bytes:
+            return f"{self.generation} with {self.vmem_bytes} bytes of vector memory allowed"
+        return self.generation
+
+    @property
     def vmem_for_buffers(self) -> int:
         """Vector memory that the buffers of a kernel may occupy; the compiler needs the rest for what it spills."""
         return int(_BUFFER_SHARE * self.vmem_bytes)
@@ -66,8 +76,10 @@ CHIPS: dict[str, Chip] = {
 ANY_CHIP = Chip("any", "", (), 1, 16 * _MIB, 819e9)
 
 
-def chip_named(generation: str) -> Chip:
-    """The facts of a generation. Raises a ``ValueError`` that lists the known ones."""
+def chip_named(generation: str | Chip) -> Chip:
+    """The facts of a generation; a chip's are its own. Raises a ``ValueError`` that lists the known ones."""
+    if isinstance(generation, Chip):
+        return generation
     if generation not in CHIPS:
         raise ValueError(f"generation must be one of {sorted(CHIPS)}; got {generation!r}.")
     return CHIPS[generation]

@@ -14,8 +14,7 @@ from ...base import Schedule
 from ...program import Call, Program, Sequences
 from ...xla import token_rows
 from ..base import TpuLowering
-from ..chips import LANES
-from ..pages import TileVisits, WorkList, kernel_slices, pools_of
+from ..pages import TileVisits, WorkList, copies_of_pages, kernel_slices, pools_of
 from ..write.granules import row_shape
 from .launch import New
 from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call, vmem_bytes
@@ -58,21 +57,16 @@ class TpuDecode(TpuLowering):
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, bytes_visited: int
     ) -> list[str]:
-        """Memory of the kernel, how many kernels there are, and the time of its transfers alone."""
+        """Memory of the kernel, how many kernels there are, the time of its transfers alone, and copies by XLA."""
         chip, mebibytes = self.target_chip, vmem_bytes(program, layout, call, schedule) / 2**20
         kernels = len(list(kernel_slices((call.slots, call.pages_per_seq), chip, schedule.kv_splits)))
         microseconds = 1e6 * bytes_visited / chip.hbm_bytes_per_second
         lines = [
-            f"{kernels} kernel(s) on {chip.generation}, each with {schedule.buffers} buffers of "
+            f"{kernels} kernel(s) on {chip.words}, each with {schedule.buffers} buffers of "
             f"{schedule.pages_per_block} pages, {mebibytes:.2f} of {chip.vmem_bytes / 2**20:.0f} MiB of vector memory",
             f"at least {microseconds:.1f} us for its transfers, modelled at {chip.hbm_bytes_per_second / 1e9:.0f} GB/s",
         ]
-        if layout.order != "joined" and layout.head_dim % LANES:
-            lines.append(
-                f"XLA copies the pool at every call: head_dim {layout.head_dim} is no multiple of {LANES} lanes, and "
-                'only order="joined" lies in whole ones'
-            )
-        return lines
+        return lines + copies_of_pages(layout, call.num_pages, program.scale)
 
     def run_state(
         self, program: Program, schedule: DecodeSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences

@@ -86,8 +86,8 @@ def refuses_call(program: Program, layout: PageLayout, call: Call, chip: Chip) -
     smallest = plan_schedule(program, layout, call, chip)
     if vmem_bytes(program, layout, call, smallest) > vmem_budget(chip):
         return (
-            f"two pages of {layout.bytes_per_page} bytes, with queries and results, do not fit the {chip.generation} "
-            "chip's vector memory: use smaller pages"
+            f"two pages of {layout.bytes_per_page} bytes, with queries and results, do not fit the vector memory of "
+            f"{chip.words}: use smaller pages"
         )
     return None
 
@@ -97,13 +97,13 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: DecodeSched
     taken, budget = vmem_bytes(program, layout, call, schedule), vmem_budget(chip)
     if taken > budget:
         return (
-            f"its buffers take {taken} bytes of vector memory, and there are {budget} for them on {chip.generation}: "
+            f"its buffers take {taken} bytes of vector memory, and there are {budget} for them on {chip.words}: "
             "lower pages_per_block or buffers."
         )
     if schedule.kv_splits > call.pages_per_seq:
         return f"it splits sequences into kv_splits={schedule.kv_splits}, and they have {call.pages_per_seq} pages."
     if schedule.cores > chip.cores:
-        return f"it has cores={schedule.cores}, and a device of {chip.generation} has {chip.cores}."
+        return f"it has cores={schedule.cores}, and a device of {chip.words} has {chip.cores}."
     return None
 
 

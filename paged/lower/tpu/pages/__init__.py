@@ -1,5 +1,6 @@
 """Pages as kernels meet them: work lists, copies of pages, the stream of page blocks, and how a block is read."""
 
+from .copies import copies_of_pages as copies_of_pages
 from .stream import Stream as Stream
 from .transfer import Pool as Pool
 from .transfer import Transfers as Transfers

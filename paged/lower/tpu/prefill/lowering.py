@@ -19,7 +19,7 @@ from ...base import Schedule
 from ...program import COMMON, Call, Program, Sequences
 from ..base import TpuLowering
 from ..decode import TpuDecode
-from ..pages import TileVisits, WorkList, rows_and_entries
+from ..pages import TileVisits, WorkList, copies_of_pages, rows_and_entries
 from .launch import PrefillLaunch
 from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call
 from .schedule import RaggedSchedule
@@ -72,20 +72,20 @@ class TpuRagged(TpuLowering):
     def describe(
         self, program: Program, layout: PageLayout, call: Call, schedule: RaggedSchedule, bytes_visited: int
     ) -> list[str]:
-        """How many kernels there may be, the kernel's memory, and what becomes of sequences of one query row."""
+        """How many kernels there may be, their memory, what becomes of sequences of one row, and copies by XLA."""
         chip = self.target_chip
         launch = launch_of(program, layout, call, schedule, chip)
         tiles = most_tiles(call.tokens, call.slots, schedule.rows_per_tile)
         tiles_per_kernel, entries_per_kernel = rows_and_entries((tiles, call.pages_per_seq), chip)
         kernels = -(-tiles // tiles_per_kernel) * -(-call.pages_per_seq // entries_per_kernel)
         lines = [
-            f"at most {kernels} kernel(s) on {chip.generation} for at most {tiles} tiles of {schedule.rows_per_tile} "
+            f"at most {kernels} kernel(s) on {chip.words} for at most {tiles} tiles of {schedule.rows_per_tile} "
             f"query rows, each with {schedule.buffers} buffers of {schedule.pages_per_block} pages, "
             f"{launch.vmem_bytes / 2**20:.2f} of {chip.vmem_bytes / 2**20:.0f} MiB of vector memory",
         ]
         if call.query_rows is None:
             lines.append(f"sequences of one query row: {schedule.single_rows or 'tiles, as all others'}")
-        return lines
+        return lines + copies_of_pages(layout, call.num_pages, program.scale)
 
     def run_state(
         self, program: Program, schedule: RaggedSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences

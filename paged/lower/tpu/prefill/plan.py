@@ -84,7 +84,7 @@ def refuses_call(program: Program, layout: PageLayout, call: Call, chip: Chip) -
     if launch_of(program, layout, call, smallest, chip).vmem_bytes > vmem_budget(chip):
         return (
             f"{smallest.rows_per_tile} query rows of {program.num_q_heads} heads, with two blocks of "
-            f"{smallest.pages_per_block} pages, do not fit the {chip.generation} chip's vector memory: use smaller "
+            f"{smallest.pages_per_block} pages, do not fit the vector memory of {chip.words}: use smaller "
             "pages"
         )
     return None
@@ -101,11 +101,11 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: RaggedSched
     budget = vmem_budget(chip)
     if taken > budget:
         return (
-            f"its buffers take {taken} bytes of vector memory, and there are {budget} for them on {chip.generation}: "
+            f"its buffers take {taken} bytes of vector memory, and there are {budget} for them on {chip.words}: "
             "lower rows_per_tile, pages_per_block or buffers."
         )
     if schedule.cores > chip.cores:
-        return f"it has cores={schedule.cores}, and a device of {chip.generation} has {chip.cores}."
+        return f"it has cores={schedule.cores}, and a device of {chip.words} has {chip.cores}."
     return None
 
 

@@ -26,7 +26,10 @@ def refuses_write(layout: PageLayout, chip: Chip) -> str | None:
         return reason
     needed, budget = Writer(layout).vmem_bytes, chip.vmem_for_buffers
     if needed > budget:
-        return f"{GRANULE} tokens are so large that buffers need {needed} bytes of vector memory; there are {budget}"
+        return (
+            f"{GRANULE} tokens are so large that buffers need {needed} bytes of vector memory, and there are {budget} "
+            f"for them on {chip.words}"
+        )
     return None
 
 
