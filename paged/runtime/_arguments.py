@@ -38,6 +38,8 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
         raise TypeError(f"{name} must be a list, a tuple or an array of token ids; got {value!r}.")
     else:
         ids = list(value)
+    if all(type(token) is int and 0 <= token <= _LARGEST for token in ids):
+        return tuple(ids)  # most prompts, for which no name of a token is written
     return tuple(integer(f"{name}[{i}]", token, least=0) for i, token in enumerate(ids))
 
 
