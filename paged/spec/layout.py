@@ -45,8 +45,8 @@ class PageLayout:
         - ``"interleaved"``: one array ``[N, P, 2 * Hkv, D]``: keys at even heads, values at odd heads.
     - `value_dim` (``Dv``): the dimension of a value, ``head_dim`` by default. Another one needs ``"split"`` order.
     - `scales`: int8 and float8 pages hold ``k / scale``, with float32 scales for keys and others for values:
-        - ``"tensor"``: one number, shape ``[]``;
-        - ``"head"``: per-head scales, ``[Hkv]``;
+        - ``"tensor"``: one number, shape ``[]``, given to `init` or measured by `paged.runtime.calibrate`;
+        - ``"head"``: per-head scales, ``[Hkv]``, given or measured too;
         - ``"token"``: a scale per token and head, ``[N, Hkv, P]``, computed when a token is written;
         - None, for float pages.
 
