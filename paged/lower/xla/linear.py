@@ -33,6 +33,17 @@ class Linear:
     derivative: Callable[[Any, Any, Any], Any] | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Trace:
+    """A rule's ``apply`` as a jaxpr, which JAX must not take apart before it lowers it: its parts have own rules."""
+
+    jaxpr: Any
+
+    @property
+    def results(self) -> Any:
+        return self.jaxpr.out_avals
+
+
 def linear(rule: Linear, residuals: Any, x: Any) -> Any:
     """``rule.apply(residuals, x)``, with the transpose and the derivative of the rule."""
     res, res_tree = jax.tree.flatten(residuals)
@@ -50,40 +61,40 @@ def linear(rule: Linear, residuals: Any, x: Any) -> Any:
         return jax.tree.leaves(rule.derivative(res_tree.unflatten(res), x_tree.unflatten(xs), along))  # pyright: ignore
 
     flat = Linear(apply, transpose, None if rule.derivative is None else derivative)
-    return out_tree.unflatten(_LINEAR.bind(*res, *xs, rule=flat, jaxpr=jaxpr, count=len(res)))
+    return out_tree.unflatten(_LINEAR.bind(*res, *xs, rule=flat, trace=_Trace(jaxpr), count=len(res)))
 
 
-def _evaluate(*args: Any, rule: Linear, jaxpr: Any, count: int) -> Any:
+def _evaluate(*args: Any, rule: Linear, trace: _Trace, count: int) -> Any:
     del rule, count
-    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+    return jax.core.eval_jaxpr(trace.jaxpr.jaxpr, trace.jaxpr.consts, *args)
 
 
-def _jvp(primals: Any, tangents: Any, *, rule: Linear, jaxpr: Any, count: int) -> Any:
+def _jvp(primals: Any, tangents: Any, *, rule: Linear, trace: _Trace, count: int) -> Any:
     res, xs = primals[:count], primals[count:]
-    out = _LINEAR.bind(*primals, rule=rule, jaxpr=jaxpr, count=count)
+    out = _LINEAR.bind(*primals, rule=rule, trace=trace, count=count)
     parts = []
     if not all(type(t) is ad.Zero for t in tangents[count:]):
         moved = [ad.instantiate_zeros(t) for t in tangents[count:]]
-        parts.append(_LINEAR.bind(*res, *moved, rule=rule, jaxpr=jaxpr, count=count))
+        parts.append(_LINEAR.bind(*res, *moved, rule=rule, trace=trace, count=count))
     along = [None if type(t) is ad.Zero else t for t in tangents[:count]]
     if rule.derivative is not None and any(t is not None for t in along):
         parts.append(rule.derivative(list(res), list(xs), along))
     if not parts:
-        return out, [ad.Zero(aval.to_tangent_aval()) for aval in jaxpr.out_avals]
+        return out, [ad.Zero(aval.to_tangent_aval()) for aval in trace.results]
     return out, parts[0] if len(parts) == 1 else [jnp.add(a, b) for a, b in zip(*parts, strict=True)]
 
 
-def _transpose(cotangents: Any, *args: Any, rule: Linear, jaxpr: Any, count: int) -> Any:
+def _transpose(cotangents: Any, *args: Any, rule: Linear, trace: _Trace, count: int) -> Any:
     ys = [
         ad.zeros_like_aval(aval) if type(y) is ad.Zero else y
-        for y, aval in zip(cotangents, jaxpr.out_avals, strict=True)
+        for y, aval in zip(cotangents, trace.results, strict=True)
     ]
     back = rule.transpose(list(args[:count]), ys)
     unknown = [ad.is_undefined_primal(x) for x in args[count:]]
     return [None] * count + [b if is_unknown else None for b, is_unknown in zip(back, unknown, strict=True)]
 
 
-def _batch(args: Any, axes: Any, *, rule: Linear, jaxpr: Any, count: int) -> Any:
+def _batch(args: Any, axes: Any, *, rule: Linear, trace: _Trace, count: int) -> Any:
     """The rule of a whole batch. Residuals that the batch shares stay one; all else has the batch's axis first."""
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
     res, res_axes = list(args[:count]), list(axes[:count])
@@ -100,11 +111,11 @@ def _batch(args: Any, axes: Any, *, rule: Linear, jaxpr: Any, count: int) -> Any
         None if rule.derivative is None else derivative,
     )
     jaxpr = jax.make_jaxpr(batched.apply)(res, xs)
-    return _LINEAR.bind(*res, *xs, rule=batched, jaxpr=jaxpr, count=count), [0] * len(jaxpr.out_avals)
+    return _LINEAR.bind(*res, *xs, rule=batched, trace=_Trace(jaxpr), count=count), [0] * len(jaxpr.out_avals)
 
 
 _LINEAR.def_impl(_evaluate)
-_LINEAR.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+_LINEAR.def_abstract_eval(lambda *_, trace, **__: trace.results)
 ad.primitive_jvps[_LINEAR] = _jvp
 ad.primitive_transposes[_LINEAR] = _transpose
 batching.primitive_batchers[_LINEAR] = _batch
