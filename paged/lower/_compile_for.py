@@ -13,6 +13,7 @@ from paged.spec import Pages, RaggedBatch, Sinks
 from .attend import Attend
 from .base import Schedule
 from .program import Call
+from .require import require_queries, require_type
 from .tpu import Chip, chip_named
 
 # With these variables libtpu loads where there is no TPU, and in several processes at once.
@@ -80,8 +81,8 @@ def compile_for(
 
     **Returns:** a `Compiled`: what was compiled, and how much memory it needs.
 
-    Raises `CompileError` with the compiler's message, ``ImportError`` without libtpu, and ``ValueError`` for an unknown
-    generation or a call that no lowering accepts.
+    Raises ``TypeError`` for arguments of other types; `CompileError` with the compiler's message; ``ImportError``
+    without libtpu; and ``ValueError`` for an unknown generation or a call that no lowering accepts.
 
     >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
     >>> layout = PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
@@ -92,6 +93,11 @@ def compile_for(
     tpu-decode(pages_per_block=3, buffers=8)
     """
     chip = chip_named(generation)
+    require_type("attend", attend, Attend)
+    require_queries(attend.spec, q, batch)
+    require_type("pages", pages, Pages)
+    if new is not None and not (isinstance(new, tuple) and len(new) == 2):
+        raise TypeError(f"new must be (k, v), this step's keys and values; got {type(new).__name__}.")
     attend = attend.on_chip(generation)
     lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
     args = (q, pages, batch, sinks) if new is None else (q, *new, pages, batch, sinks)

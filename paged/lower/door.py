@@ -8,14 +8,14 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
+from paged.spec import AttentionSpec, Flag, PageLayout, Pages, RaggedBatch, as_bool
 
 from .attend import Attend
 from .base import Lowering, Schedule
 from .mesh import Axes, ShardedAttend, lower_on_mesh, require_mesh
 from .program import Program, Sequences
 from .registry import select, select_write
-from .require import require_layout, require_new_tokens, require_pages
+from .require import require_batch, require_layout, require_new_tokens, require_pages
 from .schedule import Advice
 
 
@@ -26,7 +26,7 @@ def lower(
     target: str = "auto",
     *,
     schedule: Schedule | None = None,
-    check: bool = False,
+    check: Flag = False,
     interpret: Any = False,
 ) -> Attend: ...
 @overload
@@ -40,7 +40,7 @@ def lower(
     in_specs: Mapping[str, PartitionSpec] | None = None,
     out_specs: PartitionSpec | None = None,
     schedule: Schedule | None = None,
-    check: bool = False,
+    check: Flag = False,
     interpret: Any = False,
 ) -> ShardedAttend: ...
 def lower(
@@ -53,7 +53,7 @@ def lower(
     in_specs: Mapping[str, PartitionSpec] | None = None,
     out_specs: PartitionSpec | None = None,
     schedule: Schedule | None = None,
-    check: bool = False,
+    check: Flag = False,
     interpret: Any = False,
 ) -> Attend | ShardedAttend:
     """Lower a spec over a page layout to a target: make a declaration a function of arrays.
@@ -90,6 +90,9 @@ def lower(
     >>> out.shape, float(out[1].sum())
     ((2, 4, 8), 0.0)
     """
+    check = as_bool("check", check)
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a schedule, such as paged.XlaSchedule(pages_per_block=8); got {schedule!r}.")
     require_mesh(mesh, axes, in_specs, out_specs)
     if mesh is not None:
         one = functools.partial(lower, target=target, schedule=schedule, interpret=interpret)
@@ -136,6 +139,7 @@ def write(
     [[8.0, 0.0], [0.0, 0.0], [0.0, 7.0]]
     """
     require_pages(None, pages)
+    require_batch(batch)
     require_new_tokens(pages.layout, k, v)
     lowering = select_write(pages.layout, target)
     return _write(lowering.interpreted(interpret) if interpret else lowering, k, v, pages, batch)

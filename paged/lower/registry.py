@@ -68,13 +68,13 @@ def device_kinds(generation: str | Chip) -> tuple[str, ...]:
     if isinstance(generation, Chip):
         return generation.device_kinds
     known = {name: kinds for low in LOWERINGS for name, kinds in low.generations.items()}
-    if generation not in known:
+    if not isinstance(generation, str) or generation not in known:
         raise ValueError(f"generation must be one of {sorted(known)}; got {generation!r}.")
     return known[generation]
 
 
 def _candidates(target: str) -> list[Lowering]:
-    if target not in TARGETS:
+    if not isinstance(target, str) or target not in TARGETS:
         raise ValueError(f"target must be one of {TARGETS}; got {target!r}.")
     return [low for low in LOWERINGS if target == low.target or (target == "auto" and _runs_here(low))]
 

@@ -5,8 +5,10 @@ from typing import Any
 from paged.spec import FLOAT_DTYPES, AttentionSpec, PageLayout, Pages, RaggedBatch, require_scales
 
 
-def require_layout(spec: AttentionSpec, layout: PageLayout) -> None:
-    """Raise ``ValueError`` when pages of this layout cannot hold this spec's keys."""
+def require_layout(spec: Any, layout: Any) -> None:
+    """Raise unless these are a spec and a layout, and pages of the layout can hold the spec's keys."""
+    require_type("spec", spec, AttentionSpec)
+    require_type("layout", layout, PageLayout)
     for name in ("num_kv_heads", "head_dim"):
         if getattr(spec, name) != getattr(layout, name):
             raise ValueError(
@@ -14,8 +16,21 @@ def require_layout(spec: AttentionSpec, layout: PageLayout) -> None:
             )
 
 
+def require_type(name: str, value: Any, kind: type) -> None:
+    """Raise ``TypeError`` unless ``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a paged.{kind.__name__}; got {value!r}.")
+
+
+def require_batch(batch: Any) -> None:
+    """Raise ``TypeError`` unless ``batch`` is a `RaggedBatch`."""
+    if type(batch) is not RaggedBatch and not isinstance(batch, RaggedBatch):  # the first test is the fast one
+        raise TypeError(f"batch must be a paged.RaggedBatch; got {type(batch).__name__}.")
+
+
 def require_queries(spec: AttentionSpec, q: Any, batch: RaggedBatch) -> None:
     """Raise unless ``q`` is [tokens, q_heads, head_dim] in a float dtype, with the rows its batch says."""
+    require_batch(batch)
     _require_rows("q", q, (spec.num_q_heads, spec.head_dim), "q_heads and head_dim from the spec")
     if len(batch.lengths.shape) != 1:
         raise ValueError(

@@ -22,6 +22,7 @@ from .masks import Or as Or
 from .masks import Prefix as Prefix
 from .masks import Where as Where
 from .masks import Window as Window
+from .numbers import Flag as Flag
 from .numbers import as_bool as as_bool
 from .numbers import as_float as as_float
 from .numbers import require_int as require_int

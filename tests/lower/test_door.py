@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.lower import LOWERINGS, Program, Schedule, refusals
+from paged.lower import LOWERINGS, Program, Schedule, Shape, Timing, refusals
 from paged.spec import AttentionSpec, Bias, Chunk, Prefix, RaggedBatch
 from tests.support import Case, build, every_lowering, lowered, real
 from tests.support.lowerings import ALL_LOWERINGS
@@ -136,6 +136,93 @@ ERRORS = {
     "json list": (lambda: Schedule.from_json("[1]"), ValueError, r"names its \"lowering\".*got \[1\]"),
     "not json": (lambda: Schedule.from_json("{"), ValueError, ""),
 }
+
+
+MESH = jax.make_mesh((1,), ("model",), devices=jax.devices()[:1])
+
+
+def _tune(**changes):
+    return paged.tune(changes.pop("attend", ATTEND), Q, PAGES, changes.pop("batch", BATCH), file="off", **changes)
+
+
+# One argument at a time, of every function that makes or asks an attention: the value is no such thing.
+TYPE_ERRORS = {
+    "spec": (lambda: paged.lower(LAYOUT, LAYOUT), TypeError, "spec must be a paged.AttentionSpec; got PageLayout"),
+    "layout": (lambda: paged.lower(SPEC, SPEC), TypeError, "layout must be a paged.PageLayout; got AttentionSpec"),
+    "target list": (lambda: paged.lower(SPEC, LAYOUT, ["xla"]), ValueError, r"target must be one of.*got \['xla'\]"),
+    "target array": (lambda: paged.lower(SPEC, LAYOUT, np.ones(2)), ValueError, "target must be one of.*got array"),
+    "schedule": (lambda: paged.lower(SPEC, LAYOUT, schedule="fast"), TypeError, "schedule must be a sched.*got 'fast'"),
+    "check": (lambda: paged.lower(SPEC, LAYOUT, check="no"), TypeError, "check must be True or False; got 'no'"),
+    "interpret": (
+        lambda: paged.lower(SPEC, LAYOUT.replace(page_size=8), "tpu", interpret="yes"),
+        TypeError,
+        "interpret must be True, False or.*got 'yes'",
+    ),
+    "mesh": (
+        lambda: paged.lower(SPEC, LAYOUT, mesh="model", axes=paged.Axes()),
+        TypeError,
+        "mesh must be a jax.sharding.Mesh.*got 'model'",
+    ),
+    "axes": (lambda: paged.lower(SPEC, LAYOUT, mesh=MESH, axes="model"), TypeError, "axes must be paged.Axes.*'model'"),
+    "in_specs": (lambda: paged.lower(SPEC, LAYOUT, mesh=MESH, in_specs=[]), TypeError, r"in_specs must.*got \[\]"),
+    "out_specs": (
+        lambda: paged.lower(SPEC, LAYOUT, mesh=MESH, out_specs="model"),
+        TypeError,
+        "out_specs must be a PartitionSpec.*got 'model'",
+    ),
+    "kv_heads": (lambda: paged.Axes(kv_heads=0), TypeError, "kv_heads must be a mesh axis's name.*got 0"),
+    "batch": (lambda: ATTEND(Q, PAGES, (BATCH,)), TypeError, "batch must be a paged.RaggedBatch; got tuple"),
+    "write batch": (lambda: paged.write(KV, KV, PAGES, None), TypeError, "batch must be a paged.RaggedBatch; got None"),
+    "write target": (lambda: paged.write(KV, KV, PAGES, BATCH, 3), ValueError, "target must be one of.*got 3"),
+    "on_chip": (lambda: ATTEND.on_chip(["v5e"]), ValueError, r"generation must be one of.*got \['v5e'\]"),
+    "compile_for": (
+        lambda: paged.compile_for(ATTEND.__call__, "v5e", Q, PAGES, BATCH),
+        TypeError,
+        "attend must be a paged.Attend; got <bound method",
+    ),
+    "compile_for generation": (
+        lambda: paged.compile_for(ATTEND, 5, Q, PAGES, BATCH),
+        ValueError,
+        "generation must be one of.*got 5",
+    ),
+    "compile_for pages": (
+        lambda: paged.compile_for(ATTEND, "v5e", Q, PAGES.arrays, BATCH),
+        TypeError,
+        "pages must be a paged.Pages; got",
+    ),
+    "compile_for new": (
+        lambda: paged.compile_for(ATTEND, "v5e", Q, PAGES, BATCH, new=KV),
+        TypeError,
+        r"new must be \(k, v\)",
+    ),
+    "tune attend": (lambda: _tune(attend=SPEC), TypeError, "tune takes an attention.*got AttentionSpec"),
+    "tune batch": (lambda: _tune(batch=3), TypeError, "batch must be a paged.RaggedBatch; got int"),
+    "tune again": (lambda: _tune(again="yes"), TypeError, "again must be True or False; got 'yes'"),
+    "tune timing": (lambda: _tune(timing=3.0), TypeError, "timing must be a paged.Timing.*got 3.0"),
+    "tune progress": (lambda: _tune(progress=True), TypeError, "progress must be a function.*got True"),
+    "Timing margin": (lambda: Timing(margin=2), ValueError, r"margin must be a number in \[0, 1\); got 2"),
+    "Timing seconds": (lambda: Timing(seconds="1"), ValueError, "seconds must be a number.*got '1'"),
+    "Timing turns": (lambda: Timing(most_turns=2.5), TypeError, "most_turns must be a Python int; got 2.5"),
+    "Shape": (lambda: Shape(slots=2.0, context=4), TypeError, "slots must be a Python int; got 2.0"),
+    "dense spec": (
+        lambda: paged.dense_attention(LAYOUT, Q[None], KV[None], KV[None]),
+        TypeError,
+        "spec must be a paged.AttentionSpec",
+    ),
+    "dense k": (lambda: paged.dense_attention(SPEC, Q[None], [1.0], KV), TypeError, "k must be an array; got list"),
+}
+
+
+@pytest.mark.parametrize("name", TYPE_ERRORS)
+def test_what_is_no_such_thing_is_refused_by_name(name):
+    act, kind, text = TYPE_ERRORS[name]
+    with pytest.raises(kind, match=text):
+        act()
+
+
+def test_numpy_flags_are_flags():
+    assert paged.lower(SPEC, LAYOUT, check=np.False_, interpret=np.False_) == ATTEND
+    assert paged.lower(SPEC, LAYOUT, check=np.True_).check is True
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -33,7 +33,7 @@ from ..tpu import Chip
 from .axes import Axes, Shares
 from .context import merge_over, spread, with_own_pages
 from .heads import repeated, repeats_of, select_own_heads, share_of
-from .specs import ArraySpecs, axes_of, require_agreement
+from .specs import ArraySpecs, axes_of, require_agreement, require_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +290,10 @@ def lower_on_mesh(
     """`paged.lower` on a mesh. ``lower_one`` lowers one device's share; ``specs`` are in_specs and out_specs."""
     require_layout(spec, layout)
     in_specs, out_specs = specs
+    if in_specs is not None:
+        require_names(in_specs)
+    if out_specs is not None and not isinstance(out_specs, P):
+        raise TypeError(f"out_specs must be a PartitionSpec, the output's; got {out_specs!r}.")
     if axes is None:
         axes = axes_of(in_specs or {}, out_specs, layout)
     if not isinstance(axes, Axes):

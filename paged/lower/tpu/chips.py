@@ -80,7 +80,7 @@ def chip_named(generation: str | Chip) -> Chip:
     """The facts of a generation; a chip's are its own. Raises a ``ValueError`` that lists the known ones."""
     if isinstance(generation, Chip):
         return generation
-    if generation not in CHIPS:
+    if not isinstance(generation, str) or generation not in CHIPS:
         raise ValueError(f"generation must be one of {sorted(CHIPS)}; got {generation!r}.")
     return CHIPS[generation]
 

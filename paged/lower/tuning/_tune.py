@@ -11,11 +11,12 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from paged.spec import Pages, RaggedBatch, Sinks
+from paged.spec import Flag, Pages, RaggedBatch, Sinks, as_bool, require_sinks
 
 from ..attend import Attend
 from ..base import Lowering, Schedule
 from ..program import Call
+from ..require import require_pages, require_queries
 from ..schedule import Entry, Key, TuningFile, warn_once
 from .result import Trial, Tuned
 from .timing import DEFAULT, Timing, median_ratio
@@ -35,7 +36,7 @@ def tune(
     sinks: Sinks | None = None,
     *,
     file: str | os.PathLike[str] | TuningFile | None = None,
-    again: bool = False,
+    again: Flag = False,
     timing: Timing = DEFAULT,
     progress: Progress | None = None,
 ) -> Tuned:
@@ -73,6 +74,14 @@ def tune(
     (True, None)
     """
     _require_tunable(attend, (q, pages, batch, sinks))
+    again = as_bool("again", again)
+    require_queries(attend.spec, q, batch)
+    require_pages(attend.layout, pages)
+    require_sinks(attend.spec, sinks)
+    if not isinstance(timing, Timing):
+        raise TypeError(f"timing must be a paged.Timing, such as Timing(seconds=1.0); got {timing!r}.")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function (done, all, what), or None; got {progress!r}.")
     attend = dataclasses.replace(attend, check=False)
     call, where = Call.of(q, pages, batch), TuningFile.at(file)
     key = Key.of(attend.program, attend.layout, [lowering.name for lowering in attend.lowerings], call)

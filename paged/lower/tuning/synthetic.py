@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch
+from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, as_bool, require_positive_int
 
 # Only so many pages are drawn at random, and repeated: drawing a large pool would take long.
 _FEW_PAGES = 64
@@ -42,8 +42,9 @@ class Shape:
 
     def __post_init__(self):
         for name in ("slots", "context", "query_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+            require_positive_int(name, getattr(self, name))
+        require_positive_int("max_context", self.max_context, 0)
+        object.__setattr__(self, "is_mixed", as_bool("is_mixed", self.is_mixed))
         if self.query_rows > self.context:
             raise ValueError(f"query_rows={self.query_rows} are more than the context={self.context} tokens they end.")
 

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from paged.spec import require_positive_int
+
 Name = TypeVar("Name", bound=Hashable)
 # A call that is shorter than this is timed several times in one sample, without waiting in between. So the device stays
 # busy, and the cost of waiting for it is shared.
@@ -43,6 +45,15 @@ class Timing:
     least_turns: int = 3
     most_turns: int = 50
     clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self):
+        for name, most in (("seconds", math.inf), ("margin", 1)):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < most:
+                raise ValueError(f"{name} must be a number in [0, {most:g}); got {value!r}.")
+        for name in ("finalists", "least_turns", "most_turns"):
+            require_positive_int(name, getattr(self, name))
 
     def once(self, call: Callable[[], Any]) -> float:
         """Seconds of one call, until its results are there."""

@@ -63,8 +63,12 @@ def dense_attention(
 
 
 def _require_dense(spec: AttentionSpec, q: Array, k: Array, v: Array) -> None:
+    if not isinstance(spec, AttentionSpec):
+        raise TypeError(f"spec must be a paged.AttentionSpec; got {spec!r}.")
     heads = {"q": spec.num_q_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
     for name, array in (("q", q), ("k", k), ("v", v)):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array; got {type(array).__name__}.")
         if array.ndim != 4 or array.shape[2] != heads[name] or (name != "v" and array.shape[3] != spec.head_dim):
             dim = "value_dim" if name == "v" else spec.head_dim
             raise ValueError(

@@ -86,8 +86,7 @@ def _jvp(primals: Any, tangents: Any, *, rule: Linear, trace: _Trace, count: int
 
 def _transpose(cotangents: Any, *args: Any, rule: Linear, trace: _Trace, count: int) -> Any:
     ys = [
-        ad.zeros_like_aval(aval) if type(y) is ad.Zero else y
-        for y, aval in zip(cotangents, trace.results, strict=True)
+        ad.zeros_like_aval(aval) if type(y) is ad.Zero else y for y, aval in zip(cotangents, trace.results, strict=True)
     ]
     back = rule.transpose(list(args[:count]), ys)
     unknown = [ad.is_undefined_primal(x) for x in args[count:]]
