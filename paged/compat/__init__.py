@@ -6,8 +6,11 @@ splits, scales, empty sequences. Here every feature means the same on every targ
 differences, argument by argument.
 
 Arguments that are not arrays must be known when JAX traces. Arguments that describe a kernel (blocks, splits, cores,
-memory) are checked on every target. On TPUs they become the `paged.Schedule`; elsewhere there is no kernel, and they
-have no effect.
+memory) are hints: they are checked on every target, and change no result. On TPUs the schedule that comes nearest to
+them runs, and `explain` says which; elsewhere there is no kernel, and they have no effect.
+
+Each entry point also knows its arguments by the names that other libraries give them, and says what to write for those
+that it cannot honour.
 
 Every entry point runs on many devices:
 
@@ -22,6 +25,7 @@ heads repeated, at every call) or already repeated. `ragged_page_attention_v3`, 
 repeated.
 """
 
+from .explaining import explain as explain
 from .ragged import ragged_page_attention_v2 as ragged_page_attention_v2
 from .ragged import ragged_page_attention_v3 as ragged_page_attention_v3
 from .split import page_attention as page_attention

@@ -1,33 +1,52 @@
 """Arguments that are arrays: checked by the caller's names, and brought into the shapes of `paged.lower`."""
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from paged.spec import FLOAT_DTYPES, PageLayout, Sinks
+from paged.spec import FLOAT_DTYPES, Sinks
 
 # Integers of the field's callers come as JAX's arrays or as NumPy's; lists are accepted too.
 AnyArray = Array | np.ndarray
 
-_LANES = 128
 # Sizes that a step without rows or without sequences has as 0.
 _MAY_BE_0 = ("batch", "chunk", "seqs", "tokens")
 
 
+@runtime_checkable
+class QuantisedPages(Protocol):
+    """Pages in two arrays, as JAX's ``QuantizedTensor`` has them: int8 numbers, and the scale of each row of them."""
+
+    weight: Any
+    scales: Any
+
+
+class Quantised(NamedTuple):
+    """`QuantisedPages`, as a pytree."""
+
+    weight: Any
+    scales: Any
+
+
 def as_arrays(**named: Any) -> tuple[Any, ...]:
-    """The arguments as arrays. Lists and Python numbers become int32; anything else raises ``TypeError``."""
-    return tuple(x if _is_array(x) else _integers(name, x) for name, x in named.items())
+    """The arguments as arrays. Lists and Python numbers become int32; anything else raises ``TypeError``.
+
+    Quantised pages, of two arrays, stay what they are.
+    """
+    return tuple(x if is_array(x) else _integers(name, x) for name, x in named.items())
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
     """Whether it has a shape and a dtype. The type is asked first: the shape of a JAX array takes longer to get."""
     kind = type(x)
     return (hasattr(kind, "shape") and hasattr(kind, "dtype")) or (hasattr(x, "shape") and hasattr(x, "dtype"))
 
 
-def _integers(name: str, value: Any) -> np.ndarray:
+def _integers(name: str, value: Any) -> Any:
+    if name in ("key_cache", "value_cache") and isinstance(value, QuantisedPages):
+        return Quantised(*as_arrays(weight=value.weight, scales=value.scales))
     try:
         array = np.asarray(value)
     except (TypeError, ValueError):
@@ -63,16 +82,6 @@ def require_floats(name: str, array: Any) -> None:
     """``TypeError`` unless the array has a dtype that queries and pages may have."""
     if array.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16 or float32; got {array.dtype.name}.")
-
-
-def require_pages(name: str, array: Any) -> None:
-    """``TypeError`` for a quantised cache: these signatures have no scales."""
-    if array.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{name} must be float16, bfloat16 or float32; got {array.dtype.name}. Quantised pages have scales, which "
-            "this signature does not take: adopt them by paged.PageLayout(..., scales=...).wrap(..., k_scale=, "
-            "v_scale=), and attend by paged.lower."
-        )
 
 
 def rows_of(name: str, array: Any, seq: int | None = None) -> Any:
@@ -117,31 +126,6 @@ def sinks_of(softmax_aux: Any, heads: int, kv_heads: int) -> Sinks | None:
     raise ValueError(
         f"softmax_aux must be [q_heads] = [{heads}] or [kv_heads, group] = [{kv_heads}, {group}], one sink of each "
         f"query head, or [n] or [kv_heads, n], several sinks, which add up; got {tuple(shape)}."
-    )
-
-
-def interleaved_layout(name: str, cache: Any, head_dim: int, kv_heads: int | None = None) -> PageLayout:
-    """The layout of pages ``[pages, page_size, 2 * kv_heads, D']``, or of packed ones, with five dimensions."""
-    require_pages(name, cache)
-    forms = "[pages, page_size, 2 * kv_heads, head_dim], or packed [pages, page_size, 2 * kv_heads / pack, pack, "
-    forms += "head_dim]"
-    if cache.ndim not in (4, 5) or 0 in cache.shape:
-        raise ValueError(f"{name} must be {forms}; got {tuple(cache.shape)}.")
-    heads, dim = cache.size // (cache.shape[0] * cache.shape[1] * cache.shape[-1]), cache.shape[-1]
-    if heads % 2 or (kv_heads is not None and heads != 2 * kv_heads):
-        need = "an even number of heads" if kv_heads is None else f"2 * {kv_heads} heads, keys' {kv_heads} twice"
-        raise ValueError(
-            f"{name} must be {forms}, keys on even heads and values on odd ones, with {need}; got "
-            f"{tuple(cache.shape)}, {heads} heads."
-        )
-    padded = -(-head_dim // _LANES) * _LANES
-    if dim not in (head_dim, padded):
-        raise ValueError(
-            f"{name} must have the queries' head_dim of {head_dim}, or {padded}, that padded with zeros to whole "
-            f"lanes; got {tuple(cache.shape)}."
-        )
-    return PageLayout(
-        page_size=cache.shape[1], num_kv_heads=heads // 2, head_dim=dim, dtype=cache.dtype, order="interleaved"
     )
 
 

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from paged.lower import Axes, ShardedAttend, entries_of, lower, mesh_axes, require_mesh
 from paged.spec import AttentionSpec, PageLayout
 
+from .names import ARRAYS
+
 # The arguments that are divided among devices, by their name in `paged.lower`. Every device has all of the others.
 _NATIVE = {"query": "q", "queries": "q", "keys": "k", "values": "v", "softmax_aux": "sinks"}
 _NATIVE |= {"key_cache": "pages", "value_cache": "pages", "kv_pages": "pages"}
@@ -29,7 +31,7 @@ class Devices:
     def of(cls, mesh: Any, axes: Any, in_specs: Any, out_specs: Any, **arguments: Any) -> "Devices | None":
         """The devices of a call, or None without a mesh. ``arguments`` are its arrays in order, queries first."""
         require_mesh(mesh, axes, in_specs, out_specs)
-        if mesh is None:
+        if mesh is None or (axes is None and in_specs is None and out_specs is None and isinstance(mesh, Mesh)):
             return None
         out, given = _outputs(out_specs, arguments), list(_by_name(in_specs, arguments).items())
         given += [("kv_pages", spec) for spec in out[1:]]
@@ -38,6 +40,9 @@ class Devices:
             if not isinstance(spec, P):
                 raise TypeError(f"The spec of {name} must be a PartitionSpec; got {spec!r}.")
             own = _NATIVE.get(name)
+            spec = spec if axes is not None else _without_axes_of_one(spec, mesh)
+            if own == "sinks" and not entries_of(spec):
+                continue  # a few numbers, which may lie anywhere: each device takes those of its heads
             if own is None and any(entry is not None for entry in spec):
                 raise ValueError(f"The spec of {name} must be P(): every device needs all of it; got {spec}.")
             if own is not None:
@@ -47,6 +52,7 @@ class Devices:
                         f"All caches, given and returned, need the same spec; got {native[own]}, and {spec} for {name}."
                     )
         rows = _of_rows(out[0], next(iter(arguments.values()))) if out else None
+        rows = rows if rows is None or axes is not None else _without_axes_of_one(rows, mesh)
         return cls(mesh, axes, tuple(native.items()), rows)
 
     def repeats(self, kv_heads: int) -> int:
@@ -75,21 +81,34 @@ class Devices:
 
 
 def _by_name(in_specs: Any, arguments: Mapping[str, Any]) -> dict[str, P]:
-    """Specs by argument, from a dict or from a tuple in the order of the arguments that are arrays."""
+    """Specs by argument, from a dict or from a tuple in the order of the arguments that are arrays. None is ``P()``.
+
+    A tuple may have an entry for sinks in calls that have none.
+    """
     if in_specs is None:
         return {}
     if not isinstance(in_specs, Mapping):
         names = [name for name, value in arguments.items() if value is not None]
+        if isinstance(in_specs, tuple | list) and len(in_specs) > len(names):
+            names = list(arguments)
         if not isinstance(in_specs, tuple | list) or isinstance(in_specs, P) or len(in_specs) != len(names):
             raise ValueError(
                 f"in_specs must be a dict of PartitionSpecs by argument, or a tuple of one for each of {names}; got "
                 f"{in_specs!r}."
             )
-        return dict(zip(names, in_specs, strict=True))
-    unknown = [name for name in in_specs if name not in arguments]
-    if unknown:
-        raise ValueError(f"in_specs must be of {list(arguments)}; got {unknown}.")
-    return dict(in_specs)
+        given = zip(names, in_specs, strict=True)
+    else:
+        given = [(name if name in arguments else ARRAYS.get(name, name), spec) for name, spec in in_specs.items()]
+        unknown = [name for name, _ in given if name not in arguments]
+        if unknown:
+            raise ValueError(f"in_specs must be of {list(arguments)}; got {unknown}.")
+    return {name: P() if spec is None else spec for name, spec in given if arguments[name] is not None}
+
+
+def _without_axes_of_one(spec: P, mesh: Mesh) -> P:
+    """The spec without axes of the mesh that have one device, which divide nothing."""
+    names = [[name for name in mesh_axes(entry) if mesh.shape.get(name) != 1] for entry in spec]
+    return P(*(tuple(entry) if len(entry) > 1 else entry[0] if entry else None for entry in names))
 
 
 def _outputs(out_specs: Any, arguments: Mapping[str, Any]) -> list[P]:

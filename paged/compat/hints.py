@@ -7,7 +7,7 @@ from paged.lower import Attend, Call, Lowering, Schedule, ShardedAttend, lower
 from paged.spec import AttentionSpec, PageLayout
 
 from .devices import Devices
-from .number import flag, integer
+from .number import block_sizes, flag, integer
 
 MEGACORE_MODES = (None, "batch", "kv_head")
 
@@ -137,24 +137,10 @@ def _with_hints(attend: Attend, hints: Hints, call: Call) -> Attend:
     return dataclasses.replace(attend, lowerings=(lowering,), pinned=schedule, pinned_by=source)
 
 
-def require_speed_hint(name: str, value: Any) -> None:
-    """``TypeError`` or ``ValueError`` unless it is None or a positive number, or a tuple of four of them.
-
-    These hints describe kernels of other libraries, and have no field here.
-    """
-    if value is not None and not isinstance(value, tuple | list):
-        integer(name, value, 1)
-    elif value is not None:
-        _of_blocks(name, value)
-
-
-def _of_blocks(name: str, sizes: Any) -> list[Hint]:
-    """Hints from block sizes of queries and of keys, for copies and for computing, in rows and in tokens."""
-    if not isinstance(sizes, tuple | list) or len(sizes) != 4:
-        raise TypeError(f"{name} must be four sizes of blocks, (bq, bkv, bq_compute, bkv_compute); got {sizes!r}.")
-    rows, tokens, *_ = (integer(name, size, 1) for size in sizes)
-    given = tuple(sizes)
-    return [Hint(name, given, "rows_per_tile", rows), Hint(name, given, "pages_per_block", tokens, True)]
+def _of_blocks(name: str, value: Any) -> list[Hint]:
+    """Hints from four sizes of blocks, of which the first are rows and tokens of one copy."""
+    sizes = block_sizes(name, value)
+    return [Hint(name, sizes, "rows_per_tile", sizes[0]), Hint(name, sizes, "pages_per_block", sizes[1], True)]
 
 
 def _positive(argument: str, field: str, value: Any) -> Hint:

@@ -1,5 +1,6 @@
 """Checks of numbers and flags, which must be known when JAX traces. Errors name the argument."""
 
+import math
 import operator
 from typing import Any
 
@@ -37,6 +38,21 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, str | bool) or not hasattr(value, "__float__") or getattr(value, "size", 1) != 1:
         raise TypeError(f"{name} must be a number; got {value!r}.")
     return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """A Python or NumPy number, positive and finite."""
+    got = number(name, value)
+    if not 0 < got < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {got}.")
+    return got
+
+
+def block_sizes(name: str, sizes: Any) -> tuple[int, ...]:
+    """Four sizes of blocks: of queries and of keys, for copies and for computing."""
+    if not isinstance(sizes, tuple | list) or len(sizes) != 4:
+        raise TypeError(f"{name} must be four sizes of blocks, (bq, bkv, bq_compute, bkv_compute); got {sizes!r}.")
+    return tuple(integer(name, size, 1) for size in sizes)
 
 
 def _traced(name: str) -> TypeError:

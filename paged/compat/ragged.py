@@ -1,6 +1,5 @@
 """Entry points over a cache of one array, keys on even heads and values on odd ones: ragged batches."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,20 +10,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
-from paged.lower import Attend, Axes, Call, ShardedAttend
-from paged.spec import PageLayout, Pages, RaggedBatch, Sinks
+from paged.lower import Axes
 
 from . import arrays
 from .arrays import AnyArray
+from .caches import RAGGED_ORDERS, order_of
 from .devices import Devices
-from .hints import Hints, lowered, lowered_on
+from .hints import Hints
+from .names import WORDS, knows
 from .number import flag
-from .static import Options
-
-AnyAttend = Attend | ShardedAttend
-_CACHE = "[pages, page_size, 2 * kv_heads, head_dim]"
+from .ragged_steps import attend, update
+from .static import More, Options
 
 
+@knows(WORDS["ragged_page_attention_v2"])
 def ragged_page_attention_v2(
     query: Float[Array, "*tokens q_heads head_dim"],
     kv_pages: Shaped[Array, "pages page_size *heads head_dim"],
@@ -38,11 +37,14 @@ def ragged_page_attention_v2(
     logits_soft_cap: float | None = None,
     compute_dtype: Any = jnp.bfloat16,
     optimized: bool = False,
-    sliding_window: int | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
     mask_value: float | None = None,
     num_kv_pages_per_block: int | None = None,
     num_queries_per_block: int | None = None,
     vmem_limit_bytes: int | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    cache_order: str | None = None,
     target: str = "auto",
     interpret: Any = False,
     mesh: Mesh | None = None,
@@ -69,11 +71,16 @@ def ragged_page_attention_v2(
     - `compute_dtype`: float32 computes products and weights in float32 even where queries and pages are narrower. Other
       dtypes change nothing: products are never narrower than queries and pages, and the softmax is float32.
     - `optimized`: not needed. It chose between two implementations, and here there is one.
-    - `sliding_window`: how many tokens a query sees, its own included. None: all.
+    - `sliding_window`: how many tokens a query sees, its own included; or a pair of how many to its left and right.
+      None: all.
     - `mask_value`: not needed. Values that could change a result are refused.
-    - `num_kv_pages_per_block`, `num_queries_per_block`: the schedule, on TPUs, of the kernel for sequences of several
-      rows. Any schedule gives the same attention; None leaves it to `paged`.
-    - `vmem_limit_bytes`: the vector memory that kernels may use, on TPUs. None: what the chip has.
+    - `num_kv_pages_per_block`, `num_queries_per_block`: hints about the kernel for sequences of several rows, on TPUs.
+      The nearest schedule runs, and `explain` says which. Any schedule gives the same attention; None leaves it to
+      `paged`.
+    - `vmem_limit_bytes`: a hint, on TPUs: the vector memory that kernels may use. None: what the chip has.
+    - `k_scale`, `v_scale`: numbers that keys and values of the pages are multiplied by. None: 1, for pages of floats;
+      int8 and float8 pages need both.
+    - `cache_order`: ``"interleaved"``, as above, or ``"joined"``, see `ragged_page_attention_v3`.
     - `target`, `interpret`: see `paged.lower`.
     - `mesh`, `axes`, `in_specs`, `out_specs`: many devices, see `paged.compat`.
 
@@ -98,12 +105,15 @@ def ragged_page_attention_v2(
         Hints.of_ragged(vmem_limit_bytes, num_kv_pages_per_block, num_queries_per_block),
         compute_dtype=compute_dtype,
         devices=Devices.of(mesh, axes, in_specs, out_specs, **named, softmax_aux=softmax_aux),
+        cache_order=order_of(cache_order, RAGGED_ORDERS),
+        more=More.of(k_scale=k_scale, v_scale=v_scale),
     )
     given = arrays.as_arrays(**named)
     _require_known_num_seqs(given[-1], given[2])
-    return _attend(options, *given, _sinks(softmax_aux))
+    return attend(options, *given, _sinks(softmax_aux))
 
 
+@knows(WORDS["ragged_page_attention_v3"])
 def ragged_page_attention_v3(
     queries: Float[Array, "*tokens q_heads head_dim"],
     keys: Float[Array, "*tokens kv_heads head_dim"],
@@ -117,8 +127,19 @@ def ragged_page_attention_v3(
     *,
     softmax_scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
     vmem_limit_bytes: int | None = None,
+    mask_value: float | None = None,
+    use_causal_mask: bool = True,
+    update_kv_cache: bool = True,
+    out_dtype: Any = None,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    num_kv_pages_per_block: int | None = None,
+    num_queries_per_block: int | None = None,
+    m_block_sizes: tuple[int, int, int, int] | None = None,
+    cache_order: str | None = None,
     target: str = "auto",
     interpret: Any = False,
     mesh: Mesh | None = None,
@@ -146,12 +167,25 @@ def ragged_page_attention_v3(
     - `softmax_aux`: sinks, in the shapes of `ragged_page_attention_v2`.
     - `softmax_scale`: scale of scores. None: ``1 / sqrt(head_dim)``.
     - `logits_soft_cap`: scores become ``cap * tanh(score / cap)``, before the mask. None: no cap.
-    - `sliding_window`: how many tokens a query sees, its own included. None: all.
-    - `vmem_limit_bytes`: the vector memory that kernels may use, on TPUs. None: what the chip has.
+    - `sliding_window`, `vmem_limit_bytes`, `num_kv_pages_per_block`, `num_queries_per_block`, `mask_value`: see
+      `ragged_page_attention_v2`.
+    - `m_block_sizes`: a hint, of which the first numbers count: query rows, and tokens, of a block. The last two say
+      how another kernel divides its blocks.
+    - `use_causal_mask`: False lets every query see all tokens of its sequence.
+    - `update_kv_cache`: False writes nothing: the pages hold this step's tokens already. `keys` and `values` are then
+      looked at for their shapes alone.
+    - `out_dtype`: the dtype of the output. None: the queries'.
+    - `q_scale`: not needed, because queries are not quantised here.
+    - `k_scale`, `v_scale`: numbers that keys and values of the pages are multiplied by. None: 1, for pages of floats;
+      int8 and float8 pages need both. `keys` and `values` for such pages are floats, which are divided by the scales
+      and rounded, or numbers in the dtype of the pages, which are written as they are.
+    - `cache_order`: ``"interleaved"``, as above; or ``"joined"``, ``[pages, page_size, kv_heads / pack, pack, 128]``
+      with the key and the value of one head, 64 numbers each, side by side. None is for what the shapes say; where
+      they fit both it raises.
     - `target`, `interpret`: see `paged.lower`.
     - `mesh`, `axes`, `in_specs`, `out_specs`: many devices, see `paged.compat`.
 
-    **Returns:** ``(out, kv_pages)``. ``out`` has the queries' shape and dtype, and is 0 in rows of no sequence and in
+    **Returns:** ``(out, kv_pages)``. ``out`` has the queries' shape, and is 0 in rows of no sequence and in
     rows that see no key. ``kv_pages`` has the shape that was passed.
 
     Raises ``ValueError`` or ``TypeError``, when traced, naming the argument.
@@ -165,117 +199,25 @@ def ragged_page_attention_v3(
     named = {"queries": queries, "keys": keys, "values": values, "kv_pages": kv_pages, "context_lens": context_lens}
     named |= {"block_tables": block_tables, "query_start_loc": query_start_loc, "distribution": distribution}
     devices = Devices.of(mesh, axes, in_specs, out_specs, **named, softmax_aux=softmax_aux)
-    hints = Hints.of_ragged(vmem_limit_bytes)
-    options = Options.of(target, interpret, scale, soft_cap, sliding_window, hints=hints, devices=devices)
+    options = Options.of(
+        target,
+        interpret,
+        scale,
+        soft_cap,
+        sliding_window,
+        mask_value,
+        Hints.of_ragged(vmem_limit_bytes, num_kv_pages_per_block, num_queries_per_block, m_block_sizes),
+        devices=devices,
+        cache_order=order_of(cache_order, RAGGED_ORDERS),
+        more=More.of(q_scale, k_scale, v_scale, out_dtype, use_causal_mask, update_kv_cache),
+    )
     given = arrays.as_arrays(**named)
     _require_ends(given[-1], given[4])
-    return _update(options, *given, _sinks(softmax_aux))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _attend(
-    options: Options,
-    query: Array,
-    kv_pages: Array,
-    context_lens: Array,
-    block_tables: Array,
-    query_start_loc: Array,
-    num_seqs: Array,
-    softmax_aux: Array | None,
-) -> Array:
-    q = arrays.rows_of("query", query)
-    layout = arrays.interleaved_layout("kv_pages", kv_pages, q.shape[-1])
-    slots = _require_sequences(context_lens, query_start_loc)
-    arrays.require_shape("block_tables", block_tables, (slots, "pages_per_seq"), "[seqs, pages_per_seq]")
-    arrays.require_integers("block_tables", block_tables)
-    arrays.require_integers("num_seqs", num_seqs)
-    if num_seqs.shape not in ((), (1,)):
-        raise ValueError(f"num_seqs must be one number, [1] or []; got {tuple(num_seqs.shape)}.")
-    arrays.require_heads("query", q.shape[1], "kv_pages", layout.num_kv_heads, _CACHE)
-    batch = RaggedBatch(context_lens, block_tables, query_start_loc, num_seqs)
-    sinks = arrays.sinks_of(softmax_aux, q.shape[1], layout.num_kv_heads)
-    attend, wide = _prepare(options, q, kv_pages, layout, batch, sinks)
-    pages = _pages(layout, kv_pages)
-    pages = attend.adopt(pages) if isinstance(attend, ShardedAttend) else pages
-    return _as_queries(attend(wide, pages, batch, sinks), query)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _update(
-    options: Options,
-    queries: Array,
-    keys: Array,
-    values: Array,
-    kv_pages: Array,
-    context_lens: Array,
-    block_tables: Array,
-    query_start_loc: Array,
-    distribution: Array,
-    softmax_aux: Array | None,
-) -> tuple[Array, Array]:
-    q, k = arrays.rows_of("queries", queries), arrays.rows_of("keys", keys)
-    v = arrays.rows_of("values", values)
-    arrays.require_shape("keys", k, (q.shape[0], "kv_heads", q.shape[2]), "[tokens, kv_heads, head_dim]")
-    arrays.require_shape("values", v, k.shape, "[tokens, kv_heads, head_dim]")
-    repeats = 1 if options.devices is None else options.devices.repeats(k.shape[1])
-    layout = arrays.interleaved_layout("kv_pages", kv_pages, q.shape[-1], k.shape[1] * repeats)
-    layout = layout.replace(num_kv_heads=k.shape[1])
-    slots = _require_sequences(context_lens, query_start_loc)
-    width = block_tables.size // max(slots, 1)
-    if block_tables.ndim != 1 or block_tables.size != slots * width or (slots and not width):
-        raise ValueError(
-            f"block_tables must be flat, [seqs * pages_per_seq], a multiple of context_lens' {slots}; got "
-            f"{tuple(block_tables.shape)}."
-        )
-    arrays.require_integers("block_tables", block_tables)
-    arrays.require_shape("distribution", distribution, (3,), "[decode_end, prefill_end, total]")
-    arrays.require_integers("distribution", distribution)
-    arrays.require_heads(
-        "queries", q.shape[1], "kv_pages", layout.num_kv_heads, "[pages, page_size, 2 * kv_heads, dim]"
-    )
-    batch = RaggedBatch(context_lens, block_tables.reshape(slots, max(width, 1)), query_start_loc, distribution[2])
-    sinks = arrays.sinks_of(softmax_aux, q.shape[1], layout.num_kv_heads)
-    attend, wide = _prepare(options, q, kv_pages, layout, batch, sinks)
-    k, v = (arrays.padded(x, layout.head_dim) for x in (k, v))
-    out, pages = attend.update(wide, k, v, _pages(attend.layout, kv_pages), batch, sinks)
-    return _as_queries(out, queries), pages.arrays[0].reshape(kv_pages.shape)
-
-
-def _pages(layout: PageLayout, kv_pages: Array) -> Pages:
-    """The pages, packed or not. A packed cache is the same bytes: a reshape under ``jax.jit`` moves nothing."""
-    return layout.wrap(kv_pages.reshape(layout.array_shapes(kv_pages.shape[0])[0]))
-
-
-def _as_queries(out: Array, query: Array) -> Array:
-    """The output in the shape and dtype of the caller's queries."""
-    out = out if out.shape[-1] == query.shape[-1] else out[..., : query.shape[-1]]
-    out = out if out.dtype == query.dtype else out.astype(query.dtype)
-    return out if query.ndim == 3 else out.reshape(query.shape)
-
-
-def _prepare(
-    options: Options, q: Array, kv_pages: Array, layout: PageLayout, batch: RaggedBatch, sinks: Sinks | None
-) -> tuple[AnyAttend, Array]:
-    """The attention, and the queries padded to the head dimension of the pages."""
-    spec = options.spec(q.shape[1], q.shape[2], layout, sinks is not None)
-    wide = arrays.padded(q.astype(jnp.float32) if options.is_float32 else q, layout.head_dim)
-    call = Call(wide.shape[0], batch.num_slots, batch.pages_per_seq, kv_pages.shape[0], None, jnp.dtype(wide.dtype))
-    how = (options.target, options.interpret, options.hints, spec, layout, call)
-    return lowered(*how) if options.devices is None else lowered_on(options.devices, *how), wide
-
-
-def _require_sequences(context_lens: Array, query_start_loc: Array) -> int:
-    """The number of sequence slots."""
-    arrays.require_shape("context_lens", context_lens, ("seqs",), "[seqs]")
-    arrays.require_integers("context_lens", context_lens)
-    slots = context_lens.shape[0]
-    arrays.require_shape("query_start_loc", query_start_loc, (slots + 1,), "[seqs + 1], with context_lens' seqs,")
-    arrays.require_integers("query_start_loc", query_start_loc)
-    return slots
+    return update(options, *given, _sinks(softmax_aux))
 
 
 def _require_known_num_seqs(num_seqs: Any, context_lens: Any) -> None:
-    """Check the value of ``num_seqs`` where it is known. `_attend` checks its shape and dtype."""
+    """Check the value of ``num_seqs`` where it is known. `attend` checks its shape and dtype."""
     if not isinstance(num_seqs, np.ndarray | np.integer) or num_seqs.size != 1 or num_seqs.dtype.kind not in "iu":
         return
     if len(context_lens.shape) == 1 and not 0 <= int(num_seqs.reshape(())) <= context_lens.shape[0]:
@@ -286,7 +228,7 @@ def _require_known_num_seqs(num_seqs: Any, context_lens: Any) -> None:
 
 
 def _require_ends(distribution: Any, context_lens: Any) -> None:
-    """Check the values of ``distribution`` where they are known. `_update` checks its shape and dtype."""
+    """Check the values of ``distribution`` where they are known. `update` checks its shape and dtype."""
     if isinstance(distribution, jax.core.Tracer | jax.ShapeDtypeStruct):
         return
     if distribution.shape != (3,) or distribution.dtype.kind not in "iu" or len(context_lens.shape) != 1:

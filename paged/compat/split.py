@@ -10,21 +10,23 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from paged.lower import Axes, Call
-from paged.spec import PageLayout, RaggedBatch
+from paged.spec import PageLayout, Pages, RaggedBatch
 
 from . import arrays
-from .arrays import AnyArray
+from .arrays import AnyArray, QuantisedPages
+from .caches import SPLIT_ORDERS, order_of, pages_of_single_heads, split_layout, split_pages
 from .devices import Devices
+from .explaining import answer_if_asked
 from .hints import Hints, lowered, lowered_on
+from .names import WORDS, knows
 from .static import MASK_VALUE, Options
 
-_CACHE = "[kv_heads, pages, page_size, head_dim]"
 
-
+@knows(WORDS["page_attention"])
 def page_attention(
     query: Float[Array, "*seqs q_heads head_dim"],
-    key_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
-    value_cache: Shaped[Array, "kv_heads pages page_size value_dim"],
+    key_cache: Shaped[Array, "kv_heads pages page_size head_dim"] | QuantisedPages,
+    value_cache: Shaped[Array, "kv_heads pages page_size value_dim"] | QuantisedPages,
     context_lens: Int[AnyArray, " seqs"] | Sequence[Any],
     block_tables: Int[AnyArray, "seqs max_blocks"] | Sequence[Any],
     attn_scale: float | None = None,
@@ -36,7 +38,8 @@ def page_attention(
     pages_per_compute_block: int | None = None,
     megacore_mode: str | None = None,
     inline_seq_dim: bool = True,
-    sliding_window: int | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
+    cache_order: str | None = None,
     target: str = "auto",
     interpret: Any = False,
     mesh: Mesh | None = None,
@@ -49,19 +52,23 @@ def page_attention(
     **Arguments:**
 
     - `query`: one row per sequence, or ``[batch, 1, q_heads, head_dim]``.
-    - `key_cache`, `value_cache`: the pages.
+    - `key_cache`, `value_cache`: the pages; or quantised pages, objects with int8 ``weight`` and float ``scales``
+      ``[..., 1]``, as JAX's ``QuantizedTensor``: keys are ``weight * scales / 127.5``.
     - `context_lens`: how many tokens each sequence has, the query's own included.
     - `block_tables`: token ``j`` of sequence ``s`` lies in page ``block_tables[s, j // page_size]``. Entries that no
       visible token needs may hold anything.
     - `attn_scale`: scale of scores. None: ``1 / sqrt(head_dim)``.
     - `max_context_len`: a promise that no sequence is longer. Table entries beyond it are not read. A longer sequence
       breaks the promise, and is cut.
-    - `num_splits`, `pages_per_compute_block`, `inline_seq_dim`: the kernel's schedule on TPUs. Any schedule gives the
-      same attention; 0 and None leave it to `paged`.
+    - `num_splits`, `pages_per_compute_block`, `megacore_mode`, `inline_seq_dim`: hints about the kernel on TPUs. The
+      nearest schedule runs, and `explain` says which. Any schedule gives the same attention; 0 and None leave it to
+      `paged`. Kernels always use both cores of a chip that has two.
     - `mask_value`: not needed. Values that could change a result are refused.
     - `attn_logits_soft_cap`: scores become ``cap * tanh(score / cap)``, before the mask. None: no cap.
-    - `megacore_mode`: ``"batch"`` and None use both cores of a chip that has two. ``"kv_head"`` is refused.
-    - `sliding_window`: how many tokens a query sees, its own included. None: all.
+    - `sliding_window`: how many tokens a query sees, its own included; or a pair of how many to its left and right.
+      None: all.
+    - `cache_order`: ``"heads_first"``, as above, or ``"pages_first"``, ``[pages, kv_heads, page_size, head_dim]``,
+      which is not copied either. None is for the first; where the shapes fit both it raises.
     - `target`, `interpret`: see `paged.lower`.
     - `mesh`, `axes`, `in_specs`, `out_specs`: many devices, see `paged.compat`.
 
@@ -86,22 +93,24 @@ def page_attention(
         Hints.of_decode(num_splits, pages_per_compute_block, megacore_mode, inline_seq_dim),
         max_context_len,
         devices=Devices.of(mesh, axes, in_specs, out_specs, **named),
+        cache_order=order_of(cache_order, SPLIT_ORDERS),
     )
     return _decode(options, *arrays.as_arrays(**named))
 
 
+@knows(WORDS["prefill_page_attention"])
 def prefill_page_attention(
     query: Float[Array, "*chunk q_heads head_dim"],
-    key_cache: Shaped[Array, "kv_heads pages page_size head_dim"],
-    value_cache: Shaped[Array, "kv_heads pages page_size value_dim"],
+    key_cache: Shaped[Array, "kv_heads pages page_size head_dim"] | QuantisedPages,
+    value_cache: Shaped[Array, "kv_heads pages page_size value_dim"] | QuantisedPages,
     context_len: Int[AnyArray, "..."] | Sequence[Any] | int,
     page_indices: Int[AnyArray, " num_pages"] | Sequence[Any],
-    /,
     *,
     softmax_scale: float | None = None,
     mask_value: float | None = MASK_VALUE,
     attn_logits_soft_cap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
+    cache_order: str | None = None,
     target: str = "auto",
     interpret: Any = False,
     mesh: Mesh | None = None,
@@ -117,14 +126,15 @@ def prefill_page_attention(
     **Arguments:**
 
     - `query`: the chunk's rows, or ``[1, chunk, q_heads, head_dim]``.
-    - `key_cache`, `value_cache`: the pages.
+    - `key_cache`, `value_cache`: the pages; or quantised pages, objects with int8 ``weight`` and float ``scales``
+      ``[..., 1]``, as JAX's ``QuantizedTensor``: keys are ``weight * scales / 127.5``.
     - `context_len`: how many tokens the sequence has, the chunk's own included.
     - `page_indices`: token ``j`` lies in page ``page_indices[j // page_size]``. Entries that no visible token needs may
       hold anything.
     - `softmax_scale`: scale of scores. None: ``1 / sqrt(head_dim)``.
     - `mask_value`: not needed. Values that could change a result are refused.
     - `attn_logits_soft_cap`: scores become ``cap * tanh(score / cap)``, before the mask. None: no cap.
-    - `sliding_window`: how many tokens a query sees, its own included. None: all.
+    - `sliding_window`, `cache_order`: see `page_attention`.
     - `target`, `interpret`: see `paged.lower`.
     - `mesh`, `axes`, `in_specs`, `out_specs`: many devices, see `paged.compat`.
 
@@ -140,30 +150,37 @@ def prefill_page_attention(
     named = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
     named |= {"context_len": context_len, "page_indices": page_indices}
     devices = Devices.of(mesh, axes, in_specs, out_specs, **named)
-    options = Options.of(target, interpret, scale, soft_cap, sliding_window, mask_value, devices=devices)
+    order = order_of(cache_order, SPLIT_ORDERS)
+    options = Options.of(
+        target, interpret, scale, soft_cap, sliding_window, mask_value, devices=devices, cache_order=order
+    )
     return _prefill(options, *arrays.as_arrays(**named))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(
-    options: Options, query: Array, key_cache: Array, value_cache: Array, context_lens: Array, block_tables: Array
+    options: Options, query: Array, key_cache: Any, value_cache: Any, context_lens: Array, block_tables: Array
 ) -> Array:
     q = arrays.rows_of("query", query, seq=1)
     arrays.require_shape("context_lens", context_lens, (q.shape[0],), "[seqs], one per row of query,")
     arrays.require_integers("context_lens", context_lens)
     arrays.require_shape("block_tables", block_tables, (q.shape[0], "max_blocks"), "[seqs, max_blocks]")
     arrays.require_integers("block_tables", block_tables)
-    layout = _layout(q, key_cache, value_cache)
+    layout, is_pages_first = split_layout(options, q, key_cache, value_cache)
     if options.max_context_len is not None:
         entries = -(-options.max_context_len // layout.page_size)
         block_tables = block_tables[:, :entries]
         context_lens = jnp.minimum(context_lens, options.max_context_len)
-    return _attend(options, query, q, (key_cache, value_cache), layout, RaggedBatch.decode(context_lens, block_tables))
+    caches = key_cache, value_cache
+    if is_pages_first:
+        return _attend_by_heads(options, query, q, caches, layout, context_lens, block_tables, 1)
+    pages, batch = split_pages(layout, *caches), RaggedBatch.decode(context_lens, block_tables)
+    return _as_query(_attend(options, q, pages, batch), query)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(
-    options: Options, query: Array, key_cache: Array, value_cache: Array, context_len: Array, page_indices: Array
+    options: Options, query: Array, key_cache: Any, value_cache: Any, context_len: Array, page_indices: Array
 ) -> Array:
     if query.ndim == 4:
         arrays.require_shape("query", query, (1, "chunk", "heads", "head_dim"), "[1, chunk, heads, head_dim]")
@@ -173,42 +190,61 @@ def _prefill(
     arrays.require_integers("context_len", context_len)
     arrays.require_shape("page_indices", page_indices, ("num_pages",), "one sequence's, [num_pages]")
     arrays.require_integers("page_indices", page_indices)
-    layout = _layout(q, key_cache, value_cache)
-    batch = RaggedBatch.prefill(context_len, page_indices, q.shape[0])
-    return _attend(options, query, q, (key_cache, value_cache), layout, batch)
+    layout, is_pages_first = split_layout(options, q, key_cache, value_cache)
+    caches, rows = (key_cache, value_cache), q.shape[0]
+    if is_pages_first:
+        length, table = context_len.reshape(1), page_indices[None]
+        return _attend_by_heads(options, query, q, caches, layout, length, table, rows)
+    pages, batch = split_pages(layout, *caches), RaggedBatch.prefill(context_len, page_indices, rows)
+    return _as_query(_attend(options, q, pages, batch), query)
 
 
-def _layout(q: Array, key_cache: Array, value_cache: Array) -> PageLayout:
-    dims = ("kv_heads", "pages", "page_size")
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        arrays.require_pages(name, cache)
-        last = q.shape[-1] if name == "key_cache" else "value_dim"
-        arrays.require_shape(name, cache, (*dims, last), _CACHE)
-    arrays.require_shape("value_cache", value_cache, (*key_cache.shape[:3], "value_dim"), f"{_CACHE} as key_cache")
-    if value_cache.dtype != key_cache.dtype:
-        raise TypeError(
-            f"value_cache must be of key_cache's dtype, {key_cache.dtype.name}; got {value_cache.dtype.name}."
-        )
-    kv_heads, _, page_size, head_dim = key_cache.shape
-    arrays.require_heads("query", q.shape[1], "key_cache", kv_heads, _CACHE)
-    return PageLayout(
-        page_size=page_size,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_cache.shape[-1],
-        dtype=key_cache.dtype,
-        order="split",
-    )
-
-
-def _attend(
-    options: Options, query: Array, q: Array, caches: tuple[Array, Array], layout: PageLayout, batch: RaggedBatch
+def _attend_by_heads(
+    options: Options,
+    query: Array,
+    q: Array,
+    caches: tuple[Any, Any],
+    layout: PageLayout,
+    lengths: Array,
+    tables: Array,
+    rows: int,
 ) -> Array:
-    spec, pages = options.spec(q.shape[1], q.shape[2], layout), layout.wrap(*caches)
-    how = (options.target, options.interpret, options.hints, spec, layout, Call.of(q, pages, batch))
+    """Attention over caches in ``"pages_first"`` order, in place: each KV head of a sequence is a sequence of its own.
+
+    Every sequence has ``rows`` query rows. Its page ``t`` of KV head ``h`` is page ``t * kv_heads + h`` of the pool
+    that `pages_of_single_heads` makes of the caches.
+    """
+    if options.devices is not None:
+        raise ValueError(
+            'cache_order="pages_first" cannot be divided among devices: jnp.swapaxes(cache, 0, 1) makes it '
+            '"heads_first", which can.'
+        )
+    heads, (slots, width) = layout.num_kv_heads, tables.shape
+    group = q.shape[1] // heads
+    pages = pages_of_single_heads(layout, *caches)
+    is_page = (tables >= 0) & (tables < pages.num_pages // heads)
+    own = jnp.where(is_page, tables, -1)[:, None] * heads + jnp.arange(heads, dtype=tables.dtype)[None, :, None]
+    own = jnp.where(is_page[:, None], own, -1).reshape(slots * heads, width)
+    batch = RaggedBatch.decode(jnp.repeat(lengths, heads), own, query_rows=rows)
+    q = jnp.swapaxes(q.reshape(slots, rows, heads, group, q.shape[-1]), 1, 2)
+    out = _attend(options, q.reshape(slots * heads * rows, group, q.shape[-1]), pages, batch)
+    out = jnp.swapaxes(out.reshape(slots, heads, rows, group, out.shape[-1]), 1, 2)
+    return _as_query(out.reshape(slots * rows, heads * group, out.shape[-1]), query)
+
+
+def _attend(options: Options, q: Array, pages: Pages, batch: RaggedBatch) -> Array:
+    spec = options.spec(q.shape[1], q.shape[2], pages.layout)
+    how = (options.target, options.interpret, options.hints, spec, pages.layout, Call.of(q, pages, batch))
     if options.devices is None:
-        out = lowered(*how)(q, pages, batch)
-    else:
-        attend = lowered_on(options.devices, *how)
-        out = attend(q, attend.adopt(pages), batch)
-    return out if query.ndim == 3 else out.reshape(*query.shape[:-1], layout.value_dim)
+        attend = lowered(*how)
+        answer_if_asked(attend, q, pages, batch)
+        return attend(q, pages, batch)
+    attend = lowered_on(options.devices, *how)
+    pages = attend.adopt(pages)
+    answer_if_asked(attend, q, pages, batch)
+    return attend(q, pages, batch)
+
+
+def _as_query(out: Array, query: Array) -> Array:
+    """The output in the shape of the caller's query."""
+    return out if query.ndim == 3 else out.reshape(*query.shape[:-1], out.shape[-1])

@@ -8,6 +8,7 @@ from .batch import RaggedBatch as RaggedBatch
 from .coverage import Coverage as Coverage
 from .export import register_module as register_module
 from .layout import FLOAT_DTYPES as FLOAT_DTYPES
+from .layout import QUANTISED_DTYPES as QUANTISED_DTYPES
 from .layout import PageLayout as PageLayout
 from .layout import Pages as Pages
 from .layout import require_scales as require_scales
