@@ -129,7 +129,7 @@ def sinks_of(softmax_aux: Any, heads: int, kv_heads: int) -> Sinks | None:
     )
 
 
-def padded(rows: Array, head_dim: int) -> Array:
+def padded(rows: Any, head_dim: int) -> Any:
     """Rows padded with zeros to the pages' head dimension."""
     missing = head_dim - rows.shape[-1]
     return jnp.pad(rows, ((0, 0), (0, 0), (0, missing))) if missing else rows

@@ -34,7 +34,7 @@ def order_of(cache_order: Any, known: tuple[Any, ...]) -> Any:
     return cache_order
 
 
-def split_layout(options: Options, q: Array, key_cache: Any, value_cache: Any) -> tuple[PageLayout, bool]:
+def split_layout(options: Options, q: Any, key_cache: Any, value_cache: Any) -> tuple[PageLayout, bool]:
     """The layout of two caches, ``"heads_first"``, and whether it is ``"pages_first"`` instead."""
     quantised = [isinstance(cache, Quantised) for cache in (key_cache, value_cache)]
     if quantised[0] != quantised[1]:
@@ -126,7 +126,7 @@ def _require_dtype(name: str, cache: Any, is_quantised: bool) -> None:
         )
 
 
-def ragged_layout(options: Options, name: str, cache: Any, q: Array, kv_heads: int | None = None) -> PageLayout:
+def ragged_layout(options: Options, name: str, cache: Any, q: Any, kv_heads: int | None = None) -> PageLayout:
     """The layout of one cache, as ``"interleaved"`` pages. ``kv_heads`` is the number that the call's keys have.
 
     The order ``"joined"``, with key and value of a head side by side in one row, is the same bytes with rows of half
@@ -187,7 +187,7 @@ def _require_no_other_order(name: str, cache: Any) -> None:
         )
 
 
-def _is_joined(declared: str | None, name: str, cache: Any, q: Array, heads: int, kv_heads: int | None) -> bool:
+def _is_joined(declared: str | None, name: str, cache: Any, q: Any, heads: int, kv_heads: int | None) -> bool:
     """Whether keys and values lie side by side in one row. Raises where shapes cannot tell and nothing is declared."""
     q_heads, head_dim = q.shape[1:]
     is_possible = cache.shape[-1] == 2 * head_dim and cache.shape[-1] % _LANES == 0

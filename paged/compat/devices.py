@@ -96,9 +96,12 @@ def _by_name(in_specs: Any, arguments: Mapping[str, Any]) -> dict[str, P]:
                 f"in_specs must be a dict of PartitionSpecs by argument, or a tuple of one for each of {names}; got "
                 f"{in_specs!r}."
             )
-        given = zip(names, in_specs, strict=True)
+        given: list[tuple[str, Any]] = list(zip(names, in_specs, strict=True))
     else:
-        given = [(name if name in arguments else ARRAYS.get(name, name), spec) for name, spec in in_specs.items()]
+        given = [
+            (str(name) if name in arguments else ARRAYS.get(str(name), str(name)), spec)
+            for name, spec in in_specs.items()
+        ]
         unknown = [name for name, _ in given if name not in arguments]
         if unknown:
             raise ValueError(f"in_specs must be of {list(arguments)}; got {unknown}.")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from paged.lower import Attend, Explanation, ShardedAttend
 from paged.spec import Pages, RaggedBatch
@@ -17,7 +16,7 @@ _IS_ASKED: contextvars.ContextVar[bool] = contextvars.ContextVar("paged.compat.e
 class _Answer(Exception):
     """Ends a call that is only to be explained, at the point where all is known and nothing has run."""
 
-    def __init__(self, attend: Attend | ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch):
+    def __init__(self, attend: Attend | ShardedAttend, q: Any, pages: Pages, batch: RaggedBatch):
         super().__init__()
         self.of = attend, q, pages, batch
 
@@ -51,7 +50,7 @@ def explain(entry: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     raise TypeError(f"entry must be an entry point of paged.compat; got {entry!r}.")
 
 
-def answer_if_asked(attend: Attend | ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch) -> None:
+def answer_if_asked(attend: Attend | ShardedAttend, q: Any, pages: Pages, batch: RaggedBatch) -> None:
     """End the call here, where `explain` has asked for it. This costs a traced call nothing."""
     if _IS_ASKED.get():
         raise _Answer(attend, q, pages, batch)

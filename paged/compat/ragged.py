@@ -26,7 +26,7 @@ from .static import More, Options
 @knows(WORDS["ragged_page_attention_v2"])
 def ragged_page_attention_v2(
     query: Float[Array, "*tokens q_heads head_dim"],
-    kv_pages: Shaped[Array, "pages page_size *heads head_dim"],
+    kv_pages: Shaped[Array, "pages page_size *heads lanes"],
     context_lens: Int[AnyArray, " seqs"] | Sequence[Any],
     block_tables: Int[AnyArray, "seqs pages_per_seq"] | Sequence[Any],
     query_start_loc: Int[AnyArray, " seqs_plus_1"] | Sequence[Any],
@@ -116,9 +116,9 @@ def ragged_page_attention_v2(
 @knows(WORDS["ragged_page_attention_v3"])
 def ragged_page_attention_v3(
     queries: Float[Array, "*tokens q_heads head_dim"],
-    keys: Float[Array, "*tokens kv_heads head_dim"],
-    values: Float[Array, "*tokens kv_heads head_dim"],
-    kv_pages: Shaped[Array, "pages page_size *heads head_dim"],
+    keys: Shaped[Array, "*tokens kv_heads head_dim"],
+    values: Shaped[Array, "*tokens kv_heads head_dim"],
+    kv_pages: Shaped[Array, "pages page_size *heads lanes"],
     context_lens: Int[AnyArray, " seqs"] | Sequence[Any],
     block_tables: Int[AnyArray, " seqs_times_pages_per_seq"] | Sequence[Any],
     query_start_loc: Int[AnyArray, " seqs_plus_1"] | Sequence[Any],
@@ -146,7 +146,7 @@ def ragged_page_attention_v3(
     axes: Axes | None = None,
     in_specs: Any = None,
     out_specs: Any = None,
-) -> tuple[Float[Array, "*tokens q_heads head_dim"], Shaped[Array, "pages page_size *heads head_dim"]]:
+) -> tuple[Float[Array, "*tokens q_heads head_dim"], Shaped[Array, "pages page_size *heads lanes"]]:
     """Write the keys and values of a ragged batch into its pages, then attend causally.
 
     ``kv_pages`` is donated: the array that was passed is gone afterwards. Inside of another ``jax.jit``, donate it

@@ -1,6 +1,8 @@
 """The two steps of ragged batches, each one program per call: attend over the pages, and write to them first."""
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +24,13 @@ _CACHE = "[pages, page_size, 2 * kv_heads, head_dim]"
 @functools.partial(jax.jit, static_argnums=0)
 def attend(
     options: Options,
-    query: Array,
-    kv_pages: Array,
-    context_lens: Array,
-    block_tables: Array,
-    query_start_loc: Array,
-    num_seqs: Array,
-    softmax_aux: Array | None,
+    query: Any,
+    kv_pages: Any,
+    context_lens: Any,
+    block_tables: Any,
+    query_start_loc: Any,
+    num_seqs: Any,
+    softmax_aux: Any,
 ) -> Array:
     """Attention over pages that hold this step's keys and values already."""
     q = arrays.rows_of("query", query)
@@ -47,15 +49,15 @@ def attend(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def update(
     options: Options,
-    queries: Array,
-    keys: Array,
-    values: Array,
-    kv_pages: Array,
-    context_lens: Array,
-    block_tables: Array,
-    query_start_loc: Array,
-    distribution: Array,
-    softmax_aux: Array | None,
+    queries: Any,
+    keys: Any,
+    values: Any,
+    kv_pages: Any,
+    context_lens: Any,
+    block_tables: Any,
+    query_start_loc: Any,
+    distribution: Any,
+    softmax_aux: Any,
 ) -> tuple[Array, Array]:
     """The write of this step's keys and values, then attention over the pages."""
     q = arrays.rows_of("queries", queries)
@@ -63,7 +65,9 @@ def update(
     arrays.require_shape("keys", k, (q.shape[0], "kv_heads", q.shape[2]), "[tokens, kv_heads, head_dim]")
     arrays.require_shape("values", v, k.shape, "[tokens, kv_heads, head_dim]")
     repeats = 1 if options.devices is None else options.devices.repeats(k.shape[1])
-    layout = ragged_layout(options, "kv_pages", kv_pages, q, k.shape[1] * repeats)
+    # One KV head that every device needs may be in the cache once, whole on every device.
+    is_once = k.shape[1] == 1 and kv_pages.size == 2 * math.prod(kv_pages.shape[:2]) * kv_pages.shape[-1]
+    layout = ragged_layout(options, "kv_pages", kv_pages, q, k.shape[1] * (1 if is_once else repeats))
     layout = layout.replace(num_kv_heads=k.shape[1])
     slots = _require_sequences(context_lens, query_start_loc)
     width = block_tables.size // max(slots, 1)
@@ -82,13 +86,19 @@ def update(
     sinks = arrays.sinks_of(softmax_aux, q.shape[1], layout.num_kv_heads)
     attend, wide = _prepare(options, q, kv_pages, layout, batch, sinks)
     k, v = (arrays.padded(x, layout.head_dim) for x in (k, v))
-    pages = ragged_pages(options, attend.layout, kv_pages)
-    answer_if_asked(attend, wide, pages, batch)
-    out, pages = attend.update(wide, k, v, pages, batch, sinks)
+    if isinstance(attend, ShardedAttend) and is_once and repeats > 1:
+        pages = attend.adopt(ragged_pages(options, layout, kv_pages))
+        answer_if_asked(attend, wide, pages, batch)
+        out, pages = attend.update(wide, k, v, pages, batch, sinks)
+        pages = attend.with_each_head_once(pages)
+    else:
+        pages = ragged_pages(options, attend.layout, kv_pages)
+        answer_if_asked(attend, wide, pages, batch)
+        out, pages = attend.update(wide, k, v, pages, batch, sinks)
     return _as_queries(options, layout, out, queries), pages.arrays[0].reshape(kv_pages.shape)
 
 
-def _new_rows(options: Options, name: str, array: Array, kv_pages: Array) -> Array:
+def _new_rows(options: Options, name: str, array: Any, kv_pages: Any) -> Array:
     """New keys or values as floats. Rows in the dtype of quantised pages are multiplied by their scale."""
     if array.dtype == kv_pages.dtype and array.dtype not in FLOAT_DTYPES and options.more is not None:
         scale = options.more.k_scale if name == "keys" else options.more.v_scale
@@ -98,12 +108,12 @@ def _new_rows(options: Options, name: str, array: Array, kv_pages: Array) -> Arr
 
 def _over_pages(
     options: Options,
-    query: Array,
-    q: Array,
-    kv_pages: Array,
+    query: Any,
+    q: Any,
+    kv_pages: Any,
     layout: PageLayout,
     batch: RaggedBatch,
-    softmax_aux: Array | None,
+    softmax_aux: Any,
 ) -> Array:
     """Attention over the pages as they are, in the shape and dtype that the caller wants."""
     sinks = arrays.sinks_of(softmax_aux, q.shape[1], layout.num_kv_heads)
@@ -114,7 +124,7 @@ def _over_pages(
     return _as_queries(options, layout, attend(wide, pages, batch, sinks), query)
 
 
-def _as_queries(options: Options, layout: PageLayout, out: Array, query: Array) -> Array:
+def _as_queries(options: Options, layout: PageLayout, out: Array, query: Any) -> Array:
     """The output in the shape of the caller's queries, and in the dtype that the caller wants."""
     out = out if out.shape[-1] == query.shape[-1] else out[..., : query.shape[-1]]
     v_scale, dtype = options.scales(layout)[1], options.out_dtype(query)
@@ -124,7 +134,7 @@ def _as_queries(options: Options, layout: PageLayout, out: Array, query: Array) 
 
 
 def _prepare(
-    options: Options, q: Array, kv_pages: Array, layout: PageLayout, batch: RaggedBatch, sinks: Sinks | None
+    options: Options, q: Any, kv_pages: Any, layout: PageLayout, batch: RaggedBatch, sinks: Sinks | None
 ) -> tuple[AnyAttend, Array]:
     """The attention, and the queries padded to the head dimension of the pages."""
     spec = options.spec(q.shape[1], q.shape[2], layout, sinks is not None)
@@ -135,7 +145,7 @@ def _prepare(
     return lowered(*how) if options.devices is None else lowered_on(options.devices, *how), wide
 
 
-def _require_sequences(context_lens: Array, query_start_loc: Array) -> int:
+def _require_sequences(context_lens: Any, query_start_loc: Any) -> int:
     """The number of sequence slots."""
     arrays.require_shape("context_lens", context_lens, ("seqs",), "[seqs]")
     arrays.require_integers("context_lens", context_lens)

@@ -159,7 +159,7 @@ def prefill_page_attention(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(
-    options: Options, query: Array, key_cache: Any, value_cache: Any, context_lens: Array, block_tables: Array
+    options: Options, query: Any, key_cache: Any, value_cache: Any, context_lens: Any, block_tables: Any
 ) -> Array:
     q = arrays.rows_of("query", query, seq=1)
     arrays.require_shape("context_lens", context_lens, (q.shape[0],), "[seqs], one per row of query,")
@@ -180,7 +180,7 @@ def _decode(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(
-    options: Options, query: Array, key_cache: Any, value_cache: Any, context_len: Array, page_indices: Array
+    options: Options, query: Any, key_cache: Any, value_cache: Any, context_len: Any, page_indices: Any
 ) -> Array:
     if query.ndim == 4:
         arrays.require_shape("query", query, (1, "chunk", "heads", "head_dim"), "[1, chunk, heads, head_dim]")
@@ -201,12 +201,12 @@ def _prefill(
 
 def _attend_by_heads(
     options: Options,
-    query: Array,
-    q: Array,
+    query: Any,
+    q: Any,
     caches: tuple[Any, Any],
     layout: PageLayout,
-    lengths: Array,
-    tables: Array,
+    lengths: Any,
+    tables: Any,
     rows: int,
 ) -> Array:
     """Attention over caches in ``"pages_first"`` order, in place: each KV head of a sequence is a sequence of its own.
@@ -232,7 +232,7 @@ def _attend_by_heads(
     return _as_query(out.reshape(slots * rows, heads * group, out.shape[-1]), query)
 
 
-def _attend(options: Options, q: Array, pages: Pages, batch: RaggedBatch) -> Array:
+def _attend(options: Options, q: Any, pages: Pages, batch: RaggedBatch) -> Array:
     spec = options.spec(q.shape[1], q.shape[2], pages.layout)
     how = (options.target, options.interpret, options.hints, spec, pages.layout, Call.of(q, pages, batch))
     if options.devices is None:
@@ -245,6 +245,6 @@ def _attend(options: Options, q: Array, pages: Pages, batch: RaggedBatch) -> Arr
     return attend(q, pages, batch)
 
 
-def _as_query(out: Array, query: Array) -> Array:
+def _as_query(out: Array, query: Any) -> Array:
     """The output in the shape of the caller's query."""
     return out if query.ndim == 3 else out.reshape(*query.shape[:-1], out.shape[-1])

@@ -15,8 +15,8 @@ from .number import flag, integer, number, positive
 
 # The default of the original entry points: 0.7 times the least float32.
 MASK_VALUE = -2.381976426469702e38
-# A mask value above this could give a hidden key some weight, where all scores are low.
-_LEAST_HARMLESS = -1e9
+# The least float16. A mask value above it could give a hidden key some weight, where all scores are low.
+_LEAST_HARMLESS = float(jnp.finfo(jnp.float16).min)
 _NO_HINTS = Hints()
 
 
@@ -176,7 +176,7 @@ def require_exact_mask(value: Any) -> None:
     if not got <= _LEAST_HARMLESS:
         raise ValueError(
             f"mask_value={got} could give hidden keys a weight. Masks are exact here, hidden keys weigh 0 and no value "
-            f"is needed: leave it out. Values up to {_LEAST_HARMLESS:g} are accepted, and change nothing."
+            f"is needed: leave it out. Values up to {_LEAST_HARMLESS:.0f} are accepted, and change nothing."
         )
 
 

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.paged_attention.quantization_utils import QuantizedTensor
 
 from paged.compat import page_attention, prefill_page_attention, ragged_page_attention_v2, ragged_page_attention_v3
 
 Q, KV = jnp.ones((3, 4, 8)), jnp.ones((3, 2, 8))
 SPLIT, INTER = jnp.ones((2, 6, 4, 8)), jnp.ones((6, 4, 4, 8))
+QUANTISED = QuantizedTensor(SPLIT.astype(jnp.int8), jnp.ones((2, 6, 4, 1)))
 LENGTHS, TABLES, STARTS = np.array([5, 1, 0]), np.array([[3, 1], [0, -1], [-1, -1]]), np.array([0, 1, 2, 3])
 
 
@@ -79,6 +81,14 @@ SHAPES = {
     "cap 2": (lambda: v3(logits_soft_cap=-1), "logits_soft_cap must be positive"),
     "window 1": (lambda: page(sliding_window=0), "sliding_window must be at least 1; got 0"),
     "window 2": (lambda: v3(sliding_window=-1), "sliding_window must be at least 1; got -1"),
+    "window pair": (lambda: v2(sliding_window=(4, -1)), "sliding_window must be at least 0; got -1"),
+    "window three": (lambda: v2(sliding_window=(4, 0, 0)), r"a pair .left, right. of tokens beside it; got .4, 0, 0."),
+    "window, no mask": (lambda: v3(sliding_window=(4, 0), use_causal_mask=False), "or under a causal mask a pair"),
+    "scale of keys": (lambda: v3(k_scale=0.0), "k_scale must be positive and finite; got 0.0"),
+    "scale of queries": (lambda: v3(q_scale=-1.0), "q_scale must be positive and finite; got -1.0"),
+    "block sizes": (lambda: v3(m_block_sizes=(64, 0, 1, 1)), "m_block_sizes must be at least 1; got 0"),
+    "scales": (lambda: page(key_cache=QUANTISED._replace(scales=jnp.ones((2, 6, 4))), value_cache=QUANTISED),
+               r"key_cache.scales must be one scale for each row of its weight = \[2, 6, 4, 1\]; got \(2, 6, 4\)"),
     "mask 1": (lambda: page(mask_value=-1e4), "mask_value=-10000.0 could give hidden keys a weight.*leave it out"),
     "mask 2": (lambda: prefill(mask_value=0.0), "mask_value=0.0 could"),
     "mask 3": (lambda: v2(mask_value=np.nan), "mask_value=nan could"),
@@ -98,9 +108,14 @@ TYPES = {
     "none": (lambda: v2(kv_pages=None), "kv_pages must be an array; got NoneType"),
     "query dtype": (lambda: page(query=Q.astype(int)), "query must be float16, bfloat16 or float32; got int32"),
     "keys dtype": (lambda: v3(keys=KV.astype(int)), "keys must be float16, bfloat16 or float32; got int32"),
-    "quantised": (lambda: page(key_cache=SPLIT.astype(jnp.int8)), "key_cache must be .*got int8. Quantised pages have "
-                  "scales, which this signature does not take: adopt them by paged.PageLayout"),
-    "quantised v3": (lambda: v3(kv_pages=INTER.astype(jnp.float8_e4m3fn)), "kv_pages must be .*float8_e4m3fn. Quan"),
+    "quantised": (lambda: page(key_cache=SPLIT.astype(jnp.int8)), "key_cache must be .*got int8. Quantised pages need "
+                  "their scales: pass an object with weight, int8, and scales, as JAX's QuantizedTensor"),
+    "quantised v3": (lambda: v3(kv_pages=INTER.astype(jnp.float8_e4m3fn)), "kv_pages must be .*float8_e4m3fn. int8 and "
+                     "float8 pages need k_scale and v_scale"),
+    "one scale": (lambda: v2(kv_pages=INTER.astype(jnp.int8), k_scale=1.0), "int8 and float8 pages need k_scale and v"),
+    "one quantised": (lambda: page(key_cache=QUANTISED), "must both be quantised, or neither"),
+    "quantised floats": (lambda: page(key_cache=QUANTISED._replace(weight=SPLIT), value_cache=QUANTISED),
+                         "key_cache.weight must be int8; got float32"),
     "mixed caches": (lambda: page(value_cache=SPLIT.astype(jnp.bfloat16)), "value_cache must be of key_cache's dtype"),
     "lengths": (lambda: page(context_lens=jnp.ones(3)), "context_lens must be int32; got float32"),
     "tables": (lambda: v2(block_tables=jnp.ones((3, 2))), "block_tables must be int32; got float32"),
@@ -108,7 +123,12 @@ TYPES = {
     "num_seqs": (lambda: v2(num_seqs=jnp.ones(())), "num_seqs must be int32; got float32"),
     "distribution": (lambda: v3(distribution=jnp.ones(3)), "distribution must be int32; got float32"),
     "sinks": (lambda: v2(softmax_aux=jnp.zeros(4, int)), "softmax_aux must be float32; got int32"),
-    "window pair": (lambda: v2(sliding_window=(4, 0)), r"sliding_window must be a Python int.*\(4, 0\).*left \+ 1"),
+    "window floats": (lambda: v2(sliding_window=(4.0, 0)), "sliding_window must be a Python int; got 4.0"),
+    "scale of keys": (lambda: v2(k_scale="1"), "k_scale must be a number; got '1'"),
+    "out_dtype": (lambda: v3(out_dtype="int8"), "out_dtype must be float16, bfloat16 or float32; got 'int8'"),
+    "no causal": (lambda: v3(use_causal_mask=None), "use_causal_mask must be True or False; got None"),
+    "no write": (lambda: v3(update_kv_cache=1), "update_kv_cache must be True or False; got 1"),
+    "block sizes": (lambda: v3(m_block_sizes=64), "m_block_sizes must be four sizes of blocks.*got 64"),
     "window float": (lambda: page(sliding_window=4.0), "sliding_window must be a Python int; got 4.0"),
     "compute_dtype": (lambda: v2(compute_dtype="int8"), "compute_dtype must be float16.*got 'int8'"),
     "compute nothing": (lambda: v2(compute_dtype="fast"), "compute_dtype must be .*got 'fast'"),

@@ -13,6 +13,7 @@ from tests.compat.entries import CLOSE, ENTRIES, RICH, arrays_of, build, built_f
 from .placing import mesh_of, needs_devices
 
 pytestmark = needs_devices
+slow = pytest.mark.slow
 HEADS, CACHE = P(None, "model"), P(None, None, "model")
 # For two KV heads: the number of devices, and how the call says where its arrays lie.
 WAYS = {
@@ -33,6 +34,50 @@ def test_entry_points_on_a_mesh_compute_the_same(name):
     out = got[0] if name == "v3" else got
     assert out.sharding.is_equivalent_to(jax.NamedSharding(mesh, P(None, "model")), 3)
     np.testing.assert_allclose(out, by_loops(name, build(case)), rtol=0, atol=CLOSE)
+
+
+# How EasyDeL's layers say where arrays lie: a spec for sinks in every call, and axes of one device everywhere.
+EASYDEL = {
+    "v2": ((P(("dp", "sp"), "model"), P(None, None, "model"), *[P()] * 4, P(None)), P(None, "model")),
+    "v3": ((P("dp", "model"),) * 3 + (P("dp", None, "model"), P(None), *[P()] * 3, None), (HEADS, CACHE)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sinks"),
+    [("v2", True), ("v3", False), *[pytest.param(*x, marks=slow) for x in (("v2", False), ("v3", True))]],
+)
+def test_specs_as_easydel_gives_them(name, sinks):
+    mesh = jax.make_mesh((1, 2, 1), ("dp", "model", "sp"), devices=jax.devices()[:2])
+    case = ENTRIES[name].case(RICH.replace(sinks=sinks), corner="few live")
+    in_specs, out_specs = EASYDEL[name]
+    how = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs, "target": "xla"} | ENTRIES[name].arguments(RICH)
+    args = arrays_of(name, built_for(name, case))
+    args[3] = jax.device_put(args[3], jax.NamedSharding(mesh, CACHE)) if name == "v3" else args[3]
+    got = ENTRIES[name].call(*args, **how)
+    out = got[0] if name == "v3" else got
+    np.testing.assert_allclose(out, by_loops(name, build(case)), rtol=0, atol=CLOSE)
+
+
+def test_a_mesh_alone_divides_nothing():
+    cache = jnp.ones((2, 8, 4, 8))
+    args = jnp.ones((2, 4, 8)), cache, cache, [5, 1], [[0, 1], [2, 3]]
+    np.testing.assert_array_equal(page_attention(*args, mesh=mesh_of({"kv_heads": 2})[0]), page_attention(*args))
+
+
+def test_one_kv_head_is_in_the_cache_once_and_each_device_writes_its_copy():
+    mesh, _ = mesh_of({"kv_heads": 4})
+    case = ENTRIES["v3"].case(RICH.replace(num_kv_heads=1), corner="mixed")
+    want = ragged_page_attention_v3(
+        *arrays_of("v3", built_for("v3", case)), target="xla", **ENTRIES["v3"].arguments(RICH)
+    )
+    args = arrays_of("v3", built_for("v3", case))
+    args[3] = jax.device_put(args[3], jax.NamedSharding(mesh, P()))
+    where = {"mesh": mesh, "in_specs": (HEADS, *[P()] * 7), "out_specs": (HEADS, P())}
+    out, cache = ragged_page_attention_v3(*args, target="xla", **where, **ENTRIES["v3"].arguments(RICH))
+    np.testing.assert_allclose(out, want[0], rtol=0, atol=CLOSE)
+    np.testing.assert_array_equal(cache, want[1])
+    assert cache.sharding.is_fully_replicated
 
 
 def test_v3_writes_each_head_as_often_as_devices_need_it():

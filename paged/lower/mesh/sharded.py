@@ -106,9 +106,42 @@ class ShardedAttend:
 
         - `pages`: a pool with each KV head once.
 
-        **Returns:** the same pool, or a copy with KV heads repeated where `layout` has them so.
+        **Returns:** the same pool, or a copy with KV heads repeated where `layout` has them so. One KV head that all
+        devices need is not copied where the pool is whole on every device already.
         """
+        if self._has_one_head_on_all:
+            return self._as_it_lies(pages, self._whole_pages, self.specs.pages, self.layout)
         return repeated(pages, self.layout)
+
+    def with_each_head_once(self, pages: Pages) -> Pages:
+        """A pool of the spec's one KV head, whole on every device, from a pool of this attention's, without a copy.
+
+        **Arguments:**
+
+        - `pages`: a pool from `adopt` or `update`, whose copies of the KV head are equal.
+
+        Raises ``ValueError`` where devices have different KV heads.
+        """
+        if not self._has_one_head_on_all:
+            raise ValueError(f"The {self.spec.num_kv_heads} KV heads are not all on every device.")
+        layout = self.layout.replace(num_kv_heads=self.spec.num_kv_heads)
+        return self._as_it_lies(pages, self.specs.pages, self._whole_pages, layout)
+
+    @property
+    def _has_one_head_on_all(self) -> bool:
+        """Whether every device has the pages of one and the same KV head."""
+        return self._repeats > 1 and self._repeats == self.shares.kv_heads
+
+    @property
+    def _whole_pages(self) -> Pages:
+        """The specs of pages whose heads are not divided."""
+        return ArraySpecs.of(dataclasses.replace(self.axes, kv_heads=None), self.layout).pages
+
+    def _as_it_lies(self, pages: Pages, now: Pages, then: Pages, layout: PageLayout) -> Pages:
+        """The same bytes on each device, read as arrays that lie by other specs."""
+        parts = [(p.arrays, p.k_scale, p.v_scale) for p in (pages, now, then)]
+        arrays, k_scale, v_scale = on_devices(lambda *own: own, self.mesh, parts[1], parts[2])(*parts[0])
+        return Pages(arrays, k_scale, v_scale, layout)
 
     def deal(self, ids: Int[Array | np.ndarray, "..."], num_pages: int) -> Int[Array, "..."]:
         """Rename page ids so that consecutive ids lie on the devices of a context in turn.
