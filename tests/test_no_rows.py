@@ -104,9 +104,10 @@ def test_entry_points_give_no_rows(target):
     how = {"target": target, **({"interpret": True} if target == "tpu" else {})}
     q, kv = jnp.ones((0, 4, 128)), jnp.ones((0, 2, 128))
     (split_k, split_v), pairs = _pages(order="split").arrays, _pages(order="interleaved").arrays[0]
-    assert page_attention(q, split_k, split_v, [], TABLE, **how).shape == q.shape
-    assert page_attention(q[:, None], split_k, split_v, [], TABLE, num_splits=1, **how).shape == (0, 1, 4, 128)
-    assert prefill_page_attention(q, split_k, split_v, [5], [0, 1], **how).shape == q.shape
+    split = {**how, "cache_order": "heads_first"}  # as many pages as query heads
+    assert page_attention(q, split_k, split_v, [], TABLE, **split).shape == q.shape
+    assert page_attention(q[:, None], split_k, split_v, [], TABLE, num_splits=1, **split).shape == (0, 1, 4, 128)
+    assert prefill_page_attention(q, split_k, split_v, [5], [0, 1], **split).shape == q.shape
     blocks = {"num_kv_pages_per_block": 16, "num_queries_per_block": 16}
     for lengths, table, starts, live in (([], TABLE, [0], 0), ([5, 0], [[0, 1], [2, 3]], [0, 0, 0], 2)):
         assert ragged_page_attention_v2(q, pairs, lengths, table, starts, live, SINKS, **how).shape == q.shape

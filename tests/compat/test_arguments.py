@@ -1,5 +1,7 @@
 """What the rarer arguments of the ragged entry points mean, and what `explain` says of a call."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,7 @@ def test_scales_of_float_pages_multiply_scores_and_outputs(args):
         "xla", False, ("softmax_scale", None), ("logits_soft_cap", None), None, more=More.of(k_scale=2.0)
     )
     layout = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
-    assert plain.spec(4, 8, layout).softmax_scale == 2.0 * 8**-0.5
+    assert plain.spec(4, 8, layout).softmax_scale == 2.0 / math.sqrt(8)
 
 
 def test_the_output_has_the_dtype_that_is_asked_for_with_its_accuracy(args):
