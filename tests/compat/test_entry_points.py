@@ -40,7 +40,7 @@ every_entry = pytest.mark.parametrize("name", ENTRIES)
 slow = pytest.mark.slow
 # Most of the fast tests share one shape and one set of static arguments, because compiling takes most of their time.
 SPECS = {"rich": RICH, "plain": SPEC}
-JITTED = {"page": split._decode, "prefill": split._prefill, "v2": ragged._attend, "v3": ragged._update}
+JITTED = {"page": split._decode, "prefill": split._prefill, "v2": ragged.attend, "v3": ragged.update}
 
 
 def _case(name, terms="rich", **facts):
@@ -234,18 +234,20 @@ def test_gradients_flow_to_sinks_and_new_tokens_too():
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0.01 for g in gradients)
 
 
-OF_ALL = " target=auto interpret=False mesh=None axes=None in_specs=None out_specs=None"
+OF_ALL = " cache_order=None target=auto interpret=False mesh=None axes=None in_specs=None out_specs=None"
 SIGNATURES = {
     page_attention: "query key_cache value_cache context_lens block_tables attn_scale=None max_context_len=None "
     "num_splits=0 * mask_value attn_logits_soft_cap=None pages_per_compute_block=None megacore_mode=None "
     "inline_seq_dim=True sliding_window=None",
-    prefill_page_attention: "query key_cache value_cache context_len page_indices / * softmax_scale=None mask_value "
+    prefill_page_attention: "query key_cache value_cache context_len page_indices * softmax_scale=None mask_value "
     "attn_logits_soft_cap=None sliding_window=None",
     ragged_page_attention_v2: "query kv_pages context_lens block_tables query_start_loc num_seqs softmax_aux=None * "
     "softmax_scale=None logits_soft_cap=None compute_dtype optimized=False sliding_window=None mask_value=None "
-    "num_kv_pages_per_block=None num_queries_per_block=None vmem_limit_bytes=None",
+    "num_kv_pages_per_block=None num_queries_per_block=None vmem_limit_bytes=None k_scale=None v_scale=None",
     ragged_page_attention_v3: "queries keys values kv_pages context_lens block_tables query_start_loc distribution "
-    "softmax_aux=None * softmax_scale=None logits_soft_cap=None sliding_window=None vmem_limit_bytes=None",
+    "softmax_aux=None * softmax_scale=None logits_soft_cap=None sliding_window=None vmem_limit_bytes=None "
+    "mask_value=None use_causal_mask=True update_kv_cache=True out_dtype=None q_scale=None k_scale=None v_scale=None "
+    "num_kv_pages_per_block=None num_queries_per_block=None m_block_sizes=None",
 }
 
 

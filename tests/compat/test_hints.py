@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import paged
-from paged.compat import page_attention, ragged, ragged_page_attention_v2
+from paged.compat import page_attention, ragged_page_attention_v2, ragged_steps
 from paged.compat.hints import Hints, lowered
 from paged.lower import Call
 from paged.lower.tpu import CHIPS
@@ -189,7 +189,7 @@ def test_the_public_arguments_of_ragged_batches_reach_the_kernel():
 def test_compute_dtype_widens_to_float32_and_narrows_nothing(compute_dtype, window, monkeypatch):
     """Each call has another window, because calls with equal arguments are traced once."""
     calls = []
-    monkeypatch.setattr(ragged, "lowered", lambda *args: calls.append(args[-1]) or lowered(*args))
+    monkeypatch.setattr(ragged_steps, "lowered", lambda *args: calls.append(args[-1]) or lowered(*args))
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in V2]
     said = {"target": "tpu", "compute_dtype": compute_dtype, "sliding_window": window}
     jax.eval_shape(functools.partial(ragged_page_attention_v2, **said), *arrays)
