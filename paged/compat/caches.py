@@ -63,7 +63,8 @@ def split_layout(options: Options, q: Any, key_cache: Any, value_cache: Any) -> 
 
 def _is_pages_first(declared: str | None, heads: int, shape: tuple[int, ...]) -> bool:
     # A symbolic number, of an export, divides nothing for certain.
-    fits = dict(zip(SPLIT_ORDERS[1:], (isinstance(n, int) and heads % n == 0 for n in shape[:2]), strict=True))
+    by_heads, by_pages = (isinstance(n, int) and heads % n == 0 for n in shape[:2])
+    fits = {"heads_first": by_heads, "pages_first": by_pages}
     if declared is not None and not fits[declared]:
         kv_heads, order = (shape[0], HEADS_FIRST) if declared == "heads_first" else (shape[1], _PAGES_FIRST)
         raise ValueError(

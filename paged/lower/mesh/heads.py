@@ -5,11 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from paged.spec import AttentionSpec, PageLayout, Pages, ScoreOp, SoftCap
 
-from .axes import Names
+from ..jax_version import on_devices
+from .axes import Axes, Names
+from .specs import ArraySpecs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,29 @@ def repeated(pages: Pages, layout: PageLayout) -> Pages:
         return jnp.repeat(x, repeats, axes.index("head")) if x is not None and "head" in axes else x
 
     return Pages(tuple(map(of_array, pages.arrays)), of_scale(pages.k_scale), of_scale(pages.v_scale), layout)
+
+
+def with_own_head(pages: Pages, mesh: Mesh, axes: Axes, layout: PageLayout) -> Pages:
+    """A pool of one KV head, whole on every device, as a pool in which each device has a copy of its own: no copy."""
+    return _relaid(pages, mesh, _whole(axes, layout), ArraySpecs.of(axes, layout).pages, layout)
+
+
+def with_one_head(pages: Pages, mesh: Mesh, axes: Axes) -> Pages:
+    """The reverse of `with_own_head`, for copies that are equal."""
+    layout = pages.layout
+    return _relaid(pages, mesh, ArraySpecs.of(axes, layout).pages, _whole(axes, layout), layout.replace(num_kv_heads=1))
+
+
+def _whole(axes: Axes, layout: PageLayout) -> Pages:
+    """The specs of pages whose heads are not divided."""
+    return ArraySpecs.of(dataclasses.replace(axes, kv_heads=None), layout).pages
+
+
+def _relaid(pages: Pages, mesh: Mesh, now: Pages, then: Pages, layout: PageLayout) -> Pages:
+    """The same bytes on each device, read as arrays that lie by other specs."""
+    parts = [(p.arrays, p.k_scale, p.v_scale) for p in (pages, now, then)]
+    arrays, k_scale, v_scale = on_devices(lambda *own: own, mesh, parts[1], parts[2])(*parts[0])
+    return Pages(arrays, k_scale, v_scale, layout)
 
 
 def select_own_heads(x: Array, kv_heads: int, repeats: int, axes: Names) -> Array:

@@ -32,7 +32,7 @@ from ..require import require_layout, require_new_tokens, require_pages, require
 from ..tpu import Chip
 from .axes import Axes, Shares
 from .context import merge_over, spread, with_own_pages
-from .heads import repeated, repeats_of, select_own_heads, share_of
+from .heads import repeated, repeats_of, select_own_heads, share_of, with_one_head, with_own_head
 from .specs import ArraySpecs, axes_of, require_agreement, require_names
 
 
@@ -110,7 +110,7 @@ class ShardedAttend:
         devices need is not copied where the pool is whole on every device already.
         """
         if self._has_one_head_on_all:
-            return self._as_it_lies(pages, self._whole_pages, self.specs.pages, self.layout)
+            return with_own_head(pages, self.mesh, self.axes, self.layout)
         return repeated(pages, self.layout)
 
     def with_each_head_once(self, pages: Pages) -> Pages:
@@ -124,24 +124,12 @@ class ShardedAttend:
         """
         if not self._has_one_head_on_all:
             raise ValueError(f"The {self.spec.num_kv_heads} KV heads are not all on every device.")
-        layout = self.layout.replace(num_kv_heads=self.spec.num_kv_heads)
-        return self._as_it_lies(pages, self.specs.pages, self._whole_pages, layout)
+        return with_one_head(pages, self.mesh, self.axes)
 
     @property
     def _has_one_head_on_all(self) -> bool:
         """Whether every device has the pages of one and the same KV head."""
         return self._repeats > 1 and self._repeats == self.shares.kv_heads
-
-    @property
-    def _whole_pages(self) -> Pages:
-        """The specs of pages whose heads are not divided."""
-        return ArraySpecs.of(dataclasses.replace(self.axes, kv_heads=None), self.layout).pages
-
-    def _as_it_lies(self, pages: Pages, now: Pages, then: Pages, layout: PageLayout) -> Pages:
-        """The same bytes on each device, read as arrays that lie by other specs."""
-        parts = [(p.arrays, p.k_scale, p.v_scale) for p in (pages, now, then)]
-        arrays, k_scale, v_scale = on_devices(lambda *own: own, self.mesh, parts[1], parts[2])(*parts[0])
-        return Pages(arrays, k_scale, v_scale, layout)
 
     def deal(self, ids: Int[Array | np.ndarray, "..."], num_pages: int) -> Int[Array, "..."]:
         """Rename page ids so that consecutive ids lie on the devices of a context in turn.
