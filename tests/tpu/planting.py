@@ -81,9 +81,13 @@ def all_full(original):
     return of
 
 
-def all_clean(original):
-    """A method of `Stream` that finds every stage clean."""
-    return lambda self, *args: original(dataclasses.replace(self, is_clean=Shifted(self.is_clean, 1)), *args)
+def none_filled(original):
+    """A method of `Stream` that finds no entry of a stage filled."""
+
+    def with_none(self, *args):
+        return original(dataclasses.replace(self, filled=Shifted(self.filled, -self.pages_per_block)), *args)
+
+    return with_none
 
 
 def method(cls, name, mutant):

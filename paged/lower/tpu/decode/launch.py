@@ -89,7 +89,7 @@ class DecodeLaunch:
         # and the output really are the same memory, as they are on a chip.
         pools = outputs.pools or inputs.pools
         transfers = Transfers(layout, pools, scratch.pages, scratch.pages_arrived)
-        stream = Stream(work, transfers, scratch.cursor, scratch.is_clean)
+        stream = Stream(work, transfers, scratch.cursor, scratch.filled)
         refs = Refs(work, inputs, outputs, scratch, stream)
         core = pl.program_id(0)
         first, end = work.bounds[core], work.bounds[core + 1]
@@ -140,7 +140,7 @@ class DecodeLaunch:
             lse=lse,
             out_left=dma((ROWS_IN_FLIGHT,)),
             cursor=pltpu.SMEM((2,), jnp.int32),
-            is_clean=pltpu.SMEM((stages,), jnp.int32),
+            filled=pltpu.SMEM((stages,), jnp.int32),
             next_stage=pltpu.SMEM((1,), jnp.int32),
             staging=Write(self.views.layout, self.views.query_rows).scratch() if is_update else None,
         )

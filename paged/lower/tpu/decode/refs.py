@@ -52,7 +52,7 @@ class Scratch(NamedTuple):
 
     * ``pages``: for each array of pages [stages, pages_per_block, *page].
     * ``pages_arrived``: a semaphore for each stage.
-    * ``cursor`` i32[2], ``is_clean`` i32[stages]: in scalar memory.
+    * ``cursor`` i32[2], ``filled`` i32[stages]: in scalar memory.
 
     A ring for queries and results on their way. Item ``i`` is in stage ``i % ROWS_IN_FLIGHT``, and each stage has a
     semaphore for queries, ``q_arrived``, and one for results, ``out_left``:
@@ -75,7 +75,7 @@ class Scratch(NamedTuple):
     lse: Ref
     out_left: Ref
     cursor: Ref
-    is_clean: Ref
+    filled: Ref
     next_stage: Ref
     staging: Staging | None
 

@@ -35,13 +35,13 @@ class Stream:
     fetched, into the stage `before` the block's own, and then waits for the block itself.
 
     * ``cursor`` i32[2]: the item and the number of the block to fetch next.
-    * ``is_clean`` i32[stages]: 1 where values of every entry of a stage are finite, see `zero_dead_values`.
+    * ``filled`` i32[stages]: the entries of a stage whose values may not be 0, see `zero_dead_values`.
     """
 
     work: WorkList
     transfers: Transfers
     cursor: Ref
-    is_clean: Ref
+    filled: Ref
 
     @property
     def stages(self) -> int:
@@ -69,7 +69,8 @@ class Stream:
         self.cursor[0] = self.work.busy[first]
         self.cursor[1] = 0
         for stage in range(self.stages):
-            self.is_clean[stage] = 0
+            # Memory that nothing was written to may hold NaN.
+            self.filled[stage] = self.pages_per_block
         for stage in range(self.stages - 1):
             self.fetch_next(end, stage)
 
@@ -155,16 +156,20 @@ class Stream:
     def wait_whole(self, stage: Any) -> None:
         """Wait until a whole block has arrived in a stage."""
         self.transfers.wait(stage, self.pages_per_block)
+        self.filled[stage] = self.pages_per_block
 
     def wait(self, item: Any, i: Any, stage: Any) -> None:
         """Wait until an item's block ``i``, of any number of pages, has arrived in its stage."""
-        self.transfers.wait_for(stage, self.pages_of(item, i))
+        pages = self.pages_of(item, i)
+        self.transfers.wait_for(stage, pages)
+        self.filled[stage] = jnp.maximum(self.filled[stage], pages)
 
     def zero_dead_values(self, item: Any, i: Any, stage: Any) -> None:
         """Set to 0 the values that belong to no live token in an item's block ``i``, which must have arrived.
 
         A masked key has weight 0, but 0 times NaN is NaN. Two kinds of values may be NaN: those past the length in the
-        last page of a sequence, and those of entries of the stage into which no page has ever been copied.
+        last page of a sequence, and those of entries without a page of this block. Such an entry is memory that nothing
+        was written to, or it keeps a page of an earlier block, perhaps of another sequence.
         """
         size, block, pages = self.transfers.layout.page_size, self.pages_per_block, self.pages_of(item, i)
         last = self.work.begin[item] + i * block + pages - 1
@@ -175,11 +180,9 @@ class Stream:
         def _():
             self.transfers.zero_dead_values(stage, pages - 1, live)
 
-        # Once for each stage: from then on, what an entry keeps from an earlier block is finite.
-        @pl.when((pages < block) & (self.is_clean[stage] == 0))
-        def _():
-            jax.lax.fori_loop(pages, block, lambda entry, _: self.transfers.zero_dead_values(stage, entry, 0), None)
-            self.is_clean[stage] = 1
+        # Only entries that were filled since they were last set to 0: blocks of as many pages each leave none.
+        jax.lax.fori_loop(pages, self.filled[stage], lambda entry, _: self.transfers.zero_values(stage, entry), None)
+        self.filled[stage] = pages
 
 
 def _for_each(count: Any, act: Callable[[Any], None]) -> None:

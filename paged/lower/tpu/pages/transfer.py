@@ -104,6 +104,13 @@ class Transfers(NamedTuple):
         token = jax.lax.broadcasted_iota(jnp.int32, values.shape, token_axis)
         ref[...] = jnp.where(token < live, values, 0.0).astype(ref.dtype)
 
+    def zero_values(self, stage: Any, entry: Any) -> None:
+        """Set the values of an entry into which no page is on its way to 0."""
+        if jnp.issubdtype(self.layout.dtype, jnp.integer):
+            return  # No integer is NaN.
+        ref, _ = self._values(stage, entry)
+        ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
     def _values(self, stage: Any, entry: Any) -> tuple[Ref, int]:
         """The part of a page that holds its values, and the token axis of that part. In joined and interleaved order
         the part holds the keys as well."""

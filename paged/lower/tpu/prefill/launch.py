@@ -95,7 +95,7 @@ class PrefillLaunch:
 
         def run(work: WorkList, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
             transfers = Transfers(self.layout, inputs.pools, scratch.page_buffers, scratch.pages_arrived)
-            refs = Refs(Stream(work, transfers, scratch.cursor, scratch.is_clean), inputs, outputs, scratch)
+            refs = Refs(Stream(work, transfers, scratch.cursor, scratch.filled), inputs, outputs, scratch)
             core = pl.program_id(0)
             kernel.run_items(refs, work.bounds[core], work.bounds[core + 1])
 
@@ -190,7 +190,7 @@ class PrefillLaunch:
             ),
             pages_arrived=dma((self.schedule.buffers,)),
             cursor=smem((2,)),
-            is_clean=smem((self.schedule.buffers,)),
+            filled=smem((self.schedule.buffers,)),
             q_buffer=vmem(2, self.schedule.rows_per_tile * strides.q, LANES),
             q_arrived=dma((2,)),
             out_buffer=vmem(self.schedule.rows_per_tile * strides.out, LANES),

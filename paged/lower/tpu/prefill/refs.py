@@ -46,7 +46,7 @@ class Scratch(NamedTuple):
 
     * ``page_buffers``: [stages, pages_per_block, ...] for every pool.
     * ``pages_arrived``: a DMA semaphore for every stage.
-    * ``cursor`` i32[2], ``is_clean`` i32[stages]: in scalar memory.
+    * ``cursor`` i32[2], ``filled`` i32[stages]: in scalar memory.
 
     Queries and results on their way:
 
@@ -76,7 +76,7 @@ class Scratch(NamedTuple):
     page_buffers: tuple[Any, ...]
     pages_arrived: Any
     cursor: Any
-    is_clean: Any
+    filled: Any
     q_buffer: Any
     q_arrived: Any
     out_buffer: Any

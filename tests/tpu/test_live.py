@@ -1,0 +1,38 @@
+"""NaN or infinity in live keys and values reaches no other sequence: on both kernels, in every page order."""
+
+import numpy as np
+import pytest
+
+from paged.lower import DecodeSchedule, RaggedSchedule
+from paged.spec import PAGE_ORDERS
+from tests.support import Case, build
+from tests.support.cases import Corner
+from tests.support.live import assert_reaches_no_other_sequence
+from tests.support.specs import PLAIN
+
+from .interpreter import interpreted, watched
+
+# The first, the third and the last sequence have one stage of the ring after the other: a short block, a whole one, and
+# a short one again, beside which the stage keeps a page of the whole one.
+CORNER = Corner(lengths=((3, 0), (2, 1), (4, 0), (4, -1), (3, 0)), rows=(2, 4, 2, 3, 2))
+SINGLE = DecodeSchedule(pages_per_block=4, buffers=2)
+KERNELS = {
+    "decode": ({"page_size": 8, "phase": "decode"}, SINGLE),
+    "ragged": ({"page_size": 64}, RaggedSchedule(pages_per_block=4, rows_per_tile=16, buffers=2, single_rows=SINGLE)),
+}
+FAST = (("decode", "packed"), ("ragged", "joined"))
+ROWS = [
+    pytest.param(kernel, order, marks=[pytest.mark.slow] * ((kernel, order) not in FAST))
+    for kernel in KERNELS
+    for order in PAGE_ORDERS
+]
+
+
+@pytest.mark.parametrize(("kernel", "order"), ROWS)
+def test_what_is_bad_reaches_no_other_sequence(kernel, order):
+    facts, schedule = KERNELS[kernel]
+    case = Case(spec=PLAIN, order=order, corner=CORNER, **facts)
+    built, attend = build(case), interpreted(case, schedule, generation="v6e")
+    assert_reaches_no_other_sequence(
+        lambda pages: watched(attend.state, built.q, pages, built.batch), built, np.nan if order == "packed" else np.inf
+    )
