@@ -38,9 +38,9 @@ class Attend:
     """A lowered attention: a pure function of arrays, made by `lower`. Hashable.
 
     It works under ``jax.jit``, ``vmap``, ``scan``, ``checkpoint`` and ``shard_map``; and under ``export``, on XLA with
-    symbolic numbers of rows, sequences, pages and table entries. On XLA it has every first and second derivative, in
-    any order of ``grad``, ``jvp``, ``linearize`` and ``hessian``, and third ones in forward mode. On TPUs it has
-    ``grad``, once. `paged.dense_attention` has every derivative of any order.
+    symbolic numbers of rows, sequences, pages and table entries. It has every first and second derivative, in any
+    order of ``grad``, ``jvp``, ``linearize`` and ``hessian``, and third ones in forward mode; `paged.dense_attention`
+    has derivatives of any order.
 
     * ``attend(q, pages, batch, sinks)`` attends over the pages as they are.
     * ``attend.state(q, pages, batch, sinks)`` also gives the log-sum-exp, for `merge`.

@@ -94,3 +94,19 @@ def test_checkpoint_lowers_for_a_tpu_and_runs_the_kernel_again_for_what_follows_
 
     plain, saved = (_kernels(jax.value_and_grad(f), q, pages) for f in (loss, jax.checkpoint(loss)))
     assert saved == 2 * plain > 0
+
+
+def test_derivatives_of_kernels_are_the_xla_lowerings():
+    """Kernels compute the output; its derivatives, in both modes and of second order, are the XLA lowering's."""
+    case, schedule = CASES["decode"]
+    built = build(case)
+    kernels, xla = interpreted(case, schedule, generation="v5e"), paged.lower(case.spec, case.layout, "xla")
+
+    def derivatives(attend):
+        loss = lambda q: jnp.sum(jnp.sin(attend(q, built.pages, built.batch)))
+        gradient = jax.grad(loss)
+        return jax.jit(lambda q: jax.jvp(gradient, (q,), (q,)))(built.q)
+
+    for got, want in zip(derivatives(kernels), derivatives(xla), strict=True):
+        assert np.abs(np.asarray(want)).max() > 1e-2
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * float(jnp.abs(want).max()))

@@ -69,7 +69,7 @@ class TpuLowering(Lowering):
     def state(
         self, program: Program, schedule: Schedule, call: Call, q: Array, pages: Pages, seqs: Sequences
     ) -> AttentionState:
-        """`run_state`, with the XLA lowering's gradient."""
+        """`run_state`, with the XLA lowering's derivatives."""
         run = functools.partial(self.run_state, program, schedule, call)
         like = functools.partial(XLA_BLOCKS.state, program, XLA_BLOCKS.schedule(program, pages.layout), call)
         return run_kernels(run, like, q, pages, seqs, is_interpreted=self.is_interpreted)
@@ -85,7 +85,7 @@ class TpuLowering(Lowering):
         pages: Pages,
         seqs: Sequences,
     ) -> tuple[AttentionState, Pages]:
-        """`run_update`, with the XLA lowering's gradient."""
+        """`run_update`, with the XLA lowering's derivatives."""
         run = functools.partial(self.run_update, program, schedule, call)
         like = functools.partial(XLA_BLOCKS.update, program, XLA_BLOCKS.schedule(program, pages.layout), call)
         return run_kernels(run, like, q, k, v, pages, seqs, is_interpreted=self.is_interpreted)

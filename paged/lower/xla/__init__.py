@@ -1,6 +1,8 @@
 """The XLA target: gather and online softmax in plain `jax.lax`, on any platform."""
 
 from .dense import dense_attention as dense_attention
+from .linear import Linear as Linear
+from .linear import linear as linear
 from .lowering import XLA_BLOCKS as XLA_BLOCKS
 from .schedule import XlaSchedule as XlaSchedule
 from .write import Places as Places
