@@ -25,7 +25,6 @@ from tests.support import (
     lowered,
     state_of,
 )
-from tests.support.live import assert_reaches_no_other_sequence
 
 every_spec = pytest.mark.parametrize("spec", SPECS)
 every_phase = pytest.mark.parametrize("phase", PHASES)
@@ -79,15 +78,6 @@ def test_other_sequences_are_invisible_bitwise(lowering, spec, phase):
     before, after = state_of(attend, before), state_of(attend, after)
     assert_bitwise(*(AttentionState(s.out[jnp.array(kept)], s.lse[jnp.array(kept)]) for s in (before, after)))
     assert (np.asarray(before.lse)[changed] != np.asarray(after.lse)[changed]).any(), "the change changed nothing"
-
-
-@every_lowering
-@pytest.mark.parametrize(("phase", "bad"), [("decode", np.nan), ("ragged", np.inf)])
-def test_what_is_bad_in_live_tokens_reaches_no_other_sequence(lowering, phase, bad):
-    """`tests/tpu/test_live.py` asks it of the kernels."""
-    case = case_of("plain", phase, corner="one past a page")
-    built, attend = build(case), attend_of(lowering, case)
-    assert_reaches_no_other_sequence(lambda pages: attend.state(built.q, pages, built.batch), built, bad)
 
 
 @every_lowering

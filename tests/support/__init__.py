@@ -8,7 +8,7 @@ Properties are written once, and every table below is crossed with them. `docs/e
 - A new score operation: `_score` in `oracle.py`, ``SCORES`` in `tests/test_pairs.py`.
 - A new page order: ``SHAPES`` and ``PLACES`` in `tests/spec/test_layout.py`. Other tests run over ``PAGE_ORDERS``.
 - A new lowering: ``SMALL_SCHEDULES`` in `lowerings.py`. `ALL_LOWERINGS` finds it, unless its target is ``"tpu"``.
-- A new way to run an attention: ``ROWS`` in `tests/test_live_poison.py`.
+- A new way to run an attention: ``ROWS`` in `tests/test_live.py`.
 - A new term or page order on the TPU kernels: the tables of `tests/tpu/test_interpreted.py` and of `test_compiles.py`.
 - A new corner of lengths and rows: ``CORNERS`` in `cases.py`. A new dtype: ``TOLERANCES`` in `compare.py`.
 """
@@ -25,9 +25,6 @@ from .compare import assert_bitwise as assert_bitwise
 from .compare import assert_state as assert_state
 from .compare import assert_states_close as assert_states_close
 from .compare import exact_state as exact_state
-from .contained import POISONS as POISONS
-from .contained import Runner as Runner
-from .contained import assert_live_poison_stays as assert_live_poison_stays
 from .lowerings import ALL_LOWERINGS as ALL_LOWERINGS
 from .lowerings import every_lowering as every_lowering
 from .lowerings import lowered as lowered

@@ -34,5 +34,7 @@ def test_what_is_bad_reaches_no_other_sequence(kernel, order):
     case = Case(spec=PLAIN, order=order, corner=CORNER, **facts)
     built, attend = build(case), interpreted(case, schedule, generation="v6e")
     assert_reaches_no_other_sequence(
-        lambda pages: watched(attend.state, built.q, pages, built.batch), built, np.nan if order == "packed" else np.inf
+        lambda built: (watched(attend.state, built.q, built.pages, built.batch), None),
+        built,
+        np.nan if order == "packed" else np.inf,
     )

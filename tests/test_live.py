@@ -1,16 +1,21 @@
-"""NaN or infinity in a live key or value stays in its own sequence: in every page order, on a mesh, and in compat."""
+"""NaN or infinity in live keys and values stays in its own sequence: in every page order, on a mesh, and in compat.
+
+`tests/tpu/test_live.py` asks it of the kernels.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import paged
 from paged.spec import PAGE_ORDERS, AttentionState, Pages
 from tests.compat.entries import ENTRIES, results
 from tests.mesh.placing import mesh_of, needs_devices, placed
-from tests.support import ALL_LOWERINGS, Case, assert_live_poison_stays, build, case_of, lowered
+from tests.support import ALL_LOWERINGS, Case, build, case_of, lowered
+from tests.support.live import assert_reaches_no_other_sequence
 
 PLAIN = case_of("plain", "decode").spec
 
@@ -59,7 +64,9 @@ ROWS = [
 def test_a_live_nan_or_infinity_reaches_no_other_sequence(run, how, order, phase):
     case = Case(spec=PLAIN, phase=phase, order=order)
     writes = run in (_update, _on_mesh) or (run is _by_entry and ENTRIES[how].writes)
-    assert_live_poison_stays(functools.partial(run, how), build(case, hold_new=not writes))
+    built = build(case, hold_new=not writes)
+    for bad in (np.nan, np.inf):
+        assert_reaches_no_other_sequence(functools.partial(run, how), built, bad)
 
 
 def test_every_page_order_is_tried():
