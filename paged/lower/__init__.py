@@ -28,6 +28,7 @@ from .mesh import ShardedAttend as ShardedAttend
 from .mesh import entries_of as entries_of
 from .mesh import mesh_axes as mesh_axes
 from .mesh import require_mesh as require_mesh
+from .jax_version import vary_alike as vary_alike
 from .program import Call as Call
 from .program import Program as Program
 from .program import Sequences as Sequences

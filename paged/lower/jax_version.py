@@ -48,3 +48,31 @@ def _moved(tree: Any, mesh: Mesh, specs: Any) -> Any:
         return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), part)
 
     return jax.tree.map(move, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The mesh axes over which an array varies, in a caller's ``jax.shard_map`` that checks it; none elsewhere."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def shape_like(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """What to trace with for an array of this shape and dtype that varies as ``x`` does."""
+    # A `jax.ShapeDtypeStruct` can say that it varies, but ``jax.make_jaxpr`` does not accept it.
+    return vary_alike(x, jnp.zeros(shape, dtype))[1] if varying_axes(x) else jax.ShapeDtypeStruct(shape, dtype)
+
+
+def vary_alike(*trees: Any) -> Any:
+    """The arrays, each varying over every mesh axis that one of them varies over. One tree, or a tuple of several.
+
+    In a caller's ``jax.shard_map`` that checks how values vary, a loop must get its first values with the type that
+    its steps give them. So operands are made alike before a loop, and its first values like the operands. The
+    transpose, a sum over the mesh axes, comes with the cast. Elsewhere no array varies, and this changes nothing.
+    """
+    leaves, structure = jax.tree.flatten(trees)
+    varying = [varying_axes(x) for x in leaves]
+    axes = frozenset().union(*varying)
+    if axes:
+        missing = [tuple(sorted(axes - own, key=str)) for own in varying]
+        leaves = [jax.lax.pcast(x, names, to="varying") for x, names in zip(leaves, missing, strict=True)]
+    alike = jax.tree.unflatten(structure, leaves)
+    return alike if len(trees) > 1 else alike[0]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer
 
+from paged.lower import vary_alike
 from paged.spec import RaggedBatch, register_module, require_positive_int
 
 from ._arguments import index_or_traced, slot_counts, slot_flags
@@ -259,7 +260,8 @@ def _serve_in_order(
         is_served = may & (more <= num_free - used)
         return used + jnp.where(is_served, more, 0), (is_served, used)
 
-    return jax.lax.scan(serve, jnp.zeros((), jnp.int32), (extra, fits))[1]
+    requests, _, used = vary_alike((extra, fits), num_free, jnp.zeros((), jnp.int32))
+    return jax.lax.scan(serve, used, requests)[1]
 
 
 register_module(jax.eval_shape(lambda: PagePool.init(1, num_slots=1, pages_per_seq=1, page_size=1)), "page_size")

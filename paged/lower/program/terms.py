@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array
 
+from ..jax_version import shape_like, vary_alike
 from .factors import merge_factors, variables
 from .program import Program
 
@@ -61,18 +62,20 @@ class _Cut(NamedTuple):
     refused: tuple[str, ...] = ()
 
 
-def plain_terms(program: Program, heads: int, rows: int, keys: int) -> Terms:
+def plain_terms(program: Program, heads: int, rows: int, keys: int, like: Any = 0) -> Terms:
     """Terms for plain JAX code: gradients flow through them to what they close over.
 
     A tile is ``s [heads, rows, keys]``, already scaled, with ``p [1, rows, 1]``, ``j [1, 1, keys]`` and
-    ``h [heads, rows, 1]``. A program of built-in terms closes over nothing: its functions are called as they are.
+    ``h [heads, rows, 1]``; each varies over a mesh as ``like`` does. A program of built-in terms closes over nothing:
+    its functions are called as they are.
     """
     if not (program.visibility.is_opaque or any(op.is_opaque for op in program.score_ops)):
         scores = _Cut(lambda: (), lambda _, *tile: program.apply_scores(*tile))
         return _terms(scores, _Cut(lambda: (), lambda _, *tile: program.visible(*tile)), 0)
-    s = jax.ShapeDtypeStruct((heads, rows, keys), jnp.float32)
-    p, j, h = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, rows, 1), (1, 1, keys), (heads, rows, 1)))
-    scores, visible = _close(program.apply_scores, s, p, j, h), _close(program.visible, p, j, _LENGTH)
+    s = shape_like(like, (heads, rows, keys), jnp.float32)
+    shapes = ((1, rows, 1), (1, 1, keys), (heads, rows, 1), ())
+    p, j, h, length = (shape_like(like, shape, jnp.int32) for shape in shapes)
+    scores, visible = _close(program.apply_scores, s, p, j, h), _close(program.visible, p, j, length)
     return _terms(scores, visible, len(scores.early()))
 
 
@@ -109,7 +112,7 @@ def _close(fn: Callable[..., Array], *tile: Any) -> _Cut:
     closed = jax.make_jaxpr(fn)(*tile)
 
     def late(arrays: tuple[Array, ...], *tile: Array) -> Array:
-        (value,) = jax.core.eval_jaxpr(closed.jaxpr, arrays, *tile)
+        (value,) = jax.core.eval_jaxpr(closed.jaxpr, arrays, *vary_alike(*tile))
         return value
 
     return _Cut(lambda: tuple(jnp.asarray(constant) for constant in closed.consts), late)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from paged.spec import AttentionState
 
+from ..jax_version import vary_alike, varying_axes
 from ..program import select_values
 from . import tiles
 from .blocks import RowBlock, RowBlocks
@@ -20,24 +21,26 @@ from .walk import Operands, Parts, Walk
 
 def backward(walk: Walk, operands: Operands, state: AttentionState, cotangent: AttentionState, like: Parts) -> Parts:
     """Gradients of the operands of `attend`, whose result ``state`` is: of the parts that are in ``like``."""
+    moved = Parts.of(operands, like).constants
+    _require_alike(operands.q, moved)
     row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows)
     pools = tuple(jnp.zeros(a.shape, jnp.float32) for a in operands.pages.arrays if like.arrays)
-    zeros = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), operands.constants)
+    zeros = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), moved)
 
     def add_row_block(which, carry):
         q_gradient, pools, constants = carry
         row_block = row_blocks.block(which, walk.rows)
-        q, pools, constants = _row_block_gradient(walk, row_block, operands, state, cotangent, pools, constants)
+        q, pools, constants = _row_block_gradient(walk, row_block, operands, state, cotangent, moved, pools, constants)
         row = jnp.where(row_block.is_row, row_block.row, operands.q.shape[0])
         return q_gradient.at[row].set(walk.unfold(q), mode="drop"), pools, constants
 
-    start = (jnp.zeros(operands.q.shape, jnp.float32), pools, zeros)
+    _, start = vary_alike(operands, (jnp.zeros(operands.q.shape, jnp.float32), pools, zeros))
     q, pools, constants = jax.lax.fori_loop(0, row_blocks.count, add_row_block, start)
     cast = tuple(pool.astype(array.dtype) for pool, array in zip(pools, operands.pages.arrays, strict=False))
-    return Parts(q.astype(operands.q.dtype), cast, tuple(constants)).only(like)
+    return Parts(q.astype(operands.q.dtype), cast, constants).only(like)
 
 
-def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, state, cotangent, pools, constants):
+def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, state, cotangent, moved, pools, constants):
     """The gradient of one row block's queries; and those of pools and constants, with the row block's part added."""
     at_rows = functools.partial(walk.rows_of, row_block)
     q, out, out_gradient = at_rows(operands.q), at_rows(state.out), at_rows(cotangent.out)
@@ -47,6 +50,9 @@ def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, sta
     common = lse_gradient - jnp.sum(out_gradient * out, axis=-1, keepdims=True)
     visits, p = walk.visits(row_block, operands), walk.positions(row_block)
 
+    def scores(q, k, moved, j):
+        return walk.scores(q, k, Parts(None, (), moved).put_constants(operands.constants), p, j)
+
     def step(i, carry, is_masked):
         q_gradient, pools, constants = carry
         page_block = walk.page_block(i, visits, operands.pages.layout.page_size)
@@ -54,7 +60,7 @@ def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, sta
         if is_masked:
             is_visible = walk.visible(page_block, row_block, operands.constants)
             k, v = select_values(is_visible, k), select_values(is_visible, v)
-        s, pull = jax.vjp(lambda q, k, c: walk.scores(q, k, c, p, page_block.j), q, k, operands.constants)
+        s, pull = jax.vjp(lambda *args: scores(*args, page_block.j), q, k, moved)
         weights = jnp.exp(s - lse)
         if is_masked:
             weights = jnp.where(is_visible, weights, 0.0)  # pyright: ignore
@@ -64,10 +70,22 @@ def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, sta
         q_step, k_gradient, c_step = pull(s_gradient)
         if pools:
             pools = tiles.scatter_add(operands.pages.layout, pools, page_block.ids, k_gradient, v_gradient)
-        return q_gradient + q_step, pools, _accumulate(constants, c_step)
+        return q_gradient + q_step, pools, jax.tree.map(jnp.add, constants, c_step)
 
     return walk.over_page_blocks(0, walk.num_page_blocks(visits), visits, step, (jnp.zeros_like(q), pools, constants))
 
 
-def _accumulate(total: Any, step: Any) -> Any:
-    return jax.tree.map(lambda a, b: a + b if jnp.issubdtype(a.dtype, jnp.inexact) else a, total, step)
+def _require_alike(q: Any, constants: Any) -> None:
+    """``ValueError`` for a gradient of a term's constant that devices share, in a caller's ``jax.shard_map``.
+
+    It is a sum over devices, and these do not take the same number of steps.
+    """
+    for constant in jax.tree.leaves(constants):
+        missing = tuple(sorted(varying_axes(q) - varying_axes(constant), key=str))
+        if missing:
+            raise ValueError(
+                f"A score operation or a mask closes over {jax.typeof(constant)}, which is one value for all devices "
+                f"along {missing}. Its gradient would need a collective in a loop. Make it a value of each device, "
+                "before the term closes over it and inside of jax.shard_map: "
+                f'x = jax.lax.pcast(x, {missing}, to="varying").'
+            )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionState
 
+from ..jax_version import vary_alike
 from ..program import Running, Visits
 from . import tiles
 from .blocks import RowBlock, RowBlocks
@@ -55,7 +56,8 @@ def attend(walk: Walk, operands: Operands) -> AttentionState:
         blocks_per_step=walk.blocks_per_step,
         row_blocks_at_once=at_once,
     )
-    state, _ = jax.lax.fori_loop(0, -(-row_blocks.count // at_once), attend_some, (empty, buffers))
+    _, start = vary_alike(operands, (empty, buffers))
+    state, _ = jax.lax.fori_loop(0, -(-row_blocks.count // at_once), attend_some, start)
     return state
 
 
@@ -85,7 +87,8 @@ def _attend_row_block(
         v, buffers = values(i, buffers, is_masked)
         return running.step(s, v), buffers
 
-    start = Running.start(walk.program.num_kv_heads, q.shape[1], dim=pages.layout.value_dim), buffers
+    running = Running.start(walk.program.num_kv_heads, q.shape[1], dim=pages.layout.value_dim)
+    _, start = vary_alike(q, (running, buffers))
     if walk.blocks_per_step == 1:
         running, buffers = walk.over_page_blocks(0, walk.num_page_blocks(visits), visits, step, start)
     else:
@@ -127,6 +130,7 @@ def _step_of_several(
         return running.add(of_block, v), buffers
 
     no_scores = jnp.full((*running.top.shape[:2], walk.blocks_per_step * keys), -jnp.inf, jnp.float32)
-    s, buffers = walk.over_page_blocks(first, last, visits, put_scores, (no_scores, buffers))
+    _, start = vary_alike(running, (no_scores, buffers))
+    s, buffers = walk.over_page_blocks(first, last, visits, put_scores, start)
     running, weights = running.weigh(s)
     return walk.over_page_blocks(first, last, visits, add_values, (running, buffers))

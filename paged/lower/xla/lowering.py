@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ..base import Lowering, Schedule
+from ..jax_version import vary_alike, varying_axes
 from ..program import Call, Program, Sequences, at_most, plain_terms
 from .alternatives import alternatives
 from .cpu import FEW_ROWS
@@ -64,7 +65,11 @@ class XlaBlocks(Lowering):
         states = []
         for rows, is_member in _phases(schedule, call, seqs):
             keys = schedule.pages_per_block * pages.layout.page_size
-            terms = plain_terms(program, program.num_kv_heads, program.group * rows, keys)
+            shape = program.num_kv_heads, program.group * rows, keys
+            terms = plain_terms(program, *shape)
+            q, pages, seqs, is_member, _ = vary_alike(q, pages, seqs, is_member, terms.early())
+            if varying_axes(q):
+                terms = plain_terms(program, *shape, like=q)
             blocks_per_step = schedule.blocks_per_step if program.group * rows <= FEW_ROWS else 1
             walk = Walk(program, terms, rows, schedule.pages_per_block, blocks_per_step, schedule.row_blocks_at_once)
             states.append(attend(walk, Operands(q, pages, terms.early(), seqs, is_member)))

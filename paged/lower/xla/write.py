@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paged.spec import PageLayout, Pages
 
-from ..jax_version import HAS_BIT_UPDATES_IN_PLACE
+from ..jax_version import HAS_BIT_UPDATES_IN_PLACE, vary_alike
 from ..program import Sequences
 from .cpu import as_bits, from_bits
 from .linear import Linear, linear
@@ -44,7 +44,7 @@ def write(
     rows, count = token_rows(k, v, pages), len(pages.arrays)
     places = Places.of(seqs, k.shape[0], pages)
     axes = pages.layout.page_axis, pages.layout.offset_axis
-    arrays: Any = _put(axes, rows[:count], pages.arrays, places)
+    arrays: Any = _put(axes, *vary_alike(rows[:count], pages.arrays, places))
     return Pages(tuple(arrays), *write_scales(rows[count:], pages, places), layout=pages.layout)
 
 
@@ -54,7 +54,7 @@ def write_scales(rows: tuple[Array, ...], pages: Pages, places: Places) -> tuple
     if names is None or "offset" not in names:
         return scales
     axes = names.index("page"), names.index("offset")
-    k_scale, v_scale = _put(axes, rows, scales, places)  # pyright: ignore
+    k_scale, v_scale = _put(axes, *vary_alike(rows, scales, places))
     return k_scale, v_scale
 
 
