@@ -24,6 +24,7 @@ from paged.spec import (
 from ._check import check
 from ._explain import Explanation, explain
 from .base import Lowering, Schedule
+from .jax_version import on_whole_arrays
 from .program import Call, Program, Sequences
 from .registry import device_kinds
 from .require import require_new_tokens, require_pages, require_queries, require_whole_call
@@ -251,14 +252,16 @@ class Attend:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _state(attend: Attend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
-    return run_state(attend, attend.program, q, pages, batch, sinks)
+    run = functools.partial(run_state, attend, attend.program)
+    return on_whole_arrays(run, q=q, pages=pages, batch=batch, sinks=sinks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _update(
     attend: Attend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
 ) -> tuple[AttentionState, Pages]:
-    return run_update(attend, attend.program, q, k, v, pages, batch, sinks)
+    run = functools.partial(run_update, attend, attend.program)
+    return on_whole_arrays(run, q=q, k=k, v=v, pages=pages, batch=batch, sinks=sinks)
 
 
 def run_state(

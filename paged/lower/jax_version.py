@@ -76,3 +76,49 @@ def vary_alike(*trees: Any) -> Any:
         leaves = [jax.lax.pcast(x, names, to="varying") for x, names in zip(leaves, missing, strict=True)]
     alike = jax.tree.unflatten(structure, leaves)
     return alike if len(trees) > 1 else alike[0]
+
+
+def on_whole_arrays(run: Callable[..., Any], **arrays: Any) -> Any:
+    """``run(*arrays)``, on every device alike where a mesh has explicit axes; elsewhere the plain call.
+
+    On explicit axes JAX refuses a loop that mixes arrays on the mesh with arrays that are not. So ``run`` is traced as
+    if the axes were automatic. Raises ``ValueError`` for an array that the mesh divides: automatic axes would move it
+    from device to device in silence.
+    """
+    mesh = _explicit_mesh(arrays)
+    if mesh is None:
+        return run(*arrays.values())
+    for name, tree in arrays.items():
+        spec = next((spec for spec in map(_spec, jax.tree.leaves(tree)) if any(spec)), None)
+        if spec is not None:
+            raise ValueError(
+                f"{name} lies by {spec} on a mesh with explicit axes, {mesh.axis_names}, and this attention is of one "
+                'device. Pass mesh= and axes=, such as axes=paged.Axes(kv_heads="model"), to paged.lower or to the '
+                "function of paged.compat: then each device runs its share. Or make the mesh with "
+                "axis_types=(jax.sharding.AxisType.Auto,) * n, and JAX divides the work."
+            )
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.sharding.auto_axes(run, out_sharding=whole)(*arrays.values())
+
+
+def gathered(logits: Any, keys: Any) -> tuple[Any, Any]:
+    """Logits with all of their last axis on every device, and keys divided as the rows are, on explicit axes.
+
+    Elsewhere both are returned as they are.
+    """
+    if _explicit_mesh(logits) is None:
+        return logits, keys
+    sharding = jax.typeof(logits).sharding
+    rows = tuple(sharding.spec)[:-1]
+    move = lambda x, *spec: jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
+    return move(logits, *rows, None), keys if keys is None else move(keys, *rows)
+
+
+def _explicit_mesh(tree: Any) -> Any:
+    """The mesh with explicit axes on which an array lies, or else that of ``jax.set_mesh``; or None."""
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)] + [jax.sharding.get_abstract_mesh()]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def _spec(x: Any) -> PartitionSpec:
+    return jax.typeof(x).sharding.spec
