@@ -33,8 +33,10 @@ import pytest
 
 pytest.register_assert_rewrite("tests.support", "tests.tpu")
 
-# A program that names its ranks means the same whatever a user's settings are, and a missing axis is an error.
+# A program that names its ranks and dtypes means the same whatever a user's settings are. A missing axis is an error,
+# and so is an integer that meets a float.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 _Raises: Any = type(pytest.raises(Exception))
 

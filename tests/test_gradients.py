@@ -38,7 +38,7 @@ def _weights(built, dtype):
 
 def _loss(state, weights):
     lse = jnp.where(jnp.isneginf(state.lse), 0.0, state.lse)
-    return jnp.sum(state.out * weights[0]) + jnp.sum(lse * weights[1])
+    return jnp.sum(state.out * weights[0]) + jnp.sum(lse.astype(weights[1].dtype) * weights[1])
 
 
 def _exact(built, spec_of, *extra):

@@ -22,13 +22,14 @@ from .base import Lowering as Lowering
 from .base import Schedule as Schedule
 from .door import lower as lower
 from .door import write as write
+from .jax_version import vary_alike as vary_alike
+from .jax_version import whole_rows as whole_rows
 from .mesh import ArraySpecs as ArraySpecs
 from .mesh import Axes as Axes
 from .mesh import ShardedAttend as ShardedAttend
 from .mesh import entries_of as entries_of
 from .mesh import mesh_axes as mesh_axes
 from .mesh import require_mesh as require_mesh
-from .jax_version import vary_alike as vary_alike
 from .program import Call as Call
 from .program import Program as Program
 from .program import Sequences as Sequences

@@ -101,17 +101,17 @@ def on_whole_arrays(run: Callable[..., Any], **arrays: Any) -> Any:
     return jax.sharding.auto_axes(run, out_sharding=whole)(*arrays.values())
 
 
-def gathered(logits: Any, keys: Any) -> tuple[Any, Any]:
-    """Logits with all of their last axis on every device, and keys divided as the rows are, on explicit axes.
+def whole_rows(logits: Any, *keys: Any) -> tuple[Any, ...]:
+    """Logits with each row whole on its devices, and keys divided as the rows are, where a mesh has explicit axes.
 
-    Elsewhere both are returned as they are.
+    A row is ranked as a whole. Elsewhere JAX divides the work, and the arrays are returned as they are.
     """
-    if _explicit_mesh(logits) is None:
-        return logits, keys
     sharding = jax.typeof(logits).sharding
+    if not any(sharding.spec):
+        return logits, *keys
     rows = tuple(sharding.spec)[:-1]
     move = lambda x, *spec: jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
-    return move(logits, *rows, None), keys if keys is None else move(keys, *rows)
+    return move(logits, *rows, None), *(move(key, *rows) for key in keys)
 
 
 def _explicit_mesh(tree: Any) -> Any:

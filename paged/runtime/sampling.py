@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from paged.lower import whole_rows
+
 from ._arguments import integer
 
 # How many of the likeliest tokens are ranked to find those that hold the mass `top_p`. Measured on two cores, 8 rows of
@@ -108,7 +110,7 @@ def sample(
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be [..., vocab] with at least one token; got {logits.shape}.")
     if sampler.is_greedy:
-        return _take_largest(logits)
+        return _take_largest(*whole_rows(logits))
     is_array = isinstance(keys, jax.Array)
     if not is_array or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != logits.shape[:-1]:
         got = f"{keys.dtype} of shape {keys.shape}" if is_array else repr(keys)
@@ -129,6 +131,7 @@ def _take_largest(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
 # A jit of its own: outside of one, the branches below would be compiled at every call.
 @functools.partial(jax.jit, static_argnames="sampler")
 def _draw(logits: Float[Array, "rows vocab"], keys: Key[Array, " rows"], sampler: Sampler) -> Int[Array, " rows"]:
+    logits, keys = whole_rows(logits, keys)
     vocab, top_p = logits.shape[1], sampler.top_p
     top_k = vocab if sampler.top_k is None else min(sampler.top_k, vocab)
     largest = jnp.max(logits, axis=1, keepdims=True)

@@ -59,7 +59,7 @@ def arrays_of(name: str, built: Built) -> list[Any]:
         lengths = jnp.where(jnp.arange(batch.num_slots) < batch.num_seqs, batch.lengths, 0)
         return [built.q, *pages, lengths, batch.block_tables]
     if name == "prefill":
-        return [built.q, *pages, batch.lengths * (batch.num_seqs > 0), batch.block_tables[0]]
+        return [built.q, *pages, jnp.where(batch.num_seqs > 0, batch.lengths, 0), batch.block_tables[0]]
     if name == "v2":
         return [built.q, *pages, batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs, built.sinks]
     ends = np.array([0, 0, int(batch.num_seqs)], np.int32)

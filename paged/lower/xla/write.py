@@ -54,7 +54,7 @@ def write_scales(rows: tuple[Array, ...], pages: Pages, places: Places) -> tuple
     if names is None or "offset" not in names:
         return scales
     axes = names.index("page"), names.index("offset")
-    k_scale, v_scale = _put(axes, *vary_alike(rows, scales, places))
+    k_scale, v_scale = _put(axes, *vary_alike(rows, scales, places))  # pyright: ignore
     return k_scale, v_scale
 
 
