@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -109,7 +110,7 @@ def _rows(batch: RaggedBatch, tokens: int) -> _Rows:
     start, stop = batch.query_starts[:-1], batch.query_starts[1:]
     row = jnp.arange(tokens, dtype=jnp.int32)[:, None]
     owns = (row >= start[None]) & (row < stop[None]) & is_live_slot[None]  # [tokens, seqs]
-    seq = jnp.argmax(owns, axis=1)
+    seq = jax.lax.argmax(owns, axis=1, index_dtype=jnp.int32)
     length = jnp.maximum(batch.lengths, 0)[seq]
     position = length - (stop - start)[seq] + row[:, 0] - start[seq]
     return _Rows(owns.any(axis=1), seq, length, position)
