@@ -38,7 +38,7 @@ SAMPLERS = (Sampler(), Sampler(temperature=0.8), Sampler(temperature=0.8, top_k=
 
 
 @functools.cache
-def _arrays():
+def arrays_of_a_step():
     """Of one step: a sequence of five tokens with two rows, an empty row, a row of no sequence; and what holds them."""
     _layers()  # their parameters are made before any trace
     rng = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def _run(name, arrays):
 @functools.cache
 def _expected(name):
     """An entry's results in no mode but one: what a compiled step moves between host and device, it says."""
-    arrays = _arrays()
+    arrays = arrays_of_a_step()
     with jax.transfer_guard("disallow"):
         found = jax.jit(functools.partial(_run, name))(arrays)
     return jax.device_get(found)
@@ -139,7 +139,7 @@ def test_a_jitted_step_moves_nothing_between_host_and_device(name):
 
 
 def test_a_step_is_sound_to_jax_and_leaks_no_tracer():
-    arrays = _arrays()
+    arrays = arrays_of_a_step()
     with jax.enable_checks(True), jax.checking_leaks():
         for name in STEPS:
             jax.make_jaxpr(functools.partial(_run, name))(arrays)
@@ -147,7 +147,7 @@ def test_a_step_is_sound_to_jax_and_leaks_no_tracer():
 
 @pytest.mark.parametrize("name", ["gradients", "write", "merge", "layer, dense", "sample", "pool"])
 def test_values_and_dtypes_under_64_bits_are_those_without(name):
-    expected, arrays = _expected(name), _arrays()
+    expected, arrays = _expected(name), arrays_of_a_step()
     with jax.enable_x64(True):
         _assert_equal(jax.jit(functools.partial(_run, name))(arrays), expected, **CLOSE)
 
@@ -160,7 +160,7 @@ WIDE = ("int64", "uint64", "float64")
 @pytest.mark.parametrize("name", [name for name in STEPS if name not in COUNTED_BY_JAX])
 def test_no_array_is_64_bits_wide_under_64_bits(name):
     """Not even inside: on a TPU such arrays are slow, or impossible."""
-    arrays = _arrays()
+    arrays = arrays_of_a_step()
     with jax.enable_x64(True):
         left = [jax.make_jaxpr(functools.partial(_run, name))(arrays).jaxpr]
     while left:
@@ -173,7 +173,7 @@ def test_no_array_is_64_bits_wide_under_64_bits(name):
 
 def test_no_result_is_nan_where_unused_slots_hold_nan():
     """Neither in an empty row, nor in a row of no sequence, nor in a gradient."""
-    s = types.SimpleNamespace(**_arrays())
+    s = types.SimpleNamespace(**arrays_of_a_step())
     held = np.zeros((6, 2), bool)
     held[[4, 1], :], held[3, 0] = True, True
     arrays = jnp.where(held[:, None, None, :, None], s.pages.arrays[0], jnp.nan)
@@ -192,7 +192,7 @@ def test_operation_by_operation_without_a_nan(name):
     """Without ``jax.jit`` every number in between is looked at, and every loop is one of Python's."""
     expected = _expected(name)
     with jax.disable_jit(), jax.debug_nans(True):
-        found = _run(name, _arrays())
+        found = _run(name, arrays_of_a_step())
     _assert_equal(found, expected, **CLOSE)
 
 
