@@ -33,7 +33,6 @@ SPEC = paged.AttentionSpec(
 )
 LAYOUT = paged.PageLayout(page_size=2, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
 ATTEND = paged.lower(SPEC, LAYOUT, "xla", schedule=paged.XlaSchedule(pages_per_block=2, blocks_per_step=2))
-SIMPLE = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
 SAMPLERS = (Sampler(), Sampler(temperature=0.8), Sampler(temperature=0.8, top_k=3), Sampler(temperature=0.8, top_p=0.6))
 
 

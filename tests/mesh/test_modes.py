@@ -15,12 +15,14 @@ from jax.sharding import PartitionSpec as P
 import paged
 from paged.runtime import Sampler, sample
 from tests.mesh.placing import mesh_of, needs_devices
-from tests.test_modes import ATTEND, CLOSE, LAYOUT, SIMPLE, STEPS, arrays_of_a_step
+from tests.test_modes import ATTEND, CLOSE, LAYOUT, STEPS, arrays_of_a_step
 
 pytestmark = needs_devices
 
 HEADS = P(None, "model")
-OWN = paged.AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=8)  # of one device of two, with SIMPLE's heads
+SPEC = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+# One device's share of it, of two devices.
+OWN = SPEC.replace(num_q_heads=2, num_kv_heads=1)
 OWN_LAYOUT = LAYOUT.replace(num_kv_heads=1)
 
 
@@ -57,7 +59,7 @@ def test_a_step_by_heads_and_its_gradient_in_a_shard_map_are_those_of_one_device
     specs = (HEADS, HEADS, P(None, None, "model"))
     divided = jax.shard_map(jax.grad(on_device, argnums=(0, 1, 2)), mesh=mesh, in_specs=specs, out_specs=specs)
     args = (s.q, s.k, s.pages.arrays[0])
-    expected = jax.jit(jax.grad(lambda *args: loss(SIMPLE, LAYOUT, *args), argnums=(0, 1, 2)))(*args)
+    expected = jax.jit(jax.grad(lambda *args: loss(SPEC, LAYOUT, *args), argnums=(0, 1, 2)))(*args)
     for a, b in zip(jax.jit(divided)(*args), expected, strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
 
