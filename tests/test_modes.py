@@ -6,6 +6,7 @@ suite. Kernels are in `tests/tpu/test_modes.py`, meshes in `tests/mesh/test_mode
 
 import functools
 import types
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -129,7 +130,7 @@ def _assert_equal(found, expected, **tolerance):
         np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # another program of the same float32 arithmetic
+CLOSE: Any = {"rtol": 1e-5, "atol": 1e-5}  # another program of the same float32 arithmetic
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -165,8 +166,9 @@ def test_no_array_is_64_bits_wide_under_64_bits(name):
     while left:
         for eqn in left.pop().eqns:
             for v in (*eqn.invars, *eqn.outvars):
-                is_strong = not isinstance(v, Literal) and not getattr(v.aval, "weak_type", True)
-                assert not (is_strong and v.aval.shape and v.aval.dtype.name in WIDE), eqn
+                aval: Any = v.aval
+                is_strong = not isinstance(v, Literal) and not getattr(aval, "weak_type", True)
+                assert not (is_strong and aval.shape and aval.dtype.name in WIDE), eqn
             left += jaxprs_in_params(eqn.params)
 
 

@@ -11,7 +11,7 @@ from paged.lower import DecodeSchedule, Schedule
 from paged.spec import PAGE_ORDERS, ALiBi, AttentionSpec, Bias, Chunk, Prefix, Where
 from tests.support import CORNERS, Case, build
 from tests.support.pairs import assert_every_level, assert_every_pair_meets, covering_rows, named
-from tests.support.specs import not_fifth
+from tests.support.specs import not_fifth, real
 
 from .interpreter import MODES, assert_equals_reference, interpreted
 
@@ -21,7 +21,7 @@ _SLOPES = jnp.linspace(-1.1, 0.9, 16)
 
 def head_bias(p, j, h):
     """An opaque bias whose table is read by head alone, before the kernel starts."""
-    return _SLOPES[h] * jnp.abs(p - j) ** 0.5
+    return _SLOPES[h] * real(jnp.abs(p - j)) ** 0.5
 
 
 TERMS = {

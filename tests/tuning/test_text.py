@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import paged
 from paged.lower import Program
 from paged.lower.schedule.text import program_text
+from tests.support import real
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SPEC = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
@@ -44,7 +45,7 @@ def far(p, j):
 
 def biased(table, p, j, h):
     """A bias over a table."""
-    return table[h] * (p - j)
+    return table[h] * real(p - j)
 
 
 def _recursive():

@@ -60,7 +60,7 @@ def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, sta
         if is_masked:
             is_visible = walk.visible(page_block, row_block, operands.constants)
             k, v = select_values(is_visible, k), select_values(is_visible, v)
-        s, pull = jax.vjp(lambda *args: scores(*args, page_block.j), q, k, moved)
+        s, pull = jax.vjp(lambda q, k, moved: scores(q, k, moved, page_block.j), q, k, moved)
         weights = jnp.exp(s - lse)
         if is_masked:
             weights = jnp.where(is_visible, weights, 0.0)  # pyright: ignore
