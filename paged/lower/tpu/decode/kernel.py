@@ -208,9 +208,10 @@ class Decode:
             stage, running = carry
             # Before the wait: the stage before is free since the last step, and HBM must not pause.
             stream.fetch_next(end, stream.before(stage))
-            stream.wait(item, i, stage)
             if not is_masked:
+                stream.wait_whole(stage)
                 return stream.after(stage), self._attend(refs, [Block(item, i, stage, q, running)], False)[0]
+            stream.wait(item, i, stage)
             # After the wait, or the pages would arrive on top of the zeros; before a product reads the values.
             stream.zero_dead_values(item, i, stage)
             pages = stream.pages_of(item, i)

@@ -26,6 +26,9 @@ from ..references import Ref
 from .transfer import Transfers
 from .work import WorkList
 
+# Entries of a stage that one turn of a loop sets to 0.
+_ZEROED_AT_ONCE = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
@@ -159,10 +162,9 @@ class Stream:
         self.filled[stage] = self.pages_per_block
 
     def wait(self, item: Any, i: Any, stage: Any) -> None:
-        """Wait until an item's block ``i``, of any number of pages, has arrived in its stage."""
-        pages = self.pages_of(item, i)
-        self.transfers.wait_for(stage, pages)
-        self.filled[stage] = jnp.maximum(self.filled[stage], pages)
+        """Wait until an item's block ``i``, of any number of pages, has arrived in its stage. `zero_dead_values` must
+        follow, which notes how many entries are filled."""
+        self.transfers.wait_for(stage, self.pages_of(item, i))
 
     def zero_dead_values(self, item: Any, i: Any, stage: Any) -> None:
         """Set to 0 the values that belong to no live token in an item's block ``i``, which must have arrived.
@@ -181,7 +183,14 @@ class Stream:
             self.transfers.zero_dead_values(stage, pages - 1, live)
 
         # Only entries that were filled since they were last set to 0: blocks of as many pages each leave none.
-        jax.lax.fori_loop(pages, self.filled[stage], lambda entry, _: self.transfers.zero_values(stage, entry), None)
+        def zero(turn, _):
+            for ahead in range(_ZEROED_AT_ONCE):
+                # One entry more is 0 already, or the last one, which has no page either.
+                entry = jnp.minimum(pages + turn * _ZEROED_AT_ONCE + ahead, block - 1)
+                self.transfers.zero_values(stage, entry)
+
+        turns = jax.lax.div(self.filled[stage] - pages + _ZEROED_AT_ONCE - 1, _ZEROED_AT_ONCE)
+        jax.lax.fori_loop(0, turns, zero, None)
         self.filled[stage] = pages
 
 
