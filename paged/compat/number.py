@@ -11,7 +11,9 @@ import numpy as np
 
 def flag(name: str, value: Any) -> bool:
     """A Python or NumPy bool."""
-    if not isinstance(value, bool | np.bool_):
+    if value is True or value is False:
+        return value
+    if not isinstance(value, np.bool_):
         raise TypeError(f"{name} must be True or False; got {value!r}.")
     return bool(value)
 

@@ -116,9 +116,10 @@ class More(NamedTuple):
         update_kv_cache: Any = True,
     ) -> "More | None":
         """These options, checked; None where all are left out."""
-        is_causal, is_written = flag("use_causal_mask", use_causal_mask), flag("update_kv_cache", update_kv_cache)
-        if q_scale is k_scale is v_scale is out_dtype is None and is_causal and is_written:
+        is_plain = q_scale is k_scale is v_scale is out_dtype is None
+        if is_plain and use_causal_mask is True and update_kv_cache is True:
             return None
+        is_causal, is_written = flag("use_causal_mask", use_causal_mask), flag("update_kv_cache", update_kv_cache)
         if q_scale is not None:
             positive("q_scale", q_scale)  # queries are not quantised here: to divide and to multiply gives the same
         return cls(
