@@ -122,7 +122,7 @@ def test_every_pair_of_block_sizes_runs_on_every_chip(dtype):
     layout = PageLayout(page_size=16, num_kv_heads=8, head_dim=128, dtype=dtype, order="interleaved")
     call = dataclasses.replace(FULL, q_dtype=jnp.dtype(dtype))
     attend = paged.lower(WIDE, layout, "tpu")
-    for chip, pages, queries in PAIRS if dtype == "bfloat16" else PAIRS[::6]:
+    for chip, pages, queries in PAIRS if dtype == "bfloat16" else PAIRS[::9]:
         hints = Hints.of_ragged(32 * 2**20, pages, queries)
         one = attend if chip is None else attend.on_chip(chip)
         lowering, schedule, _ = hints.schedule(one, call)

@@ -60,9 +60,7 @@ def test_specs_as_easydel_gives_them(name, sinks):
 
 
 def test_a_mesh_alone_divides_nothing():
-    cache = jnp.ones((2, 8, 4, 8))
-    args = jnp.ones((2, 4, 8)), cache, cache, [5, 1], [[0, 1], [2, 3]]
-    np.testing.assert_array_equal(page_attention(*args, mesh=mesh_of({"kv_heads": 2})[0]), page_attention(*args))
+    np.testing.assert_array_equal(_on_mesh(), _page())
 
 
 def test_one_kv_head_is_in_the_cache_once_and_each_device_writes_its_copy():
