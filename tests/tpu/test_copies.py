@@ -1,6 +1,7 @@
 """What XLA copies of the pages at every call: `explain` tells of each array, and what it advises needs no copy."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -114,3 +115,14 @@ def test_padded_keys_and_values_give_the_same_attention():
     np.testing.assert_allclose(
         paged.lower(spec, advised, "xla").update(q, k, v, advised.init(2), batch)[0], expected, rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(("width", "told"), [(512, None), (8192, "about 132 MiB .* 256 x 8192 table entries")])
+def test_explain_tells_what_wide_tables_cost(width, told):
+    spec = paged.AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
+    layout = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
+    pages = layout.init(64)
+    batch = paged.RaggedBatch.decode(np.zeros(256, np.int32), np.zeros((256, width), np.int32))
+    q = jnp.zeros((256, 8, 128), jnp.bfloat16)
+    notes = paged.lower(spec, layout, "tpu").on_chip("v5e").explain(q, pages, batch).notes
+    assert [bool(re.match(told or "", note)) for note in notes if "work lists" in note] == ([True] if told else [])

@@ -21,6 +21,10 @@ from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refu
 from .schedule import DecodeSchedule
 from .update import Targets
 
+# What XLA needs while it makes the work lists (compiled, v5e and v6e, 256 sequences of 512 to 8192 entries), and from
+# how many entries on `explain` says so.
+_BYTES_PER_ENTRY, _MANY_ENTRIES = 66, 2**18
+
 
 @dataclasses.dataclass(frozen=True)
 class TpuDecode(TpuLowering):
@@ -66,6 +70,12 @@ class TpuDecode(TpuLowering):
             f"{schedule.pages_per_block} pages, {mebibytes:.2f} of {chip.vmem_bytes / 2**20:.0f} MiB of vector memory",
             f"at least {microseconds:.1f} us for its transfers, modelled at {chip.hbm_bytes_per_second / 1e9:.0f} GB/s",
         ]
+        entries = call.slots * call.pages_per_seq
+        if entries >= _MANY_ENTRIES:
+            lines.append(
+                f"about {entries * _BYTES_PER_ENTRY / 2**20:.0f} MiB of device memory for the work lists of "
+                f"{call.slots} x {call.pages_per_seq} table entries: narrower tables need less"
+            )
         return lines + copies_of_pages(layout, call.num_pages, program.scale)
 
     def run_state(
