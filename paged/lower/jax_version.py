@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 _VERSION = jax.__version_info__
 
@@ -59,6 +59,14 @@ def shape_like(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """What to trace with for an array of this shape and dtype that varies as ``x`` does."""
     # A `jax.ShapeDtypeStruct` can say that it varies, but ``jax.make_jaxpr`` does not accept it.
     return vary_alike(x, jnp.zeros(shape, dtype))[1] if varying_axes(x) else jax.ShapeDtypeStruct(shape, dtype)
+
+
+def result_like(x: Any, result: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a kernel's result, which varies as ``x`` does."""
+    axes = varying_axes(x)
+    if not axes:
+        return result
+    return jax.ShapeDtypeStruct(result.shape, result.dtype, manual_axis_type=ManualAxisType(varying=axes))
 
 
 def vary_alike(*trees: Any) -> Any:

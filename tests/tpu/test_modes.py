@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import PartitionSpec as P
 
 import paged
 
@@ -102,6 +103,31 @@ def test_an_interpreted_kernel_has_the_values_and_gradients_of_xla(mode):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_array_equal(a, b)
+
+
+def _on_one_device(function, specs):
+    """The function inside of a caller's ``jax.shard_map``, which checks over which axes values vary."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("x")))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_are_traced_inside_of_a_callers_shard_map(kernel):
+    step, args = _step(*KERNELS[kernel])
+    inside = _on_one_device(lambda *args: step(*args)[0], (P("x"), P("x"), P("x"), P()))
+    value_and_gradient = jax.value_and_grad(lambda *args: jnp.sum(inside(*args)))
+    assert jax.eval_shape(value_and_gradient, *args)[1].shape == args[0].shape
+
+
+def test_an_interpreted_kernel_inside_of_a_callers_shard_map_has_the_values_of_xla():
+    _, k, v = _arrays(2)
+    pages = LAYOUT.init(num_pages=3)
+
+    def written(k, v, pages):
+        return paged.write(k, v, pages, DECODE, "tpu", interpret=True).arrays
+
+    found = _on_one_device(written, (P("x"), P("x"), P()))(k, v, pages)
+    np.testing.assert_array_equal(found, paged.write(k, v, pages, DECODE, "xla").arrays)
 
 
 @pytest.mark.slow

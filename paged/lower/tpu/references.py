@@ -8,6 +8,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..jax_version import result_like, vary_alike
 from .chips import Chip
 
 # A reference to memory, inside a kernel. Pallas has no public type for it.
@@ -66,6 +67,10 @@ def call_kernel(
     **Returns:** the results, as the tree ``outputs``.
     """
     grid = tuple(grid)
+    # In a caller's `jax.shard_map`, a kernel's operands and results vary over the same mesh axes.
+    scalars, inputs = vary_alike(scalars, inputs)
+    like = jax.tree.leaves(scalars)[0]
+    outputs = jax.tree.map(lambda result: result_like(like, result), outputs)
     spaces = jax.tree.broadcast(memory, inputs)
     (results,) = pl.pallas_call(
         kernel,
