@@ -17,12 +17,13 @@ Every entry point runs on many devices:
 * ``mesh``: the devices, a ``jax.sharding.Mesh``.
 * ``axes``: the `paged.Axes` that divide KV heads, contexts or both.
 * ``in_specs``: instead of ``axes``, a ``PartitionSpec`` for each array, as a tuple in the order of the arguments or as
-  a dict by name. Block tables, lengths and other integers are whole on every device.
+  a dict by name. Block tables, lengths and other integers are whole on every device. None is ``P()``. A tuple may have
+  an entry for sinks that the call does not have.
 * ``out_specs``: the spec of the output; or a pair, for the output and the cache, where the cache is returned.
 
 With fewer KV heads than devices, entry points that only read accept each head once (then the cache is copied, with
 heads repeated, at every call) or already repeated. `ragged_page_attention_v3`, which writes, needs heads already
-repeated.
+repeated. A single KV head may be whole on every device for all of them, and is not copied.
 """
 
 from .explaining import explain as explain
