@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from paged.lower import Attend, Call, ShardedAttend
-from paged.spec import FLOAT_DTYPES, PageLayout, RaggedBatch, Sinks
+from paged.spec import QUANTISED_DTYPES, PageLayout, RaggedBatch, Sinks
 
 from . import arrays
 from .caches import ragged_layout, ragged_pages
 from .explaining import answer_if_asked
 from .hints import lowered, lowered_on
-from .static import Options
+from .static import More, Options
 
 AnyAttend = Attend | ShardedAttend
 _CACHE = "[pages, page_size, 2 * kv_heads, head_dim]"
@@ -100,9 +100,10 @@ def update(
 
 def _new_rows(options: Options, name: str, array: Any, kv_pages: Any) -> Array:
     """New keys or values as floats. Rows in the dtype of quantised pages are multiplied by their scale."""
-    if array.dtype == kv_pages.dtype and array.dtype not in FLOAT_DTYPES and options.more is not None:
-        scale = options.more.k_scale if name == "keys" else options.more.v_scale
-        array = array.astype(jnp.float32) * (scale or 1.0)
+    if array.dtype == kv_pages.dtype and array.dtype in QUANTISED_DTYPES:
+        # Without scales the pages are refused, later and with what to write: the rows are not at fault.
+        more = options.more or More()
+        array = array.astype(jnp.float32) * ((more.k_scale if name == "keys" else more.v_scale) or 1.0)
     return arrays.rows_of(name, array)
 
 

@@ -112,6 +112,8 @@ TYPES = {
                   "their scales: pass an object with weight, int8, and scales, as JAX's QuantizedTensor"),
     "quantised v3": (lambda: v3(kv_pages=INTER.astype(jnp.float8_e4m3fn)), "kv_pages must be .*float8_e4m3fn. int8 and "
                      "float8 pages need k_scale and v_scale"),
+    "quantised rows": (lambda: v3(keys=KV.astype("int8"), values=KV.astype("int8"), kv_pages=INTER.astype("int8")),
+                       "kv_pages must be .*int8. int8 and float8 pages need k_scale and v_scale"),
     "one scale": (lambda: v2(kv_pages=INTER.astype(jnp.int8), k_scale=1.0), "int8 and float8 pages need k_scale and v"),
     "one quantised": (lambda: page(key_cache=QUANTISED), "must both be quantised, or neither"),
     "quantised floats": (lambda: page(key_cache=QUANTISED._replace(weight=SPLIT), value_cache=QUANTISED),
