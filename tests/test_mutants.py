@@ -101,7 +101,7 @@ def _fresh_write(update, index):
 def _check_merge():
     out, lse = jnp.ones((1, 2, 3)), jnp.array([[1.0, -jnp.inf]])
     merged = paged.merge(
-        AttentionState(out * (lse > 0)[..., None], lse), AttentionState(3 * out, jnp.array([[1.0, 2.0]]))
+        AttentionState(jnp.where(lse[..., None] > 0, out, 0.0), lse), AttentionState(3 * out, jnp.array([[1.0, 2.0]]))
     )
     np.testing.assert_allclose(merged.out[0, :, 0], [2.0, 3.0], rtol=1e-6)
     np.testing.assert_allclose(merged.lse, [[1 + np.log(2), 2.0]], rtol=1e-6)
