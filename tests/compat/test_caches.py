@@ -153,7 +153,8 @@ class Pair(NamedTuple):
 def test_jax_quantised_pages_are_what_jax_makes_of_them(order, dtype):
     caches = [_draw(i, 2, 8, 4, 8).astype(dtype) for i in range(2)]
     quantised = [quantization_utils.quantize_to_int8(cache) for cache in caches]
-    floats = [np.asarray(quantization_utils.unquantize_from_int8(x, jnp.float32)) for x in quantised]
+    wide = [x._replace(scales=x.scales.astype(jnp.float32)) for x in quantised]
+    floats = [np.asarray(quantization_utils.unquantize_from_int8(x, jnp.float32)) for x in wide]
     assert np.abs(floats[0] - np.asarray(caches[0], np.float32)).max() > 1e-3, "nothing was quantised"
     q, ints = _draw(2, 3, 4, 8), (jnp.array([7, 0, 5]), jnp.array([[5, 2], [-1, -1], [1, 0]]))
     want = page_attention(q, *map(jnp.asarray, floats), *ints, **said)
