@@ -25,15 +25,12 @@ def run(prompts=((1, 2, 3),), max_new_tokens=3, **options):
     return generate(model, state, prompts, max_new_tokens=max_new_tokens, **{**SIZES, **options})
 
 
-@pytest.mark.parametrize(
-    "eos",
-    [3, [3], (3,), {3}, frozenset({3, 5}), {3: "end"}.keys(), {"end": 3}.values(), np.int64(3), np.array(3),
-     np.array([5, 3]), jnp.int32(3), jnp.array([3]), [np.int32(3)], iter([3])],
-    ids=repr,
-)  # fmt: skip
-def test_every_kind_of_eos_ends(eos):
-    (result,) = run(eos=eos)
-    assert (result.tokens, result.finish_reason) == ((3,), "eos")
+def test_every_kind_of_eos_ends():
+    kinds = [3, [3], (3,), {3}, frozenset({3, 5}), {3: "end"}.keys(), {"end": 3}.values(), np.int64(3), np.array(3)]
+    kinds += [np.array([5, 3]), jnp.int32(3), jnp.array([3]), [np.int32(3)], iter([3])]
+    for eos in kinds:
+        (result,) = run(eos=eos)
+        assert (result.tokens, result.finish_reason) == ((3,), "eos"), eos
 
 
 def test_integers_of_every_kind_are_integers():
