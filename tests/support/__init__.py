@@ -10,21 +10,23 @@ Properties are written once, and every table below is crossed with them. `docs/e
 - A new lowering: ``SMALL_SCHEDULES`` in `lowerings.py`. `ALL_LOWERINGS` finds it, unless its target is ``"tpu"``.
 - A new way to run an attention: ``ROWS`` in `tests/test_live.py`.
 - A new term or page order on the TPU kernels: the tables of `tests/tpu/test_interpreted.py` and of `test_compiles.py`.
-- A new corner of lengths and rows: ``CORNERS`` in `cases.py`. A new dtype: ``TOLERANCES`` in `compare.py`.
+- A new corner of lengths and rows: ``CORNERS`` in `paged/testing/cases.py`. A new dtype: ``TOLERANCES`` in
+  `paged/testing/tolerances.py`.
 """
 
-from .arrays import Built as Built
-from .arrays import build as build
-from .arrays import layers_of as layers_of
-from .cases import CORNERS as CORNERS
-from .cases import Case as Case
-from .cases import Corner as Corner
-from .compare import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS
-from .compare import TOLERANCES as TOLERANCES
-from .compare import assert_bitwise as assert_bitwise
-from .compare import assert_state as assert_state
-from .compare import assert_states_close as assert_states_close
-from .compare import exact_state as exact_state
+from paged.testing import CORNERS as CORNERS
+from paged.testing import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS
+from paged.testing import TOLERANCES as TOLERANCES
+from paged.testing import Built as Built
+from paged.testing import Case as Case
+from paged.testing import Corner as Corner
+from paged.testing import assert_bitwise as assert_bitwise
+from paged.testing import assert_state as assert_state
+from paged.testing import assert_states_close as assert_states_close
+from paged.testing import build as build
+from paged.testing import exact_state as exact_state
+from paged.testing import layers_of as layers_of
+
 from .lowerings import ALL_LOWERINGS as ALL_LOWERINGS
 from .lowerings import every_lowering as every_lowering
 from .lowerings import lowered as lowered

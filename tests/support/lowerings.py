@@ -7,9 +7,8 @@ import pytest
 import paged
 from paged.lower import LOWERINGS, Attend, Lowering, Program
 from paged.spec import AttentionState
+from paged.testing import Built, Case
 
-from .arrays import Built
-from .cases import Case
 
 # One row a lowering that runs compiled on any machine: a new one in `paged.lower.LOWERINGS` is tested from the day it
 # is listed. Kernels for TPUs are not here: off a TPU they are interpreted, which takes seconds a case where these take

@@ -1,0 +1,131 @@
+"""`check_score_op`: what a score operation must promise, so that every lowering may evaluate it in its own tiles."""
+
+import copy
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged.spec import ScoreOp
+
+from .failures import CheckFailure, require
+from .positions import Region, regions_about
+
+_HEADS = 6  # no power of two, so that rules for other numbers of heads are tried
+# Two programs of one formula differ by the order and the fusion of a few float32 operations.
+_ROUNDINGS = 64 * 2.0**-24
+
+
+def check_score_op(op: ScoreOp, *, num_q_heads: int = _HEADS) -> None:
+    """Check every promise of a score operation, on small, large and negative positions and scores.
+
+    **Arguments:**
+
+    - `op`: a score operation.
+    - `num_q_heads`: query heads of the spec that it is bound to.
+
+    **Raises:** `CheckFailure` with a counterexample, of the first of `SCORE_CHECKS` that fails.
+
+    >>> check_score_op(SoftCap(30.0))
+    """
+    for check in SCORE_CHECKS.values():
+        check(op, num_q_heads)
+
+
+def check_op_hashable(op: ScoreOp, num_q_heads: int) -> None:
+    """An operation has a hash and equals its copy, and binding it twice is binding it once."""
+    try:
+        hash(op)
+    except TypeError as error:
+        raise CheckFailure(
+            "hashable", f"{op!r} has no hash ({error}). Make it a frozen dataclass whose fields are hashable."
+        ) from error
+    again = copy.copy(op)
+    require(
+        again == op and hash(again) == hash(op), "hashable",
+        f"{op!r} does not equal its copy, so every new object would be compiled again. Make it a frozen dataclass.",
+    )  # fmt: skip
+    bound = op.bind(num_q_heads)
+    require(
+        bound == op.bind(num_q_heads) == bound.bind(num_q_heads), "bind",
+        f"{op!r}.bind({num_q_heads}) gives {bound!r}, and binding that gives {bound.bind(num_q_heads)!r}: they must be "
+        "equal, since a spec binds what it is given, bound or not.",
+    )  # fmt: skip
+
+
+def check_op_values(op: ScoreOp, num_q_heads: int) -> None:
+    """Results are float32 of the scores' shape, elementwise, never NaN, and the same under ``jax.jit``."""
+    bound = op.bind(num_q_heads)
+    run = jax.jit(lambda s, p, j, h: bound(s, p, j, h))
+    for region in regions_about(op):
+        arguments = _arguments(region, num_q_heads)
+        whole = jax.eval_shape(bound, *arguments)
+        require(
+            whole.shape == arguments[0].shape and whole.dtype == jnp.float32, "values",
+            f"{op} of float32 scores {arguments[0].shape} returns {whole.dtype} {whole.shape}: it must return float32 "
+            "in the shape of the scores. Cast positions with `.astype(s.dtype)`.",
+        )  # fmt: skip
+        values = np.asarray(run(*arguments))
+        _require_no_nan(op, region, values)
+        _require_close(op, region, "under jax.jit and outside of it", values, np.asarray(bound(*map(jnp.asarray, arguments))))
+        s, p, j, h = arguments
+        for head in (0, num_q_heads - 1):
+            alone = bound(s[head, 2:5, 3:5], p[0, 2:5], j[0, :, 3:5], jnp.int32(head))
+            _require_close(op, region, "in a tile and alone", values[head, 2:5, 3:5], np.asarray(alone))
+
+
+def check_op_gradient(op: ScoreOp, num_q_heads: int) -> None:
+    """The gradient by the scores is finite, and each score's is its own: the operation mixes no scores."""
+    bound = op.bind(num_q_heads)
+    for region in regions_about(op)[:4]:
+        s, p, j, h = _arguments(region, num_q_heads)
+        gradient = np.asarray(jax.jit(jax.grad(lambda s: jnp.sum(_finite(bound(s, p, j, h)))))(s))
+        if not np.isfinite(gradient).all():
+            head, row, key = (int(x) for x in np.argwhere(~np.isfinite(gradient))[0])
+            raise CheckFailure(
+                "gradient", f"the gradient of {op} is {gradient[head, row, key]} at s={s[head, row, key]}, "
+                f"p={int(p[0, row, 0])}, j={int(j[0, 0, key])}, h={head}. A `jnp.where` whose other side overflows or "
+                "divides by 0 has such a gradient: make the argument safe inside of it."
+            )
+
+
+SCORE_CHECKS: dict[str, Callable[[ScoreOp, int], None]] = {
+    "hashable": check_op_hashable,
+    "values": check_op_values,
+    "gradient": check_op_gradient,
+}
+
+
+def _arguments(region: Region, num_q_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Scores [heads, queries, keys], some of them 0, tiny and huge; and positions and heads that broadcast."""
+    p, j = region.p[None], region.j[None]
+    h = np.arange(num_q_heads, dtype=np.int32)[:, None, None]
+    s = 20 * np.random.default_rng(0).normal(size=(num_q_heads, p.shape[1], j.shape[2])).astype(np.float32)
+    s[0, :4, 0] = (0.0, 1e-30, 3e4, -3e4)
+    return s, p, j, h
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """A bias of -inf hides a key, and then has no gradient."""
+    return jnp.where(jnp.isneginf(x), 0.0, x)
+
+
+def _require_no_nan(op: ScoreOp, region: Region, values: np.ndarray) -> None:
+    wrong = np.argwhere(np.isnan(values) | np.isposinf(values))
+    if len(wrong):
+        head, row, key = (int(x) for x in wrong[0])
+        raise CheckFailure(
+            "values", f"{op} is {values[head, row, key]} at p={region.p0 + row}, j={region.j0 + key}, h={head}, for a "
+            "finite score. Scores must stay finite; -inf alone is allowed, and hides the key."
+        )
+
+
+def _require_close(op: ScoreOp, region: Region, where: str, want: np.ndarray, got: np.ndarray) -> None:
+    allowed = _ROUNDINGS * np.maximum(1.0, np.abs(np.where(np.isfinite(want), want, 0.0)))
+    is_equal = (want == got) | (np.abs(np.where(np.isfinite(want), want - got, np.inf)) <= allowed)
+    if want.shape != got.shape or not is_equal.all():
+        raise CheckFailure(
+            "values", f"{op} differs {where}, about p={region.p0}, j={region.j0}. An operation is elementwise: its "
+            "value depends on one score, one pair of positions and one head."
+        )
