@@ -17,6 +17,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Tests run what the heuristics choose, on whichever machine and whatever was tuned there.
 os.environ["PAGED_TUNING"] = "off"
 
+import dataclasses
 import gc
 import importlib
 import importlib.util
@@ -57,7 +58,7 @@ _Raises.__exit__ = _let_annotations_rest(_Raises.__exit__, False)
 hypothesis.settings.register_profile("paged", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("paged")
 
-_PACKAGES = ("paged.spec", "paged.lower", "paged.runtime", "paged.compat", "paged")
+_PACKAGES = ("paged.spec", "paged.lower", "paged.runtime", "paged.compat", "paged.testing", "paged")
 
 
 # Every compiled program keeps some of the memory mappings that a process may have; Linux allows 65530.
@@ -77,7 +78,7 @@ def _let_go_of_programs():
 @pytest.fixture(autouse=True, scope="session")
 def _doctest_names(doctest_namespace):
     """Every public name of the packages, as a reader of the documentation would have imported them."""
-    doctest_namespace.update(jax=jax, jnp=jnp, np=np, eqx=eqx)
+    doctest_namespace.update(jax=jax, jnp=jnp, np=np, eqx=eqx, dataclasses=dataclasses, hypothesis=hypothesis)
     for name in _PACKAGES:
         if importlib.util.find_spec(name) is not None:
             module = importlib.import_module(name)

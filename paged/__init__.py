@@ -58,7 +58,7 @@ if TYPE_CHECKING:  # at run time `paged.lower` is the package, which is called l
 
 
 def __getattr__(name: str) -> types.ModuleType:
-    """`paged.runtime` and `paged.compat`, imported when they are first used."""
-    if name in ("compat", "runtime"):
+    """`paged.runtime`, `paged.compat` and `paged.testing`, imported when they are first used."""
+    if name in ("compat", "runtime", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

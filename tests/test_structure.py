@@ -1,6 +1,7 @@
 """The rules of the house, read off the sources: arrows, imports, sizes, docstrings."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import re
@@ -16,7 +17,13 @@ PROJECT = [
     if "__pycache__" not in path.parts
 ]
 # What each layer may import besides itself. Nothing imports `compat`, the door included.
-LAYERS = {"spec": (), "lower": ("spec",), "runtime": ("spec", "lower"), "compat": ("spec", "lower")}
+LAYERS = {
+    "spec": (),
+    "lower": ("spec",),
+    "runtime": ("spec", "lower"),
+    "compat": ("spec", "lower"),
+    "testing": ("spec", "lower", "runtime", "compat"),
+}
 # The rooms of a folder, lowest first: a room may import those before it. No circle can then close.
 ROOMS = {
     "paged/lower": (
@@ -27,48 +34,56 @@ ROOMS = {
 }  # fmt: skip
 FILE_LINES, FUNCTION_LINES = 400, 60
 
-every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-every_file = pytest.mark.parametrize("path", PROJECT, ids=lambda p: str(p.relative_to(ROOT)))
+
+@functools.cache
+def _tree(path):
+    return ast.parse(path.read_text())
 
 
+def _place(path, node):
+    return f"{path.relative_to(ROOT)}, line {node.lineno}"
+
+
+@functools.cache
 def _imports(path):
     """Absolute dotted names that a module imports from: relative imports resolved, `from a import b` as ``a``."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    package, found = path.relative_to(ROOT).with_suffix("").parts[:-1], []
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
-            yield from ((node, alias.name, None) for alias in node.names)
+            found += [(node, alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join((*base, node.module) if node.module else base)
-            yield from ((node, module, alias.name) for alias in node.names)
+            found += [(node, module, alias.name) for alias in node.names]
+    return found
 
 
 def _layer(parts):
     return parts[1] if len(parts) > 1 and parts[0] == "paged" and parts[1] in LAYERS else None
 
 
-@every_source
-def test_arrows_point_from_runtime_and_compat_to_lower_to_spec(path):
-    own = _layer(path.relative_to(ROOT).with_suffix("").parts)
-    for node, module, name in _imports(path):
-        parts = module.split(".")
-        other = _layer(parts) or (_layer(["paged", name]) if parts == ["paged"] else None)
-        if own is None:
-            assert other != "compat", f"line {node.lineno}: the door imports {module}"
-            continue
-        if other is not None:
-            assert other in (own, *LAYERS[own]), f"line {node.lineno}: {own} imports {module}"
-        assert parts != ["paged"] or own is None, f"line {node.lineno}: {own} imports the door, which imports it"
+def test_arrows_point_from_runtime_and_compat_to_lower_to_spec():
+    for path in SOURCES:
+        own = _layer(path.relative_to(ROOT).with_suffix("").parts)
+        for node, module, name in _imports(path):
+            parts, where = module.split("."), _place(path, node)
+            other = _layer(parts) or (_layer(["paged", name]) if parts == ["paged"] else None)
+            if own is None:
+                assert other != "compat", f"{where}: the door imports {module}"
+                continue
+            if other is not None:
+                assert other in (own, *LAYERS[own]), f"{where}: {own} imports {module}"
+            assert parts != ["paged"] or own is None, f"{where}: {own} imports the door, which imports it"
 
 
-@every_source
-def test_siblings_import_through_the_package(path):
+def test_siblings_import_through_the_package():
     """`from paged.spec import Causal`, not `from paged.spec.masks import Causal`: a file may move, a name may not."""
-    own = _layer(path.relative_to(ROOT).with_suffix("").parts)
-    for node, module, _ in _imports(path):
-        parts = module.split(".")
-        if _layer(parts) not in (None, own):
-            assert len(parts) == 2, f"line {node.lineno}: {module} reaches into another package"
+    for path in SOURCES:
+        own = _layer(path.relative_to(ROOT).with_suffix("").parts)
+        for node, module, _ in _imports(path):
+            parts = module.split(".")
+            if _layer(parts) not in (None, own):
+                assert len(parts) == 2, f"{_place(path, node)}: {module} reaches into another package"
 
 
 @pytest.mark.parametrize("folder", ROOMS)
@@ -102,24 +117,23 @@ def test_no_folder_has_a_circle_of_imports():
         list(graphlib.TopologicalSorter(inside).static_order())  # raises CycleError, which names the circle
 
 
-@every_file
-def test_no_import_is_inside_a_function_and_none_is_a_star(path):
-    tree = ast.parse(path.read_text())
-    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
-        inner = [n.lineno for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
-        assert not inner, f"imports inside {function.name}: lines {inner}"
-    for _, module, name in _imports(path):
-        assert name != "*", f"star import from {module}"
+def test_no_import_is_inside_a_function_and_none_is_a_star():
+    for path in PROJECT:
+        for function in (n for n in ast.walk(_tree(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
+            inner = [_place(path, n) for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
+            assert not inner, f"imports inside of {function.name}: {inner}"
+        for node, module, name in _imports(path):
+            assert name != "*", f"{_place(path, node)}: star import from {module}"
 
 
-@every_file
-def test_sizes_fit_a_reader(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= FILE_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1 - _docstring_lines(node)
-            assert lines <= FUNCTION_LINES, f"{node.name} has {lines} lines"
+def test_sizes_fit_a_reader():
+    for path in PROJECT:
+        count = len(path.read_text().splitlines())
+        assert count <= FILE_LINES, f"{path.relative_to(ROOT)} has {count} lines"
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1 - _docstring_lines(node)
+                assert lines <= FUNCTION_LINES, f"{_place(path, node)}: {node.name} has {lines} lines"
 
 
 def _docstring_lines(function):
@@ -128,11 +142,11 @@ def _docstring_lines(function):
     return (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(function) else 0
 
 
-@every_file
-def test_every_module_says_what_it_holds(path):
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
-    assert docstring and docstring.splitlines()[0].rstrip().endswith((".", "?", ":"))
-    assert path.stem not in ("utils", "util", "helpers", "misc", "common")
+def test_every_module_says_what_it_holds():
+    for path in PROJECT:
+        docstring = ast.get_docstring(_tree(path))
+        assert docstring and docstring.splitlines()[0].rstrip().endswith((".", "?", ":")), path.relative_to(ROOT)
+        assert path.stem not in ("utils", "util", "helpers", "misc", "common"), path.relative_to(ROOT)
 
 
 def test_no_machine_path_is_committed():
@@ -153,11 +167,11 @@ def _is_overload(node):
 
 def _public_names():
     """``(file, definition)`` of every name that the doors re-export, found by following the re-exports."""
-    doors = (ROOT / "paged", ROOT / "paged" / "compat", ROOT / "paged" / "runtime")
+    doors = (ROOT / "paged", *(ROOT / "paged" / layer for layer in ("compat", "runtime", "testing")))
     pending, seen = [(door / "__init__.py", None) for door in doors], []
     while pending:
         path, wanted = pending.pop()
-        tree = ast.parse(path.read_text())
+        tree = _tree(path)
         conditional = [node for branch in tree.body if isinstance(branch, ast.If) for node in branch.body]
         for node in (*tree.body, *conditional):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == wanted and not _is_overload(node):
@@ -176,17 +190,17 @@ def _public_names():
     return sorted(seen, key=lambda found: found[1].name)
 
 
-@pytest.mark.parametrize(("path", "node"), _public_names(), ids=lambda x: getattr(x, "name", ""))
-def test_public_names_are_documented_and_functions_by_example(path, node):
-    docstring = ast.get_docstring(node)
-    assert docstring, f"{node.name} in {path.name} has no docstring"
-    if isinstance(node, ast.FunctionDef):
-        assert ">>>" in docstring, f"{node.name} in {path.name} has no example"
-    else:
+def test_public_names_are_documented_and_functions_by_example():
+    interfaces = {"Mask", "ScoreOp", "Lowering", "RotaryScaling"}
+    for path, node in _public_names():
+        where, docstring = f"{_place(path, node)}: {node.name}", ast.get_docstring(node)
+        assert docstring, f"{where} has no docstring"
+        if isinstance(node, ast.FunctionDef):
+            assert ">>>" in docstring, f"{where} has no example"
+            continue
+        inherited = any(ast.unparse(base) in interfaces for base in node.bases)
         for method in (n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")):
-            interfaces = {"Mask", "ScoreOp", "Lowering", "RotaryScaling"}
-            inherited = any(ast.unparse(base) in interfaces for base in node.bases)
-            assert inherited or ast.get_docstring(method), f"{node.name}.{method.name} has no docstring"
+            assert inherited or ast.get_docstring(method), f"{where}.{method.name} has no docstring"
 
 
 def test_the_public_names_were_found():

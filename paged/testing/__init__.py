@@ -1,4 +1,11 @@
-"""Proofs for masks, score operations, lowerings, layers and pools: yours, and ours."""
+"""Proofs for masks, score operations, lowerings, layers and pools: yours, and ours.
+
+`strategies`, `check_pool` and `PoolMachine` need hypothesis, and `parametrize_with_checks` needs pytest; they are
+imported when they are first used. ``pip install "paged[testing]"`` brings both.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .arrays import Built as Built
 from .arrays import build as build
@@ -7,14 +14,23 @@ from .cases import CORNERS as CORNERS
 from .cases import Case as Case
 from .cases import Corner as Corner
 from .failures import CheckFailure as CheckFailure
+from .layers import check_layer as check_layer
+from .layers import check_model as check_model
 from .lowerings import LOWERING_CHECKS as LOWERING_CHECKS
 from .lowerings import Checked as Checked
 from .lowerings import check_lowering as check_lowering
 from .masks import MASK_CHECKS as MASK_CHECKS
 from .masks import check_mask as check_mask
+from .pages import assert_in_place as assert_in_place
+from .pages import assert_no_leak as assert_no_leak
+from .pages import assert_pages_visited as assert_pages_visited
+from .pages import poison as poison
+from .pages import shuffle_pages as shuffle_pages
 from .scores import SCORE_CHECKS as SCORE_CHECKS
 from .scores import check_score_op as check_score_op
 from .specs import SPECS as SPECS
+from .targets import across_targets as across_targets
+from .targets import interpreted as interpreted
 from .tolerances import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS
 from .tolerances import TOLERANCES as TOLERANCES
 from .tolerances import assert_bitwise as assert_bitwise
@@ -22,3 +38,27 @@ from .tolerances import assert_output as assert_output
 from .tolerances import assert_state as assert_state
 from .tolerances import assert_states_close as assert_states_close
 from .tolerances import exact_state as exact_state
+
+if TYPE_CHECKING:
+    from . import strategies as strategies
+    from .parametrize import parametrize_with_checks as parametrize_with_checks
+    from .pool import PoolMachine as PoolMachine
+    from .pool import PoolModel as PoolModel
+    from .pool import check_pool as check_pool
+
+# Where the names are that need hypothesis or pytest.
+_LATE = {
+    "parametrize_with_checks": "parametrize",
+    "check_pool": "pool",
+    "PoolMachine": "pool",
+    "PoolModel": "pool",
+    "strategies": "strategies",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs hypothesis or pytest, imported when it is first used."""
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_LATE[name]}")
+    return module if name == _LATE[name] else getattr(module, name)

@@ -204,9 +204,7 @@ def check_other_sequences_are_invisible(subject: Subject, phase: Phase) -> None:
     case = subject.case(phase, corner="one past a page")
     before, after = build(case), build(case, changed=(0, 2, 4))
     kept = np.array([owner is not None and owner[0] in (1, 3) for owner in before.row_of])
-    _assert_same(
-        _leaves(subject.run(before)), _leaves(subject.run(after)), kept, "another sequence changed a result"
-    )
+    _assert_same(_leaves(subject.run(before)), _leaves(subject.run(after)), kept, "another sequence changed a result")
 
 
 def _leaves(result: Any) -> list[np.ndarray]:

@@ -44,8 +44,9 @@ def check_hashable(mask: Mask) -> None:
         hash(mask)
     except TypeError as error:
         raise CheckFailure(
-            name, f"{mask!r} has no hash ({error}). Make it a frozen dataclass whose fields are hashable: tuples, "
-            "numbers and functions, and not lists or arrays."
+            name,
+            f"{mask!r} has no hash ({error}). Make it a frozen dataclass whose fields are hashable: tuples, "
+            "numbers and functions, and not lists or arrays.",
         ) from error
     again = copy.copy(mask)
     require(
@@ -64,7 +65,9 @@ def _check_values_in(mask: Mask, region: Region) -> None:
     name, p, j = "values", region.p, region.j
     shape = (len(p), j.shape[1])
     got = jax.eval_shape(lambda p, j: jnp.asarray(mask(p, j)), p, j)
-    require(got.dtype == bool, name, f"{mask} returns {got.dtype}, and a mask returns booleans: compare, as in `j <= p`.")
+    require(
+        got.dtype == bool, name, f"{mask} returns {got.dtype}, and a mask returns booleans: compare, as in `j <= p`."
+    )
     require(
         got.shape == shape, name,
         f"{mask} of positions {p.shape} and {j.shape} returns shape {got.shape}, and must return the broadcast shape "
@@ -94,8 +97,9 @@ def _require_equal(mask: Mask, region: Region, want: np.ndarray, got: np.ndarray
     if len(wrong):
         p, j = (int(x) + first for x, first in zip(wrong[0], region, strict=True))
         raise CheckFailure(
-            "values", f"{mask} at p={p}, j={j} is {bool(want[tuple(wrong[0])])} {where}. A mask is elementwise: its "
-            "value depends on the pair alone."
+            "values",
+            f"{mask} at p={p}, j={j} is {bool(want[tuple(wrong[0])])} {where}. A mask is elementwise: its "
+            "value depends on the pair alone.",
         )
 
 
@@ -145,8 +149,9 @@ def _wrong_coverage(mask: Mask, r: Rectangle, said: str) -> str:
     p, j = np.argwhere(values == (said == "empty"))[0]
     sees = "sees" if said == "empty" else "does not see"
     remedy = (
-        "some must be True wherever one pair may be visible" if said == "empty" else "full must be True only where "
-        "every pair is visible"
+        "some must be True wherever one pair may be visible"
+        if said == "empty"
+        else "full must be True only where every pair is visible"
     )
     return (
         f"{mask} says that {r} is {said}, but the query at p={r.p0 + p} {sees} the key at j={r.j0 + j}. {remedy}; the "
@@ -166,8 +171,9 @@ def check_implies(mask: Mask) -> None:
             if len(wrong):
                 p, j = (int(x) + first for x, first in zip(wrong[0], region, strict=True))
                 raise CheckFailure(
-                    "implies", f"{mask} says that it implies {other}, but at p={p}, j={j} the first is visible and the "
-                    "second is not. False is always allowed."
+                    "implies",
+                    f"{mask} says that it implies {other}, but at p={p}, j={j} the first is visible and the "
+                    "second is not. False is always allowed.",
                 )
 
 
@@ -182,8 +188,9 @@ def check_normal_form(mask: Mask) -> None:
             if len(wrong):
                 p, j = (int(x) + first for x, first in zip(wrong[0], region, strict=True))
                 raise CheckFailure(
-                    "normal form", f"{whole} becomes {normal_form(whole)} in a program, which differs at p={p}, j={j}. "
-                    "Look at __eq__, __hash__ and implies of the terms: equal masks must have equal values."
+                    "normal form",
+                    f"{whole} becomes {normal_form(whole)} in a program, which differs at p={p}, j={j}. "
+                    "Look at __eq__, __hash__ and implies of the terms: equal masks must have equal values.",
                 )
 
 

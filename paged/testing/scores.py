@@ -68,8 +68,10 @@ def check_op_values(op: ScoreOp, num_q_heads: int) -> None:
         )  # fmt: skip
         values = np.asarray(run(*arguments))
         _require_no_nan(op, region, values)
-        _require_close(op, region, "under jax.jit and outside of it", values, np.asarray(bound(*map(jnp.asarray, arguments))))
-        s, p, j, h = arguments
+        _require_close(
+            op, region, "under jax.jit and outside of it", values, np.asarray(bound(*map(jnp.asarray, arguments)))
+        )
+        s, p, j, _ = arguments
         for head in (0, num_q_heads - 1):
             alone = bound(s[head, 2:5, 3:5], p[0, 2:5], j[0, :, 3:5], jnp.int32(head))
             _require_close(op, region, "in a tile and alone", values[head, 2:5, 3:5], np.asarray(alone))
@@ -78,15 +80,17 @@ def check_op_values(op: ScoreOp, num_q_heads: int) -> None:
 def check_op_gradient(op: ScoreOp, num_q_heads: int) -> None:
     """The gradient by the scores is finite, and each score's is its own: the operation mixes no scores."""
     bound = op.bind(num_q_heads)
+    slope = jax.jit(jax.grad(lambda s, p, j, h: jnp.sum(_finite(bound(s, p, j, h)))))
     for region in regions_about(op)[:4]:
         s, p, j, h = _arguments(region, num_q_heads)
-        gradient = np.asarray(jax.jit(jax.grad(lambda s: jnp.sum(_finite(bound(s, p, j, h)))))(s))
+        gradient = np.asarray(slope(s, p, j, h))
         if not np.isfinite(gradient).all():
             head, row, key = (int(x) for x in np.argwhere(~np.isfinite(gradient))[0])
             raise CheckFailure(
-                "gradient", f"the gradient of {op} is {gradient[head, row, key]} at s={s[head, row, key]}, "
+                "gradient",
+                f"the gradient of {op} is {gradient[head, row, key]} at s={s[head, row, key]}, "
                 f"p={int(p[0, row, 0])}, j={int(j[0, 0, key])}, h={head}. A `jnp.where` whose other side overflows or "
-                "divides by 0 has such a gradient: make the argument safe inside of it."
+                "divides by 0 has such a gradient: make the argument safe inside of it.",
             )
 
 
@@ -116,8 +120,9 @@ def _require_no_nan(op: ScoreOp, region: Region, values: np.ndarray) -> None:
     if len(wrong):
         head, row, key = (int(x) for x in wrong[0])
         raise CheckFailure(
-            "values", f"{op} is {values[head, row, key]} at p={region.p0 + row}, j={region.j0 + key}, h={head}, for a "
-            "finite score. Scores must stay finite; -inf alone is allowed, and hides the key."
+            "values",
+            f"{op} is {values[head, row, key]} at p={region.p0 + row}, j={region.j0 + key}, h={head}, for a "
+            "finite score. Scores must stay finite; -inf alone is allowed, and hides the key.",
         )
 
 
@@ -126,6 +131,7 @@ def _require_close(op: ScoreOp, region: Region, where: str, want: np.ndarray, go
     is_equal = (want == got) | (np.abs(np.where(np.isfinite(want), want - got, np.inf)) <= allowed)
     if want.shape != got.shape or not is_equal.all():
         raise CheckFailure(
-            "values", f"{op} differs {where}, about p={region.p0}, j={region.j0}. An operation is elementwise: its "
-            "value depends on one score, one pair of positions and one head."
+            "values",
+            f"{op} differs {where}, about p={region.p0}, j={region.j0}. An operation is elementwise: its "
+            "value depends on one score, one pair of positions and one head.",
         )

@@ -7,8 +7,7 @@ import pytest
 
 import paged
 from paged.spec import PAGE_ORDERS, PageLayout, RaggedBatch
-from tests.support import CORNERS, build, case_of
-from tests.support import Built
+from tests.support import CORNERS, Built, build, case_of
 
 
 def _bits(array):

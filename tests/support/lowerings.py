@@ -9,7 +9,6 @@ from paged.lower import LOWERINGS, Attend, Lowering, Program
 from paged.spec import AttentionState
 from paged.testing import Built, Case
 
-
 # One row a lowering that runs compiled on any machine: a new one in `paged.lower.LOWERINGS` is tested from the day it
 # is listed. Kernels for TPUs are not here: off a TPU they are interpreted, which takes seconds a case where these take
 # milliseconds, so `tests/tpu` has a matrix of their own, chosen to be small.

@@ -1,0 +1,166 @@
+"""`check_mask` and `check_score_op` accept what is right, and name the smallest case of what is wrong."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+
+from paged.spec import ALiBi, Causal, Coverage, Mask, Prefix, ScoreOp, SoftCap, Window
+from paged.testing import CheckFailure, check_mask, check_score_op, parametrize_with_checks, strategies
+
+
+@dataclasses.dataclass(frozen=True)
+class Behind(Mask):
+    """``p - j <= reach``, with a coverage that is given."""
+
+    reach: int
+    some: str = "exact"
+    full: str = "exact"
+
+    def __call__(self, p, j):
+        return p - j <= self.reach
+
+    def coverage(self, p0, p1, j0, j1):
+        some = {
+            "exact": p0 - (j1 - 1) <= self.reach,
+            "one key too few": p0 - (j1 - 2) <= self.reach,
+            "the last query": p1 - 1 - (j1 - 1) <= self.reach,
+        }[self.some]
+        full = {"exact": (p1 - 1) - j0 <= self.reach, "the first query": p0 - j0 <= self.reach}[self.full]
+        return Coverage(some, full)
+
+
+class Loose(Behind):
+    """A mask with a hash of its own for every object."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other):
+        return self is other
+
+
+class WrongImplies(Behind):
+    """A mask that says that it implies any window."""
+
+    __hash__ = Behind.__hash__
+
+    def implies(self, other):
+        return isinstance(other, Window)
+
+
+class Short(Behind):
+    """A mask that ignores query positions, and their axis too."""
+
+    def __call__(self, p, j):
+        return j <= self.reach
+
+
+class Floats(Behind):
+    """A mask of floats."""
+
+    def __call__(self, p, j):
+        return (p - j <= self.reach) * 1.0
+
+
+class Neighbours(Behind):
+    """A mask whose value depends on the positions beside."""
+
+    def __call__(self, p, j):
+        return (p - j <= self.reach) & (j > jnp.min(j))
+
+
+class ByPython(Behind):
+    """A coverage that answers Python integers otherwise than arrays."""
+
+    def coverage(self, p0, p1, j0, j1):
+        if isinstance(p0, int):
+            return Coverage(True, False)
+        return super().coverage(p0, p1, j0, j1)
+
+
+WRONG_MASKS = {
+    "skips a page too many": (Behind(4, some="one key too few"), r"coverage: .*\[-?\d+, -?\d+\) x .* is empty, but .* sees"),
+    "asks the last query": (Behind(4, some="the last query"), "coverage: .* is empty, but"),
+    "drops the mask": (Behind(4, full="the first query"), r"coverage: .*\[4, 6\) x \[0, 1\) is full, but .*p=5 does not see"),
+    "no equality": (Loose(4), "hashable: .*does not equal its copy"),
+    "implies": (WrongImplies(4), r"implies: .*implies p - j < \d, but at p=\d"),
+    "shape": (Short(4), r"values: .*must return the broadcast shape.*write `\(j < 4\) & \(p == p\)`"),
+    "dtype": (Floats(4), "values: .*returns float.*a mask returns booleans"),
+    "not elementwise": (Neighbours(4), "values: .*in a grid, but not alone"),
+    "integers": (ByPython(4), "coverage: .*for Python integers, and some="),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_MASKS)
+def test_wrong_masks_are_named(name):
+    mask, text = WRONG_MASKS[name]
+    with pytest.raises(CheckFailure, match=f"(?s){text}"):
+        check_mask(mask)
+
+
+def test_the_right_mask_passes():
+    check_mask(Behind(4))
+    check_mask(Causal() & (Behind(100) | ~Prefix(3)))
+
+
+@given(strategies.masks(max_leaves=4))
+@settings(max_examples=8)
+def test_any_nest_of_built_in_masks_passes(mask):
+    check_mask(mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op(ScoreOp):
+    """A score operation that is given by name."""
+
+    kind: str
+
+    def __call__(self, s, p, j, h):
+        return {
+            "narrow": lambda: s.astype(jnp.bfloat16),
+            "mixes": lambda: s - jnp.max(s, keepdims=True),
+            "nan": lambda: s + jnp.log((p - j).astype(s.dtype)),
+            "steep": lambda: s + jnp.sqrt(jnp.abs(s)),
+            "right": lambda: s - 0.5 * jnp.log1p(jnp.abs(p - j).astype(s.dtype)) * (h + 1).astype(s.dtype),
+        }[self.kind]()
+
+
+class Unbound(Op):
+    """An operation that is another one each time that it is bound."""
+
+    def bind(self, num_q_heads):
+        return Unbound("steep" if self.kind == "right" else "right")
+
+
+WRONG_OPS = {
+    "narrow": (Op("narrow"), "values: .*must return float32 in the shape of the scores"),
+    "mixes": (Op("mixes"), "values: .*differs in a tile and alone"),
+    "nan": (Op("nan"), r"values: .*is -?nan at p=-?\d+, j=\d+, h=0, for a finite score"),
+    "steep": (Op("steep"), "gradient: .*is inf at s=0.0"),
+    "bind": (Unbound("right"), "bind: .*must be equal"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OPS)
+def test_wrong_operations_are_named(name):
+    op, text = WRONG_OPS[name]
+    with pytest.raises(CheckFailure, match=f"(?s){text}"):
+        check_score_op(op)
+
+
+EXPECTED = {f"{WrongImplies(4)}: implies": "it says yes to any window", f"{WrongImplies(4)}: normal form": "likewise"}
+
+
+@parametrize_with_checks(
+    [Window(3), SoftCap(5.0), ALiBi(), Op("right"), WrongImplies(4)], expected_failures=EXPECTED
+)
+def test_each_check_is_a_test(subject, check):
+    check(subject)
+
+
+def test_an_expected_failure_that_names_no_test_is_an_error():
+    with pytest.raises(ValueError, match=r"expected_failures names \['nothing'\]; there are \['p - j < 3: hashable'"):
+        parametrize_with_checks([Window(3)], expected_failures={"nothing": "no reason"})
+    with pytest.raises(TypeError, match="subjects must be masks or score operations; got 3"):
+        parametrize_with_checks([3])
