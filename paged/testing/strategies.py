@@ -28,6 +28,7 @@ from paged.spec import (
 )
 
 from .cases import CORNERS, Case
+from .specs import real
 
 _SIZES = st.integers(1, 9)
 
@@ -37,7 +38,7 @@ def _is_odd_pair(p: Any, j: Any) -> Any:
 
 
 def _tilted(p: Any, j: Any, h: Any) -> Any:
-    return 0.25 * (h + 1) * jnp.cos(0.5 * (p - j).astype(jnp.float32))
+    return 0.25 * real(h + 1) * jnp.cos(0.5 * real(p - j))
 
 
 OPAQUE = Where(_is_odd_pair)
