@@ -13,7 +13,7 @@ from paged.lower._compile_for import compile_on
 from paged.lower.tpu import CHIPS
 from paged.runtime import PagePool
 from tests.runtime.tiny import EMBED, GLOBAL, LAYOUT, random_layer
-from tests.support import assert_bitwise, assert_state, build, case_of, every_lowering, lowered, state_of
+from tests.support import assert_bitwise, assert_state_close, build, case_of, every_lowering, lowered, state_of
 from tests.tpu.points import needs_libtpu
 
 SPEC = paged.AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128, window=40, sinks=True)
@@ -63,7 +63,7 @@ def test_one_program_for_any_number_of_rows_and_of_sequences(lowering):
         built = build(other)
         batch = paged.RaggedBatch(*(getattr(built.batch, x) for x in ("lengths", "block_tables", "query_starts")))
         batch = dataclasses.replace(batch, num_seqs=built.batch.num_seqs)
-        assert_state(again.call(built.q, built.pages, batch, built.sinks), built)
+        assert_state_close(again.call(built.q, built.pages, batch, built.sinks), built)
 
 
 def test_a_decode_step_of_any_number_of_sequences_is_built_inside():

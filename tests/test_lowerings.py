@@ -16,7 +16,7 @@ from tests.support import (
     PHASES,
     SPECS,
     assert_bitwise,
-    assert_state,
+    assert_state_close,
     assert_states_close,
     build,
     case_of,
@@ -40,10 +40,10 @@ def attend_of(lowering, case):
 @every_spec
 @every_corner
 def test_equals_reference(lowering, spec, phase, corner):
-    """With (0, -inf) or (0, sink) in empty rows and 0 in padding rows, exactly; see `assert_state`."""
+    """With (0, -inf) or (0, sink) in empty rows and 0 in padding rows, exactly; see `assert_state_close`."""
     case = case_of(spec, phase, corner=corner)
     built = build(case)
-    assert_state(state_of(attend_of(lowering, case), built), built)
+    assert_state_close(state_of(attend_of(lowering, case), built), built)
 
 
 @pytest.mark.parametrize("corner", ["mixed", "more rows than tokens", "all dead", "first page masked"])
@@ -205,4 +205,4 @@ def test_update_equals_write_then_attend(lowering, spec, phase):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(np.nan_to_num(a), np.nan_to_num(c))
     np.testing.assert_array_equal(out, attend(built.q, written, built.batch, built.sinks))
-    assert_state(AttentionState(out, state_of(attend, held).lse), held)
+    assert_state_close(AttentionState(out, state_of(attend, held).lse), held)

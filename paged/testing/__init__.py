@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from .arrays import Built as Built
 from .arrays import build as build
-from .arrays import layers_of as layers_of
 from .cases import CORNERS as CORNERS
 from .cases import Case as Case
 from .cases import Corner as Corner
@@ -33,11 +32,7 @@ from .targets import across_targets as across_targets
 from .targets import interpreted as interpreted
 from .tolerances import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS
 from .tolerances import TOLERANCES as TOLERANCES
-from .tolerances import assert_bitwise as assert_bitwise
-from .tolerances import assert_output as assert_output
-from .tolerances import assert_state as assert_state
-from .tolerances import assert_states_close as assert_states_close
-from .tolerances import exact_state as exact_state
+from .tolerances import assert_state_close as assert_state_close
 
 if TYPE_CHECKING:
     from . import strategies as strategies

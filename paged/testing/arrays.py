@@ -46,11 +46,24 @@ class Built:
 def build(
     case: Case, *, physical_seed: int = 0, changed: tuple[int, ...] = (), hold_new: bool = True, padding_seed: int = 0
 ) -> Built:
-    """Arrays of a case.
+    """Arrays of a case, in which every place of every page that holds no live token is poison.
 
-    ``physical_seed`` moves pages about in the pool and redraws garbage; it changes nothing that may matter.
-    ``changed`` names sequences whose contents and lengths are drawn anew. With ``hold_new=False`` this step's own
-    tokens are not in the pool yet, and where they will be written there is poison too.
+    **Arguments:**
+
+    - `case`: the case.
+    - `physical_seed`: moves pages about in the pool and redraws garbage. It changes nothing that may matter.
+    - `changed`: sequences whose contents and lengths are drawn anew.
+    - `hold_new`: whether the pages hold this step's own tokens. Without, the places where they will be written hold
+      poison too.
+    - `padding_seed`: redraws the queries of rows of no sequence.
+
+    **Returns:** the arrays, and what is known of them.
+
+    >>> built = build(Case(spec=AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8), phase="decode"))
+    >>> built.batch.lengths.tolist(), [len(seen) for seen in built.visible]
+    ([9, 1, 0, 4, 15], [9, 1, 0, 4, 15])
+    >>> int(jnp.isnan(built.pages.keys()).any(-1).sum()) > 0
+    True
     """
     lengths, rows, live = case.values()
     lengths = [max(1, n - 2) if s in changed else n for s, n in enumerate(lengths)]

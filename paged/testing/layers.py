@@ -81,6 +81,19 @@ def check_model(
     - `tolerance`: the largest error, as a part of the largest logit.
 
     **Raises:** `CheckFailure` with the plan, the sequence and the token of the first logits that differ.
+
+    >>> class OneLayer(eqx.Module):
+    ...     embedding: jax.Array
+    ...     layer: PagedAttention
+    ...     def __call__(self, tokens, batch, state):
+    ...         y, state = self.layer(self.embedding[tokens], batch, state)
+    ...         return y @ self.embedding.T, state
+    ...     def dense(self, tokens):
+    ...         return self.layer.dense(self.embedding[tokens][None])[0] @ self.embedding.T
+    >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+    >>> layout = PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
+    >>> layer, state = eqx.nn.make_with_state(PagedAttention)(spec, layout, 16, 16, key=jax.random.key(0))
+    >>> check_model(OneLayer(jax.random.normal(jax.random.key(1), (9, 16)), layer), state, vocab_size=9)
     """
     dense = model.dense if dense is None else dense
     rng = np.random.default_rng(0)

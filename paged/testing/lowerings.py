@@ -24,7 +24,7 @@ from .arrays import Built, build
 from .cases import CORNERS, Case, Phase
 from .failures import CheckFailure
 from .specs import SPECS
-from .tolerances import assert_output, assert_state, assert_states_close, exact_state
+from .tolerances import assert_output, assert_state_close, assert_states_close, exact_state
 
 # An `Attend`, or any function ``f(q, pages, batch)``, with sinks as a fourth argument where the spec has them.
 Attention = Any
@@ -174,7 +174,7 @@ def check_equals_the_reference(subject: Subject, phase: Phase) -> None:
         got = subject.run(built)
         try:
             if isinstance(got, AttentionState):
-                assert_state(got, built, subject.weights)
+                assert_state_close(got, built, subject.weights)
             else:
                 assert_output(got, built, subject.weights)
         except AssertionError as error:

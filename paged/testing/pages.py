@@ -69,7 +69,7 @@ def shuffle_pages(pages: Pages, batch: RaggedBatch, seed: int = 0) -> tuple[Page
     >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4)
     >>> _, batch = shuffle_pages(layout.init(4), RaggedBatch.decode(lengths=[3], block_tables=[[2, 0]]), seed=2)
     >>> batch.block_tables[0].tolist()
-    False
+    [1, 2]
     """
     order = np.random.default_rng(seed).permutation(pages.num_pages)  # the new pool's page i is the old page order[i]
     new_of = np.argsort(order)

@@ -64,8 +64,23 @@ def exact_state(built: Built) -> AttentionState:
     return AttentionState(*(np.asarray(x) for x in state))
 
 
-def assert_state(got: AttentionState, built: Built, weights: float = 0.0) -> None:
-    """The state is the reference's within its dtype's tolerance, and exact in empty and in padding rows."""
+def assert_state_close(got: AttentionState, built: Built, weights: float = 0.0) -> None:
+    """Assert that a state is the reference's within its dtype's tolerance, and exact where nothing is seen.
+
+    Rows of no sequence must be ``(0, -inf)``. Rows that see no key must be 0, with the sinks' log-sum-exp or ``-inf``.
+
+    **Arguments:**
+
+    - `got`: the state of a lowering.
+    - `built`: the arrays that it was computed from, by `build`.
+    - `weights`: the relative error of softmax weights that the lowering rounds: 0, or `ROUNDED_WEIGHTS`.
+
+    **Raises:** ``AssertionError`` with the place of the largest error, and with what was allowed there.
+
+    >>> built = build(Case(spec=AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)))
+    >>> attend = paged.lower(built.case.spec, built.case.layout, "xla")
+    >>> assert_state_close(attend.state(built.q, built.pages, built.batch), built)
+    """
     want, case = exact_state(built), built.case
     assert got.out.dtype == built.q.dtype and got.lse.dtype == np.float32
     assert got.out.shape == want.out.shape and got.lse.shape == want.lse.shape
@@ -83,13 +98,13 @@ def assert_state(got: AttentionState, built: Built, weights: float = 0.0) -> Non
 
 
 def assert_output(got: Any, built: Built, weights: float = 0.0) -> None:
-    """`assert_state` for an output without a log-sum-exp."""
+    """`assert_state_close` for an output without a log-sum-exp."""
     exact = exact_state(built)
     is_seen = np.array([seen is not None and len(seen) > 0 for seen in built.visible])[:, None]
     lse = np.where(is_seen, np.asarray(exact.lse), -np.inf).astype(np.float32)
     if built.sinks is not None:
         lse = np.asarray(exact.lse)
-    assert_state(AttentionState(got, lse), built, weights)  # pyright: ignore
+    assert_state_close(AttentionState(got, lse), built, weights)  # pyright: ignore
 
 
 def assert_states_close(

@@ -20,12 +20,12 @@ from paged.testing import TOLERANCES as TOLERANCES
 from paged.testing import Built as Built
 from paged.testing import Case as Case
 from paged.testing import Corner as Corner
-from paged.testing import assert_bitwise as assert_bitwise
-from paged.testing import assert_state as assert_state
-from paged.testing import assert_states_close as assert_states_close
+from paged.testing import assert_state_close as assert_state_close
 from paged.testing import build as build
-from paged.testing import exact_state as exact_state
-from paged.testing import layers_of as layers_of
+from paged.testing.arrays import layers_of as layers_of
+from paged.testing.tolerances import assert_bitwise as assert_bitwise
+from paged.testing.tolerances import assert_states_close as assert_states_close
+from paged.testing.tolerances import exact_state as exact_state
 
 from .lowerings import ALL_LOWERINGS as ALL_LOWERINGS
 from .lowerings import every_lowering as every_lowering

@@ -19,7 +19,7 @@ import paged
 from paged.lower import Attend, Schedule
 from paged.lower.tpu.decode.plan import compute_dtype
 from paged.spec import AttentionState
-from tests.support import ROUNDED_WEIGHTS, Built, Case, assert_state
+from tests.support import ROUNDED_WEIGHTS, Built, Case, assert_state_close
 
 # "eager" copies data when a copy starts, which shows what is overwritten too early. "on_wait" copies data when the copy
 # is awaited, so that what is read too early is still NaN.
@@ -106,5 +106,5 @@ def assert_equals_reference(attend: Attend, built: Built, **watch: float) -> Att
     """Assert that a watched kernel computes the reference's state."""
     got = state_of(attend, built, **watch)
     is_narrow = compute_dtype(built.pages.layout, built.q.dtype) == jax.numpy.bfloat16
-    assert_state(got, built, weights=ROUNDED_WEIGHTS if is_narrow else 0.0)
+    assert_state_close(got, built, weights=ROUNDED_WEIGHTS if is_narrow else 0.0)
     return got

@@ -75,7 +75,7 @@ def test_other_sequences_are_invisible_bitwise():
 
 @pytest.mark.parametrize("corner", ["more rows than tokens", "exact pages"])
 def test_rows_before_the_first_token_see_nothing(corner):
-    """And the log-sum-exp is the reference's: `assert_state` looks at both."""
+    """And the log-sum-exp is the reference's: `assert_state_close` looks at both."""
     assert_equals_reference(_attend(), build(CASE.replace(corner=corner)))
 
 
