@@ -93,23 +93,13 @@ def build(
         if owner is not None and owner[1] >= 0:
             k[row], v[row] = (x[:, owner[1]] for x in drawn[owner[0]])
     at = [
-        None if w is None else (tables[w[0], j // case.page_size], j % case.page_size)
+        None if w is None or j is None else (tables[w[0], j // case.page_size], j % case.page_size)
         for w, j in zip(row_of, visible, strict=True)
     ]
     error_unit = np.array([_error_unit(case, q[i], where, k_live, v_live) for i, where in enumerate(at)])
     batch = _batch(case, lengths, rows, live, tables)
-    dtype = jnp.dtype(case.q_dtype)
-    return Built(
-        case,
-        *(jnp.asarray(x, dtype) for x in (q, k, v)),
-        pages,
-        batch,
-        _sinks(case),
-        pool.is_held,
-        visible,
-        error_unit,
-        row_of,
-    )
+    q, k, v = (jnp.asarray(x, jnp.dtype(case.q_dtype)) for x in (q, k, v))
+    return Built(case, q, k, v, pages, batch, _sinks(case), pool.is_held, visible, error_unit, row_of)
 
 
 def _error_unit(case: Case, q: np.ndarray, where: tuple | None, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -181,17 +171,19 @@ class _Pool:
     def empty(cls, case: Case, rng: np.random.Generator) -> "_Pool":
         layout, n = case.layout, case.num_pages
         head = (n, layout.num_kv_heads, layout.page_size)
-        raw = tuple(_poison(rng, case.dtype, (*head, dim)) for dim in (layout.head_dim, layout.value_dim))
+        k, v = (_poison(rng, case.dtype, (*head, dim)) for dim in (layout.head_dim, layout.value_dim))
         scales = None
         if case.scales is not None:
             shape = {"tensor": (), "head": (layout.num_kv_heads,), "token": head}[case.scales]
             base = 3 * SPREAD / 127 if case.dtype == "int8" else 0.5
-            values = tuple(
-                base * np.random.default_rng([case.seed, 60 + i]).uniform(0.7, 1.4, shape).astype(np.float32)
+            k_scale, v_scale = (
+                np.full(shape, np.nan, np.float32)
+                if case.scales == "token"
+                else base * np.random.default_rng([case.seed, 60 + i]).uniform(0.7, 1.4, shape).astype(np.float32)
                 for i in range(2)
             )
-            scales = tuple(np.full(shape, np.nan, np.float32) if case.scales == "token" else v for v in values)
-        return cls(case, rng, rng.permutation(n), raw, scales, np.zeros((n, layout.page_size), bool))
+            scales = k_scale, v_scale
+        return cls(case, rng, rng.permutation(n), (k, v), scales, np.zeros((n, layout.page_size), bool))
 
     def garbage_tables(self) -> np.ndarray:
         """Tables of nothing but garbage: ids out of the pool, and ids of pages that may be someone else's.

@@ -95,10 +95,10 @@ def check_model(
     >>> layer, state = eqx.nn.make_with_state(PagedAttention)(spec, layout, 16, 16, key=jax.random.key(0))
     >>> check_model(OneLayer(jax.random.normal(jax.random.key(1), (9, 16)), layer), state, vocab_size=9)
     """
-    dense = model.dense if dense is None else dense
+    logits_of = model.dense if dense is None else dense
     rng = np.random.default_rng(0)
     inputs = [jnp.asarray(rng.integers(0, vocab_size, n), jnp.int32) for n in _LENGTHS]
-    _check_served(model, state, inputs, [dense(tokens) for tokens in inputs], tolerance)
+    _check_served(model, state, inputs, [logits_of(tokens) for tokens in inputs], tolerance)
 
 
 def _check_served(

@@ -92,13 +92,12 @@ def check_lowering(
         subject = Subject(lower, spec, layout, lowered, tuple(corners), weights)
         for phase in phases:
             for name, check in LOWERING_CHECKS.items():
-                if phase not in _PHASES.get(check, _ROWS):
+                if phase not in check.phases:
                     continue
-                missing = subject.lacks(check)
-                if missing is not None:
-                    report.left_out.add(f"{name}: {missing}")
+                if check.needs is not None and not hasattr(lowered, check.needs):
+                    report.left_out.add(f"{name}: the attention has no `{check.needs}`")
                     continue
-                _named(name, check, subject, phase)
+                _named(name, check.run, subject, phase)
                 report.passed.append((spec, layout, phase, name))
     if not report.passed:
         why = "; ".join(reason for _, _, reason in report.refused) or "no layout has the heads of a spec"
@@ -110,9 +109,9 @@ def _fit(spec: AttentionSpec, layout: PageLayout) -> bool:
     return (spec.num_kv_heads, spec.head_dim) == (layout.num_kv_heads, layout.head_dim)
 
 
-def _named(name: str, check: Any, subject: "Subject", phase: Phase) -> None:
+def _named(name: str, run: Callable[["Subject", Phase], None], subject: "Subject", phase: Phase) -> None:
     try:
-        check(subject, phase)
+        run(subject, phase)
     except CheckFailure:
         raise
     except AssertionError as error:
@@ -150,14 +149,6 @@ class Subject:
     def run(self, built: Built) -> Any:
         """The state of built arrays, or the output alone where the attention gives no more."""
         return state_or_output(self.attention, built)
-
-    def lacks(self, check: Callable[..., Any]) -> str | None:
-        """Why a check cannot be tried on this attention, or None."""
-        if check in _NEED_UPDATE and not hasattr(self.attention, "update"):
-            return "the attention has no `update`"
-        if check in _NEED_STATE and not hasattr(self.attention, "state"):
-            return "the attention has no `state`, and so no log-sum-exp"
-        return None
 
 
 def state_or_output(attention: Attention, built: Built) -> Any:
@@ -301,20 +292,21 @@ def check_update(subject: Subject, phase: Phase) -> None:
     assert not moved, f"arrays {moved} of the donated pages were copied"
 
 
-LOWERING_CHECKS: dict[str, Callable[[Subject, Phase], None]] = {
-    "equals the reference": check_equals_the_reference,
-    "page order is invisible": check_page_order_is_invisible,
-    "other sequences are invisible": check_other_sequences_are_invisible,
-    "padding is nothing": check_padding_is_nothing,
-    "split and merge": check_split_and_merge,
-    "chunks are invisible": check_chunks_are_invisible,
-    "one trace": check_one_trace,
-    "update": check_update,
+class LoweringCheck(NamedTuple):
+    """One promise: the check, the phases that it is for, and the method of the attention that it needs, if any."""
+
+    run: Callable[[Subject, Phase], None]
+    phases: tuple[Phase, ...] = ("decode", "ragged", "prefill")
+    needs: str | None = None
+
+
+LOWERING_CHECKS = {
+    "equals the reference": LoweringCheck(check_equals_the_reference),
+    "page order is invisible": LoweringCheck(check_page_order_is_invisible),
+    "other sequences are invisible": LoweringCheck(check_other_sequences_are_invisible, ("decode", "ragged")),
+    "padding is nothing": LoweringCheck(check_padding_is_nothing),
+    "split and merge": LoweringCheck(check_split_and_merge, ("decode", "ragged"), "state"),
+    "chunks are invisible": LoweringCheck(check_chunks_are_invisible, ("ragged",), "state"),
+    "one trace": LoweringCheck(check_one_trace),
+    "update": LoweringCheck(check_update, needs="update"),
 }
-_PHASES = {
-    check_other_sequences_are_invisible: ("decode", "ragged"),
-    check_split_and_merge: ("decode", "ragged"),
-    check_chunks_are_invisible: ("ragged",),
-}
-_NEED_UPDATE = (check_update,)
-_NEED_STATE = (check_split_and_merge, check_chunks_are_invisible)

@@ -39,10 +39,10 @@ def poison(pages: Pages, batch: RaggedBatch) -> Pages:
         mask = held if layout.page_axis < layout.offset_axis else held.T
         return jnp.where(jnp.asarray(mask.reshape(shape)), x, jnp.asarray(filler, x.dtype))
 
-    scales = (pages.k_scale, pages.v_scale)
+    k_scale, v_scale = pages.k_scale, pages.v_scale
     if layout.scales == "token":
-        scales = tuple(jnp.where(jnp.asarray(held)[:, None, :], x, jnp.nan) for x in scales)
-    return Pages(tuple(keep(x) for x in pages.arrays), *scales, layout)
+        k_scale, v_scale = (jnp.where(jnp.asarray(held)[:, None, :], x, jnp.nan) for x in (k_scale, v_scale))
+    return Pages(tuple(keep(x) for x in pages.arrays), k_scale, v_scale, layout)
 
 
 def held_places(pages: Pages, batch: RaggedBatch) -> np.ndarray:
@@ -77,10 +77,10 @@ def shuffle_pages(pages: Pages, batch: RaggedBatch, seed: int = 0) -> tuple[Page
     is_real = (table >= 0) & (table < pages.num_pages)
     moved = np.where(is_real, new_of[np.where(is_real, table, 0)], table).astype(np.int32)
     axis, layout = pages.layout.page_axis, pages.layout
-    scales = (pages.k_scale, pages.v_scale)
+    k_scale, v_scale = pages.k_scale, pages.v_scale
     if layout.scales == "token":
-        scales = tuple(x[order] for x in scales)
-    shuffled = Pages(tuple(jnp.take(x, order, axis) for x in pages.arrays), *scales, layout)
+        k_scale, v_scale = k_scale[order], v_scale[order]
+    shuffled = Pages(tuple(jnp.take(x, order, axis) for x in pages.arrays), k_scale, v_scale, layout)
     facts = {"query_rows": batch.query_rows, "checked_for": batch.checked_for}
     return shuffled, RaggedBatch(batch.lengths, jnp.asarray(moved), batch.query_starts, batch.num_seqs, **facts)
 
@@ -127,11 +127,15 @@ def assert_in_place(run: Callable[..., Any], *args: Any, donated: int, result: C
     - `result`: picks what must lie where the donated argument lay from what ``run`` returns.
 
     **Returns:** what ``run`` returned. **Raises:** `CheckFailure` naming the arrays that were copied.
+
+    >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
+    >>> batch, rows = RaggedBatch.decode(lengths=[3], block_tables=[[2, 0]]), jnp.ones((1, 1, 4))
+    >>> step = lambda pages: paged.write(rows, rows, pages, batch)
+    >>> pages = assert_in_place(step, layout.init(4), donated=0, result=lambda pages: pages)
     """
-    args = list(args)
-    args[donated] = jax.tree.map(jnp.copy, args[donated])
-    before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(args[donated])]
-    returned = jax.jit(run, donate_argnums=donated)(*args)
+    given = jax.tree.map(jnp.copy, args[donated])
+    before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(given)]
+    returned = jax.jit(run, donate_argnums=donated)(*args[:donated], given, *args[donated + 1 :])
     after = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(result(returned))]
     moved = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
     require(not moved, "in place", f"arrays {moved} of argument {donated} were copied, and not updated in place.")

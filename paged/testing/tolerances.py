@@ -61,7 +61,7 @@ def exact_state(built: Built) -> AttentionState:
     with jax.enable_x64(True):
         q = jnp.asarray(np.asarray(built.q, np.float64))
         state = _reference(built.case.spec, q, built.pages, built.batch, built.sinks)
-    return AttentionState(*(np.asarray(x) for x in state))
+    return AttentionState(*(np.asarray(x) for x in state))  # pyright: ignore
 
 
 def assert_state_close(got: AttentionState, built: Built, weights: float = 0.0) -> None:
