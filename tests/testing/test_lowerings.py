@@ -53,7 +53,7 @@ def _neighbours_leak(attend, q, pages, batch):
 
 def _page_numbers_leak(attend, q, pages, batch):
     out = attend(q, pages, batch)
-    return jnp.where(out == 0, 0, out * (1 + 1e-7 * batch.block_tables[0, 0]))
+    return jnp.where(out == 0, 0, out * (1 + 1e-6 * batch.block_tables[0, 0].astype(jnp.float32)))
 
 
 def _zero_times_nan(attend, q, pages, batch):
@@ -67,7 +67,7 @@ def _base_two(attend, q, pages, batch):
 
 FAULTS = {
     "length off by one": (_length_off_by_one, "equals the reference: .*error .*allowed .*with the corner \"mixed\""),
-    "dead slots live": (_dead_slots_live, "equals the reference: .*padding row|equals the reference: .*with the corner"),
+    "dead slots live": (_dead_slots_live, "equals the reference: .*with the corner"),
     "neighbours leak": (_neighbours_leak, "other sequences are invisible: another sequence changed a result"),
     "page numbers leak": (_page_numbers_leak, "page order is invisible: the order of pages"),
     "0 * NaN": (_zero_times_nan, "equals the reference: not finite at"),
@@ -80,18 +80,6 @@ def test_faults_are_named(name):
     fault, text = FAULTS[name]
     with pytest.raises(CheckFailure, match=f"(?s){text}"):
         check_lowering(lower_with(fault), specs=[SPEC], phases=["decode"], corners=["mixed", "few live"])
-
-
-def test_an_attention_that_traces_by_values_is_named():
-    def lower(spec, layout):
-        attend = paged.lower(spec, layout, "xla")
-
-        def by_value(q, pages, batch):
-            return attend(q, pages, batch) if isinstance(batch.lengths, jax.core.Tracer) else attend(q, pages, batch)
-
-        return by_value
-
-    assert check_lowering(lower, specs=[SPEC], phases=["decode"], corners=["mixed", "few live"]).passed
 
 
 def test_refusals_are_told_and_all_refused_is_an_error():
