@@ -121,5 +121,8 @@ def check_pool(pool_type: Any = PagePool, *, machine: type[PoolMachine] = PoolMa
     """
     chosen = type(machine.__name__, (machine,), {"pool_type": pool_type})
     run_state_machine_as_test(
-        chosen, settings=settings(max_examples=examples, stateful_step_count=12, deadline=None, database=None)
+        chosen,
+        settings=settings(
+            max_examples=examples, stateful_step_count=12, deadline=None, database=None, report_multiple_bugs=False
+        ),
     )

@@ -53,7 +53,7 @@ def _neighbours_leak(attend, q, pages, batch):
 
 def _page_numbers_leak(attend, q, pages, batch):
     out = attend(q, pages, batch)
-    return jnp.where(out == 0, 0, out * (1 + 1e-6 * batch.block_tables[0, 0].astype(jnp.float32)))
+    return jnp.where(out == 0, 0, out * (1 + 1.2e-7 * (batch.block_tables[0, :2].sum() % 5).astype(jnp.float32)))
 
 
 def _zero_times_nan(attend, q, pages, batch):
