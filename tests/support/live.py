@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged.spec import AttentionState, Pages
-
-from .arrays import Built
-from .compare import assert_bitwise
+from paged.testing import Built
+from paged.testing.tolerances import assert_bitwise
 
 # One call with the arrays of a case: the state of every row; and the pages after it, if it writes.
 Runner = Callable[[Built], tuple[AttentionState, Pages | None]]

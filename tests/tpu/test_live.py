@@ -5,8 +5,8 @@ import pytest
 
 from paged.lower import DecodeSchedule, RaggedSchedule
 from paged.spec import PAGE_ORDERS
+from paged.testing import Corner
 from tests.support import Case, build
-from tests.support.cases import Corner
 from tests.support.live import assert_reaches_no_other_sequence
 from tests.support.specs import PLAIN
 
