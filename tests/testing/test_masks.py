@@ -60,7 +60,7 @@ class Floats(Behind):
     """A mask of floats."""
 
     def __call__(self, p, j):
-        return (p - j <= self.reach) * 1.0
+        return jnp.float32(0.5) * (p - j <= self.reach).astype(jnp.float32)
 
 
 class Neighbours(Behind):
