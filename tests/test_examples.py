@@ -11,6 +11,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
+import paged
 from examples import corpus, demo
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,6 +31,14 @@ def test_links_between_pages_lead_somewhere():
     links = [(page, link) for page in pages for link in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text())]
     broken = [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
     assert links and not broken
+
+
+def test_every_name_that_sources_and_pages_speak_of_exists():
+    """An error that advises a class which is not there helps nobody."""
+    paths = [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "paged").rglob("*.py")]
+    named = {(name, path.name) for path in paths for name in re.findall(r"\bpaged\.([A-Z]\w+)", path.read_text())}
+    missing = sorted((name, page) for name, page in named if not hasattr(paged, name))
+    assert len(named) > 100 and not missing
 
 
 @contextlib.contextmanager

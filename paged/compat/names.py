@@ -82,7 +82,7 @@ def _softmax_dtype(name: str, value: Any) -> dict[str, Any]:
 
 _DEBUG = only(False, "no kernel here prints. paged.compat.explain says what a call runs.")
 _CUSTOM_MASK = only(
-    None, "masks are functions of positions here: lower a spec with paged.Where, paged.Tree or paged.Segments."
+    None, "masks are functions of positions here: lower a spec with a paged.Mask, such as paged.Where, and paged.lower."
 )
 _TEMPERATURE = only(
     None,
