@@ -152,7 +152,7 @@ REFUSED = {
     "platform": (lambda: v2(Q, platform="triton"), ValueError, 'platform must be "xla", "pallas".*no kernels for GPUs'),
     "cfg": (lambda: v2(Q, cfg=types.SimpleNamespace(block_q=1)), TypeError, r"cfg has fields.*\['block_q'\]"),
     "debug_mode": (lambda: v3(debug_mode=True), ValueError, "debug_mode must be left out, or False: .*explain says"),
-    "custom_mask": (lambda: v3(custom_mask=jnp.ones(3)), ValueError, "custom_mask must be .*paged.Mask, such as paged.Where"),
+    "custom_mask": (lambda: v3(custom_mask=jnp.ones(3)), ValueError, "custom_mask must be .*paged.Mask, such as"),
     "temperature": (lambda: v3(xai_temperature_len=8.0), ValueError, "xai_temperature_len must be .*beforehand"),
     "cu_kv_lens": (lambda: v3(cu_kv_lens=jnp.zeros(4, int)), ValueError, "cu_kv_lens must be .*docs/porting.md has"),
     "aligned": (lambda: v3(mask_aligned_to_cu_kv=True), ValueError, "mask_aligned_to_cu_kv must be left out"),
