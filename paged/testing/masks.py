@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,14 +94,27 @@ def _jitted(mask: Mask) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
 
 
 def _require_equal(mask: Mask, region: Region, want: np.ndarray, got: np.ndarray, where: str) -> None:
-    wrong = np.argwhere(want != got)
-    if len(wrong):
-        p, j = (int(x) + first for x, first in zip(wrong[0], region, strict=True))
+    at = _first(want != got, region)
+    if at is not None:
+        value = bool(want[at.p - region.p0, at.j - region.j0])
         raise CheckFailure(
             "values",
-            f"{mask} at p={p}, j={j} is {bool(want[tuple(wrong[0])])} {where}. A mask is elementwise: its "
-            "value depends on the pair alone.",
+            f"{mask} at {at} is {value} {where}. A mask is elementwise: its value depends on the pair alone.",
         )
+
+
+class _Pair(NamedTuple):
+    p: int
+    j: int
+
+    def __str__(self) -> str:
+        return f"p={self.p}, j={self.j}"
+
+
+def _first(is_wrong: np.ndarray, region: Region) -> _Pair | None:
+    """The first pair of a region where something is wrong, if any."""
+    wrong = np.argwhere(is_wrong)
+    return _Pair(int(wrong[0, 0]) + region.p0, int(wrong[0, 1]) + region.j0) if len(wrong) else None
 
 
 def check_coverage(mask: Mask) -> None:
@@ -167,13 +181,12 @@ def check_implies(mask: Mask) -> None:
         for other in others:
             if not mask.implies(other):
                 continue
-            wrong = np.argwhere(own & ~grid(other, region))
-            if len(wrong):
-                p, j = (int(x) + first for x, first in zip(wrong[0], region, strict=True))
+            at = _first(own & ~grid(other, region), region)
+            if at is not None:
                 raise CheckFailure(
                     "implies",
-                    f"{mask} says that it implies {other}, but at p={p}, j={j} the first is visible and the "
-                    "second is not. False is always allowed.",
+                    f"{mask} says that it implies {other}, but at {at} the first is visible and the second is not. "
+                    "False is always allowed.",
                 )
 
 
@@ -184,13 +197,12 @@ def check_normal_form(mask: Mask) -> None:
         combined += [mask & other, mask | ~other]
     for region in regions_about(mask)[:4]:
         for whole in combined:
-            wrong = np.argwhere(grid(whole, region) != grid(normal_form(whole), region))
-            if len(wrong):
-                p, j = (int(x) + first for x, first in zip(wrong[0], region, strict=True))
+            at = _first(grid(whole, region) != grid(normal_form(whole), region), region)
+            if at is not None:
                 raise CheckFailure(
                     "normal form",
-                    f"{whole} becomes {normal_form(whole)} in a program, which differs at p={p}, j={j}. "
-                    "Look at __eq__, __hash__ and implies of the terms: equal masks must have equal values.",
+                    f"{whole} becomes {normal_form(whole)} in a program, which differs at {at}. Look at __eq__, "
+                    "__hash__ and implies of the terms: equal masks must have equal values.",
                 )
 
 

@@ -33,7 +33,8 @@ from .specs import real
 _SIZES = st.integers(1, 9)
 
 
-def _is_odd_pair(p: Any, j: Any) -> Any:
+def is_odd_pair(p: Any, j: Any) -> Any:
+    """The function of `OPAQUE`."""
     return (p + j) % 2 == 1
 
 
@@ -41,7 +42,7 @@ def _tilted(p: Any, j: Any, h: Any) -> Any:
     return 0.25 * real(h + 1) * jnp.cos(0.5 * real(p - j))
 
 
-OPAQUE = Where(_is_odd_pair)
+OPAQUE = Where(is_odd_pair)
 """A mask of which nothing is known before it is evaluated."""
 
 

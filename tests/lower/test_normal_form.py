@@ -21,7 +21,7 @@ from paged.spec import (
     Where,
     Window,
 )
-from tests.support.masks import grid, is_odd_pair, masks, rectangles, truth
+from tests.support.masks import OPAQUE, grid, masks, rectangles, truth
 
 EXAMPLES = [
     (Causal() & Window(8) & Window(4), Causal() & Window(4)),
@@ -121,7 +121,7 @@ PROGRAMS = {
         "  o = sum_j exp(s[j]) v[j] / sum_j exp(s[j])",
     ),
     "or": (
-        {"causal": False, "mask": Prefix(4) | Chunk(8) | Where(is_odd_pair), "sinks": True, "soft_cap": 30.0},
+        {"causal": False, "mask": Prefix(4) | Chunk(8) | OPAQUE, "sinks": True, "soft_cap": 30.0},
         "attention of 8 query heads over 2 KV heads (4 to each), head_dim 16\n"
         "  s[j] = 0.25 * <q, k[j]>\n"
         "  s[j] = 30 * tanh(s / 30)\n"
@@ -162,5 +162,5 @@ def test_only_a_users_terms_may_close_over_arrays():
 
     built_in = Causal() & ~Window(4) | Prefix(2) & Chunk(8)
     assert not built_in.is_opaque and not SoftCap(30.0).is_opaque and not ALiBi().is_opaque
-    assert (built_in | Where(is_odd_pair)).is_opaque and (~Where(is_odd_pair)).is_opaque
+    assert (built_in | OPAQUE).is_opaque and (~OPAQUE).is_opaque
     assert Nearer(4).is_opaque and Bias(lambda p, j, h: p - j).is_opaque

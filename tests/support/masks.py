@@ -3,7 +3,10 @@
 import hypothesis.strategies as st
 import numpy as np
 
-from paged.spec import Causal, Chunk, Everything, Mask, Nothing, Prefix, Where, Window
+from paged.spec import Mask
+from paged.testing.strategies import OPAQUE as OPAQUE
+from paged.testing.strategies import leaf_masks
+from paged.testing.strategies import masks as nested_masks
 
 from .oracle import mask_by_rule
 
@@ -11,31 +14,8 @@ POSITIONS = range(-4, 13)
 KEYS = range(13)
 
 
-def is_odd_pair(p, j):
-    """An opaque predicate."""
-    return (p + j) % 2 == 1
-
-
-OPAQUE = Where(is_odd_pair)
-sizes = st.integers(1, 9)
-leaves = st.one_of(
-    st.just(Causal()),
-    st.just(Everything()),
-    st.just(Nothing()),
-    st.just(OPAQUE),
-    sizes.map(Window),
-    sizes.map(Prefix),
-    sizes.map(Chunk),
-)
-masks = st.recursive(
-    leaves,
-    lambda inner: st.one_of(
-        inner.map(lambda a: ~a),
-        st.tuples(inner, inner).map(lambda ab: ab[0] & ab[1]),
-        st.tuples(inner, inner).map(lambda ab: ab[0] | ab[1]),
-    ),
-    max_leaves=6,
-)
+leaves = leaf_masks()
+masks = nested_masks()
 rectangles = st.tuples(
     st.integers(-4, 11), st.integers(1, 5), st.integers(0, 11), st.integers(1, 5)
 ).map(lambda r: (r[0], min(r[0] + r[1], 13), r[2], min(r[2] + r[3], 13)))  # fmt: skip
