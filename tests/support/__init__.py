@@ -2,8 +2,8 @@
 
 Properties are written once, and every table below is crossed with them. `docs/extending.md` says more.
 
-- A new mask: `mask_by_rule` in `oracle.py`, `leaf_masks` in `paged/testing/strategies.py`; ``TABLE``, ``LEAVES`` and ``ERRORS`` in
-  `tests/spec/test_masks.py`, ``EXAMPLES`` in `tests/lower/test_normal_form.py`, ``COUNTS`` in
+- A new mask: `mask_by_rule` in `oracle.py`, `leaf_masks` in `paged/testing/strategies.py`; ``TABLE``, ``LEAVES`` and
+  ``ERRORS`` in `tests/spec/test_masks.py`, ``EXAMPLES`` in `tests/lower/test_normal_form.py`, ``COUNTS`` in
   `tests/lower/test_pages_visited.py`, ``MASKS`` in `tests/test_pairs.py`.
 - A new score operation: `_score` in `oracle.py`, ``SCORES`` in `tests/test_pairs.py`.
 - A new page order: ``SHAPES`` and ``PLACES`` in `tests/spec/test_layout.py`. Other tests run over ``PAGE_ORDERS``.
