@@ -91,8 +91,8 @@ _TEMPERATURE = only(
 )
 _CU_KV_LENS = only(
     None,
-    "it says where the pages of each sequence begin in page_indices. Give every sequence a row of the same width "
-    "instead; docs/porting.md has the four lines.",
+    "page_indices must have rows of one width here, one row for each sequence. docs/porting.md has the four lines "
+    "that make them.",
 )
 
 _GPU: dict[str, Word] = {"num_warps": speed_hint, "num_stages": speed_hint}

@@ -71,7 +71,7 @@ def limits_of(max_new_tokens: Any, num_prompts: int) -> list[int]:
 
 
 def end_ids(eos: Any) -> frozenset[int]:
-    """The ids that end a sequence: of one int, or of a collection of ints."""
+    """The token ids that end a sequence, from one int or from a collection of ints."""
     if eos is None:
         return frozenset()
     if isinstance(eos, str | bytes | bytearray | Mapping):

@@ -193,7 +193,7 @@ def _require_sampler(sampler: Any, key: Any) -> tuple[Sampler, PRNGKeyArray]:
 def _pool_size(state: eqx.nn.State, num_pages: Any, page_size: Any) -> tuple[int, int]:
     """The pool's number of pages and page size. All `Pages` in the state must have them: else writes are dropped."""
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages))
-    held = [(_num_pages(x), x.layout.page_size) for x in leaves if isinstance(x, Pages)]
+    held = [(x.num_pages, x.layout.page_size) for x in leaves if isinstance(x, Pages)]
     if not held and (num_pages is None or page_size is None):
         raise ValueError("The state holds no Pages that would say num_pages and page_size: pass both.")
     num_pages = min(held)[0] if num_pages is None else integer("num_pages", num_pages, 1)
@@ -205,12 +205,6 @@ def _pool_size(state: eqx.nn.State, num_pages: Any, page_size: Any) -> tuple[int
                 f"hold; the state has a layer with {pages} pages of {size}."
             )
     return num_pages, page_size
-
-
-def _num_pages(pages: Pages) -> int:
-    """How many pages one layer has, also where the pages of layers are stacked on leading axes."""
-    shape = pages.layout.array_shapes(-1)[0]
-    return pages.arrays[0].shape[pages.arrays[0].ndim - len(shape) + shape.index(-1)]
 
 
 def _requests(prompts: Any, max_new_tokens: Any) -> list[Request]:

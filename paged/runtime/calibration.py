@@ -148,16 +148,12 @@ def _pool_size(state: eqx.nn.State) -> tuple[int, int]:
     sizes = sorted({pool.layout.page_size for pool in pools})
     if len(sizes) > 1:
         raise ValueError(f"calibrate needs pages of one page_size in all layers; the state has {sizes}.")
-    return sizes[0], min(_num_pages(pool) for pool in pools)
+    return sizes[0], min(pool.num_pages for pool in pools)
 
 
 def _stacked(pages: Pages) -> tuple[int, ...]:
     """The leading axes of pages of layers that are stacked; ``()`` for those of one layer."""
     return pages.arrays[0].shape[: pages.arrays[0].ndim - len(pages.layout.array_axes[0])]
-
-
-def _num_pages(pages: Pages) -> int:
-    return pages.arrays[0].shape[len(_stacked(pages)) + pages.layout.page_axis]
 
 
 def _begin(pages: Pages, num_pages: int) -> Pages | CalibratingPages:

@@ -311,8 +311,11 @@ class Pages(eqx.Module):
 
     @property
     def num_pages(self) -> Any:
-        """The number of pages in the pool: an int, or a symbolic size of `jax.export`."""
-        return self.arrays[0].shape[self.layout.page_axis]
+        """The number of pages in the pool: an int, or a symbolic size of `jax.export`.
+
+        Where the pools of layers are stacked on leading axes, it is the number of pages of one layer.
+        """
+        return self.arrays[0].shape[self.layout.page_axis - len(self.layout.array_axes[0])]
 
     def keys(self) -> Float[Array, "pages kv_heads page_size head_dim"]:
         """All keys in float32, multiplied by their scales. This copies the pool: it is for inspection and tests."""

@@ -170,8 +170,8 @@ class Stream:
         """Set to 0 the values that belong to no live token in an item's block ``i``, which must have arrived.
 
         A masked key has weight 0, but 0 times NaN is NaN. Two kinds of values may be NaN: those past the length in the
-        last page of a sequence, and those of entries without a page of this block. Such an entry is memory that nothing
-        was written to, or it keeps a page of an earlier block, perhaps of another sequence.
+        last page of a sequence, and those of entries that hold no page of this block. Such an entry was never written,
+        or it still holds a page of an earlier block, which may belong to another sequence.
         """
         size, block, pages = self.transfers.layout.page_size, self.pages_per_block, self.pages_of(item, i)
         last = self.work.begin[item] + i * block + pages - 1
