@@ -4,17 +4,22 @@ VENV ?= .venv
 BENCH ?= --quick
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Each worker runs the tests of a file in a row, which share compiled programs, and takes from others when it is done.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-kernels test-slow check format bench clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --durations=10
+	$(PYTEST)
+
+test-kernels: $(VENV)/.test
+	$(PYTEST) -m "kernels and not slow"
 
 test-slow: $(VENV)/.test
-	PAGED_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n auto --durations=10 -m "slow or not slow"
+	PAGED_TEST_OPTIMISED=1 $(PYTEST) -m "slow or kernels or not slow"
 
 check: $(VENV)/.dev $(VENV)/.test
 	$(BIN)/ruff check .

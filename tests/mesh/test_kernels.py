@@ -26,7 +26,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("phase", SCHEDULES)
 def test_kernels_skip_holes_and_the_parts_merge_to_the_whole(phase):
     """Each page lies on one of two devices. The other device does not see its tokens, and positions do not change."""
@@ -46,7 +46,7 @@ def test_kernels_skip_holes_and_the_parts_merge_to_the_whole(phase):
 
 
 @needs_devices
-@pytest.mark.parametrize("field", [pytest.param("kv_heads", marks=pytest.mark.slow), "context"])
+@pytest.mark.parametrize("field", [pytest.param("kv_heads", marks=pytest.mark.kernels), "context"])
 def test_interpreted_kernels_on_two_devices_equal_the_reference(field):
     case = case_of("rich", "decode", page_size=16)
     mesh, axes = mesh_of({field: 2})
@@ -60,7 +60,7 @@ def test_interpreted_kernels_on_two_devices_equal_the_reference(field):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu")
-@pytest.mark.parametrize("field", ["kv_heads", pytest.param("context", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("field", ["kv_heads", pytest.param("context", marks=pytest.mark.kernels)])
 def test_the_tpu_compiler_takes_a_step_on_four_chips(field):
     """A decode step that writes donated pages. Devices exchange nothing, or states only."""
     chip, spec = CHIPS["v5e"], paged.AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128, scores=(ALiBi(),))

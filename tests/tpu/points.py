@@ -47,8 +47,8 @@ def table_of(points, fast, every):
 
 
 def marked(table, fast):
-    """The table's rows as parameters, slow where they are not fast."""
-    return [pytest.param(*row, id="-".join(row), marks=[] if row in fast else [pytest.mark.slow]) for row in table]
+    """The table's rows as parameters, `kernels` where they are not fast."""
+    return [pytest.param(*row, id="-".join(row), marks=[] if row in fast else [pytest.mark.kernels]) for row in table]
 
 
 def abstract_call(

@@ -16,7 +16,7 @@ from benchmarks.tpu_prefill.shapes import SHAPES as PREFILL
     "shape",
     [
         pytest.param(DECODE["llama-p16"], id="decode"),
-        pytest.param(PREFILL["mixed-p16"], id="mixed", marks=pytest.mark.slow),
+        pytest.param(PREFILL["mixed-p16"], id="mixed", marks=pytest.mark.kernels),
     ],
 )
 def test_every_integer_that_a_kernel_takes_is_known(shape):

@@ -1,6 +1,6 @@
 """The real TPU compiler accepts the kernels: specs, shapes and schedules over five generations, without a TPU.
 
-The few points that always run are those of common models; with ``-m "slow or not slow"`` all do.
+The few points that always run are those of common models; `make test-kernels` runs the others.
 """
 
 import pytest

@@ -87,7 +87,7 @@ def test_explain_tells_of_a_copy_and_its_advice_needs_none(name, lowering):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["keys", pytest.param("values", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["keys", pytest.param("values", marks=pytest.mark.kernels)])
 def test_a_copy_is_as_large_as_explain_says_and_the_advised_pages_are_not_copied(name):
     layout, advised = _layouts(name)
     told = float(COPIES[name][1][1].partition(" MiB")[0]) * 2**20

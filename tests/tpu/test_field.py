@@ -25,7 +25,7 @@ PHASES = {
         RaggedSchedule(pages_per_block=2, rows_per_tile=16, single_rows=DecodeSchedule(pages_per_block=2)),
     ),
 }
-every_phase = pytest.mark.parametrize("phase", ["decode", pytest.param("ragged", marks=pytest.mark.slow)])
+every_phase = pytest.mark.parametrize("phase", ["decode", pytest.param("ragged", marks=pytest.mark.kernels)])
 each_slow = pytest.mark.parametrize("phase", PHASES)
 
 
@@ -53,7 +53,7 @@ def test_the_output_has_the_queries_dtype_with_scales_or_without(phase, q_dtype)
         assert state.out.dtype == q_dtype and state.lse.dtype == np.float32
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @each_slow
 @pytest.mark.parametrize("poison", [np.inf, -np.inf])
 def test_one_bad_value_in_an_unwritten_slot_poisons_no_row(phase, poison):
@@ -108,7 +108,7 @@ def test_the_log_sum_exp_is_natural(phase):
         np.testing.assert_allclose(state.lse[row], np.log(count), rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @each_slow
 def test_alibi_after_a_cap_is_neither_capped_nor_scaled(phase):
     """q = 0 leaves the bias alone: lse is the log of the sum of its exponentials."""
@@ -121,7 +121,7 @@ def test_alibi_after_a_cap_is_neither_capped_nor_scaled(phase):
         np.testing.assert_allclose(state.lse[row], want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @each_slow
 @pytest.mark.parametrize("size", [1e15, -1e15])
 def test_no_finite_sentinel_hides_a_valid_row(phase, size):
@@ -138,7 +138,7 @@ def test_no_finite_sentinel_hides_a_valid_row(phase, size):
     assert alone
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @each_slow
 def test_a_page_that_is_full_in_the_mask_still_ends_at_the_length(phase):
     spec = PLAIN.replace(causal=False)

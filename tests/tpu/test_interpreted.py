@@ -1,7 +1,7 @@
 """The TPU decode kernel equals the reference, crossed in pairs, in an interpreter that sees races and unwritten memory.
 
 A row of the table is one kernel. It runs on a few corners of a batch's values, because most of the time is compiling.
-The first rows, which hold half of all pairs, run always; with ``-m "slow or not slow"`` all do.
+The first rows, which hold half of all pairs, run always; `make test-kernels` runs the others.
 """
 
 import jax.numpy as jnp
@@ -92,9 +92,9 @@ def schedule_of_row(row) -> Schedule:
 
 
 def marked(rows, is_fast):
-    """The table's rows as parameters, named by everything but their corners, and slow unless ``is_fast(i)``."""
+    """The table's rows as parameters, named by everything but their corners, and `kernels` unless ``is_fast(i)``."""
     return [
-        pytest.param(row, id=named(row, "corners"), marks=[] if is_fast(i) else [pytest.mark.slow])
+        pytest.param(row, id=named(row, "corners"), marks=[] if is_fast(i) else [pytest.mark.kernels])
         for i, row in enumerate(rows)
     ]
 

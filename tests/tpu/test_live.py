@@ -22,7 +22,7 @@ KERNELS = {
 }
 FAST = (("decode", "packed"), ("ragged", "joined"))
 ROWS = [
-    pytest.param(kernel, order, marks=[pytest.mark.slow] * ((kernel, order) not in FAST))
+    pytest.param(kernel, order, marks=[pytest.mark.kernels] * ((kernel, order) not in FAST))
     for kernel in KERNELS
     for order in PAGE_ORDERS
 ]

@@ -130,7 +130,7 @@ def test_an_interpreted_kernel_inside_of_a_callers_shard_map_has_the_values_of_x
     np.testing.assert_array_equal(found, paged.write(k, v, pages, DECODE, "xla").arrays)
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_interpreted_under_64_bits_a_step_has_the_values_of_xla(kernel):
     batch, schedule = KERNELS[kernel]

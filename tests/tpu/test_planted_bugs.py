@@ -177,6 +177,6 @@ def test_the_suite_passes_without_a_bug(name, builts):
     assert_sound(name, SUITE, builts)
 
 
-@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug in _SLOW)) for bug in BUGS])
+@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.kernels] * (bug in _SLOW)) for bug in BUGS])
 def test_the_suite_kills(bug, builts, monkeypatch):
     assert_killed(bug, SUITE, builts, BUGS[bug], monkeypatch)

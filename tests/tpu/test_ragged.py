@@ -1,7 +1,7 @@
 """The TPU lowering for prompts and mixed batches equals the reference, for any two features together.
 
 The table is made like that of `test_interpreted`. A row of it is one kernel, which runs on a few corners of a batch's
-values. The first rows always run. With ``-m "slow or not slow"`` all rows run.
+values. The first rows always run. `make test-kernels` runs the others.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """The real TPU compiler accepts the prefill kernel, and in mixed batches the decode kernel too. It needs no TPU.
 
-The few points that always run have few heads, so that they compile fast. With ``-m "slow or not slow"`` all points run.
+The few points that always run have few heads, so that they compile fast. `make test-kernels` runs the others.
 """
 
 import dataclasses

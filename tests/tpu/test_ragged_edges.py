@@ -171,7 +171,7 @@ SLOW_WHOLE = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", SLOW_WHOLE)
 def test_whole_blocks_of_every_kind(name):
     case, choices, mode = SLOW_WHOLE[name]
@@ -180,7 +180,7 @@ def test_whole_blocks_of_every_kind(name):
         assert_equals_reference(attend, build(case.replace(corner=corner)))
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("lowering", ["tpu-decode", "tpu-ragged"])
 def test_places_without_a_page_are_past_every_length_in_large_pages_too(lowering):
     """A block of four has three pages. The fourth place gets a position past every length, which must fit 32 bits."""
@@ -199,7 +199,7 @@ def test_places_without_a_page_are_past_every_length_in_large_pages_too(lowering
 TILE_ROWS = {64: (1, 16, 17, 63, 64), 256: (16, 17, 64, 65, 256)}
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("query_rows", TILE_ROWS)
 def test_tiles_of_every_size(query_rows):
     """Last tiles with as many rows as there is code for, and with one row more; and one last tile after a full one."""
@@ -239,12 +239,12 @@ def test_single_rows_are_decoded_as_the_schedule_says(single_rows, monkeypatch):
     assert f"sequences of one query row: {single_rows or 'tiles, as all others'}" in explanation
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_single_rows_are_tiles_where_the_schedule_does_not_decode_them():
     assert_equals_reference(interpreted(CASE, _schedule(single_rows=None)), _built())
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_page_lists_too_long_for_scalar_memory_are_cut_by_tile(monkeypatch):
     """There are six tiles, and four fit one kernel. A loop runs it twice. The second run keeps the first results."""
     items = items_of_launches(monkeypatch, PrefillLaunch)
@@ -255,7 +255,7 @@ def test_page_lists_too_long_for_scalar_memory_are_cut_by_tile(monkeypatch):
     assert items == [4], "one kernel, traced once"
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
     """There are two tiles of up to four pages, and one tile with two pages fits one kernel. A loop runs the kernel for
     each tile, and the states over both halves of the pages are merged."""
@@ -268,7 +268,7 @@ def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
     assert items == [1, 1], "a kernel for either half, traced once"
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_update_equals_write_then_attend_in_one_trace(monkeypatch):
     """For every corner."""
     items = items_of_launches(monkeypatch, PrefillLaunch)
@@ -278,6 +278,6 @@ def test_update_equals_write_then_attend_in_one_trace(monkeypatch):
     assert len(items) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_gradients_are_those_of_the_xla_lowering():
     assert_gradients_are_those_of_xla(_attend(), _built())

@@ -74,7 +74,7 @@ def _in_one_step():
     return built, out, pages
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW_STEPS)) for n in STEPS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.kernels] * (n in SLOW_STEPS)) for n in STEPS])
 def test_chunks_of_prompts_give_what_one_chunk_gives(name):
     """Some steps have single rows, which the decode kernel computes, at the beginning or at the end of a sequence."""
     built, whole, written = _in_one_step()

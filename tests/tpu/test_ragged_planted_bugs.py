@@ -194,7 +194,7 @@ def builts():
 
 
 def _marked(names, fast):
-    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in names]
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.kernels]) for name in names]
 
 
 @pytest.mark.parametrize("name", _marked(SUITE, _FAST_SUITE))

@@ -45,8 +45,8 @@ def _counted(monkeypatch, name):
     [
         (1, {}, "on_wait"),
         (2, {"buffers": 5}, "eager"),
-        pytest.param(1, {"cores": 2, "kv_splits": 2}, "on_wait", marks=pytest.mark.slow),
-        pytest.param(1, {"sequence": "grid"}, "eager", marks=pytest.mark.slow),
+        pytest.param(1, {"cores": 2, "kv_splits": 2}, "on_wait", marks=pytest.mark.kernels),
+        pytest.param(1, {"sequence": "grid"}, "eager", marks=pytest.mark.kernels),
     ],
 )
 def test_short_items_together_equal_the_reference(rows, schedule, mode, monkeypatch):

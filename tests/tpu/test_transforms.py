@@ -23,7 +23,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["decode", pytest.param("ragged", marks=pytest.mark.slow)])
+@pytest.fixture(params=["decode", pytest.param("ragged", marks=pytest.mark.kernels)])
 def layers(request):
     """A layer's step; its arguments for each layer, and stacked; and the results of one layer after the other."""
     case, schedule = CASES[request.param]
@@ -47,7 +47,7 @@ def test_vmap_over_layers_that_share_a_batch_is_bitwise_a_loop(layers):
     _assert_layers(watched(jax.jit(jax.vmap(step)), *stacked), want)
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_scan_over_stacked_caches_is_bitwise_a_loop(layers):
     step, stacked, want = layers
     _assert_layers(watched(jax.jit(lambda xs: jax.lax.scan(lambda _, x: (None, step(*x)), None, xs)[1]), stacked), want)

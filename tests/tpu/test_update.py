@@ -33,7 +33,7 @@ CASES = {
 SLOW = ("split, grid", "two cores", "per-head scales", "splits, written first")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.kernels] * (n in SLOW)) for n in CASES])
 def test_pages_are_those_of_the_write_and_rows_those_of_attending_to_them(name):
     facts, choices, mode = CASES[name]
     case = case_of("plain", "decode", **{"page_size": 16, **facts})

@@ -155,14 +155,14 @@ def test_orders_and_dtypes(name, small_rings):
     _assert_writes(layout, ("mixed", "neighbours"), mode, small_rings(generation))
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", SLOW_POINTS)
 def test_all_orders_and_dtypes(name):
     layout, generation, mode = SLOW_POINTS[name]
     _assert_writes(layout, BATCHES, mode, CHIPS[generation])
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("generation", ["v4", "v5e"])
 def test_lists_too_long_for_scalar_memory_are_cut_into_kernels(generation, small_rings):
     chip = small_rings(generation, generation="forgetful", smem_bytes=200)
@@ -307,7 +307,7 @@ COMPILED = [(name, generation) for name in LAYOUTS for generation in CHIPS]
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu")
 @pytest.mark.parametrize(
     ("name", "generation"),
-    [pytest.param(*point, marks=[pytest.mark.slow] * (point not in FAST)) for point in COMPILED],
+    [pytest.param(*point, marks=[pytest.mark.kernels] * (point not in FAST)) for point in COMPILED],
 )
 def test_compiles_in_place(name, generation):
     """The pool is written in place, and temporary memory is a few times the new rows: no part of the pool."""
@@ -375,7 +375,7 @@ BUGS = {
 _SLOW_BUGS = ("no wait for what partial ones write", "one token more", "the next row", "no wait for what blocks write")
 
 
-@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug in _SLOW_BUGS)) for bug in BUGS])
+@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.kernels] * (bug in _SLOW_BUGS)) for bug in BUGS])
 def test_planted_bugs_are_seen(bug, small_rings, monkeypatch):
     owner, name, mutant, batch, mode = BUGS[bug]
     monkeypatch.setattr(owner, name, mutant(getattr(owner, name)))
