@@ -13,6 +13,10 @@ from .cases import CORNERS as CORNERS
 from .cases import Case as Case
 from .cases import Corner as Corner
 from .failures import CheckFailure as CheckFailure
+from .interpreter import KERNEL_CHECKS as KERNEL_CHECKS
+from .interpreter import interpret_params as interpret_params
+from .interpreter import interpreted as interpreted
+from .interpreter import watched as watched
 from .layers import check_layer as check_layer
 from .layers import check_model as check_model
 from .lowerings import LOWERING_CHECKS as LOWERING_CHECKS
@@ -29,7 +33,6 @@ from .scores import SCORE_CHECKS as SCORE_CHECKS
 from .scores import check_score_op as check_score_op
 from .specs import SPECS as SPECS
 from .targets import across_targets as across_targets
-from .targets import interpreted as interpreted
 from .tolerances import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS
 from .tolerances import TOLERANCES as TOLERANCES
 from .tolerances import assert_state_close as assert_state_close

@@ -23,6 +23,7 @@ from paged.spec import (
 from .arrays import Built, build
 from .cases import CORNERS, Case, Phase
 from .failures import CheckFailure
+from .interpreter import watched
 from .specs import SPECS
 from .tolerances import assert_output, assert_state_close, assert_states_close, exact_state
 
@@ -74,8 +75,8 @@ def check_lowering(
 
     **Returns:** what was tried, refused and left out.
 
-    **Raises:** `CheckFailure` with the smallest batch that fails, of the first of `LOWERING_CHECKS` that fails;
-    ``ValueError`` where every spec and layout is refused.
+    **Raises:** `CheckFailure` with the smallest batch that fails, of the first of `LOWERING_CHECKS` that fails, or of
+    `KERNEL_CHECKS` where a kernel is `interpreted`; ``ValueError`` where every spec and layout is refused.
 
     >>> checked = check_lowering(paged.lower, specs=[AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)],
     ...     phases=["decode"], corners=["mixed"])
@@ -152,10 +153,10 @@ class Subject:
 
 
 def state_or_output(attention: Attention, built: Built) -> Any:
-    """Run an attention on built arrays: its `state` where it has one, else the function itself."""
+    """Run an attention on built arrays: its `state` where it has one, else the function itself. Kernels are watched."""
     sinks = () if built.sinks is None else (built.sinks,)
     run = getattr(attention, "state", attention)
-    return run(built.q, built.pages, built.batch, *sinks)
+    return watched(run, built.q, built.pages, built.batch, *sinks)
 
 
 def check_equals_the_reference(subject: Subject, phase: Phase) -> None:
@@ -223,7 +224,7 @@ def check_split_and_merge(subject: Subject, phase: Phase) -> None:
     whole, states = subject.spec, []
     for part in (Prefix(5), ~Prefix(5)):
         half = whole.replace(mask=part if whole.mask is None else whole.mask & part, sinks=False)
-        states.append(subject.lower(half, subject.layout).state(built.q, built.pages, built.batch))
+        states.append(watched(subject.lower(half, subject.layout).state, built.q, built.pages, built.batch))
     merged = merge(*states)
     if whole.sinks and built.sinks is not None:
         owned = np.array([owner is not None for owner in built.row_of])[:, None]
@@ -244,7 +245,7 @@ def check_chunks_are_invisible(subject: Subject, phase: Phase) -> None:
         starts = jnp.array([0] + [last - first] * (built.batch.num_slots))
         lengths = built.batch.lengths.at[0].set(length - 9 + last)
         batch = RaggedBatch(lengths, built.batch.block_tables, starts, 1)
-        state = subject.attention.state(jnp.roll(built.q, -first, axis=0), built.pages, batch, *sinks)
+        state = watched(subject.attention.state, jnp.roll(built.q, -first, axis=0), built.pages, batch, *sinks)
         return AttentionState(*(x[: last - first] for x in state))
 
     parts = [step(0, 4), step(4, 7), step(7, 9)]
@@ -284,7 +285,7 @@ def check_update(subject: Subject, phase: Phase) -> None:
     pages = jax.tree.map(jnp.copy, built.pages)
     before = [x.unsafe_buffer_pointer() for x in pages.arrays]
     update = jax.jit(subject.attention.update, donate_argnums=3)
-    out, after = update(built.q, built.k, built.v, pages, built.batch, *sinks)
+    out, after = watched(update, built.q, built.k, built.v, pages, built.batch, *sinks)
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(written), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), "pages after update")
     assert_output(out, held, subject.weights)

@@ -1,37 +1,11 @@
 """The same attention on every lowering that accepts it, interpreted where there is no device for it."""
 
-import dataclasses
-from typing import Any
-
 import jax
-from jax.experimental.pallas import tpu as pltpu
 
 from paged.lower import LOWERINGS, Attend, DecodeSchedule, Program, lower
 from paged.spec import AttentionSpec, PageLayout
 
-
-def interpreted(attend: Attend, **settings: Any) -> Attend:
-    """An attention whose kernels run in Pallas's interpreter of TPU kernels, at its strictest.
-
-    Memory that nothing has written is NaN, a read out of bounds raises, and races are looked for and printed.
-
-    **Arguments:**
-
-    - `attend`: an attention of a kernel's target. On a target without kernels it stays as it is.
-    - `settings`: fields of ``pltpu.InterpretParams`` that shall differ.
-
-    **Returns:** the attention.
-
-    >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
-    >>> layout = PageLayout(page_size=8, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
-    >>> interpreted(paged.lower(spec, layout, "tpu")).lowering.is_interpreted
-    True
-    """
-    params = pltpu.InterpretParams(
-        **{"detect_races": True, "uninitialized_memory": "nan", "out_of_bounds_reads": "raise", **settings}
-    )
-    lowerings = tuple(low if low.target == "xla" else low.interpreted(params) for low in attend.lowerings)
-    return dataclasses.replace(attend, lowerings=lowerings)
+from .interpreter import interpreted
 
 
 def across_targets(spec: AttentionSpec, layout: PageLayout) -> dict[str, Attend]:
