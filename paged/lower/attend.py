@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from paged.spec import (
@@ -16,7 +15,6 @@ from paged.spec import (
     Pages,
     RaggedBatch,
     Sinks,
-    add_sinks,
     require_sinks,
     sinks_per_head,
 )
@@ -25,7 +23,7 @@ from ._check import check
 from ._explain import Explanation, explain
 from .base import Lowering, Schedule
 from .jax_version import on_whole_arrays
-from .program import Call, Program, Sequences
+from .program import Call, Program, Results, Sequences, Wanted
 from .registry import device_kinds
 from .require import require_new_tokens, require_pages, require_queries, require_whole_call
 from .schedule import EXPLICIT, NO_ADVICE, Advice, Choice, choose, choose_for_any_call
@@ -144,7 +142,7 @@ class Attend:
         Raises ``ValueError`` or ``TypeError`` that names the argument, for a wrong shape or dtype when traced; with
         ``check`` also ``ValueError`` for a wrong value in the batch, see `check`.
         """
-        return self.state(q, pages, batch, sinks).out
+        return self._checked(False, q, pages, batch, sinks).out
 
     def state(
         self,
@@ -161,12 +159,15 @@ class Attend:
         with sinks. A row that sees no key has ``(0, -inf)``, or with sinks ``(0, sink)``. A row of no sequence has
         ``(0, -inf)``. Raises as a call does.
         """
+        return self._checked(True, q, pages, batch, sinks).state
+
+    def _checked(self, has_lse: bool, q: Array, pages: Pages, batch: RaggedBatch, sinks: Sinks | None) -> Results:
         require_queries(self.spec, q, batch)
         require_pages(self.layout, pages)
         require_sinks(self.spec, sinks)
         if self.check:
             batch = check(self.spec, pages, batch, q.shape[0])
-        return _state(self, q, pages, batch, sinks)
+        return _state(self, has_lse, q, pages, batch, sinks)
 
     def update(
         self,
@@ -195,8 +196,8 @@ class Attend:
         >>> out[:, 0, 0].tolist()  # the token sees itself; the other slot is empty
         [7.0, 0.0]
         """
-        state, pages = self.update_state(q, k, v, pages, batch, sinks)
-        return state.out, pages
+        results, pages = self._updated(False, q, k, v, pages, batch, sinks)
+        return results.out, pages
 
     def update_state(
         self,
@@ -213,13 +214,19 @@ class Attend:
 
         **Returns:** the state, as `state` gives it over the new pages, and the new pages. Raises as a call does.
         """
+        results, pages = self._updated(True, q, k, v, pages, batch, sinks)
+        return results.state, pages
+
+    def _updated(
+        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Sinks | None
+    ) -> tuple[Results, Pages]:
         require_queries(self.spec, q, batch)
         require_pages(self.layout, pages)
         require_sinks(self.spec, sinks)
         require_new_tokens(self.layout, k, v, q.shape[0])
         if self.check:
             batch = check(self.spec, pages, batch, q.shape[0])
-        return _update(self, q, k, v, pages, batch, sinks)
+        return _update(self, has_lse, q, k, v, pages, batch, sinks)
 
     def explain(
         self,
@@ -250,45 +257,50 @@ class Attend:
         return explain(self.program, self.layout, self.choice(call), call, batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _state(attend: Attend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
-    run = functools.partial(run_state, attend, attend.program)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _state(attend: Attend, has_lse: bool, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> Results:
+    run = functools.partial(run_state, attend, attend.program, has_lse)
     return on_whole_arrays(run, q=q, pages=pages, batch=batch, sinks=sinks)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _update(
-    attend: Attend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
-) -> tuple[AttentionState, Pages]:
-    run = functools.partial(run_update, attend, attend.program)
+    attend: Attend, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
+) -> tuple[Results, Pages]:
+    run = functools.partial(run_update, attend, attend.program, has_lse)
     return on_whole_arrays(run, q=q, k=k, v=v, pages=pages, batch=batch, sinks=sinks)
 
 
 def run_state(
     attend: Attend,
     program: Program,
+    has_lse: bool,
     q: Array,
     pages: Pages,
     batch: RaggedBatch,
     sinks: Array | None,
     merge: Merge | None = None,
-) -> AttentionState:
-    """Choose a lowering and its schedule, run ``program``, and finish the state.
+) -> Results:
+    """Choose a lowering and its schedule, and run ``program``.
 
     On one device ``program`` is the attention's own. On a mesh it is the program of this device's heads, and ``merge``
-    makes the states of all devices one.
+    makes the states of all devices one, if there is anything to merge.
     """
     if not batch.has_rows(q.shape[0]):
-        return AttentionState.empty(q.shape[0], program.num_q_heads, attend.layout.value_dim, q.dtype)
+        return _no_rows(attend, program, has_lse, q)
     call, seqs = Call.of(q, pages, batch), Sequences.of(batch, q.shape[0], pages.layout.page_size)
     lowering, schedule, _ = attend.choice(call)
-    state = lowering.state(program, schedule, call, q, pages, seqs)
-    return _finish(attend, state, q, seqs, sinks, merge)
+    wanted, sinks = Wanted(q.dtype, has_lse), None if sinks is None else sinks_per_head(attend.spec, sinks)
+    if merge is None:
+        return lowering.results(program, schedule, call, wanted, q, pages, sinks, seqs)
+    # Sinks enter once, after the merge: a sink in each device's state would count once per device.
+    return wanted.of(merge(lowering.state(program, schedule, call, q, pages, seqs)), seqs, sinks)
 
 
 def run_update(
     attend: Attend,
     program: Program,
+    has_lse: bool,
     q: Array,
     k: Array,
     v: Array,
@@ -296,24 +308,19 @@ def run_update(
     batch: RaggedBatch,
     sinks: Array | None,
     merge: Merge | None = None,
-) -> tuple[AttentionState, Pages]:
+) -> tuple[Results, Pages]:
     """`run_state` after a write of this step's keys and values."""
     if not batch.has_rows(q.shape[0]):
-        return run_state(attend, program, q, pages, batch, sinks), pages
+        return _no_rows(attend, program, has_lse, q), pages
     call, seqs = Call.of(q, pages, batch), Sequences.of(batch, q.shape[0], pages.layout.page_size)
     lowering, schedule, _ = attend.choice(call)
+    wanted, sinks = Wanted(q.dtype, has_lse), None if sinks is None else sinks_per_head(attend.spec, sinks)
+    if merge is None:
+        return lowering.update_results(program, schedule, call, wanted, q, k, v, pages, sinks, seqs)
     state, pages = lowering.update(program, schedule, call, q, k, v, pages, seqs)
-    return _finish(attend, state, q, seqs, sinks, merge), pages
+    return wanted.of(merge(state), seqs, sinks), pages
 
 
-def _finish(
-    attend: Attend, state: AttentionState, q: Array, seqs: Sequences, sinks: Array | None, merge: Merge | None
-) -> AttentionState:
-    """The state in the queries' dtype, with sinks in the rows that sequences own."""
-    # Sinks enter once, after the merge: a sink in each device's state would count once per device.
-    state = state if merge is None else merge(state)
-    if sinks is not None:
-        is_row = seqs.owner(q.shape[0])[1]
-        with_sinks = add_sinks(state, sinks_per_head(attend.spec, sinks))
-        state = AttentionState(with_sinks.out, jnp.where(is_row[:, None], with_sinks.lse, state.lse))
-    return AttentionState(state.out.astype(q.dtype), state.lse)
+def _no_rows(attend: Attend, program: Program, has_lse: bool, q: Array) -> Results:
+    empty = AttentionState.empty(q.shape[0], program.num_q_heads, attend.layout.value_dim, q.dtype)
+    return Results(empty.out, empty.lse if has_lse else None)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from paged.spec import AttentionState, PageLayout, Pages, require_positive_int
 
-from .program import Call, Program, Sequences
+from .program import Call, Program, Results, Sequences, Wanted
 
 # Every lowering's class of schedules, by the lowering's name.
 _CLASSES: dict[str, type["Schedule"]] = {}
@@ -225,3 +225,34 @@ class Lowering(abc.ABC):
         """`write`, then `state` over what was written."""
         pages = self.write(k, v, pages, seqs, call.query_rows)
         return self.state(program, schedule, call, q, pages, seqs), pages
+
+    def results(
+        self,
+        program: Program,
+        schedule: Schedule,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> Results:
+        """`state`, with sinks and as the caller wants it. ``sinks`` are float32[q_heads], or None."""
+        return wanted.of(self.state(program, schedule, call, q, pages, seqs), seqs, sinks)
+
+    def update_results(
+        self,
+        program: Program,
+        schedule: Schedule,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        k: Array,
+        v: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> tuple[Results, Pages]:
+        """`write`, then `results` over what was written."""
+        state, pages = self.update(program, schedule, call, q, k, v, pages, seqs)
+        return wanted.of(state, seqs, sinks), pages

@@ -12,22 +12,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from paged.spec import (
-    AttentionSpec,
-    AttentionState,
-    PageLayout,
-    Pages,
-    RaggedBatch,
-    Sinks,
-    require_sinks,
-)
+from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, Sinks, require_sinks
 
 from .._check import check_values
 from .._explain import Explanation, explain
 from ..attend import Attend, run_state, run_update
 from ..base import Schedule
 from ..jax_version import on_devices
-from ..program import Call, Program
+from ..program import Call, Program, Results
 from ..require import require_layout, require_new_tokens, require_pages, require_queries, require_whole_call
 from ..tpu import Chip
 from .axes import Axes, Shares
@@ -158,7 +150,9 @@ class ShardedAttend:
         sinks: Sinks | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
         """Attend over the pages as they are. See `Attend.__call__`."""
-        return self.state(q, pages, batch, sinks).out
+        batch = self._require(q, pages, batch)
+        require_sinks(self.spec, sinks)
+        return _state(self, False, q, pages, batch, sinks).out
 
     def state(
         self,
@@ -170,7 +164,7 @@ class ShardedAttend:
         """The output and its log-sum-exp, merged over all devices of a context. See `Attend.state`."""
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
-        return _state(self, q, pages, batch, sinks)
+        return _state(self, True, q, pages, batch, sinks).state
 
     def update(
         self,
@@ -185,8 +179,8 @@ class ShardedAttend:
 
         Each device writes to its own pages. ``k`` and ``v`` have the spec's KV heads, each once.
         """
-        state, pages = self.update_state(q, k, v, pages, batch, sinks)
-        return state.out, pages
+        results, pages = self._updated(False, q, k, v, pages, batch, sinks)
+        return results.out, pages
 
     def update_state(
         self,
@@ -198,10 +192,16 @@ class ShardedAttend:
         sinks: Sinks | None = None,
     ) -> tuple[AttentionState, Pages]:
         """`update`, with the log-sum-exp beside the output. See `Attend.update_state`."""
+        results, pages = self._updated(True, q, k, v, pages, batch, sinks)
+        return results.state, pages
+
+    def _updated(
+        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Sinks | None
+    ) -> tuple[Results, Pages]:
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
         require_new_tokens(self.layout.replace(num_kv_heads=self.spec.num_kv_heads), k, v, q.shape[0])
-        return _update(self, q, k, v, pages, batch, sinks)
+        return _update(self, has_lse, q, k, v, pages, batch, sinks)
 
     def explain(
         self,
@@ -288,9 +288,11 @@ class ShardedAttend:
         tokens, num_pages = (n // self.shares.sequences for n in (call.tokens, call.num_pages))
         return dataclasses.replace(call, tokens=tokens, num_pages=num_pages)
 
-    def _merge(self, state: AttentionState) -> AttentionState:
-        """The state over all of a context, from each device's."""
-        return state if self.axes.context is None else merge_over(state, self.axes.context)
+    @property
+    def _merge(self) -> Callable[[AttentionState], AttentionState] | None:
+        """What makes the state over all of a context from each device's; None where a device has it all."""
+        context = self.axes.context
+        return None if context is None else lambda state: merge_over(state, context)
 
     def _shards(self, batch: RaggedBatch) -> list[RaggedBatch]:
         """The batch of each shard of sequences."""
@@ -328,50 +330,49 @@ def lower_on_mesh(
     return sharded
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _state(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> AttentionState:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _state(attend: ShardedAttend, has_lse: bool, *args: Any) -> Results:
     specs = attend.specs
-    run = on_devices(
-        functools.partial(_state_on_device, attend),
-        attend.mesh,
-        (specs.q, specs.pages, specs.batch, specs.sinks),
-        AttentionState(specs.out, specs.lse),
-    )
-    return run(q, pages, batch, sinks)
+    own = (specs.q, specs.pages, specs.batch, specs.sinks)
+    run = functools.partial(_state_on_device, attend, has_lse)
+    return on_devices(run, attend.mesh, own, Results(specs.out, specs.lse if has_lse else None))(*args)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _update(
-    attend: ShardedAttend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
-) -> tuple[AttentionState, Pages]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _update(attend: ShardedAttend, has_lse: bool, *args: Any) -> tuple[Results, Pages]:
     specs = attend.specs
-    run = on_devices(
-        functools.partial(_update_on_device, attend),
-        attend.mesh,
-        (specs.q, specs.k, specs.v, specs.pages, specs.batch, specs.sinks),
-        (AttentionState(specs.out, specs.lse), specs.pages),
-    )
-    return run(q, k, v, pages, batch, sinks)
+    own = (specs.q, specs.k, specs.v, specs.pages, specs.batch, specs.sinks)
+    run = functools.partial(_update_on_device, attend, has_lse)
+    results = Results(specs.out, specs.lse if has_lse else None), specs.pages
+    return on_devices(run, attend.mesh, own, results)(*args)
 
 
 def _state_on_device(
-    attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
-) -> AttentionState:
+    attend: ShardedAttend, has_lse: bool, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
+) -> Results:
     """What one device computes from its shares of the arrays."""
     pages, batch = _own(attend, q, pages, batch)
-    return run_state(attend.first_device, attend.program_per_device, q, pages, batch, sinks, attend._merge)
+    one, program = attend.first_device, attend.program_per_device
+    return run_state(one, program, has_lse, q, pages, batch, sinks, attend._merge)
 
 
 def _update_on_device(
-    attend: ShardedAttend, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
-) -> tuple[AttentionState, Pages]:
+    attend: ShardedAttend,
+    has_lse: bool,
+    q: Array,
+    k: Array,
+    v: Array,
+    pages: Pages,
+    batch: RaggedBatch,
+    sinks: Array | None,
+) -> tuple[Results, Pages]:
     """What one device computes, after it has written the new tokens that belong into its own pages."""
     pages, batch = _own(attend, q, pages, batch)
     kv_heads = pages.layout.num_kv_heads
     k, v = (select_own_heads(x, kv_heads, attend._repeats, attend.axes.kv_heads) for x in (k, v))
-    program = attend.program_per_device
-    state, pages = run_update(attend.first_device, program, q, k, v, pages, batch, sinks, attend._merge)
-    return state, dataclasses.replace(pages, layout=attend.layout)
+    one, program = attend.first_device, attend.program_per_device
+    results, pages = run_update(one, program, has_lse, q, k, v, pages, batch, sinks, attend._merge)
+    return results, dataclasses.replace(pages, layout=attend.layout)
 
 
 def _own(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch) -> tuple[Pages, RaggedBatch]:

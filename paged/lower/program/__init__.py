@@ -4,6 +4,8 @@ from .call import COMMON as COMMON
 from .call import Call as Call
 from .call import at_most as at_most
 from .program import Program as Program
+from .results import Results as Results
+from .results import Wanted as Wanted
 from .sequences import Sequences as Sequences
 from .sequences import count_up_to as count_up_to
 from .simplify import implies as implies

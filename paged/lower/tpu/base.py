@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any, ClassVar, Self
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
@@ -12,12 +13,15 @@ from jaxtyping import Array
 from paged.spec import AttentionState, PageLayout, Pages
 
 from ..base import Lowering, Schedule
-from ..program import Call, Program, Sequences, refused_operations
+from ..program import Call, Program, Results, Sequences, Wanted, refused_operations
 from ..xla import XLA_BLOCKS
 from .chips import CHIPS, LANES, Chip, chip_named, this_chip
 from .pages import refuses_layout
 from .transforms import run_kernels
 from .write import refuses_write, write_rows
+
+# What a state is: exact enough to be merged, and without sinks, which enter once.
+_STATE = Wanted(jnp.dtype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +73,8 @@ class TpuLowering(Lowering):
     def state(
         self, program: Program, schedule: Schedule, call: Call, q: Array, pages: Pages, seqs: Sequences
     ) -> AttentionState:
-        """`run_state`, with the XLA lowering's derivatives."""
-        run = functools.partial(self.run_state, program, schedule, call)
-        like = functools.partial(XLA_BLOCKS.state, program, XLA_BLOCKS.schedule(program, pages.layout), call)
-        return run_kernels(run, like, q, pages, seqs, is_interpreted=self.is_interpreted)
+        """The results in float32, without sinks."""
+        return self.results(program, schedule, call, _STATE, q, pages, None, seqs).state
 
     def update(
         self,
@@ -85,16 +87,65 @@ class TpuLowering(Lowering):
         pages: Pages,
         seqs: Sequences,
     ) -> tuple[AttentionState, Pages]:
-        """`run_update`, with the XLA lowering's derivatives."""
-        run = functools.partial(self.run_update, program, schedule, call)
-        like = functools.partial(XLA_BLOCKS.update, program, XLA_BLOCKS.schedule(program, pages.layout), call)
-        return run_kernels(run, like, q, k, v, pages, seqs, is_interpreted=self.is_interpreted)
+        """The results of an update in float32, without sinks, and the pages."""
+        results, pages = self.update_results(program, schedule, call, _STATE, q, k, v, pages, None, seqs)
+        return results.state, pages
+
+    def results(
+        self,
+        program: Program,
+        schedule: Schedule,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> Results:
+        """`run_results`, with the XLA lowering's derivatives."""
+        run = functools.partial(self.run_results, program, schedule, call, wanted)
+        blocks = XLA_BLOCKS.schedule(program, pages.layout)
+        like = functools.partial(XLA_BLOCKS.results, program, blocks, call, wanted)
+        return run_kernels(run, like, q, pages, sinks, seqs, is_interpreted=self.is_interpreted)
+
+    def update_results(
+        self,
+        program: Program,
+        schedule: Schedule,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        k: Array,
+        v: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> tuple[Results, Pages]:
+        """`run_update_results`, with the XLA lowering's derivatives."""
+        run = functools.partial(self.run_update_results, program, schedule, call, wanted)
+        blocks = XLA_BLOCKS.schedule(program, pages.layout)
+        like = functools.partial(XLA_BLOCKS.update_results, program, blocks, call, wanted)
+        return run_kernels(run, like, q, k, v, pages, sinks, seqs, is_interpreted=self.is_interpreted)
 
     @abc.abstractmethod
     def run_state(
         self, program: Program, schedule: Any, call: Call, q: Array, pages: Pages, seqs: Sequences
     ) -> AttentionState:
         """`state` by kernels, which has no rule for transforms."""
+
+    def run_results(
+        self,
+        program: Program,
+        schedule: Any,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> Results:
+        """`results` by kernels, which has no rule for transforms."""
+        return wanted.of(self.run_state(program, schedule, call, q, pages, seqs), seqs, sinks)
 
     def run_update(
         self,
@@ -110,6 +161,23 @@ class TpuLowering(Lowering):
         """`update` by kernels: the write, then the attention. No page is read before the kernels that write end."""
         pages = self.write(k, v, pages, seqs, call.query_rows)
         return self.run_state(program, schedule, call, q, pages, seqs), pages
+
+    def run_update_results(
+        self,
+        program: Program,
+        schedule: Any,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        k: Array,
+        v: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> tuple[Results, Pages]:
+        """`update_results` by kernels."""
+        state, pages = self.run_update(program, schedule, call, q, k, v, pages, seqs)
+        return wanted.of(state, seqs, sinks), pages
 
     def refuses_write(self, layout: PageLayout) -> str | None:
         """Why no kernel writes pages of this layout, or None."""
