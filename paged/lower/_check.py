@@ -79,7 +79,8 @@ def check_values(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: 
         values = (values[0] + zero, values[1], values[2] + zero, values[3])
     else:
         _raise_on_fault(_Values(*map(np.asarray, values)), facts)
-    return RaggedBatch(*values, query_rows=batch.query_rows, checked_for=(*facts[:-1], facts.mask))
+    static = {"query_rows": batch.query_rows, "has_even_starts": batch.has_even_starts}
+    return RaggedBatch(*values, **static, checked_for=(*facts[:-1], facts.mask))
 
 
 class _Values(NamedTuple):

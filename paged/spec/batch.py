@@ -30,6 +30,8 @@ class RaggedBatch(eqx.Module):
     - `num_seqs` i32[]: the first ``num_seqs`` slots are live, by default all. Values of the others are never used.
     - `query_rows`, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
       Lowerings rely on it: it must agree with ``query_starts``.
+    - `has_even_starts`, static: whether ``query_starts`` are known to be the multiples of ``query_rows``. `decode` and
+      `prefill` say so. Lowerings then read no starts, so that none are computed from them.
     - `checked_for`, static: the page size, the number of pages, the number of query rows and the mask for which
       `paged.check` has found the values right, else None.
 
@@ -54,6 +56,7 @@ class RaggedBatch(eqx.Module):
     num_seqs: Int[Array, ""]
     query_rows: int | None = eqx.field(static=True)
     checked_for: tuple[int, int, int, Mask] | None = eqx.field(static=True)
+    has_even_starts: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class RaggedBatch(eqx.Module):
         *,
         query_rows: int | np.integer | None = None,
         checked_for: tuple[int, int, int, Mask] | None = None,
+        has_even_starts: bool = False,
     ):
         self.lengths = _as_int32("lengths", lengths, 1)
         self.block_tables = _as_int32("block_tables", block_tables, 2)
@@ -81,6 +85,9 @@ class RaggedBatch(eqx.Module):
         _require_known_lengths(lengths, live)
         self.query_rows = query_rows if query_rows is None else _as_rows(query_rows)
         self.checked_for = checked_for
+        self.has_even_starts = has_even_starts
+        if has_even_starts and query_rows is None:
+            raise ValueError("has_even_starts needs query_rows, whose multiples the starts are; got query_rows=None.")
         if self.block_tables.shape[0] != slots or self.block_tables.shape[1] < 1:
             raise ValueError(
                 f"block_tables must be [seqs, pages_per_seq] = [{slots}, at least 1] (seqs from lengths); got "
@@ -112,7 +119,7 @@ class RaggedBatch(eqx.Module):
         starts = (
             np.arange(slots + 1, dtype=np.int64) * rows if is_known else jnp.arange(slots + 1, dtype=jnp.int32) * rows
         )
-        return cls(lengths, block_tables, starts, num_seqs, query_rows=rows)
+        return cls(lengths, block_tables, starts, num_seqs, query_rows=rows, has_even_starts=True)
 
     @classmethod
     def prefill(cls, length: Any, block_table: Any, query_rows: int | np.integer) -> "RaggedBatch":
@@ -131,7 +138,7 @@ class RaggedBatch(eqx.Module):
         if length.size != 1:
             raise ValueError(f"length must be one number; got shape {tuple(length.shape)}.")
         table, rows = _as_int32("block_table", block_table, 1), _as_rows(query_rows)
-        return cls(length.reshape(1), table[None], [0, rows], query_rows=rows)
+        return cls(length.reshape(1), table[None], [0, rows], query_rows=rows, has_even_starts=True)
 
     @classmethod
     def stack(cls, batches: "Sequence[RaggedBatch]") -> "RaggedBatch":
@@ -153,10 +160,11 @@ class RaggedBatch(eqx.Module):
         if len(set(shapes)) != 1 or len(shapes[0]) != 2:
             raise ValueError(f"stack needs batches with block_tables of one shape [seqs, pages_per_seq]; got {shapes}.")
         rows, checked = ({getattr(b, name) for b in batches} for name in ("query_rows", "checked_for"))
-        facts = {
+        facts: dict[str, Any] = {
             "query_rows": rows.pop() if len(rows) == 1 else None,
             "checked_for": checked.pop() if len(checked) == 1 else None,
         }
+        facts["has_even_starts"] = facts["query_rows"] is not None and all(b.has_even_starts for b in batches)
         same = [cls(b.lengths, b.block_tables, b.query_starts, b.num_seqs, **facts) for b in batches]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
 

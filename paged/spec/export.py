@@ -65,5 +65,5 @@ def _shapes(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
 
 
 register_module(Pages((), None, None, PageLayout(page_size=1, num_kv_heads=1, head_dim=1)), "layout")
-register_module(RaggedBatch(*_shapes((1,), (1, 1), (2,), ())), "query_rows", "checked_for")
+register_module(RaggedBatch(*_shapes((1,), (1, 1), (2,), ())), "query_rows", "checked_for", "has_even_starts")
 export.register_namedtuple_serialization(AttentionState, serialized_name="paged.AttentionState")

@@ -117,8 +117,8 @@ def _batch(case: Case, lengths: list[int], rows: list[int], live: int, tables: n
     known = np.array(lengths)
     known[live:] = np.resize([9, -7, 10**6, -(2**31), 2**31 - 1], case.slots)[: case.slots - live]
     if case.phase == "prefill":
-        batch = RaggedBatch.prefill(known[0], tables[0], case.rows)
-        return RaggedBatch(known, tables, batch.query_starts, live, query_rows=case.rows)
+        even = RaggedBatch.prefill(known[0], tables[0], case.rows)
+        return RaggedBatch(known, tables, even.query_starts, live, query_rows=case.rows, has_even_starts=True)
     if case.phase == "decode":
         return RaggedBatch.decode(known, tables, live, query_rows=case.rows)
     starts = np.concatenate([[0], np.cumsum(rows)])

@@ -81,7 +81,7 @@ def shuffle_pages(pages: Pages, batch: RaggedBatch, seed: int = 0) -> tuple[Page
     if layout.scales == "token":
         k_scale, v_scale = k_scale[order], v_scale[order]
     shuffled = Pages(tuple(jnp.take(x, order, axis) for x in pages.arrays), k_scale, v_scale, layout)
-    facts = {"query_rows": batch.query_rows, "checked_for": batch.checked_for}
+    facts = {name: getattr(batch, name) for name in ("query_rows", "checked_for", "has_even_starts")}
     return shuffled, RaggedBatch(batch.lengths, jnp.asarray(moved), batch.query_starts, batch.num_seqs, **facts)
 
 
