@@ -23,7 +23,7 @@ def backward(walk: Walk, operands: Operands, state: AttentionState, cotangent: A
     """Gradients of the operands of `attend`, whose result ``state`` is: of the parts that are in ``like``."""
     moved = Parts.of(operands, like).constants
     _require_alike(operands.q, moved)
-    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows)
+    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows, operands.q.shape[0])
     pools = tuple(jnp.zeros(a.shape, jnp.float32) for a in operands.pages.arrays if like.arrays)
     zeros = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), moved)
 

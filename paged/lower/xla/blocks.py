@@ -29,28 +29,31 @@ class RowBlock(NamedTuple):
 
 
 class RowBlocks(NamedTuple):
-    """The row blocks of the selected sequences. ``ends[s]`` counts those of the sequences up to ``s``."""
+    """The row blocks of the selected sequences, in the order of their sequences.
+
+    ``count`` is how many there are. Row block ``i`` is of sequence ``seq[i]``, whose row blocks begin with number
+    ``first[seq[i]]``. ``seq`` has room for all that the rows of a batch can be cut into.
+    """
 
     seqs: Sequences
-    ends: Int[Array, " seqs"]
+    seq: Int[Array, " row_blocks"]
+    first: Int[Array, " seqs"]
+    count: Int[Array, ""]
 
     @classmethod
-    def of(cls, seqs: Sequences, is_member: Bool[Array, " seqs"], rows: int) -> "RowBlocks":
-        """Cut the query rows of every sequence in ``is_member`` into row blocks of ``rows``."""
+    def of(cls, seqs: Sequences, is_member: Bool[Array, " seqs"], rows: int, tokens: Any) -> "RowBlocks":
+        """Cut the query rows of every sequence in ``is_member`` into row blocks of ``rows``; ``tokens`` are all rows."""
         per_seq = jnp.where(is_member, -(-seqs.counts // rows), 0)
-        return cls(seqs, jnp.cumsum(per_seq, dtype=jnp.int32))
-
-    @property
-    def count(self) -> Int[Array, ""]:
-        """How many row blocks there are."""
-        return self.ends[-1]
+        ends = jnp.cumsum(per_seq, dtype=jnp.int32)
+        slots = seqs.counts.shape[0]
+        most = slots + tokens // rows if rows > 1 else tokens
+        seq = jnp.minimum(count_up_to(ends, jnp.arange(most, dtype=jnp.int32)), slots - 1)
+        return cls(seqs, seq, ends - per_seq, ends[-1])
 
     def block(self, which: Any, rows: int) -> RowBlock:
         """Row block number ``which``, of at most ``rows`` rows; it has no row if ``which`` is ``count`` or more."""
-        seqs = self.seqs
-        seq = jnp.minimum(count_up_to(self.ends, which), self.ends.shape[0] - 1)
-        before = jnp.where(seq > 0, self.ends[jnp.maximum(seq - 1, 0)], 0)
-        offset = (which - before) * rows + jnp.arange(rows, dtype=jnp.int32)
+        seqs, seq = self.seqs, self.seq[which]
+        offset = (which - self.first[seq]) * rows + jnp.arange(rows, dtype=jnp.int32)
         is_row = (offset < seqs.counts[seq]) & (which < self.count)
         row = jnp.where(is_row, seqs.starts[seq] + offset, 0)
         position = seqs.positions[seq] + offset

@@ -26,7 +26,7 @@ from .walk import Operands, Walk
 def attend(walk: Walk, operands: Operands) -> AttentionState:
     """State of the members' rows, float32; rows of no member are empty. Every gradient is finite."""
     tokens, layout = operands.q.shape[0], operands.pages.layout
-    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows)
+    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows, operands.q.shape[0])
     at_once = walk.row_blocks_at_once
 
     def attend_one(which, buffers):

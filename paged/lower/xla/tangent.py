@@ -21,7 +21,7 @@ from .walk import Operands, Parts, Walk
 
 def tangent(walk: Walk, operands: Operands, state: AttentionState, along: Parts) -> AttentionState:
     """The change of `attend`'s result ``state`` as the operands move along ``along``; 0 in empty rows."""
-    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows)
+    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows, operands.q.shape[0])
     tokens = operands.q.shape[0]
 
     def put_row_block(which, changes):
