@@ -20,3 +20,6 @@ from .scalars import kernel_scalars as kernel_scalars
 from .text import described as described
 from .transfers import TransferModel as TransferModel
 from .units import parse_utilization as parse_utilization
+from .unknowns import unknown_control as unknown_control
+from .whole import Whole as Whole
+from .whole import whole_call as whole_call

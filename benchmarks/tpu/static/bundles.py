@@ -9,6 +9,7 @@ import dataclasses
 import re
 from typing import NamedTuple
 
+OWN = "<"  # how the names begin of the code with which the compiler begins and ends a program
 _HEAD = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*>*\s*\{")
 _REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")
 _SOURCE = re.compile(r'loc\("([^"]*)":(\d+)')
@@ -17,6 +18,7 @@ _NAMED = re.compile(r"/\*(\w+)=\*/\s*(\[[^\]]*\]|[^,\s;}]+)")
 _ASSIGNMENT = re.compile(r"^(?:%(\w+)(?:, %\w+)* = )?(.*)$", re.S)
 _OPCODE = re.compile(r"[^\s({\[]+")
 _THREAD = re.compile(r"^\[thread:\$\d+\]\s*")
+_CALLED = re.compile(r"%?([^\s=]+)")
 _PREDICATE = re.compile(r"\((!?)%(\w+)(?:,\s*%(\w+))?\)\s*,?\s*")
 
 
@@ -108,6 +110,12 @@ def operands(text: str) -> list[str]:
             begin = i + 1
     last = text[begin:].strip()
     return [*split, last] if last else split
+
+
+def called_name(instruction: Instruction) -> str:
+    """The operation whose code stands in the place of a call, such as ``fusion.3`` or ``<late-finalization>``."""
+    found = _CALLED.match(instruction.comment.strip())
+    return found.group(1) if found else instruction.comment.strip()
 
 
 def _bodies(text: str) -> list[tuple[int, str]]:

@@ -18,7 +18,7 @@ Target = str | Callable[..., Any]
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
 _LABELS = r"(^final_)|(^assembly$)|(^hlo-static-bundle-profile$)"  # a plain dump has some 70 files for each operation
 _FATAL = re.compile(r"^[FE]\d{4}.*|.*Check failed.*|.*Mosaic failed.*", re.M)
-SCALARS = "scalars.npz"
+SCALARS, PROGRAM = "scalars.npz", "program.hlo"
 
 
 @dataclasses.dataclass
@@ -64,6 +64,7 @@ def compile_with_dumps(
         "kwargs": dict(kwargs),
         "topology": CHIPS[generation].topology,
         "result": str(result),
+        "program": str(folder / PROGRAM),
         "scalars": str(folder / SCALARS) if scalars else "",
     }
     (folder / "task.json").write_text(json.dumps(task))

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .compiling import SCALARS
+from .bundles import OWN
+from .compiling import PROGRAM, SCALARS
 
 _BUNDLES = re.compile(r"^(\d+)-(.+)-\d+-final_bundles\.txt$")
-_OWN = ("<", "TLP")  # names of the compiler's own programs around the operations
+_TOP_LEVEL = "TLP"  # the program that calls the operations
 _VMEM = re.compile(r"const DATA =(\{.*?\n\});", re.S)
 _ESTIMATE = re.compile(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)')
 _PROFILE_HEAD = re.compile(r"HLO: %?([^\s=]+)")
@@ -21,12 +22,26 @@ _PROFILE_COUNT = re.compile(r"\s*- ([\w :]+?): \((\d+)/\d+\)")
 
 @dataclasses.dataclass
 class Operation:
-    """One operation with code of its own. ``is_kernel`` says whether it is a Pallas kernel."""
+    """One operation with code of its own. ``is_kernel`` says whether it is a Pallas kernel.
+
+    Its code is called from that of ``is_top_level``, which is no operation, nor are those of ``is_own``: the compiler's
+    own code that begins and ends a program.
+    """
 
     name: str
     is_kernel: bool
     bundles: str  # the dump's text
     utilization: str
+
+    @property
+    def is_top_level(self) -> bool:
+        """Whether it is the program that calls the operations."""
+        return self.name == _TOP_LEVEL
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the compiler's own code around a program."""
+        return self.name.startswith(OWN)
 
 
 class Dumps:
@@ -36,6 +51,8 @@ class Dumps:
         self.folder = folder
         assemblies = sorted(folder.glob("*-assembly.txt"))
         self.assembly = assemblies[-1].read_text(errors="replace") if assemblies else None
+        text = folder / PROGRAM
+        self.hlo = text.read_text() if text.exists() else ""  # the optimised program
         self.vmem = _vmem(folder)  # (bytes, bytes of spills)
         self.smem_spills = _smem_spills(folder)
         self.estimates: dict[str, int] = {}  # libtpu's own cycles
@@ -43,10 +60,14 @@ class Dumps:
             self.estimates |= {name: int(cycles) for name, cycles in _ESTIMATE.findall(path.read_text())}
 
     def operations(self) -> Iterator[Operation]:
-        """Every operation, in the order in which they were compiled."""
+        """Every operation, in the order in which they were compiled. Two that are alike have one dump."""
+        return (made for made in self.programs() if not made.is_top_level and not made.is_own)
+
+    def programs(self) -> Iterator[Operation]:
+        """The operations, the program that calls them, and the compiler's own code."""
         for path in sorted(self.folder.glob("*-final_bundles.txt")):
             found = _BUNDLES.match(path.name)
-            if found is None or "schedule-analysis" in path.name or found.group(2).startswith(_OWN):
+            if found is None or "schedule-analysis" in path.name:
                 continue
             stamp, name = found.groups()
             analysis = self._beside(stamp, name, "schedule-analysis_final_bundles.txt")

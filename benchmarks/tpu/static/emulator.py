@@ -57,6 +57,14 @@ class Emulator:
                 break
         return self
 
+    def bundle_counts(self) -> list[int]:
+        """The number of times that each bundle issued."""
+        counts = [0] * len(self.translator.program.bundles)
+        for start, count in self.counts.items():
+            for index in range(start, self.translator.block(start).end + 1):
+                counts[index] += count
+        return counts
+
     def start(self, kind: str, source: int, granules: int, destination: int, flag: int, cycle: int) -> None:
         """A block's transfer, ``cycle`` bundles after the block's first one."""
         if kind == "general":  # strides of several levels: the direction is in the pointers
@@ -76,6 +84,10 @@ class Emulator:
             self.time += then - now
             self.stalled += then - now
             self.waits[place] += then - now  # type: ignore[assignment]
+
+    def call(self, name: str, cycle: int) -> None:
+        """A block's call of an operation, ``cycle`` bundles after the block's first one: only `TopLevel` has any."""
+        self.notes[f"the call of {name}"] += 1
 
     def fill(self, index: int) -> None:
         """Put an operand that lives in SMEM there."""

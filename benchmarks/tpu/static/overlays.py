@@ -13,7 +13,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from .bundles import Bundle, predicate
+from .bundles import Bundle, called_name, predicate
 
 _LINE = re.compile(r"^(\d+):(0x[0-9a-f]+)\s*:\s*\{(.*)\}")
 _BRANCH = re.compile(r"sbr\.(\w+)\s+(?:@(!?\w+)\s+)?(?:\$[+-]\d+(?:, \$(\d+))?)?")
@@ -44,7 +44,47 @@ def delay_slots(bundles: Sequence[Bundle], fixed: int | None, assembly: str | No
         return {index: fixed or 0 for index in branches}
     if assembly is None:
         raise ValueError("the delay slots of this generation's branches are in the assembly, and there is no assembly")
-    overlays = _overlays(assembly)
+    return _matched(bundles, _overlays(assembly))
+
+
+def inlined_slots(
+    top: Sequence[Bundle], programs: Mapping[str, Sequence[Bundle]], fixed: int | None, assembly: str | None
+) -> tuple[dict[int, int], dict[str, dict[int, int]]]:
+    """Delay slots of a program that calls others, and of those, found together.
+
+    The assembly has the code of an operation wherever it is called. A small operation alone might be found anywhere.
+
+    **Arguments:**
+
+    - `top`: the bundles of the program that calls.
+    - `programs`: the bundles of the others by name. One that is called and is not here counts as one bundle.
+    - `fixed`, `assembly`: as for `delay_slots`.
+
+    **Returns:** `top`'s ``{index: delay slots}``, and those of the others by name.
+
+    Raises ``ValueError`` as `delay_slots` does.
+    """
+    if fixed is not None:
+        slots = {name: delay_slots(bundles, fixed, None) for name, bundles in programs.items()}
+        return delay_slots(top, fixed, None), slots
+    if assembly is None:
+        return delay_slots(top, fixed, assembly), {}
+    line: list[tuple[str, Bundle]] = []  # the empty name is `top`
+    for bundle in top:
+        names = [called_name(i) for i in bundle.instructions if i.opcode == "inlined_call"]
+        known = [(name, inner) for name in names for inner in programs.get(name, ())]
+        line += known or [("", bundle)]
+    found = _matched([bundle for _, bundle in line], _overlays(assembly))
+    made: dict[str, dict[int, int]] = {name: {} for name in ("", *programs)}
+    for index, slots in found.items():
+        name, bundle = line[index]
+        made[name].setdefault(bundle.index, slots)
+    return made.pop(""), made
+
+
+def _matched(bundles: Sequence[Bundle], overlays: Mapping[str, _Overlay]) -> dict[int, int]:
+    """Delay slots by a branch's place in ``bundles``, piece by piece."""
+    branches = [index for index, bundle in enumerate(bundles) if _is_branch(bundle)]
     marks = [_mark(bundle) for bundle in bundles]
     found: dict[int, int] = {}
     for index in branches:

@@ -18,6 +18,7 @@ from .overlays import delay_slots
 from .run import Run, run_program
 from .transfers import TransferModel
 from .units import parse_utilization, total
+from .whole import Whole, whole_call
 
 _VERSIONS = ("jax", "libtpu", "kind", "num_cores")
 _NUMBERS = re.compile(r"(\.\d+)*$")  # that XLA appends to a name
@@ -52,7 +53,8 @@ class Kernel:
 class Report:
     """One call, compiled for one generation. ``error`` says why there are no kernels.
 
-    ``other_operations`` are XLA's beside the kernels, by name and size in bundles: no figure has their time.
+    ``other_operations`` are XLA's beside the kernels, by name and size in bundles. ``whole`` is the call with them, if
+    its scalar programs were run, or says why it could not be modelled.
     """
 
     ok: bool
@@ -64,6 +66,7 @@ class Report:
     versions: dict[str, Any]
     kernels: list[Kernel]
     other_operations: list[tuple[str, int]]
+    whole: Whole | str | None = None
 
 
 def model(
@@ -107,7 +110,9 @@ def model(
             target, generation, kwargs or {}, folder, scalars=is_run, simulate=simulate, flags=flags, timeout=timeout
         )
         found = (
-            read_dumps(folder, generation, is_run=is_run, only=only, transfers=transfers) if compiled.ok else ([], [])
+            read_dumps(folder, generation, is_run=is_run, only=only, transfers=transfers)
+            if compiled.ok
+            else ([], [], None)
         )
     finally:
         if keep is None:
@@ -132,8 +137,8 @@ def read_dumps(
     is_run: bool = False,
     only: str = "",
     transfers: TransferModel | None = None,
-) -> tuple[list[Kernel], list[tuple[str, int]]]:
-    """``(kernels, other operations)`` of dumps that were kept. The arguments are `model`'s."""
+) -> tuple[list[Kernel], list[tuple[str, int]], Whole | str | None]:
+    """``(kernels, other operations, the whole call)`` of dumps that were kept. The arguments are `model`'s."""
     dumps, kernels, others = Dumps(folder), [], []
     scalars = dumps.scalars()
     for operation in dumps.operations():
@@ -142,7 +147,15 @@ def read_dumps(
             continue
         inputs = _inputs(operation.name, scalars) if is_run and re.search(only, operation.name) else None
         kernels.append(_kernel(operation, dumps, generation, inputs, transfers))
-    return kernels, others
+    return kernels, others, _whole(dumps, kernels, generation, transfers) if is_run else None
+
+
+def _whole(dumps: Dumps, kernels: list[Kernel], generation: str, transfers: TransferModel | None) -> Whole | str:
+    unknown = [kernel.name for kernel in kernels if not kernel.runs]
+    if unknown:
+        return f"{', '.join(unknown)} was not run"
+    cycles = {k.name: max(max(run.model_cycles, run.matrix_cycles) for run in k.runs) for k in kernels}
+    return whole_call(dumps, CHIPS[generation], cycles, transfers)
 
 
 def _kernel(

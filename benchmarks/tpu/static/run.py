@@ -92,7 +92,7 @@ def _counted(
     issued: Emulator, timed: Emulator, rows: Sequence[Sequence[int]], loops: Sequence[Loop], chip: Chip
 ) -> Run:
     bundles, moved = issued.translator.program.bundles, issued.transfers
-    counts = _bundle_counts(issued)
+    counts = issued.bundle_counts()
     kinds: collections.Counter[str] = collections.Counter()
     classes: collections.Counter[str] = collections.Counter()
     for bundle, count in zip(bundles, counts, strict=True):
@@ -122,15 +122,6 @@ def _counted(
         top_waits=[(place, round(cycles)) for place, cycles in timed.waits.most_common(6)],
         unmodelled=[f"{text} x{count}" for text, count in notes.most_common(8)],
     )
-
-
-def _bundle_counts(emulator: Emulator) -> list[int]:
-    """The number of times that each bundle issued."""
-    counts = [0] * len(emulator.translator.program.bundles)
-    for start, count in emulator.counts.items():
-        for index in range(start, emulator.translator.block(start).end + 1):
-            counts[index] += count
-    return counts
 
 
 def _loop_cycles(loops: Sequence[Loop], counts: Sequence[int]) -> dict[str, tuple[int, int]]:

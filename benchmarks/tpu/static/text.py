@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from .loops import Loop
 from .report import Kernel, Report
 from .run import Run
+from .whole import Whole
 
 _MIB, _KIB = 2**20, 2**10
 
@@ -23,8 +24,26 @@ def described(report: Report) -> str:
         lines += _kernel(kernel)
     if report.other_operations:
         others = ", ".join(f"{name} ({bundles})" for name, bundles in report.other_operations)
-        lines.append(f"other operations (bundles), in no figure: {others}")
+        lines.append(f"other operations (bundles): {others}")
+    if report.whole is not None:
+        lines += _whole(report.whole)
     return "\n".join(lines)
+
+
+def _whole(whole: Whole | str) -> Iterator[str]:
+    if isinstance(whole, str):
+        yield f"the whole call: NOT MODELLED: {whole}"
+        return
+    yield (
+        f"the whole call: {whole.cycles:.0f} cycles, of which kernels {whole.kernel_cycles:.0f}, XLA before them"
+        f" {whole.before:.0f}, between {whole.between:.0f}, after {whole.after:.0f}; {whole.operations} operations,"
+        f" by libtpu's estimates {whole.estimated_cycles:.0f}"
+    )
+    for name, times, cycles, estimate in whole.largest:
+        by_libtpu = "none" if estimate is None else f"{estimate:.0f}"
+        yield f"  {name} x{times}: {cycles:.0f} cycles, libtpu's estimate {by_libtpu}"
+    if whole.unmodelled:
+        yield f"  NOT MODELLED: {'; '.join(whole.unmodelled)}"
 
 
 def _kernel(kernel: Kernel) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import words
-from .bundles import Bundle, Instruction, operands, predicate
+from .bundles import Bundle, Instruction, called_name, operands, predicate
 from .expressions import of_predicates, of_words
 from .flow import Program
 
@@ -125,7 +125,7 @@ class Translator:
         return _assign(result, self._expression(opcode, text), when, otherwise)
 
     def _effect(self, instruction: Instruction, text: str, cycle: int, place: str) -> str | None:
-        """A transfer, a wait or a semaphore's change; ``None`` for other instructions."""
+        """A transfer, a wait, a semaphore's change or a call; ``None`` for other instructions."""
         opcode = instruction.opcode
         if instruction.starts_transfer:
             given = operands(text)
@@ -136,6 +136,8 @@ class Translator:
         if opcode == "dma.done.wait" or opcode.startswith("vwait.ge"):
             flag, amount = map(self._value, operands(text)[:2])
             return f"machine.wait({flag}, {amount}, {cycle}, {place!r})"
+        if opcode == "inlined_call":
+            return f"machine.call({called_name(instruction)!r}, {cycle})"
         if opcode in ("vsyncpa", "vsyncadd"):
             flag, amount = map(self._value, operands(text)[:2])
             return f"machine.transfers.flags[{flag}] {'+' if opcode == 'vsyncadd' else ''}= {amount}"

@@ -24,7 +24,7 @@ _LONGEST_ERROR, _ERROR_HEAD, _ERROR_TAIL = 4000, 2500, 1400
 
 
 def main(task_path: str) -> None:
-    """Do the task in the file: write ``result`` (JSON), and ``scalars`` (npz) where they are asked for."""
+    """Do the task in the file: write ``result`` (JSON), ``program``, and ``scalars`` (npz) where they are asked for."""
     task = json.loads(pathlib.Path(task_path).read_text())
     result: dict[str, Any] = {"ok": False}
     try:
@@ -62,17 +62,18 @@ def _compile(task: dict[str, Any], result: dict[str, Any]) -> None:
         "kind": device.device_kind,
         "num_cores": device.num_cores,
     }
-    function, args = builder(task["target"], task["folder"])(**task["kwargs"])
+    function, args, *donated = builder(task["target"], task["folder"])(**task["kwargs"])
     placed = SingleDeviceSharding(device)
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or placed),
         args,
         is_leaf=lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
     )
-    lowered = jax.jit(function).lower(*shapes)
+    lowered = jax.jit(function, donate_argnums=donated[0] if donated else ()).lower(*shapes)
     start = time.perf_counter()
-    lowered.compile()
+    compiled = lowered.compile()
     result["compile_seconds"] = time.perf_counter() - start
+    pathlib.Path(task["program"]).write_text(compiled.as_text())  # it has the compiler's estimates of cycles
     result["ok"] = True
     if task["scalars"]:
         found = kernel_scalars(function, args)
