@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from paged.spec import Pages, RaggedBatch, Sinks
 
+from ._around import Around
 from .attend import Attend
 from .base import Schedule
 from .program import Call
@@ -34,6 +35,7 @@ class Compiled:
     * ``argument_bytes``, ``output_bytes``: device memory of the arguments and of the results.
     * ``temporary_bytes``: device memory besides these.
     * ``code_bytes``: the size of the compiled program.
+    * ``around``: what XLA runs around the kernels: operations, loops, sorts, copies, and the bytes that they write.
     """
 
     generation: str
@@ -43,6 +45,7 @@ class Compiled:
     output_bytes: int
     temporary_bytes: int
     code_bytes: int
+    around: Around
 
 
 class CompileError(RuntimeError):
@@ -117,6 +120,7 @@ def compile_for(
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
+        Around.of(compiled.as_text()),
     )
 
 
