@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
-_BODIES = re.compile(r"(?:body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[^\s,]+)")
+_BODIES = re.compile(r"(?:condition|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[^\s,]+)")
 _CALLED = re.compile(r"to_apply=(%[^\s,]+)")
 _NAME = re.compile(r"%([^\s,(){}]+)")
 _ARRAY = re.compile(r"(pred|bf16|[suf]\d+\w*|c\d+)\[([\d,]*)\]")

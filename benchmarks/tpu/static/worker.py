@@ -73,7 +73,7 @@ def _compile(task: dict[str, Any], result: dict[str, Any]) -> None:
     start = time.perf_counter()
     compiled = lowered.compile()
     result["compile_seconds"] = time.perf_counter() - start
-    pathlib.Path(task["program"]).write_text(compiled.as_text())  # it has the compiler's estimates of cycles
+    pathlib.Path(task["program"]).write_text(compiled.as_text() or "")  # it has the compiler's estimates of cycles
     result["ok"] = True
     if task["scalars"]:
         found = kernel_scalars(function, args)
