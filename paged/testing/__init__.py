@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .arrays import Built as Built
 from .arrays import build as build
 from .cases import CORNERS as CORNERS
+from .cases import PAST_THE_TABLE as PAST_THE_TABLE
 from .cases import Case as Case
 from .cases import Corner as Corner
 from .failures import CheckFailure as CheckFailure
@@ -21,6 +22,7 @@ from .layers import check_layer as check_layer
 from .layers import check_model as check_model
 from .lowerings import LOWERING_CHECKS as LOWERING_CHECKS
 from .lowerings import Checked as Checked
+from .lowerings import check_case as check_case
 from .lowerings import check_lowering as check_lowering
 from .masks import MASK_CHECKS as MASK_CHECKS
 from .masks import check_mask as check_mask
@@ -36,6 +38,8 @@ from .targets import across_targets as across_targets
 from .tolerances import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS
 from .tolerances import TOLERANCES as TOLERANCES
 from .tolerances import assert_state_close as assert_state_close
+from .writes import WRITES as WRITES
+from .writes import check_write as check_write
 
 if TYPE_CHECKING:
     from . import strategies as strategies

@@ -16,7 +16,8 @@ SPREAD = 3.0  # inputs are about 3 x normal: scores then reach +-30, and a softm
 _GARBAGE = (-1, -9, 10**6, -(2**31), 2**31 - 1)
 
 
-# Positions before the first token that rows may have: more rows than tokens, in the longest chunk of a test.
+# Positions before the first token that rows may have: more rows than tokens, in the longest chunk of a test. As many
+# may lie past the table.
 _BEFORE = 64
 
 
@@ -79,18 +80,18 @@ def build(
     row_of: list[tuple[int, int] | None] = [None] * tokens
     for s in range(live):
         positions = np.arange(lengths[s] - rows[s], lengths[s])
-        seen = _brute_force(case.spec, case.pages_per_seq * case.page_size)[_BEFORE + positions, : lengths[s]]
+        seen = _brute_force(case.spec, case.capacity)[_BEFORE + positions, : lengths[s]]
         for i, p in enumerate(positions):
             visible[starts[s] + i], row_of[starts[s] + i] = np.flatnonzero(seen[i]), (s, int(p))
-        written = np.arange(max(0, lengths[s] - rows[s]), lengths[s])
+        written = np.arange(max(0, lengths[s] - rows[s]), min(lengths[s], case.capacity))
         needed = np.union1d(np.flatnonzero(seen.any(axis=0)), written) // case.page_size
-        held = np.arange(lengths[s] if hold_new else max(0, lengths[s] - rows[s]))
+        held = np.arange(min(lengths[s] if hold_new else max(0, lengths[s] - rows[s]), case.capacity))
         pool.store(s, np.unique(needed), held, drawn[s], tables)
     pages, k_live, v_live = pool.pages()
 
     k, v = (np.full((tokens, case.spec.num_kv_heads, x.shape[-1]), np.nan, np.float32) for x in drawn[0])
     for row, owner in enumerate(row_of):
-        if owner is not None and owner[1] >= 0:
+        if owner is not None and 0 <= owner[1] < case.capacity:
             k[row], v[row] = (x[:, owner[1]] for x in drawn[owner[0]])
     at = [
         None if w is None or j is None else (tables[w[0], j // case.page_size], j % case.page_size)
@@ -130,8 +131,8 @@ def _batch(case: Case, lengths: list[int], rows: list[int], live: int, tables: n
 @functools.cache
 def _brute_force(spec: AttentionSpec, capacity: int) -> np.ndarray:
     """Whether each position ``p`` sees ``j``, as ``[p + _BEFORE, j]``: the mask's value at every pair, once a spec."""
-    p, j = jnp.arange(-_BEFORE, capacity)[:, None], jnp.arange(capacity)[None, :]
-    return np.broadcast_to(np.asarray(spec.visibility(p, j)), (_BEFORE + capacity, capacity))
+    p, j = jnp.arange(-_BEFORE, capacity + _BEFORE)[:, None], jnp.arange(capacity)[None, :]
+    return np.broadcast_to(np.asarray(spec.visibility(p, j)), (capacity + 2 * _BEFORE, capacity))
 
 
 def _normal(case: Case, stream: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -141,7 +142,7 @@ def _normal(case: Case, stream: int, shape: tuple[int, ...]) -> np.ndarray:
 def _draw_sequence(case: Case, s: int, length: int, is_changed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values ``[kv_heads, length, dim]`` of one sequence; they depend on nothing but the sequence."""
     heads, layout = case.spec.num_kv_heads, case.layout
-    full = case.pages_per_seq * case.page_size
+    full = case.capacity
     streams = (200 + s, 300 + s) if is_changed else (s, 100 + s)
     k, v = (
         _normal(case, stream, (full, heads, dim))

@@ -14,11 +14,15 @@ SLOTS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Corner:
-    """Lengths and row counts of five slots. A length ``(a, b)`` is ``a`` pages and ``b`` tokens, of any page size."""
+    """Lengths and row counts of five slots. A length ``(a, b)`` is ``a`` pages and ``b`` tokens, of any page size.
+
+    A length is at most what a table holds; ``past`` gives the slots more tokens than that.
+    """
 
     lengths: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
     num_seqs: int = SLOTS
+    past: tuple[int, ...] = (0,) * SLOTS
 
 
 # Tables hold four pages a sequence, and ragged batches 16 rows: what the rows below leave over is padding.
@@ -35,6 +39,8 @@ CORNERS = {
     "one live": Corner(((4, 0), (1, 0), (1, 0), (1, 0), (1, 0)), (9, 1, 1, 1, 1), num_seqs=1),
     "all dead": Corner(((2, 0),) * 5, (3, 1, 1, 2, 5), num_seqs=0),
 }
+# Rows at positions that no table entry leads to: at the first such position, a few behind it, and with no row before.
+PAST_THE_TABLE = Corner(((4, 0), (4, 0), (4, 0), (4, -1), (4, 0)), (2, 1, 4, 3, 5), past=(1, 2, 3, 0, 5))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,11 @@ class Case:
         return 1 if self.phase == "prefill" else SLOTS
 
     @property
+    def capacity(self) -> int:
+        """The most tokens that a table leads to."""
+        return self.pages_per_seq * self.page_size
+
+    @property
     def num_pages(self) -> int:
         """Pages in the pool: all that the tables could map, and three that nobody does."""
         return self.slots * self.pages_per_seq + 3
@@ -91,7 +102,8 @@ class Case:
     def values(self) -> tuple[list[int], list[int], int]:
         """Lengths, row counts and live sequences of the case's corner in its phase."""
         corner = CORNERS[self.corner] if isinstance(self.corner, str) else self.corner
-        lengths = [min(a * self.page_size + b, self.pages_per_seq * self.page_size) for a, b in corner.lengths]
+        lengths = [min(a * self.page_size + b, self.capacity) for a, b in corner.lengths]
+        lengths = [length + past for length, past in zip(lengths, corner.past, strict=True)]
         if self.phase == "prefill":
             return lengths[:1], [self.rows], min(corner.num_seqs, 1)
         rows = list(corner.rows) if self.phase == "ragged" else [self.rows] * SLOTS

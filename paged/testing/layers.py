@@ -57,8 +57,9 @@ def check_layer(layer: Any, state: eqx.nn.State, *, tolerance: float = 2e-4) -> 
     >>> check_layer(layer, state)
     """
     width = layer.query_proj.in_features if hasattr(layer, "query_proj") else layer.embed_dim
-    inputs = [jax.random.normal(jax.random.key(i), (n, width)) for i, n in enumerate(_LENGTHS)]
-    want = [layer.dense(x[None])[0] for x in inputs]
+    inputs = [np.random.default_rng(i).normal(size=(n, width)).astype(np.float32) for i, n in enumerate(_LENGTHS)]
+    dense = eqx.filter_jit(lambda layer, x: layer.dense(x)[0])
+    want = [dense(layer, x[None]) for x in inputs]
     _check_served(layer, state, inputs, want, tolerance)
 
 
@@ -95,14 +96,18 @@ def check_model(
     >>> layer, state = eqx.nn.make_with_state(PagedAttention)(spec, layout, 16, 16, key=jax.random.key(0))
     >>> check_model(OneLayer(jax.random.normal(jax.random.key(1), (9, 16)), layer), state, vocab_size=9)
     """
-    logits_of = model.dense if dense is None else dense
     rng = np.random.default_rng(0)
-    inputs = [jnp.asarray(rng.integers(0, vocab_size, n), jnp.int32) for n in _LENGTHS]
-    _check_served(model, state, inputs, [logits_of(tokens) for tokens in inputs], tolerance)
+    inputs = [rng.integers(0, vocab_size, n).astype(np.int32) for n in _LENGTHS]
+    if dense is None:
+        jitted = eqx.filter_jit(lambda model, tokens: model.dense(tokens))
+        want = [jitted(model, jnp.asarray(tokens)) for tokens in inputs]
+    else:
+        want = [dense(jnp.asarray(tokens)) for tokens in inputs]
+    _check_served(model, state, inputs, want, tolerance)
 
 
 def _check_served(
-    run: Any, state: eqx.nn.State, inputs: list[jax.Array], want: list[jax.Array], tolerance: float
+    run: Any, state: eqx.nn.State, inputs: list[np.ndarray], want: list[jax.Array], tolerance: float
 ) -> None:
     place = _place_of(state)
     step = eqx.filter_jit(lambda rows, batch, state: run(rows, batch, state))
@@ -122,7 +127,7 @@ def _check_served(
 
 
 def _serve(
-    step: Any, state: eqx.nn.State, place: _Place, inputs: list[jax.Array], plan: Plan, seed: int
+    step: Any, state: eqx.nn.State, place: _Place, inputs: list[np.ndarray], plan: Plan, seed: int
 ) -> list[np.ndarray]:
     """The outputs of every token, served by a plan, in pages of a random order."""
     free = list(np.random.default_rng(seed).permutation(place.num_pages))
@@ -140,23 +145,23 @@ def _serve(
             for entry in np.flatnonzero(tables[slot, :needed] < 0):
                 tables[slot, entry] = free.pop(0)
         out, state = step(*_rows(counts, tables, done, inputs), state)
-        first = 0
+        first, rows = 0, np.asarray(out, np.float32)
         for slot, count in enumerate(counts):
             for i in range(count):
-                outputs[slot][done[slot] + i] = np.asarray(out[first + i], np.float32)
+                outputs[slot][done[slot] + i] = rows[first + i]
             first, done[slot] = first + count, done[slot] + count
     return [np.stack(rows) for rows in outputs]
 
 
 def _rows(
-    counts: list[int], tables: np.ndarray, done: list[int], inputs: list[jax.Array]
+    counts: list[int], tables: np.ndarray, done: list[int], inputs: list[np.ndarray]
 ) -> tuple[jax.Array, RaggedBatch]:
     """The rows of one step, padded to `_ROWS`, and their batch."""
     parts = [x[n : n + count] for x, n, count in zip(inputs, done, counts, strict=True)]
-    rows = jnp.concatenate(parts)
-    rows = jnp.concatenate([rows, jnp.zeros((_ROWS - len(rows), *rows.shape[1:]), rows.dtype)])
+    rows = np.concatenate(parts)
+    rows = np.concatenate([rows, np.zeros((_ROWS - len(rows), *rows.shape[1:]), rows.dtype)])
     lengths = [n + count if count else 0 for n, count in zip(done, counts, strict=True)]
-    return rows, RaggedBatch(lengths, tables.copy(), np.concatenate([[0], np.cumsum(counts)]))
+    return jnp.asarray(rows), RaggedBatch(lengths, tables.copy(), np.concatenate([[0], np.cumsum(counts)]))
 
 
 def _place_of(state: eqx.nn.State) -> _Place:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged.lower import write
 from paged.spec import (
     AttentionSpec,
     AttentionState,
@@ -21,11 +20,12 @@ from paged.spec import (
 )
 
 from .arrays import Built, build
-from .cases import CORNERS, Case, Phase
+from .cases import CORNERS, PAST_THE_TABLE, Case, Corner, Phase
 from .failures import CheckFailure
 from .interpreter import watched
 from .specs import SPECS
 from .tolerances import assert_output, assert_state_close, assert_states_close, exact_state
+from .writes import require_written
 
 # An `Attend`, or any function ``f(q, pages, batch)``, with sinks as a fourth argument where the spec has them.
 Attention = Any
@@ -55,6 +55,7 @@ def check_lowering(
     layouts: Iterable[PageLayout] = (_LAYOUT,),
     phases: Iterable[Phase] = ("decode", "ragged", "prefill"),
     corners: Iterable[str] = tuple(CORNERS),
+    checks: Iterable[str] | None = None,
     weights: float = 0.0,
 ) -> Checked:
     """Check every promise of an attention over pages, on adversarial batches.
@@ -71,6 +72,7 @@ def check_lowering(
     - `layouts`: the page layouts to try, each with the specs of its heads and head dimension.
     - `phases`: ``"decode"``, one row per sequence; ``"ragged"``, rows that vary; ``"prefill"``, rows of one sequence.
     - `corners`: names in `CORNERS`.
+    - `checks`: names in `LOWERING_CHECKS`; None for all.
     - `weights`: the relative error of softmax weights that the lowering rounds: 0, or `ROUNDED_WEIGHTS`.
 
     **Returns:** what was tried, refused and left out.
@@ -81,9 +83,10 @@ def check_lowering(
     >>> checked = check_lowering(paged.lower, specs=[AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)],
     ...     phases=["decode"], corners=["mixed"])
     >>> len(checked.passed), checked.refused
-    (7, [])
+    (8, [])
     """
     report, specs, layouts, phases = Checked([], [], set()), list(specs), list(layouts), list(phases)
+    chosen = LOWERING_CHECKS if checks is None else {name: LOWERING_CHECKS[name] for name in checks}
     for spec, layout in ((spec, layout) for spec in specs for layout in layouts if _fit(spec, layout)):
         try:
             lowered = lower(spec, layout)
@@ -92,7 +95,7 @@ def check_lowering(
             continue
         subject = Subject(lower, spec, layout, lowered, tuple(corners), weights)
         for phase in phases:
-            for name, check in LOWERING_CHECKS.items():
+            for name, check in chosen.items():
                 if phase not in check.phases:
                     continue
                 if check.needs is not None and not hasattr(lowered, check.needs):
@@ -152,6 +155,29 @@ class Subject:
         return state_or_output(self.attention, built)
 
 
+def check_case(attention: Attention, case: Case, *, weights: float = 0.0) -> None:
+    """Check that an attention has the float64 reference's numbers for one case of yours.
+
+    **Arguments:**
+
+    - `attention`: an `Attend`, or a function ``f(q, pages, batch)``, with sinks as a fourth argument where the spec has
+      them. A kernel that is `interpreted` is `watched`.
+    - `case`: the case. Its spec and layout are the attention's.
+    - `weights`: see `check_lowering`.
+
+    **Raises:** `CheckFailure` named ``"equals the reference"``, or of `KERNEL_CHECKS`.
+
+    >>> case = Case(spec=AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8), phase="decode", rows=3)
+    >>> check_case(paged.lower(case.spec, case.layout), case)
+    """
+    try:
+        _require_equal(attention, build(case), weights)
+    except CheckFailure:
+        raise
+    except AssertionError as error:
+        raise CheckFailure("equals the reference", str(error).strip()) from error
+
+
 def state_or_output(attention: Attention, built: Built) -> Any:
     """Run an attention on built arrays: its `state` where it has one, else the function itself. Kernels are watched."""
     sinks = () if built.sinks is None else (built.sinks,)
@@ -162,23 +188,32 @@ def state_or_output(attention: Attention, built: Built) -> Any:
 def check_equals_the_reference(subject: Subject, phase: Phase) -> None:
     """The float64 reference's numbers in every row; exactly 0 in rows that see nothing, and in rows of no sequence."""
     for corner in subject.corners:
-        built = build(subject.case(phase, corner=corner))
-        got = subject.run(built)
-        try:
-            if isinstance(got, AttentionState):
-                assert_state_close(got, built, subject.weights)
-            else:
-                assert_output(got, built, subject.weights)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\nwith {_batch_in_words(built)}") from error
+        _require_equal(subject.attention, build(subject.case(phase, corner=corner)), subject.weights)
+
+
+def check_past_the_table(subject: Subject, phase: Phase) -> None:
+    """Lengths are longer than tables: positions follow the lengths, and keys past the table do not exist."""
+    _require_equal(subject.attention, build(subject.case(phase, corner=PAST_THE_TABLE)), subject.weights)
+
+
+def _require_equal(attention: Attention, built: Built, weights: float) -> None:
+    got = state_or_output(attention, built)
+    try:
+        if isinstance(got, AttentionState):
+            assert_state_close(got, built, weights)
+        else:
+            assert_output(got, built, weights)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\nwith {_batch_in_words(built)}") from error
 
 
 def _batch_in_words(built: Built) -> str:
     batch, live = built.batch, int(built.batch.num_seqs)
-    starts = batch.query_starts[: live + 1].tolist()
+    starts, corner = batch.query_starts[: live + 1].tolist(), built.case.corner
     return (
-        f'the corner "{built.case.corner}": lengths {batch.lengths[:live].tolist()}, query_starts {starts}, '
-        f"{live} of {batch.num_slots} sequences live, {built.case.layout.page_size} tokens per page"
+        f"{f'the corner {corner!r}' if isinstance(corner, str) else 'a corner'}: lengths "
+        f"{batch.lengths[:live].tolist()}, query_starts {starts}, {live} of {batch.num_slots} sequences live, "
+        f"{built.case.layout.page_size} tokens per page"
     )
 
 
@@ -277,20 +312,38 @@ def check_one_trace(subject: Subject, phase: Phase) -> None:
 
 
 def check_update(subject: Subject, phase: Phase) -> None:
-    """`update` leaves the pages that `write` does, bitwise, attends over them, and copies no pages that are donated."""
-    case = subject.case(phase)
-    built, held = build(case, hold_new=False), build(case)
-    sinks = () if built.sinks is None else (built.sinks,)
-    written = write(built.k, built.v, built.pages, built.batch, "xla")
-    pages = jax.tree.map(jnp.copy, built.pages)
-    before = [x.unsafe_buffer_pointer() for x in pages.arrays]
+    """`update` puts every row into its place, changes no other bit, attends, and copies no pages that are donated."""
     update = jax.jit(subject.attention.update, donate_argnums=3)
-    out, after = watched(update, built.q, built.k, built.v, pages, built.batch, *sinks)
-    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(written), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), "pages after update")
-    assert_output(out, held, subject.weights)
-    moved = [i for i, x in enumerate(after.arrays) if x.unsafe_buffer_pointer() != before[i]]
-    assert not moved, f"arrays {moved} of the donated pages were copied"
+    for corner in ("mixed", PAST_THE_TABLE, *([] if phase == "prefill" else [_NEIGHBOURS])):
+        case = subject.case(phase, corner=corner)
+        built, held = build(case, hold_new=False), build(case)
+        if corner == _NEIGHBOURS:
+            built, held = _share_a_page(built), _share_a_page(held)
+        sinks = () if built.sinks is None else (built.sinks,)
+        pages = jax.tree.map(jnp.copy, built.pages)
+        before = [x.unsafe_buffer_pointer() for x in pages.arrays]
+        out, after = watched(update, built.q, built.k, built.v, pages, built.batch, *sinks)
+        require_written(after, built.k, built.v, built.pages, built.batch, _batch_in_words(built))
+        assert_output(out, dataclasses.replace(held, pages=after), subject.weights)
+        moved = [i for i, x in enumerate(after.arrays) if x.unsafe_buffer_pointer() != before[i]]
+        assert not moved, f"arrays {moved} of the donated pages were copied"
+
+
+# The first two sequences write next to each other in one page: see `_share_a_page`.
+_NEIGHBOURS = Corner(((0, 3), (0, 4), (1, 1), (0, 2), (2, 0)), (1, 1, 1, 1, 1))
+
+
+def _share_a_page(built: Built) -> Built:
+    """The first two sequences in one page. What it holds is the second one's; the first one's new token is its own."""
+    tables = built.batch.block_tables.at[0, 0].set(built.batch.block_tables[1, 0])
+    batch = RaggedBatch(
+        built.batch.lengths, tables, built.batch.query_starts, built.batch.num_seqs, query_rows=built.batch.query_rows
+    )
+    # Each holds what the other wrote, so an error of either is measured against the larger of their numbers.
+    first = [next(i for i, owner in enumerate(built.row_of) if owner and owner[0] == s) for s in range(2)]
+    unit = built.error_unit.copy()
+    unit[first] = built.error_unit[first].max(axis=0)
+    return dataclasses.replace(built, batch=batch, error_unit=unit)
 
 
 class LoweringCheck(NamedTuple):
@@ -303,6 +356,7 @@ class LoweringCheck(NamedTuple):
 
 LOWERING_CHECKS = {
     "equals the reference": LoweringCheck(check_equals_the_reference),
+    "past the table": LoweringCheck(check_past_the_table),
     "page order is invisible": LoweringCheck(check_page_order_is_invisible),
     "other sequences are invisible": LoweringCheck(check_other_sequences_are_invisible, ("decode", "ragged")),
     "padding is nothing": LoweringCheck(check_padding_is_nothing),

@@ -16,14 +16,17 @@ from .failures import CheckFailure, require
 from .positions import Rectangle, Region, all_rectangles, integers_in, regions_about, some_and_full
 
 
-def check_mask(mask: Mask) -> None:
+def check_mask(mask: Mask, *, rule: Callable[[int, int], bool] | None = None) -> None:
     """Check every promise of a mask, on small, large and negative positions.
 
     **Arguments:**
 
     - `mask`: a mask. Positions are tried about every integer that its fields hold.
+    - `rule`: what the mask means: ``rule(p, j)`` of two Python integers is whether the query at ``p`` sees the key at
+      ``j``. With None the promises alone are checked, which a mask may keep and mean something else.
 
-    **Raises:** `CheckFailure` with the smallest counterexample, of the first of `MASK_CHECKS` that fails.
+    **Raises:** `CheckFailure` with the smallest counterexample, of the first of `MASK_CHECKS` that fails, or of the
+    check ``"rule"``.
 
     >>> check_mask(Causal() & Window(4))
     >>> @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,8 @@ def check_mask(mask: Mask) -> None:
     """
     for check in MASK_CHECKS.values():
         check(mask)
+    if rule is not None:
+        check_rule(mask, rule)
 
 
 def check_hashable(mask: Mask) -> None:
@@ -204,6 +209,16 @@ def check_normal_form(mask: Mask) -> None:
                     f"{whole} becomes {normal_form(whole)} in a program, which differs at {at}. Look at __eq__, "
                     "__hash__ and implies of the terms: equal masks must have equal values.",
                 )
+
+
+def check_rule(mask: Mask, rule: Callable[[int, int], bool]) -> None:
+    """The mask has the rule's value at every pair."""
+    for region in regions_about(mask):
+        want = np.array([[bool(rule(int(p), int(j))) for j in region.j[0]] for p in region.p[:, 0]])
+        at = _first(grid(mask, region) != want, region)
+        if at is not None:
+            value = bool(want[at.p - region.p0, at.j - region.j0])
+            raise CheckFailure("rule", f"{mask} at {at} is {not value}, and the rule says {value}.")
 
 
 MASK_CHECKS: dict[str, Callable[[Mask], None]] = {

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from paged.runtime import PagePool
 
+from .failures import require
 from .strategies import pool_tokens
 
 _PAGES, _SLOTS, _WIDTH, _SIZE = 7, 3, 4, 2
@@ -40,8 +41,10 @@ class PoolModel:
             if ok[-1]:
                 taken = new[slot][len(table) : len(table) + more]
                 held = {page for other in self.tables for page in other}
-                assert len(set(taken)) == more and not held & set(taken), f"slot {slot} got {taken}, held: {held}"
-                assert all(0 <= page < _PAGES for page in taken), f"slot {slot} got pages outside of the pool: {taken}"
+                is_free = len(set(taken)) == more and not held & set(taken)
+                require(is_free, "only free pages are handed out", f"slot {slot} got {taken}, held: {held}")
+                is_real = all(0 <= page < _PAGES for page in taken)
+                require(is_real, "only free pages are handed out", f"slot {slot} got {taken} of {_PAGES} pages")
                 table += taken
         return ok
 
@@ -74,13 +77,15 @@ class PoolMachine(RuleBasedStateMachine):
     def reserve(self, tokens: list[int]) -> None:
         """Room for tokens."""
         self.pool, ok = _jitted(self.pool_type, "reserve")(self.pool, jnp.asarray(tokens, jnp.int32))
-        assert ok.tolist() == self.model.reserve(tokens, self.pool.block_tables.tolist()), f"ok of reserve({tokens})"
+        want = self.model.reserve(tokens, self.pool.block_tables.tolist())
+        require(ok.tolist() == want, "ok", f"ok of reserve({tokens}) is {ok.tolist()}, and must be {want}")
 
     @rule(tokens=_PER_SLOT)
     def extend(self, tokens: list[int]) -> None:
         """More tokens."""
         self.pool, ok = _jitted(self.pool_type, "extend")(self.pool, jnp.asarray(tokens, jnp.int32))
-        assert ok.tolist() == self.model.extend(tokens, self.pool.block_tables.tolist()), f"ok of extend({tokens})"
+        want = self.model.extend(tokens, self.pool.block_tables.tolist())
+        require(ok.tolist() == want, "ok", f"ok of extend({tokens}) is {ok.tolist()}, and must be {want}")
 
     @rule(is_released=st.lists(st.booleans(), min_size=_SLOTS, max_size=_SLOTS))
     def release(self, is_released: list[bool]) -> None:
@@ -94,11 +99,14 @@ class PoolMachine(RuleBasedStateMachine):
         """The pool is what the model says."""
         model, pool = self.model, self.pool
         tables = [table + [-1] * (_WIDTH - len(table)) for table in model.tables]
-        assert pool.block_tables.tolist() == tables, "block_tables"
-        assert pool.lengths.tolist() == model.lengths, "lengths"
         counts = np.bincount([page for table in model.tables for page in table], minlength=_PAGES)
-        assert pool.ref_counts.tolist() == counts.tolist(), "ref_counts"
-        assert int(pool.num_free) == model.num_free(), "num_free"
+        for name, got, want in (
+            ("block_tables", pool.block_tables.tolist(), tables),
+            ("lengths", pool.lengths.tolist(), model.lengths),
+            ("ref_counts", pool.ref_counts.tolist(), counts.tolist()),
+            ("num_free", int(pool.num_free), model.num_free()),
+        ):
+            require(got == want, name, f"the pool has {got}, and must have {want}")
 
 
 @functools.cache
@@ -115,7 +123,9 @@ def check_pool(pool_type: Any = PagePool, *, machine: type[PoolMachine] = PoolMa
     - `machine`: a subclass of `PoolMachine` with more rules.
     - `examples`: how many sequences of operations.
 
-    **Raises:** ``AssertionError`` with the shortest sequence of operations that fails.
+    **Raises:** `CheckFailure` with the shortest sequence of operations that fails, named after what is wrong:
+    ``"only free pages are handed out"``, ``"ok"``, ``"block_tables"``, ``"lengths"``, ``"ref_counts"`` or
+    ``"num_free"``.
 
     >>> check_pool(PagePool, examples=2)
     """

@@ -17,20 +17,27 @@ _HEADS = 6  # no power of two, so that rules for other numbers of heads are trie
 _ROUNDINGS = 64 * 2.0**-24
 
 
-def check_score_op(op: ScoreOp, *, num_q_heads: int = _HEADS) -> None:
+def check_score_op(
+    op: ScoreOp, *, num_q_heads: int = _HEADS, formula: Callable[[float, int, int, int], float] | None = None
+) -> None:
     """Check every promise of a score operation, on small, large and negative positions and scores.
 
     **Arguments:**
 
     - `op`: a score operation.
     - `num_q_heads`: query heads of the spec that it is bound to.
+    - `formula`: what the operation means: ``formula(s, p, j, h)`` of Python numbers is the new score. With None the
+      promises alone are checked, which an operation may keep and mean something else.
 
-    **Raises:** `CheckFailure` with a counterexample, of the first of `SCORE_CHECKS` that fails.
+    **Raises:** `CheckFailure` with a counterexample, of the first of `SCORE_CHECKS` that fails, or of the check
+    ``"formula"``.
 
-    >>> check_score_op(SoftCap(30.0))
+    >>> check_score_op(SoftCap(30.0), formula=lambda s, p, j, h: 30 * np.tanh(s / 30))
     """
     for check in SCORE_CHECKS.values():
         check(op, num_q_heads)
+    if formula is not None:
+        check_formula(op, num_q_heads, formula)
 
 
 def check_op_hashable(op: ScoreOp, num_q_heads: int) -> None:
@@ -92,6 +99,25 @@ def check_op_gradient(op: ScoreOp, num_q_heads: int) -> None:
                 f"p={int(p[0, row, 0])}, j={int(j[0, 0, key])}, h={head}. A `jnp.where` whose other side overflows or "
                 "divides by 0 has such a gradient: make the argument safe inside of it.",
             )
+
+
+def check_formula(op: ScoreOp, num_q_heads: int, formula: Callable[[float, int, int, int], float]) -> None:
+    """The operation has the formula's value, at a sample of scores and pairs, up to some roundings of float32."""
+    bound = op.bind(num_q_heads)
+    for region in regions_about(op)[:4]:
+        s, p, j, h = _arguments(region, num_q_heads)
+        got = np.asarray(bound(*map(jnp.asarray, (s, p, j, h))))
+        for head, row, key in np.ndindex(*s.shape):
+            if (row + key) % 5 and (row, key) != (1, 0):
+                continue
+            at = float(s[head, row, key]), int(p[0, row, 0]), int(j[0, 0, key]), head
+            want, value = formula(*at), float(got[head, row, key])
+            if abs(value - want) > _ROUNDINGS * max(1.0, abs(want), abs(at[0])):
+                raise CheckFailure(
+                    "formula",
+                    f"{op} at s={at[0]:.6g}, p={at[1]}, j={at[2]}, h={head} is {value:.6g}, and the formula says "
+                    f"{want:.6g}.",
+                )
 
 
 SCORE_CHECKS: dict[str, Callable[[ScoreOp, int], None]] = {

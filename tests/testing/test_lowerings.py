@@ -66,7 +66,7 @@ def _base_two(attend, q, pages, batch):
 
 
 FAULTS = {
-    "length off by one": (_length_off_by_one, "equals the reference: .*error .*allowed .*with the corner \"mixed\""),
+    "length off by one": (_length_off_by_one, "equals the reference: .*error .*allowed .*with the corner 'mixed'"),
     "dead slots live": (_dead_slots_live, "equals the reference: .*with the corner"),
     "neighbours leak": (_neighbours_leak, "other sequences are invisible: another sequence changed a result"),
     "page numbers leak": (_page_numbers_leak, "page order is invisible: the order of pages"),

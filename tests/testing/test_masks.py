@@ -164,3 +164,10 @@ def test_an_expected_failure_that_names_no_test_is_an_error():
         parametrize_with_checks([Window(3)], expected_failures={"nothing": "no reason"})
     with pytest.raises(TypeError, match="subjects must be masks or score operations; got 3"):
         parametrize_with_checks([3])
+
+
+def test_a_mask_and_an_operation_that_keep_every_promise_and_mean_something_else_are_named():
+    with pytest.raises(CheckFailure, match=r"rule: p - j < 4 at p=-?\d+, j=\d+ is True, and the rule says False"):
+        check_mask(Window(4), rule=lambda p, j: p - j < 3)
+    with pytest.raises(CheckFailure, match=r"formula: .* at s=.* is .*, and the formula says"):
+        check_score_op(SoftCap(5.0), formula=lambda s, p, j, h: s)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from paged.runtime import PagePool
-from paged.testing import check_pool
+from paged.testing import CheckFailure, check_pool
 
 
 class Greedy(PagePool):
@@ -26,7 +26,7 @@ class Generous(PagePool):
 
 @pytest.mark.parametrize(("pool_type", "text"), [(Greedy, "ref_counts"), (Generous, "ok of (reserve|extend)")])
 def test_wrong_pools_are_named(pool_type, text):
-    with pytest.raises(AssertionError, match=text):
+    with pytest.raises(CheckFailure, match=text):
         check_pool(pool_type, examples=20)
 
 
