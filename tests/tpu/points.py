@@ -103,14 +103,15 @@ def assert_crosses_generations(points, table, fast, is_special):
         assert any("scales" in point for point in facts) and any("spec" in point for point in facts)
 
 
-def assert_takes_back_its_own(call, generation):
+def assert_takes_back_its_own(name, call):
     """Assert that the lowering accepts the schedule of its own heuristic, which must fit the chip's memory."""
     attend, args, _ = call
     abstract = Call.of(*args[:3])
-    lowering = attend.lowering.on_chip(generation)
-    schedule = lowering.schedule(attend.program, attend.layout, abstract)
-    assert lowering.cannot_honour(attend.program, attend.layout, abstract, schedule) is None
-    assert lowering.refuses(attend.program, attend.layout, abstract) is None
+    for generation in GENERATIONS:
+        lowering, at = attend.lowering.on_chip(generation), (name, generation)
+        schedule = lowering.schedule(attend.program, attend.layout, abstract)
+        assert lowering.cannot_honour(attend.program, attend.layout, abstract, schedule) is None, at
+        assert lowering.refuses(attend.program, attend.layout, abstract) is None, at
 
 
 def assert_refused_with_the_nearest(call, own, match):
