@@ -50,6 +50,21 @@ def _fill(row: Row, report: static.Report) -> None:
     row.compile_seconds, row.kernels = report.compile_seconds, [kernel.name for kernel in report.kernels]
     row.other_operations = report.other_operations
     row.note = "; ".join(dict.fromkeys(unmodelled))[:_ERROR_LENGTH]
+    _fill_whole(row, report.whole)
+
+
+def _fill_whole(row: Row, whole: static.Whole | str | None) -> None:
+    """The whole call, unless something of it can't be modelled: the row then says what, and has no such figure."""
+    if not isinstance(whole, static.Whole):
+        row.whole_note = whole or ""
+        return
+    row.operations, row.estimated_cycles = whole.operations, whole.estimated_cycles
+    row.whole_note = "; ".join(whole.unmodelled)[:_ERROR_LENGTH]
+    if row.note or whole.unmodelled:
+        row.whole_note = row.whole_note or row.note
+        return
+    row.whole_cycles, row.before_cycles = whole.cycles, whole.before
+    row.between_cycles, row.after_cycles = whole.between, whole.after
 
 
 def _short(error: str) -> str:

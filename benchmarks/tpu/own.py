@@ -1,5 +1,6 @@
-"""The candidate ``paged``: this library's call on a shape."""
+"""The candidates of this library: what its users write for a step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,11 +12,16 @@ import paged
 from .peers import Call
 from .shape import Shape
 
-PAGED = "paged"
+PAGED, PAGED_UPDATE, PAGED_WRITE = "paged", "paged, update", "paged, write alone"
+OWN = (PAGED, PAGED_UPDATE, PAGED_WRITE)
+WRITING = (PAGED_UPDATE, PAGED_WRITE)
 
 
-def paged_call(shape: Shape) -> Call:
-    """What its users would write. Integers are concrete, floats are shapes."""
+def paged_call(shape: Shape, candidate: str = PAGED) -> Call:
+    """``attend(q, pages, batch)``, ``attend.update(q, k, v, pages, batch)`` or ``paged.write(k, v, pages, batch)``.
+
+    Pages that are written are donated. Integers are concrete, floats are shapes.
+    """
     spec = paged.AttentionSpec(
         num_q_heads=shape.q_heads,
         num_kv_heads=shape.kv_heads,
@@ -31,14 +37,25 @@ def paged_call(shape: Shape) -> Call:
         order="joined" if shape.head_dim % 128 else "packed",
     )
     attend = paged.lower(spec, layout, target="tpu")
-    q = jax.ShapeDtypeStruct((shape.num_rows, shape.q_heads, shape.head_dim), jnp.bfloat16)
+    calls: dict[str, Callable[..., Any]] = {
+        PAGED: lambda pages, batch, sinks, q, k, v: attend(q, pages, batch, *sinks),
+        PAGED_UPDATE: lambda pages, batch, sinks, q, k, v: attend.update(q, k, v, pages, batch, *sinks),
+        PAGED_WRITE: lambda pages, batch, sinks, q, k, v: paged.write(k, v, pages, batch, "tpu"),
+    }
+    call = calls[candidate]
+
+    def function(pages: Any, sinks: Any, lengths: Any, tables: Any, starts: Any, q: Any, k: Any, v: Any) -> Any:
+        return call(pages, _batch(shape, lengths, tables, starts), sinks, q, k, v)
+
     pool = [jax.ShapeDtypeStruct(dims, layout.dtype) for dims in layout.array_shapes(shape.pool_pages)]
     sinks = [jax.ShapeDtypeStruct((shape.q_heads,), jnp.float32)] if shape.has_sinks else []
-
-    def function(lengths: Any, tables: Any, starts: Any, q: Any, pool: Any, sinks: Any) -> Any:
-        return attend(q, layout.wrap(*pool), _batch(shape, lengths, tables, starts), *sinks)
-
-    return function, (np.asarray(shape.lengths, np.int32), shape.tables(), shape.query_starts(), q, pool, sinks)
+    integers = (np.asarray(shape.lengths, np.int32), shape.tables(), shape.query_starts())
+    q, new = (
+        jax.ShapeDtypeStruct((shape.num_rows, heads, shape.head_dim), jnp.bfloat16)
+        for heads in (shape.q_heads, shape.kv_heads)
+    )
+    donated = (0,) if candidate in WRITING else ()
+    return function, (layout.wrap(*pool), sinks, *integers, q, new, new), donated
 
 
 def _batch(shape: Shape, lengths: Any, tables: Any, starts: Any) -> paged.RaggedBatch:

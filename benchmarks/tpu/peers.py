@@ -12,7 +12,8 @@ import numpy as np
 from .peer_modules import tpu_inference
 from .shape import Shape
 
-Call = tuple[Callable[..., Any], tuple[Any, ...]]
+Call = tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]  # function, arguments, which of them are donated
+_CACHE = (3,)  # where tpu-inference's kernels take the pages, which they write in place
 _RAGGED_VMEM_BYTES = 56 << 20  # of JAX's ragged kernel, whose own blocks don't fit its own limit on v5e and v5p
 
 
@@ -34,13 +35,17 @@ def jax_ragged(shape: Shape) -> Call:
     refuse(shape, "sinks")
     module = importlib.import_module("jax.experimental.pallas.ops.tpu.ragged_paged_attention")
     attend = functools.partial(module.ragged_paged_attention, **_terms(shape), vmem_limit_bytes=_RAGGED_VMEM_BYTES)
-    return lambda *arrays: attend(*arrays), (
-        array(shape.num_rows, shape.q_heads, shape.head_dim),
-        array(shape.pool_pages, shape.page_size, 2 * shape.kv_heads, shape.head_dim),
-        np.asarray(shape.lengths, np.int32),
-        shape.tables(),
-        shape.query_starts(),
-        np.array([shape.num_seqs], np.int32),
+    return (
+        lambda *arrays: attend(*arrays),
+        (
+            array(shape.num_rows, shape.q_heads, shape.head_dim),
+            array(shape.pool_pages, shape.page_size, 2 * shape.kv_heads, shape.head_dim),
+            np.asarray(shape.lengths, np.int32),
+            shape.tables(),
+            shape.query_starts(),
+            np.array([shape.num_seqs], np.int32),
+        ),
+        (),
     )
 
 
@@ -49,7 +54,7 @@ def rpa_v3(shape: Shape, **extra: Any) -> Call:
     refuse(shape, "sinks")
     module = tpu_inference("kernel")
     attend = functools.partial(module.ragged_paged_attention, **_terms(shape), **extra)
-    return lambda *arrays: attend(*arrays), _with_new_tokens(shape, module)
+    return lambda *arrays: attend(*arrays), _with_new_tokens(shape, module), _CACHE
 
 
 def rpa_v3_hd64(shape: Shape, **extra: Any) -> Call:
@@ -57,7 +62,7 @@ def rpa_v3_hd64(shape: Shape, **extra: Any) -> Call:
     module = tpu_inference("kernel_hd64")
     attend = functools.partial(module.ragged_paged_attention_hd64, **_terms(shape), **extra)
     sinks = (jax.ShapeDtypeStruct((shape.q_heads,), jnp.float32),) if shape.has_sinks else ()
-    return lambda *arrays: attend(*arrays), (*_with_new_tokens(shape, module), *sinks)
+    return lambda *arrays: attend(*arrays), (*_with_new_tokens(shape, module), *sinks), _CACHE
 
 
 def _terms(shape: Shape) -> dict[str, Any]:

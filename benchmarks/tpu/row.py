@@ -12,7 +12,12 @@ class Row:
     ``mxu_cycles`` are each alone, ``bundles`` those issued, all three of the busier core, ``all_bundles`` of both.
     ``needed_cycles`` are those of the needed bytes at the public peak of the device's HBM. ``error`` says why there is
     no figure, ``note`` what to know about those that there are. ``other_operations`` are XLA's beside the kernels, by
-    name and size in bundles: no figure has their time.
+    name and size in bundles.
+
+    ``whole_cycles`` are those of the whole call, kernels and XLA's operations; 0 where they are not known, and
+    ``whole_note`` says why. ``before_cycles``, ``between_cycles`` and ``after_cycles`` are XLA's, before the first
+    kernel, between kernels and after the last; ``operations`` is how many operations ran, and ``estimated_cycles`` are
+    theirs by libtpu's own cost model. ``writes`` says whether the call also writes this step's keys and values.
     """
 
     shape: str
@@ -36,4 +41,12 @@ class Row:
     cores: int = 0
     kernels: list[str] = dataclasses.field(default_factory=list)
     other_operations: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    writes: bool = False
+    whole_cycles: float = 0.0
+    before_cycles: float = 0.0
+    between_cycles: float = 0.0
+    after_cycles: float = 0.0
+    operations: int = 0
+    estimated_cycles: float = 0.0
+    whole_note: str = ""
     versions: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -4,7 +4,7 @@ Integer arguments, lengths and tables, are concrete, because the kernel's scalar
 arguments are shapes.
 """
 
-from benchmarks.tpu import PAGED, Call, paged_call
+from benchmarks.tpu import OWN, WRITING, Call, paged_call
 
 from . import peers
 from .ceiling import ceiling
@@ -16,7 +16,7 @@ TWO_CORES = ("v4", "v5p")  # generations whose two cores are one JAX device
 
 def names() -> list[str]:
     """Every candidate, the ceiling first."""
-    return [CEILING, PAGED, *peers.BUILDERS]
+    return [CEILING, *OWN, *peers.BUILDERS]
 
 
 def is_for(candidate: str, shape: Shape) -> bool:
@@ -24,9 +24,14 @@ def is_for(candidate: str, shape: Shape) -> bool:
     return candidate not in peers.HEAD_64 or shape.head_dim == 64
 
 
+def writes(candidate: str) -> bool:
+    """Whether the call also writes this step's keys and values into the pages."""
+    return candidate in (*WRITING, *peers.WRITING)
+
+
 def build(candidate: str, shape: str, generation: str) -> Call:
     """The worker that compiles calls this, in a process of its own."""
     found = SHAPES[shape]
     if candidate == CEILING:
         return ceiling(found, 2 if generation in TWO_CORES else 1)
-    return paged_call(found) if candidate == PAGED else peers.BUILDERS[candidate](found)
+    return paged_call(found, candidate) if candidate in OWN else peers.BUILDERS[candidate](found)

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks.tpu import Call
 from benchmarks.tpu.shape import ITEM_BYTES
 
 from .shapes import Shape
@@ -25,7 +26,7 @@ _LANES = 128
 _BLOCK_BYTES, _MAX_BLOCK_PAGES, _DEPTH = 512 << 10, 16, 8
 
 
-def ceiling(shape: Shape, cores: int) -> tuple[Any, tuple[Any, ...]]:
+def ceiling(shape: Shape, cores: int) -> Call:
     """The kernel's call and its arguments: integers concrete, arrays as shapes."""
     pages = shape.visible_pages()
     table = np.zeros(shape.num_seqs * shape.pages_per_seq, np.int32)  # as large as the one that attention reads
@@ -39,7 +40,7 @@ def ceiling(shape: Shape, cores: int) -> tuple[Any, tuple[Any, ...]]:
     q = jax.ShapeDtypeStruct((shape.num_seqs, shape.q_heads * shape.head_dim // _LANES, _LANES), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((shape.pool_pages, shape.page_bytes // row_bytes, _LANES), jnp.bfloat16)
     block = max(1, min(_MAX_BLOCK_PAGES, _BLOCK_BYTES // shape.page_bytes))
-    return functools.partial(_call, block=block, cores=cores), (table, ends, bounds, q, kv)
+    return functools.partial(_call, block=block, cores=cores), (table, ends, bounds, q, kv), ()
 
 
 def _call(table: Any, ends: Any, bounds: Any, q: jax.Array, kv: jax.Array, *, block: int, cores: int) -> jax.Array:

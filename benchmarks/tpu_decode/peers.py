@@ -23,12 +23,17 @@ def _jax_paged(shape: Shape) -> Call:
     attend = functools.partial(
         attention, pages_per_compute_block=_PAGES_A_BLOCK, attn_logits_soft_cap=shape.soft_cap, inline_seq_dim=True
     )
-    return lambda q, k, v, lengths, tables: attend(q, k, v, lengths, tables), (
-        array(shape.num_seqs, shape.q_heads, shape.head_dim),
-        pool,
-        pool,
-        np.asarray(shape.lengths, np.int32),
-        shape.tables(),
+    scale = shape.head_dim**-0.5  # which its callers multiply queries with
+    return (
+        lambda q, k, v, lengths, tables: attend(q * scale, k, v, lengths, tables),
+        (
+            array(shape.num_seqs, shape.q_heads, shape.head_dim),
+            pool,
+            pool,
+            np.asarray(shape.lengths, np.int32),
+            shape.tables(),
+        ),
+        (),
     )
 
 
@@ -56,4 +61,5 @@ BUILDERS: dict[str, Callable[[Shape], Call]] = {
     "tpu-inference RPA v3 hd64": rpa_v3_hd64,
     "tpu-inference RPA v3 hd64, tuned": _hd64_tuned,
 }
+WRITING = [name for name in BUILDERS if "RPA v3" in name and "read only" not in name]
 HEAD_64 = [name for name in BUILDERS if "hd64" in name]

@@ -39,6 +39,9 @@ SHAPES = {
         Shape("window-d64-p64", 64, 8, 64, 64, _LONG, window=128, has_sinks=True),
         Shape("one-32k-p16", 32, 8, 128, 16, _ONE),
         Shape("one-32k-p64", 32, 8, 128, 64, _ONE),
+        Shape("64-2k-p16", 32, 8, 128, 16, _rows(*[2048] * 64)),
+        Shape("256-1k-p16", 32, 8, 128, 16, _rows(*[1024] * 256)),
+        Shape("window-p16", 32, 8, 128, 16, _rows(*[2048] * 64), window=128),
         Shape("short-p16", 32, 8, 128, 16, _rows(*_short_lengths())),
     )
 }

@@ -1,7 +1,8 @@
 """Rows as Markdown tables: the issue's summary, then every figure, shape by shape."""
 
+from benchmarks.tpu import PAGED_WRITE
 from benchmarks.tpu.markdown import MISSING, head, line, percent, span
-from benchmarks.tpu.tables import against_peers, details, named
+from benchmarks.tpu.tables import against_peers, details, named, whole_calls
 
 from .candidates import CEILING
 from .row import Row
@@ -20,7 +21,6 @@ _COLUMNS = (
     "spills per token",
     "cores",
     "transfers",
-    "XLA operations beside",
 )
 
 
@@ -40,21 +40,22 @@ def _summary(rows: list[Row], shapes: list[str]) -> str:
         *head(["shape", "candidate", *generations, "bundles per token"]),
     ]
     for shape in shapes:
-        mine = [row for row in rows if row.shape == shape]
+        mine = [row for row in rows if row.shape == shape and row.candidate != PAGED_WRITE]
         for candidate in dict.fromkeys(row.candidate for row in mine):
             by_generation = {row.generation: row for row in mine if row.candidate == candidate}
             shares = [_both_shares(by_generation.get(generation), mine) for generation in generations]
             lines.append(line([shape, candidate, *shares, span([_bundles(r) for r in by_generation.values()])]))
         against = [_against_peers(mine, generation) for generation in generations]
         if any(text != MISSING for text in against):
-            lines.append(line([shape, "best peer's cycles over paged's", *against, ""]))
+            lines.append(line([shape, "best peer's whole call over paged's", *against, ""]))
     return "\n".join(lines)
 
 
 def _details(rows: list[Row]) -> str:
     shape = SHAPES[rows[0].shape]
     title = f"{shape.name}: {describe(shape)}"
-    return details(title, _COLUMNS, rows, lambda row: _figures(row, rows, shape.num_seqs))
+    kernels = details(title, _COLUMNS, rows, lambda row: _figures(row, rows, shape.num_seqs))
+    return "\n".join([kernels, *whole_calls([row for row in rows if row.candidate != CEILING])])
 
 
 def _figures(row: Row, rows: list[Row], num_seqs: int) -> list[str]:
@@ -72,7 +73,6 @@ def _figures(row: Row, rows: list[Row], num_seqs: int) -> list[str]:
         f"{row.spills / row.tokens:.2f}",
         str(row.cores),
         str(row.transfers),
-        str(len(row.other_operations)),
     ]
 
 

@@ -5,6 +5,7 @@ import sys
 from benchmarks import tpu
 from benchmarks.tpu.static import CHIPS
 
+from .candidates import writes
 from .row import Row
 from .shapes import SHAPES
 
@@ -15,6 +16,7 @@ def main(shape: str, generation: str, candidate: str, timeout: str) -> None:
     tpu.model(row, __package__ or "", float(timeout))
     row.tokens, row.visible_bytes = found.visible_pairs, found.visible_bytes
     row.needed_cycles = found.visible_bytes / CHIPS[generation].bytes_per_cycle
+    row.writes = writes(candidate)
     tpu.print_row(row)
 
 

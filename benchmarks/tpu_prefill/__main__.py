@@ -6,7 +6,7 @@ import time
 
 from benchmarks import tpu
 
-from .candidates import PAGED, is_for, names
+from .candidates import is_for, names
 from .row import Row
 from .shapes import SHAPES
 from .tables import floor_ratio, tables
@@ -39,7 +39,7 @@ def _points(options: argparse.Namespace) -> list[tuple[str, str, str]]:
     shapes = options.only or (_QUICK_SHAPES if options.quick else SHAPES)
     wanted = {*shapes, *(part for name in shapes for part in SHAPES[name].parts)}
     generations = options.generations or (_QUICK_GENERATIONS if options.quick else tpu.GENERATIONS)
-    candidates = options.candidates or ([PAGED] if options.quick else names())
+    candidates = options.candidates or (list(tpu.OWN) if options.quick else names())
     return [
         (shape, generation, candidate)
         for shape in SHAPES

@@ -4,7 +4,7 @@ Integer arguments, lengths, starts and tables, are concrete, because the kernel'
 them; float arguments are shapes.
 """
 
-from benchmarks.tpu import PAGED, Call, paged_call
+from benchmarks.tpu import OWN, WRITING, Call, paged_call
 
 from . import peers
 from .shapes import SHAPES, Shape
@@ -12,7 +12,7 @@ from .shapes import SHAPES, Shape
 
 def names() -> list[str]:
     """Every candidate, ours first."""
-    return [PAGED, *peers.BUILDERS]
+    return [*OWN, *peers.BUILDERS]
 
 
 def is_for(candidate: str, shape: Shape) -> bool:
@@ -22,8 +22,13 @@ def is_for(candidate: str, shape: Shape) -> bool:
     return len(shape.seqs) == 1 or candidate not in peers.ONE_CHUNK
 
 
+def writes(candidate: str) -> bool:
+    """Whether the call also writes this step's keys and values into the pages."""
+    return candidate in (*WRITING, *peers.WRITING)
+
+
 def build(candidate: str, shape: str, generation: str) -> Call:
     """The worker that compiles calls this, in a process of its own. The generation is that process' device."""
     del generation
     found = SHAPES[shape]
-    return paged_call(found) if candidate == PAGED else peers.BUILDERS[candidate](found)
+    return paged_call(found, candidate) if candidate in OWN else peers.BUILDERS[candidate](found)

@@ -18,12 +18,16 @@ def _ejkernel(shape: Shape) -> Call:
     attention = importlib.import_module("ejkernel.kernels._pallas.tpu.prefill_page_attention").prefill_page_attention
     pool = array(shape.kv_heads, shape.pool_pages, shape.page_size, shape.head_dim)
     attend = functools.partial(attention, attn_logits_soft_cap=shape.soft_cap, sliding_window=shape.window)
-    return lambda q, k, v, length, table: attend(q, k, v, length, table), (
-        array(shape.num_rows, shape.q_heads, shape.head_dim),
-        pool,
-        pool,
-        np.asarray(shape.lengths, np.int32),
-        shape.tables()[0],
+    return (
+        lambda q, k, v, length, table: attend(q, k, v, length, table),
+        (
+            array(shape.num_rows, shape.q_heads, shape.head_dim),
+            pool,
+            pool,
+            np.asarray(shape.lengths, np.int32),
+            shape.tables()[0],
+        ),
+        (),
     )
 
 
@@ -33,5 +37,6 @@ BUILDERS: dict[str, Callable[[Shape], Call]] = {
     "tpu-inference RPA v3 hd64": rpa_v3_hd64,
     "ejkernel prefill_page_attention": _ejkernel,
 }
+WRITING = ("tpu-inference RPA v3", "tpu-inference RPA v3 hd64")
 HEAD_64 = ("tpu-inference RPA v3 hd64",)
 ONE_CHUNK = ("ejkernel prefill_page_attention",)

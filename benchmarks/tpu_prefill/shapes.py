@@ -44,6 +44,10 @@ def _decode_rows() -> tuple[tuple[int, int], ...]:
     return tuple((1, int(n)) for n in np.random.default_rng(0).integers(1024, 4097, 60))
 
 
+def _even_rows() -> tuple[tuple[int, int], ...]:
+    return tuple((1, 1032 + 52 * i) for i in range(60))
+
+
 def _scattered() -> tuple[tuple[int, int], ...]:
     """The mixed batch with its chunks among the decode rows."""
     seqs = list(_decode_rows())
@@ -69,6 +73,7 @@ SHAPES = {
         Shape("mixed-decode-p16", 32, 8, 128, 16, _decode_rows()),
         Shape("mixed-chunks-p16", 32, 8, 128, 16, _CHUNKS),
         Shape("mixed-p16", 32, 8, 128, 16, (*_decode_rows(), *_CHUNKS), parts=_MIXED_PARTS),
+        Shape("mixed-256-p16", 32, 8, 128, 16, (*_even_rows(), *((256, 1024 * i) for i in (1, 2, 3, 4)))),
         Shape("mixed-scattered-p16", 32, 8, 128, 16, _scattered(), parts=_MIXED_PARTS),
     )
 }

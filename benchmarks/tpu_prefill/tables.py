@@ -1,7 +1,8 @@
 """Rows as Markdown tables: cycles over the floor, mixed batches over their parts, then every figure by shape."""
 
+from benchmarks.tpu import PAGED_WRITE
 from benchmarks.tpu.markdown import MISSING, head, line
-from benchmarks.tpu.tables import against_peers, details, named
+from benchmarks.tpu.tables import against_peers, details, named, whole_calls
 
 from .row import Row
 from .shapes import SHAPES, Shape, describe
@@ -22,7 +23,6 @@ _COLUMNS = (
     "kernels",
     "cores",
     "transfers",
-    "XLA operations beside",
 )
 _REFUSALS = ("ValueError", "NotImplementedError", "ModuleNotFoundError")  # what was decided before compiling
 
@@ -49,13 +49,13 @@ def _summary(rows: list[Row], shapes: list[str]) -> str:
         *head(["shape", "candidate", *generations]),
     ]
     for shape in (name for name in shapes if not SHAPES[name].is_decode):
-        mine = [row for row in rows if row.shape == shape]
+        mine = [row for row in rows if row.shape == shape and row.candidate != PAGED_WRITE]
         for candidate in dict.fromkeys(row.candidate for row in mine):
             by_generation = {row.generation: row for row in mine if row.candidate == candidate}
             lines.append(line([shape, candidate, *(_ratio_cell(by_generation.get(g)) for g in generations)]))
         against = [_against_peers(mine, generation) for generation in generations]
         if any(text != MISSING for text in against):
-            lines.append(line([shape, "best peer's cycles over paged's", *against]))
+            lines.append(line([shape, "best peer's whole call over paged's", *against]))
     return "\n".join(lines)
 
 
@@ -88,14 +88,14 @@ def _part_ratio(rows: list[Row], shape: Shape, candidate: str, generation: str) 
 
 
 def _details(rows: list[Row]) -> str:
-    return details(f"{rows[0].shape}: {describe(SHAPES[rows[0].shape])}", _COLUMNS, rows, _figures)
+    kernels = details(f"{rows[0].shape}: {describe(SHAPES[rows[0].shape])}", _COLUMNS, rows, _figures)
+    return "\n".join([kernels, *whole_calls(rows)])
 
 
 def _figures(row: Row) -> list[str]:
     compiled = [f"{row.vmem_bytes / 2**20:.1f}", f"{row.compile_seconds:.1f}", str(len(row.kernels))]
-    beside = str(len(row.other_operations))
     if floor_ratio(row) is None:
-        return [named(row), row.generation, "compiled only", *[MISSING] * 7, *compiled, MISSING, MISSING, beside]
+        return [named(row), row.generation, "compiled only", *[MISSING] * 7, *compiled, MISSING, MISSING]
     return [
         named(row),
         row.generation,
@@ -107,7 +107,6 @@ def _figures(row: Row) -> list[str]:
         *compiled,
         str(row.cores),
         str(row.transfers),
-        beside,
     ]
 
 

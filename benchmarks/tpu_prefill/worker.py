@@ -5,6 +5,7 @@ import sys
 from benchmarks import tpu
 from benchmarks.tpu.static import CHIPS, Chip
 
+from .candidates import writes
 from .row import Row
 from .shapes import SHAPES, Shape
 
@@ -22,6 +23,7 @@ def main(shape: str, generation: str, candidate: str, timeout: str) -> None:
     row.is_emulated = found.is_emulated and _TOO_LONG not in row.note
     if _HANGS in row.note:  # the time line means nothing then; what is issued still does
         row.cycles = max(row.bundles, row.mxu_cycles)
+    row.writes = writes(candidate)
     tpu.print_row(row)
 
 

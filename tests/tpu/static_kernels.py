@@ -147,3 +147,19 @@ def trips_from_a_vector():
         out[...] = lax.fori_loop(0, trips, lambda i, total: total * 2.0, jnp.zeros(TILE, jnp.float32))
 
     return pl.pallas_call(kernel, out_shape=_shape(*TILE), name="trips_from_a_vector"), (_shape(*TILE),)
+
+
+def after_a_scan(turns):
+    """A kernel whose scalar the caller computes by a loop of ``turns`` turns, one after the other."""
+
+    def kernel(numbers, x, out):
+        out[...] = x[...] + numbers[turns - 1].astype(jnp.float32)
+
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM)],
+        out_specs=pl.BlockSpec(memory_space=pltpu.VMEM),
+    )
+    call = pl.pallas_call(kernel, out_shape=_shape(*TILE), name="after_a_scan", grid_spec=grid)
+    return lambda n, x: call(jnp.maximum.accumulate(n), x), (np.arange(turns, dtype=np.int32), _shape(*TILE))

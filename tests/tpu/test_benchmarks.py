@@ -21,7 +21,8 @@ from benchmarks.tpu_prefill.shapes import SHAPES as PREFILL
 )
 def test_every_integer_that_a_kernel_takes_is_known(shape):
     """A kernel's control flow depends on them: with one unknown its modelled cycles would be another program's."""
-    found = static.kernel_scalars(*paged_call(shape))
+    function, args, _ = paged_call(shape)
+    found = static.kernel_scalars(function, args)
     assert found
     for kernel in found:
         assert kernel.values and not kernel.unknown, kernel.kernel

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$", re.M)
-_COMPUTATION = re.compile(r"^%(\S+) \(.*\{\n(.*?)^\}", re.M | re.S)
+_COMPUTATION = re.compile(r"^%(\S+) \([^\n]*\{\n(.*?)^\}", re.M | re.S)
 _METADATA = re.compile(r", metadata=\{[^}]*\}")
 _NAME = re.compile(r"%[^\s,(){}]+")
 _CALLED = re.compile(r"(?:calls|to_apply)=%([^\s,]+)")
@@ -30,7 +30,8 @@ class Alike:
         shape, opcode, rest = self._lines[name]
         operands, _, attributes = rest.partition(")")
         shapes = [self._shapes.get(operand[1:]) for operand in _NAME.findall(operands)]
-        return (opcode, shape, *shapes, _plain(attributes), *map(self._bodies.get, _CALLED.findall(rest)))
+        bodies = [self._bodies.get(called, called) for called in _CALLED.findall(rest)]
+        return (opcode, shape, *shapes, _plain(attributes), *bodies)
 
 
 def _plain(text: str) -> str:
