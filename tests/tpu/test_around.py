@@ -31,16 +31,16 @@ BATCHES = {  # (query rows, tokens) of each sequence
 WINDOW, LISTED = {"window": 128}, {"mask": paged.Where(not_fifth)}  # the second is no interval: its pages are listed
 # (batch, call, terms, generation): (kernels, operations, loops, sorts, fusions, copies, KiB that they write)
 MOST = {
-    ("16 x 4096", "update", "", "v6e"): (1, 58, 1, 2, 24, 15, 858),
-    ("16 x 4096", "attend", "listed", "v5e"): (1, 43, 1, 1, 18, 10, 663),
-    ("64 x 2048", "attend", "window", "tpu7x"): (1, 41, 1, 1, 18, 8, 2304),
-    ("16 x 4096", "write", "", "v6e"): (1, 60, 1, 0, 29, 10, 1121),
-    ("512 of 4096", "write", "", "v6e"): (2, 157, 1, 0, 34, 18, 8404),
-    ("64 x 2048", "update", "", "v5e"): (1, 57, 1, 2, 26, 12, 3060),
-    ("256 x 1024", "update", "", "tpu7x"): (1, 64, 1, 2, 26, 16, 15097),
-    ("512 of 4096", "update", "", "v6e"): (3, 193, 1, 1, 50, 10, 28169),
-    ("60 + 4 x 256", "update", "", "v6e"): (4, 211, 2, 2, 100, 40, 107489),
-    ("60 + 4 x 256", "write", "", "v6e"): (2, 113, 1, 0, 46, 22, 29800),
+    ("16 x 4096", "update", "", "v6e"): (1, 43, 0, 2, 20, 10, 858),
+    ("16 x 4096", "attend", "listed", "v5e"): (1, 27, 0, 1, 14, 4, 663),
+    ("64 x 2048", "attend", "window", "tpu7x"): (1, 27, 0, 1, 15, 3, 2303),
+    ("16 x 4096", "write", "", "v6e"): (1, 48, 0, 0, 26, 7, 1121),
+    ("512 of 4096", "write", "", "v6e"): (2, 143, 0, 0, 30, 15, 8404),
+    ("64 x 2048", "update", "", "v5e"): (1, 42, 0, 2, 22, 7, 3059),
+    ("256 x 1024", "update", "", "tpu7x"): (1, 50, 0, 2, 23, 12, 15092),
+    ("512 of 4096", "update", "", "v6e"): (3, 179, 0, 1, 46, 8, 28169),
+    ("60 + 4 x 256", "update", "", "v6e"): (4, 196, 0, 2, 97, 37, 111766),
+    ("60 + 4 x 256", "write", "", "v6e"): (2, 104, 0, 0, 45, 20, 29801),
 }
 FAST = 5  # rows of the table that always run: one to two seconds each
 
