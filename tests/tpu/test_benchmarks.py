@@ -43,3 +43,20 @@ def test_scalars_are_followed_through_a_rule_for_vmap():
     [(name, values, _)] = static.kernel_scalars(lambda lengths: call(lengths + 1), (np.array([3, 4], np.int32),))
     assert name == "first"
     np.testing.assert_array_equal(values[0], [4, 5])
+
+
+def test_a_kernel_in_a_scan_has_the_scalars_of_the_first_turn():
+    """A layer's tables, offset by the layer: what the loop carries may be unknown."""
+
+    def kernel(table, out):
+        out[0] = table[0]
+
+    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((1,), jnp.int32), name="layer", interpret=True)
+
+    def layers(table, x):
+        return jax.lax.scan(lambda x, layer: (x + call(table + 100 * layer), None), x, jnp.arange(1, 4))[0]
+
+    args = (np.array([3, 4], np.int32), jax.ShapeDtypeStruct((1,), jnp.int32))
+    [(_, values, unknown)] = static.kernel_scalars(layers, args)
+    np.testing.assert_array_equal(values[0], [103, 104])
+    assert not unknown

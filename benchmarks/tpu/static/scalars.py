@@ -44,7 +44,8 @@ def kernel_scalars(function: Callable[..., Any], args: Any) -> list[Scalars]:
     - `function`: what is called with `args`.
     - `args`: a pytree of arrays, which are followed, and of `jax.ShapeDtypeStruct`, which are not.
 
-    **Returns:** one entry for each call. A call inside a loop has none, and the loop's results are not known.
+    **Returns:** one entry for each call. One inside of `jax.lax.scan` has the numbers of the first turn; one inside of
+    another loop has no entry. The results of a loop with a kernel are not known.
     """
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
     leaves = jax.tree.leaves(args, is_leaf=is_shape)
@@ -78,6 +79,8 @@ def _results(equation: Any, values: list[Any], found: list[Scalars]) -> Sequence
         return _follow(params[_CALLS[name]], values, found)
     if name == "cond" and values[0] is not None:
         return _follow(params["branches"][int(values[0])], values[1:], found)
+    if name == "scan" and _follow_first_turn(equation, values, found):
+        return unknown
     size = sum(int(np.prod(variable.aval.shape)) for variable in equation.outvars)
     if any(value is None for value in values) or equation.effects or size >= _LARGEST:
         return unknown
@@ -85,6 +88,16 @@ def _results(equation: Any, values: list[Any], found: list[Scalars]) -> Sequence
         results = equation.primitive.bind(*values, **params)
         return [np.asarray(x) for x in (results if equation.primitive.multiple_results else [results])]
     return unknown
+
+
+def _follow_first_turn(equation: Any, values: list[Any], found: list[Scalars]) -> bool:
+    """Follow a scan's body with the first of what it goes over. Whether it holds a kernel."""
+    before, body = len(found), equation.params["jaxpr"]
+    first = -1 if equation.params["reverse"] else 0
+    dims = [(outer.aval.ndim, inner.aval.ndim) for outer, inner in zip(equation.invars, body.jaxpr.invars, strict=True)]
+    of_a_turn = lambda value, outer, inner: value[first] if value is not None and outer > inner else value
+    _follow(body, [of_a_turn(value, *both) for value, both in zip(values, dims, strict=True)], found)
+    return len(found) > before
 
 
 def _kernel_name(params: dict[str, Any]) -> str:
