@@ -4,10 +4,10 @@ import importlib.metadata
 import os
 
 # Tests compile hundreds of tiny programs and run each for milliseconds, so what XLA takes to compile is what a test
-# takes. Measured, CPU time to compile a decode step, a ragged step, a prefill, and their gradients: 8.3 s with level 1,
-# 2.2 s with level 0, the emitters that JAX 0.10 still has, and one thread. Later versions know no such emitters, and XLA
-# ends at a flag that it does not know. To test what the optimiser makes of our programs, set PAGED_TEST_OPTIMISED. XLA
-# reads its flags once, so this comes before JAX.
+# takes. Measured, CPU time to compile a decode step, a ragged step, a prefill, and their gradients: 8.3 s at level 1,
+# 2.2 s at level 0, with the emitters that JAX 0.10 still has, and one thread. Later versions have no such emitters, and
+# XLA ends at a flag that it does not know. To test what the optimiser makes of our programs, set PAGED_TEST_OPTIMISED.
+# XLA reads its flags once, so this comes before JAX.
 if "PAGED_TEST_OPTIMISED" not in os.environ:
     _FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     _FAST += " --xla_cpu_parallel_codegen_split_count=1"

@@ -4,8 +4,6 @@ import contextlib
 import io
 import pathlib
 import re
-import subprocess
-import sys
 
 import jaxtyping
 import numpy as np
@@ -97,15 +95,3 @@ def test_the_demo_notices_a_wrong_token(monkeypatch, capsys):
     monkeypatch.setattr(demo, "generate", dishonest)
     assert demo.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
-
-
-def test_importing_paged_touches_no_device_and_imports_the_runtime_when_it_is_used():
-    code = """
-import sys, paged
-assert not {"paged.runtime", "paged.compat"} & set(sys.modules)
-assert callable(paged.runtime.generate) and callable(paged.compat.page_attention)
-assert not hasattr(paged, "runtimes")
-from jax._src import xla_bridge
-assert not xla_bridge._backends, xla_bridge._backends
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
