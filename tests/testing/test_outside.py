@@ -66,7 +66,7 @@ def installed(tmp_path_factory):
 
 
 def test_a_users_file_runs_in_another_folder(installed, tmp_path):
-    """And the package imports neither pytest nor hypothesis, touches no device, and loads the runtime when it is used."""
+    """The package needs no pytest and no hypothesis, touches no device, and loads the runtime when it is used."""
     (tmp_path / "test_mine.py").write_text(USER_FILE)
     env = {**os.environ, "PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
     program = [sys.executable, "-c", PROGRAM, str(installed)]
