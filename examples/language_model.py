@@ -1,10 +1,12 @@
 """A small decoder-only transformer around `PagedAttention`: one set of weights, trained densely, served from pages."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from paged.runtime import PagedAttention, Rotary
+from paged.runtime import LayerStack, PagedAttention, Rotary
 from paged.spec import AttentionSpec, PageLayout, RaggedBatch
 
 
@@ -48,7 +50,7 @@ class LanguageModel(eqx.Module):
     """Tokens to logits. Layers take their specs in turn, so that a window on alternate layers is two specs."""
 
     embedding: eqx.nn.Embedding
-    blocks: list[Block]
+    blocks: LayerStack
     norm: eqx.nn.RMSNorm
     head: eqx.nn.Linear
 
@@ -63,9 +65,12 @@ class LanguageModel(eqx.Module):
         depth: int,
         key: PRNGKeyArray,
     ):
-        embedding_key, head_key, *keys = jax.random.split(key, depth + 2)
+        def block_of(spec: AttentionSpec) -> Callable[[PRNGKeyArray], Block]:
+            return lambda key: Block(spec, layout, num_pages, width, key=key)
+
+        embedding_key, head_key, blocks_key = jax.random.split(key, 3)
         self.embedding = eqx.nn.Embedding(weight=0.02 * jax.random.normal(embedding_key, (vocabulary, width)))
-        self.blocks = [Block(specs[i % len(specs)], layout, num_pages, width, key=k) for i, k in enumerate(keys)]
+        self.blocks = LayerStack.make([block_of(spec) for spec in specs], jax.random.split(blocks_key, depth))
         self.norm = eqx.nn.RMSNorm(width)
         self.head = eqx.nn.Linear(width, vocabulary, use_bias=False, key=head_key)
 
@@ -73,16 +78,12 @@ class LanguageModel(eqx.Module):
         self, tokens: Int[Array, " tokens"], batch: RaggedBatch, state: eqx.nn.State
     ) -> tuple[Float[Array, "tokens vocabulary"], eqx.nn.State]:
         """Logits of one step's tokens, and the state with their keys and values in its pages."""
-        x = jax.vmap(self.embedding)(tokens)
-        for block in self.blocks:
-            x, state = block(x, batch, state)
+        x, state = self.blocks(jax.vmap(self.embedding)(tokens), batch, state)
         return jax.vmap(self._logits)(x), state
 
     def dense(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens vocabulary"]:
         """Logits at every position of whole sequences, recomputed without a cache."""
-        x = jax.vmap(jax.vmap(self.embedding))(tokens)
-        for block in self.blocks:
-            x = block.dense(x)
+        x = self.blocks.dense(jax.vmap(jax.vmap(self.embedding))(tokens))
         return jax.vmap(jax.vmap(self._logits))(x)
 
     def _logits(self, x: Float[Array, " width"]) -> Float[Array, " vocabulary"]:

@@ -7,6 +7,7 @@ from ._serve import StepReport as StepReport
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache
 from .calibration import calibrate as calibrate
+from .layer_stack import LayerStack as LayerStack
 from .pool import PagePool as PagePool
 from .rotary import Rotary as Rotary
 from .rotary_scaling import LinearScaling as LinearScaling
@@ -16,3 +17,5 @@ from .rotary_scaling import RotaryScaling as RotaryScaling
 from .rotary_scaling import YarnScaling as YarnScaling
 from .sampling import Sampler as Sampler
 from .sampling import sample as sample
+from .stacked_state import StackedState as StackedState
+from .stacked_state import pools_of as pools_of

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from jaxtyping import Integer as AnyInt
 
-from paged.spec import Pages, as_bool
+from paged.spec import as_bool
 
 from ._arguments import end_ids, integer, limits_of, prompts_of
 from ._masks import masks_of, require_chunks
@@ -19,6 +19,7 @@ from ._scheduler import Request, Scheduler
 from ._serve import Model, Serve, StepReport
 from .pool import PagePool
 from .sampling import Sampler
+from .stacked_state import pools_of
 
 Integer = int | np.integer | AnyInt[Array | np.ndarray, ""]
 Integers = Sequence[Integer] | AnyInt[Array | np.ndarray, " _"]
@@ -101,7 +102,7 @@ def generate(
     **Arguments:**
 
     - `model`: a callable pytree, ``logits, state = model(tokens, batch, state)``, that keeps its `Pages` in the state,
-      such as a stack of `PagedAttention` layers. ``tokens`` is int32[rows], ``logits`` float[rows, vocab].
+      such as a `LayerStack` of blocks. ``tokens`` is int32[rows], ``logits`` float[rows, vocab].
     - `state`: the model's Equinox state.
     - `prompts`: token ids of each prompt, at least one: a list or an array.
     - `max_new_tokens`: the most tokens to generate, one number for all prompts or one for each. The last token is
@@ -192,8 +193,7 @@ def _require_sampler(sampler: Any, key: Any) -> tuple[Sampler, PRNGKeyArray]:
 
 def _pool_size(state: eqx.nn.State, num_pages: Any, page_size: Any) -> tuple[int, int]:
     """The pool's number of pages and page size. All `Pages` in the state must have them: else writes are dropped."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages))
-    held = [(x.num_pages, x.layout.page_size) for x in leaves if isinstance(x, Pages)]
+    held = [(pool.num_pages, pool.layout.page_size) for pool in pools_of(state)]
     if not held and (num_pages is None or page_size is None):
         raise ValueError("The state holds no Pages that would say num_pages and page_size: pass both.")
     num_pages = min(held)[0] if num_pages is None else integer("num_pages", num_pages, 1)

@@ -20,7 +20,9 @@ class PagedAttention(eqx.Module):
 
     * ``y, state = layer(x, batch, state)`` serves, from pages in the state.
     * ``layer.dense(x)`` trains: the same function of the same parameters, without pages.
-    * ``layer.attend_pages(x, pages, batch)`` serves with pages passed and returned, for ``jax.lax.scan`` over layers.
+    * ``layer.attend_pages(x, pages, batch)`` serves with pages passed and returned.
+
+    A model of many layers runs them as a `LayerStack`.
 
     Projections have the names of ``eqx.nn.MultiheadAttention``: ``query_proj``, ``key_proj``, ``value_proj``,
     ``output_proj``. Where the spec has sinks the layer owns them: ``sinks`` float32[q_heads], learnt from 0. With
@@ -149,8 +151,9 @@ class PagedAttention(eqx.Module):
     ) -> tuple[Float[Array, "tokens embed_dim"], Any]:
         """A call with pages passed and returned instead of state.
 
-        Layers that ``eqx.filter_vmap`` builds together have their parameters stacked on a leading axis, and in the
-        state their pages. ``jax.lax.scan`` over both runs the layers one after the other.
+        For a loop of your own over many layers, keep the pages of all of them in one pool, carry it, and give each
+        layer ``batch.for_layer(i, num_pages, num_layers)``: see `RaggedBatch.for_layer`. Pages that ``jax.lax.scan``
+        runs over (``xs`` and ``ys``) are copied into the loop and out of it at every step. `LayerStack` does all this.
         """
         self._require_features(x, "[tokens, embed_dim]", 2)
         tokens = x.shape[0]

@@ -96,9 +96,10 @@ class PagedCache(eqx.Module):
         batch: RaggedBatch,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Any]:
-        """A call with pages passed and returned instead of state, for ``jax.lax.scan`` over layers.
+        """A call with pages passed and returned instead of state.
 
-        The same as ``cache.attend.update``, argument for argument. While `calibrate` runs, the pages are its own.
+        For a loop over many layers see `PagedAttention.attend_pages`. Otherwise this is ``cache.attend.update``,
+        argument for argument. While `calibrate` runs, the pages are its own.
         """
         if isinstance(pages, CalibratingPages):
             return pages.update(self.attend, q, k, v, batch, sinks)

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 from paged.lower import Attend, Sequences, check_values, lower
 from paged.spec import Everything, PageLayout, Pages, RaggedBatch, Sinks, as_float
 
+from .stacked_state import StackedState, pools_of
+
 
 def calibrate(
     model: Callable[[Any, RaggedBatch, eqx.nn.State], tuple[Any, eqx.nn.State]],
@@ -31,7 +33,7 @@ def calibrate(
     **Arguments:**
 
     - `model`: a callable pytree, ``output, state = model(tokens, batch, state)``, that keeps its pages in the state,
-      such as a stack of `PagedAttention` layers, or one such layer. What `generate` serves fits.
+      such as a `LayerStack`, or one `PagedAttention`. What `generate` serves fits.
     - `state`: the model's Equinox state. Its layers' pages have scales of kind ``"tensor"`` or ``"head"``, known or not
       known yet. Layers with other pages may stand beside them.
     - `prompts`: at least one: each is what the model calls its tokens, token ids int[tokens] or features
@@ -69,7 +71,7 @@ def calibrate(
             f"A prompt of {longest} tokens needs {entries} pages of {page_size} tokens, and the state's pages are "
             f"{num_pages}. Cut the prompt, or make the pool larger."
         )
-    measured = _map_pages(functools.partial(_begin, num_pages=entries), state)
+    measured = _measuring(state, entries)
     for array in arrays:
         width = 1 << (len(array) - 1).bit_length()
         batch = RaggedBatch([len(array)], np.arange(entries, dtype=np.int32)[None], [0, len(array)])
@@ -127,7 +129,7 @@ def _is_pages(x: Any) -> bool:
     return isinstance(x, Pages | CalibratingPages)
 
 
-def _map_pages(change: Callable[..., Any], *states: eqx.nn.State) -> eqx.nn.State:
+def _map_pages(change: Callable[..., Any], *states: Any) -> Any:
     """``change`` of all pages of a state, and the other leaves of the first state."""
     return jax.tree.map(lambda x, *y: change(x, *y) if _is_pages(x) else x, *states, is_leaf=_is_pages)
 
@@ -138,7 +140,7 @@ def _is_measured(layout: PageLayout) -> bool:
 
 def _pool_size(state: eqx.nn.State) -> tuple[int, int]:
     """The page size, and the number of pages that the smallest pool of the state has."""
-    pools = [x for x in jax.tree.leaves(state, is_leaf=_is_pages) if isinstance(x, Pages)]
+    pools = pools_of(state)
     if not any(_is_measured(pool.layout) for pool in pools):
         kinds = sorted({repr(pool.layout.scales) for pool in pools})
         raise ValueError(
@@ -151,20 +153,32 @@ def _pool_size(state: eqx.nn.State) -> tuple[int, int]:
     return sizes[0], min(pool.num_pages for pool in pools)
 
 
-def _stacked(pages: Pages) -> tuple[int, ...]:
-    """The leading axes of pages of layers that are stacked; ``()`` for those of one layer."""
-    return pages.arrays[0].shape[: pages.arrays[0].ndim - len(pages.layout.array_axes[0])]
+def _measuring(state: eqx.nn.State, num_pages: int) -> eqx.nn.State:
+    """The state with small pools of ``num_pages`` for each layer: float32 where scales are to be measured."""
+
+    def begin(x: Any) -> Any:
+        if isinstance(x, StackedState):
+            pools = functools.partial(_begin, num_pages=num_pages * x.num_layers, num_layers=(x.num_layers,))
+            return StackedState(_map_pages(pools, x.value), x.num_layers)
+        return _begin(x, num_pages=num_pages) if isinstance(x, Pages) else x
+
+    return jax.tree.map(begin, state, is_leaf=lambda x: isinstance(x, Pages | StackedState))
 
 
-def _begin(pages: Pages, num_pages: int) -> Pages | CalibratingPages:
-    """A small pool in place of a layer's pages: float32 where its scales are to be measured."""
-    layout, lead = pages.layout, _stacked(pages)
+def _begin(pages: Pages, num_pages: int, num_layers: tuple[int, ...] = ()) -> Pages | CalibratingPages:
+    """A small pool in place of another one: float32 where scales are to be measured, with as many maxima as scales.
+
+    ``num_layers`` is the leading axis of the scales in a `StackedState`. Pages of layers that are scanned over have
+    leading axes themselves.
+    """
+    layout = pages.layout
+    lead = pages.arrays[0].shape[: pages.arrays[0].ndim - len(layout.array_axes[0])]
     exact = layout.replace(dtype=jnp.float32, scales=None) if _is_measured(layout) else layout
     small = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), exact.init(num_pages))
     if not _is_measured(layout):
         return small
-    k_max, v_max = (jnp.zeros((*lead, *(layout.scale_shape(num_pages) or ())), jnp.float32) for _ in range(2))
-    return CalibratingPages(small, k_max, v_max)
+    shape = (*num_layers, *lead, *(layout.scale_shape(num_pages) or ()))
+    return CalibratingPages(small, jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
 
 def _with_scales(state: eqx.nn.State, measured: eqx.nn.State, margin: float) -> eqx.nn.State:
@@ -176,7 +190,8 @@ def _with_scales(state: eqx.nn.State, measured: eqx.nn.State, margin: float) -> 
         k_max, v_max = np.asarray(seen.k_max), np.asarray(seen.v_max)
         if not (np.isfinite(k_max).all() and np.isfinite(v_max).all()):
             raise ValueError(f"A layer's keys or values are NaN or infinite, so they have no scale: {pages.layout}.")
-        if not (k_max.any() and v_max.any()):
+        heads = -1 if pages.layout.scales == "head" else ()
+        if not (k_max.any(axis=heads).all() and v_max.any(axis=heads).all()):
             raise ValueError(
                 f"A layer's keys or values are all 0, so they have no scale: {pages.layout}. Does the model call it?"
             )
@@ -187,8 +202,9 @@ def _with_scales(state: eqx.nn.State, measured: eqx.nn.State, margin: float) -> 
 
 
 def _scale(layout: PageLayout, seen: np.ndarray, margin: float) -> Float[Array, "..."]:
-    # A head that was 0 in every sample gets the scale of the largest head: all is known of it is that it may be small.
-    seen = np.where(seen == 0, np.max(seen), seen)
+    # A head that was 0 in every sample gets the scale of its layer's largest head: all is known of it is that it may be
+    # small.
+    seen = np.where(seen == 0, seen.max(axis=-1, keepdims=True), seen) if layout.scales == "head" else seen
     is_integer = jnp.issubdtype(layout.dtype, jnp.integer)
     largest = float(jnp.iinfo(layout.dtype).max if is_integer else jnp.finfo(layout.dtype).max)
     return jnp.asarray(margin * seen / largest, jnp.float32)

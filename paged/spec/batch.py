@@ -1,5 +1,6 @@
 """`RaggedBatch`: the sequences of one step, where their tokens are stored, and which query rows belong to them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -167,6 +168,36 @@ class RaggedBatch(eqx.Module):
         facts["has_even_starts"] = facts["query_rows"] is not None and all(b.has_even_starts for b in batches)
         same = [cls(b.lengths, b.block_tables, b.query_starts, b.num_seqs, **facts) for b in batches]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
+
+    def for_layer(self, layer: Any, num_pages: Any, num_layers: int) -> "RaggedBatch":
+        """This batch for one of several layers whose pages lie in one pool, one layer after the other.
+
+        Page ``p`` of layer ``i`` is page ``i * num_pages + p`` of the pool. So a model whose layers run in a
+        ``jax.lax.scan`` carries one pool and shifts the block tables. Nothing is copied, where pages that are scanned
+        over are copied in and out of the loop.
+
+        **Arguments:**
+
+        - `layer`: the layer, an int or a traced int32: a value in ``[0, num_layers)``.
+        - `num_pages`: how many pages each layer has.
+        - `num_layers`: how many layers the pool holds: it has ``num_layers * num_pages`` pages.
+
+        **Returns:** the batch with its block tables shifted. An entry that is no page of the layer becomes -1, and
+        never a page of another layer. A batch that `paged.check` has passed for ``num_pages`` pages counts as checked
+        for the pool.
+
+        >>> batch = RaggedBatch.decode(lengths=[5, 9], block_tables=[[3, 0], [1, 4]])
+        >>> batch.for_layer(2, num_pages=4, num_layers=8).block_tables.tolist()
+        [[11, 8], [9, -1]]
+        """
+        is_page = (self.block_tables >= 0) & (self.block_tables < num_pages)
+        tables = jnp.where(is_page, self.block_tables + layer * num_pages, -1)
+        checked = self.checked_for
+        if checked is not None:
+            page_size, checked_pages, tokens, mask = checked
+            is_same = checked_pages == num_pages
+            checked = (page_size, num_layers * num_pages, tokens, mask) if is_same else None
+        return dataclasses.replace(self, block_tables=tables, checked_for=checked)
 
     def has_rows(self, tokens: Any) -> bool:
         """Whether this batch and a step of ``tokens`` query rows have room for a row of a sequence, by their shapes."""

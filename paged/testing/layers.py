@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paged.runtime import pools_of
 from paged.spec import Pages, RaggedBatch
 
 from .failures import CheckFailure
@@ -165,14 +166,14 @@ def _rows(
 
 
 def _place_of(state: eqx.nn.State) -> _Place:
-    pages = [x for x in jax.tree.leaves(state, is_leaf=_is_pages) if _is_pages(x)]
-    if not pages:
+    pools = pools_of(state)
+    if not pools:
         raise ValueError("The state holds no Pages, so there is nothing to serve from.")
-    needed = sum(-(-n // pages[0].layout.page_size) for n in _LENGTHS) + 2
-    fewest = min(x.num_pages for x in pages)
+    needed = sum(-(-n // pools[0].layout.page_size) for n in _LENGTHS) + 2
+    fewest = min(pool.num_pages for pool in pools)
     if fewest < needed:
         raise ValueError(f"The state's pages must number at least {needed} for this check; got {fewest}.")
-    return _Place(pages[0].layout.page_size, fewest)
+    return _Place(pools[0].layout.page_size, fewest)
 
 
 def _is_pages(x: Any) -> bool:

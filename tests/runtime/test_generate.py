@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged.runtime import Sampler, generate
+from paged.runtime import LayerStack, Sampler, generate
 
 from .tiny import GLOBAL, PAGE_SIZE, VOCAB, greedy_ref, random_layer, tiny
 
@@ -153,28 +153,21 @@ def test_any_schedule_finishes_and_every_sequence_is_its_own(shapes, num_pages, 
     assert sum(report.new_tokens for report in reports) == sum(len(result.tokens) for result in results)
 
 
-def test_stacked_layers_under_scan_serve():
-    """A model of stacked layers keeps their pages in one leaf of the state, with a leading axis."""
+def test_a_stack_of_layers_serves():
+    """A model of stacked layers has one pool for all of them, of which each layer sees its own pages."""
 
     class Stacked(eqx.Module):
-        layers: object
+        layers: LayerStack
         embedding: jax.Array
 
         def __init__(self, key):
-            keys = jax.random.split(key, 2)
-            self.layers = eqx.filter_vmap(lambda key: random_layer(GLOBAL, 9, key))(keys)
+            self.layers = LayerStack.make(lambda key: random_layer(GLOBAL, 9, key), jax.random.split(key, 2))
             self.embedding = jax.random.normal(key, (VOCAB, 16))
 
         def __call__(self, tokens, batch, state):
-            parameters, static = eqx.partition(self.layers, eqx.is_array)
-
-            def body(x, layer):
-                y, pages = eqx.combine(layer[0], static).attend_pages(x, layer[1], batch)
-                return x + y, pages
-
-            index = self.layers.cache.index
-            x, pages = jax.lax.scan(body, self.embedding[tokens], (parameters, state.get(index)))
-            return x @ self.embedding.T, state.set(index, pages)
+            x = self.embedding[tokens]
+            y, state = self.layers(x, batch, state)
+            return (x + y) @ self.embedding.T, state
 
     model, state = eqx.nn.make_with_state(Stacked)(jax.random.key(0))
     few, many = (run((model, state), PROMPTS[:3], 4, num_pages=n) for n in (4, 9))

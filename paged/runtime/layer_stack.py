@@ -1,0 +1,276 @@
+"""`LayerStack`: the layers of a model as one scan, with stacked parameters and one pool of pages."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from paged.lower import check_values
+from paged.spec import RaggedBatch
+
+from ._pattern import Segment, places_of, segments_of
+from ._run import kinds_of, layer_of, made_together, replaced, serve_one, stacked
+from .cache import PagedCache
+from .stacked_state import pools_of
+
+Maker = Callable[[Any], Any]
+
+
+class LayerStack(eqx.Module):
+    """The layers of a model, one after the other, compiled once for each kind of layer.
+
+    Like layers have their parameters stacked on a leading axis and their pages in one pool, and ``jax.lax.scan`` runs
+    them. The pool is carried from layer to layer and written in place. Each layer sees the block tables shifted to its
+    own pages, see `RaggedBatch.for_layer`. So a deep model compiles as fast as a shallow one, and no page is copied.
+
+    * ``y, state = stack(x, batch, state)`` serves: each layer is called as ``x, state = layer(x, batch, state)``.
+    * ``stack.dense(x)`` trains: each layer is called as ``x = layer.dense(x)``.
+    * ``stack.fold(f, x)`` runs ``x = f(layer, x)``, where ``f`` needs no state.
+
+    A layer is any Equinox module that keeps its pages in the state, such as a block of a `PagedAttention` and a
+    perceptron. Layers may differ. Five layers with a window and one without, over and over, are a scan over the
+    repetitions, and in each of them a scan over the five and one layer more. Layers that do not fill a repetition run
+    after it.
+
+    - `runs`: a layer for each run of like layers in the pattern, with stacked arrays.
+    - `segments`: the pattern, static: how often which runs follow one another.
+
+    `make` makes a stack from keys, `of` from layers. A page has the same number in all layers, so that one `PagePool`
+    serves the stack.
+
+    >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+    >>> layout = PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
+    >>> def make_layer(key):
+    ...     return PagedAttention(spec, layout, num_pages=8, embed_dim=32, rotary=Rotary(8), key=key)
+    >>> stack, state = eqx.nn.make_with_state(LayerStack.make)(make_layer, jax.random.split(jax.random.key(0), 6))
+    >>> len(stack), stack.layer(5).query_proj.weight.shape, stack.runs[0].query_proj.weight.shape
+    (6, (32, 32), (6, 32, 32))
+    >>> x = jax.random.normal(jax.random.key(1), (5, 32))
+    >>> y, state = stack(x, RaggedBatch.prefill(length=5, block_table=[3, 1], query_rows=5), state)
+    >>> bool(jnp.allclose(y, stack.dense(x[None])[0], atol=1e-5))
+    True
+    """
+
+    runs: tuple[Any, ...]
+    segments: tuple[Segment, ...] = eqx.field(static=True)
+
+    @classmethod
+    def make(cls, make_layer: Maker | Sequence[Maker], keys: Array | Sequence[Array]) -> "LayerStack":
+        """A stack of new layers, made without a second copy of parameters or pages.
+
+        **Arguments:**
+
+        - `make_layer`: ``make_layer(key)`` makes a layer. A list is a pattern: layer ``i`` is made by
+          ``make_layer[i % len(make_layer)]``, as in ``[local, local, full]``. Layers are alike where they are equal but
+          for the values of their arrays.
+        - `keys`: PRNG keys, one for each layer.
+
+        **Returns:** the stack, whose pages are zeros. Call it inside of what ``eqx.nn.make_with_state`` is given.
+
+        Raises ``ValueError`` where there are no keys, and where the pages inside of one layer differ in number.
+
+        >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+        >>> layout = PageLayout(page_size=4, num_kv_heads=2, head_dim=8)
+        >>> full = lambda key: PagedAttention(spec, layout, num_pages=8, embed_dim=32, key=key)
+        >>> local = lambda key: PagedAttention(spec.replace(window=8), layout, num_pages=8, embed_dim=32, key=key)
+        >>> keys = jax.random.split(jax.random.key(0), 8)
+        >>> stack, state = eqx.nn.make_with_state(LayerStack.make)([local, local, full], keys)
+        >>> [layer.spec.window for layer in stack.unstack()]
+        [8, 8, None, 8, 8, None, 8, 8]
+        """
+        makers = [make_layer] if callable(make_layer) else list(make_layer)
+        if not len(keys) or not makers:
+            raise ValueError(f"A LayerStack needs a layer: got {len(keys)} keys, and {len(makers)} to make layers.")
+        kinds = kinds_of(eqx.filter_eval_shape(make, keys[0]) for make in makers)
+        segments = segments_of([kinds[i % len(makers)] for i in range(len(keys))])
+        pairs = [(makers[i % len(makers)], key) for i, key in enumerate(keys)]
+        return cls(tuple(made_together(*zip(*run, strict=True)) for run in _by_run(segments, pairs)), segments)
+
+    @classmethod
+    def of(cls, layers: Sequence[Any]) -> "LayerStack":
+        """A stack of layers that there are, in their order.
+
+        Layers are alike where they are equal but for the values of their arrays. Their pages are copied into one pool;
+        `make` needs no such copy.
+
+        **Arguments:**
+
+        - `layers`: at least one.
+
+        **Returns:** the stack. Call it inside of what ``eqx.nn.make_with_state`` is given.
+
+        Raises ``ValueError`` for no layers, for layers whose initial state ``make_with_state`` has taken already, and
+        where the pages inside of one layer differ in number.
+
+        >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+        >>> layout = PageLayout(page_size=4, num_kv_heads=2, head_dim=8)
+        >>> def model(key):
+        ...     windows = [8, 8, None, 8, 8, None]
+        ...     specs = [spec.replace(window=window) for window in windows]
+        ...     return LayerStack.of([PagedAttention(s, layout, num_pages=8, embed_dim=32, key=key) for s in specs])
+        >>> stack, state = eqx.nn.make_with_state(model)(jax.random.key(0))
+        >>> len(stack), len(stack.runs)
+        (6, 2)
+        """
+        if not layers:
+            raise ValueError("A LayerStack needs a layer; got none.")
+        segments = segments_of(kinds_of(layers))
+        return cls(tuple(stacked(members) for members in _by_run(segments, layers)), segments)
+
+    def __check_init__(self) -> None:
+        for run in self.runs:
+            sizes = {pool.num_pages for pool in pools_of(run)}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"The pages inside of one layer must be equal in number; got {sorted(sizes)}. One block table "
+                    "serves all of them."
+                )
+
+    def __len__(self) -> int:
+        return sum(segment.num_layers for segment in self.segments)
+
+    def __call__(self, x: Any, batch: RaggedBatch, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
+        """Serve the rows of one step: every layer as ``x, state = layer(x, batch, state)``, in order.
+
+        **Arguments:**
+
+        - `x`: what the first layer takes, such as float[tokens, embed_dim]: an array, or a pytree of arrays with rows
+          first. Every layer returns it in the shapes and dtypes that it got.
+        - `batch`: whose rows these are, and where the tokens of their sequences lie. Its page numbers are those of a
+          pool for one layer.
+        - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
+
+        **Returns:** what the last layer gives, and the new state. Raises what the layers raise. The values of a batch
+        are checked once, before the first layer, for those layers that check.
+        """
+        batch = self._checked(batch, jax.tree.leaves(x)[0].shape[0], state)
+
+        def step(run: int, layer: Any, place: Any, carry: Any) -> Any:
+            x, states = carry
+            x, new = serve_one(layer, place, x, batch, states[run])
+            return x, (*states[:run], new, *states[run + 1 :])
+
+        x, states = self._walk(step, (x, tuple(state.substate(run) for run in self.runs)))
+        for new in states:
+            state = state.update(new)
+        return x, state
+
+    def dense(self, x: Any) -> Any:
+        """Run every layer as ``x = layer.dense(x)``, in order: over whole sequences, without pages, differentiable.
+
+        **Arguments:**
+
+        - `x`: what the first layer takes, such as float[batch, tokens, embed_dim]. Every layer returns it in the shapes
+          and dtypes that it got.
+        """
+        return self.fold(lambda layer, x: layer.dense(x), x)
+
+    def fold(self, f: Callable[[Any, Any], Any], x: Any) -> Any:
+        """Run ``x = f(layer, x)`` for every layer, in order.
+
+        **Arguments:**
+
+        - `f`: a function of a layer and ``x`` that needs no state. It is traced once for each run of like layers.
+        - `x`: a pytree of arrays, which ``f`` returns in the shapes and dtypes that it got.
+
+        >>> stack = LayerStack.make(lambda key: eqx.nn.Linear(4, 4, key=key), jax.random.split(jax.random.key(0), 3))
+        >>> stack.fold(lambda layer, x: jax.nn.relu(layer(x)), jnp.ones(4)).shape
+        (4,)
+        """
+        return self._walk(lambda run, layer, place, x: f(layer, x), x)
+
+    def layer(self, i: int) -> Any:
+        """Layer ``i`` alone, with its own parameters.
+
+        Its ``dense`` works. Its pages are those of the stack: a call that serves needs the whole stack.
+
+        **Arguments:**
+
+        - `i`: the number of the layer, in ``[0, len(stack))``.
+        """
+        if not 0 <= i < len(self):
+            raise ValueError(f"i must be in [0, {len(self)}), the layers of the stack; got {i}.")
+        run, place = places_of(self.segments)[i]
+        return layer_of(self.runs[run], place)
+
+    def unstack(self) -> list[Any]:
+        """All layers alone, in order, see `layer`."""
+        return [self.layer(i) for i in range(len(self))]
+
+    def with_layers(self, layers: Sequence[Any]) -> "LayerStack":
+        """This stack with the arrays of these layers, such as those of a checkpoint. Its pages stay what they are.
+
+        **Arguments:**
+
+        - `layers`: one for each layer of the stack, like the ones that `unstack` gives.
+
+        Raises ``ValueError`` where their number, or the structure, a shape or a dtype of one of them is another one.
+
+        >>> stack = LayerStack.make(lambda key: eqx.nn.Linear(4, 4, key=key), jax.random.split(jax.random.key(0), 3))
+        >>> twice = stack.with_layers([jax.tree.map(lambda x: 2 * x, layer) for layer in stack.unstack()])
+        >>> bool((twice.layer(2).weight == 2 * stack.layer(2).weight).all())
+        True
+        """
+        if len(layers) != len(self):
+            raise ValueError(f"layers must be {len(self)}, as many as the stack has; got {len(layers)}.")
+        numbered = _by_run(self.segments, enumerate(layers))
+        runs = tuple(replaced(run, members) for run, members in zip(self.runs, numbered, strict=True))
+        return LayerStack(runs, self.segments)
+
+    def _checked(self, batch: RaggedBatch, tokens: int, state: eqx.nn.State) -> RaggedBatch:
+        """The batch, with its values checked for every cache of the layers that asks for it."""
+        for run in self.runs:
+            sizes = [pool.num_pages for pool in pools_of(state.substate(run))]
+            for cache in jax.tree.leaves(run, is_leaf=lambda x: isinstance(x, PagedCache)):
+                if isinstance(cache, PagedCache) and cache.attend.check:
+                    spec, layout = cache.attend.spec, cache.attend.layout
+                    facts = {"page_size": layout.page_size, "num_pages": sizes[0], "mask": spec.visibility}
+                    batch = check_values(batch, tokens=tokens, **facts)
+        return batch
+
+    def _walk(self, step: Callable[[int, Any, Any, Any], Any], carry: Any) -> Any:
+        """``carry = step(run, layer, place, carry)`` for every layer, where ``place`` counts the layers of its run."""
+        arrays, static = zip(*(eqx.partition(run, eqx.is_array) for run in self.runs), strict=True)
+
+        def one_layer(run: int, carry: Any, x: Any) -> Any:
+            place, arrays = x
+            return step(run, eqx.combine(arrays, static[run]), place, carry)
+
+        for repeats, runs in self.segments:
+
+            def repetition(carry: Any, xs: Any, runs: Any = runs) -> Any:
+                for (run, length), x in zip(runs, xs, strict=True):
+                    carry = _repeat(functools.partial(one_layer, run), carry, x, length)
+                return carry
+
+            xs = [_split((_places(repeats * length), arrays[run]), repeats, length) for run, length in runs]
+            carry = _repeat(repetition, carry, xs, repeats)
+        return carry
+
+
+def _places(count: int) -> Int[Array, " layers"]:
+    return jnp.arange(count, dtype=jnp.int32)
+
+
+def _split(tree: Any, *sizes: int) -> Any:
+    """The leading axis of every array as several axes."""
+    return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), tree)
+
+
+def _repeat(f: Callable[[Any, Any], Any], carry: Any, xs: Any, times: int) -> Any:
+    """``carry = f(carry, x)`` for each ``x``: a scan, if there is more than one."""
+    if times == 1:
+        return f(carry, jax.tree.map(lambda x: x.reshape(x.shape[1:]), xs))
+    return jax.lax.scan(lambda carry, x: (f(carry, x), None), carry, xs)[0]
+
+
+def _by_run(segments: Sequence[Segment], layers: Any) -> list[list[Any]]:
+    """What belongs to each layer, in lists, one for each run."""
+    of_run: dict[int, list[Any]] = {}
+    for (run, _), layer in zip(places_of(segments), layers, strict=True):
+        of_run.setdefault(run, []).append(layer)
+    return [of_run[run] for run in sorted(of_run)]
