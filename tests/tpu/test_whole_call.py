@@ -115,18 +115,15 @@ POPPED = "{ %s5_s3 = spop %4 }"
          "| { %8 = dma.done.wait [#allocation8], %s7_s4 }", "a wait"),
         ("{ %s6_s4 = sadd.s32 1, %s5_s3 } | { %7 = dma.vmem_to_hbm %s0_s0, /*size_in_granules=*/%s6_s4, %s0_s0, "
          "/*dst_syncflagno=*/[#allocation8] }", "a transfer's size"),
-        ("{ %p6_p1 = scmp.lt.s32.totalorder %s5_s3, 3 } | { %7 = dma.vmem_to_hbm (%p6_p1), %s0_s0, "
-         "/*size_in_granules=*/1, %s0_s0, /*dst_syncflagno=*/[#allocation8] }", "whether a transfer is made"),
         ("{ %s6_s4 = sadd.s32 1, %s5_s3 } | { %p8_p1 = scmp.lt.s32.totalorder %s0_s0, 3 } "
          "| { %9 = sbr.rel (%p8_p1) target = $region4 }", None),
     ],
-    ids=["branch", "wait, through SMEM", "size", "predicate", "only computed with"],
+    ids=["branch", "wait, through SMEM", "size", "only computed with"],
 )  # fmt: skip
 def test_control_that_depends_on_data_is_found(code, found):
     lines = ["{ %s0_s0 = smov.u32 1 } /* Start region 4 */", "{ %4 = vpush %v3_v1 }", POPPED, *code.split(" | ")]
     bundles = static.parse_bundles(_numbered(lines))
-    notes = static.unknown_control(bundles)
-    assert notes == ([f"{found} depends on data"] if found else [])
+    assert static.unknown_control(bundles) == ([f"{found} depends on data"] if found else [], frozenset())
 
 
 def test_numbers_from_an_unknown_array_are_data():
@@ -138,7 +135,23 @@ def test_numbers_from_an_unknown_array_are_data():
         "{ %5 = sbr.rel (%p4_p0) target = $region4 }",
     ]
     bundles = static.parse_bundles(_numbered(lines))
-    assert static.unknown_control(bundles) == ["a branch depends on data"]
+    assert static.unknown_control(bundles).guesses == ["a branch depends on data"]
+
+
+def test_a_transfer_that_is_made_or_not_by_data_counts_as_made(whole):
+    """An index out of bounds is dropped: which are, nobody knows."""
+    scatter = [
+        "{ %1 = vpush %v3_v1 }",
+        "{ %s2_s0 = spop %1 }",
+        "{ %p4_p0 = scmp.lt.s32.totalorder %s2_s0, 0 }",  # of the zeros that stand for data, none is below 0
+        "{ %5 = dma.vmem_to_hbm (%p4_p0), %s0_s0, /*size_in_granules=*/64, %s0_s0, [#allocation8] }",
+        "{ %6 = dma.done.wait (%p4_p0), [#allocation8], 64 }",
+    ]
+    call = whole(1000.0, fusion=_numbered(scatter))
+    chip = static.CHIPS["v6e"]
+    transfer = chip.dma_latency + chip.dma_overhead + 32 * 64 / chip.dma_bytes_per_cycle
+    assert call.unmodelled == []
+    assert call.largest[0][2] == pytest.approx(TRIPS * (4 + transfer))
 
 
 @needs_libtpu

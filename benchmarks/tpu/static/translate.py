@@ -7,7 +7,7 @@ theirs, and SMEM by address. Vector instructions are left out: control flow and 
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,11 +52,15 @@ class Block:
 
 
 class Translator:
-    """Translates a program's blocks as they are met. ``inputs`` are the values of the kernel's integer operands."""
+    """Translates a program's blocks as they are met. ``inputs`` are the values of the kernel's integer operands.
 
-    def __init__(self, program: Program, inputs: Mapping[int, Any]):
+    Transfers and waits under one of the predicates ``assumed`` are made whatever it says.
+    """
+
+    def __init__(self, program: Program, inputs: Mapping[int, Any], assumed: Collection[str] = ()):
         self.program = program
         self.inputs = inputs
+        self._assumed = assumed
         self.notes: collections.Counter[str] = collections.Counter()  # on what was met and is not modelled
         self.spaces: dict[int, str] = {}  # an operand's memory space
         self._blocks: dict[int, Block] = {}
@@ -109,7 +113,7 @@ class Translator:
         when = None if condition is None else _condition(condition, is_negated)
         effect = self._effect(instruction, text, cycle, instruction.place or f"bundle {index:#x}")
         if effect is not None:
-            return [effect if when is None else f"if {when}: {effect}"]
+            return [effect if when is None or condition in self._assumed else f"if {when}: {effect}"]
         if opcode == "vsyncmov":  # popped by an `spop` that names it
             flag = self._value(operands(text)[0])
             return [f"machine.popped[{result!r}] = machine.transfers.flag({flag}, machine.time + {cycle})"]

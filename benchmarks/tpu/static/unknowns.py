@@ -1,12 +1,16 @@
 """What of a program's control depends on data that the emulator doesn't have.
 
-Vectors are not computed, and memory that a transfer fills from an unknown array holds zeros. A branch, a transfer or a
-wait that follows from such a number would be a guess. The numbers are followed by their names through registers and
-SMEM, whatever the path: so a dependence may be found that no path has, and none is missed.
+Vectors are not computed, and memory that a transfer fills from an unknown array holds zeros. A branch, a transfer's
+size or a wait that follows from such a number would be a guess. The numbers are followed by their names through
+registers and SMEM, whatever the path: so a dependence may be found that no path has, and none is missed.
+
+One kind can be bounded: a transfer that is made or not, as a scatter's are that drops what is out of bounds. All of
+them are made then, which is the most that the program can take.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from .bundles import Bundle, Instruction, predicate
 
@@ -16,19 +20,25 @@ _POPS = ("spop",)
 _WAITS = ("dma.done.wait", "vwait.ge")
 
 
-def unknown_control(bundles: Sequence[Bundle]) -> list[str]:
-    """The branches, transfers and waits of a program that depend on unknown data, in words.
+class Control(NamedTuple):
+    """What of a program's control depends on unknown data.
 
-    **Arguments:**
-
-    - `bundles`: a program without known operands.
-
-    **Returns:** a sentence for each kind of dependence; empty where the run is exact.
+    ``guesses`` has a sentence for each kind, and is empty where nothing is guessed. ``predicates`` are those of
+    transfers that are made or not by unknown data.
     """
+
+    guesses: list[str]
+    predicates: frozenset[str]
+
+
+def unknown_control(bundles: Sequence[Bundle]) -> Control:
+    """The branches, transfers and waits that depend on unknown data, of a program without known operands."""
     instructions = [i for bundle in bundles for i in bundle.instructions]
     flow = _Flow(instructions)
     kinds = [kind for instruction in instructions for kind in _decided(instruction, flow)]
-    return list(dict.fromkeys(kinds))
+    conditions = (predicate(i.text).register for i in instructions if i.starts_transfer)
+    predicates = frozenset(name for name in conditions if name is not None and name in flow.values)
+    return Control(list(dict.fromkeys(kinds)), predicates)
 
 
 class _Flow:
@@ -93,13 +103,10 @@ class _Flow:
 
 
 def _decided(instruction: Instruction, flow: _Flow) -> Iterator[str]:
-    condition = predicate(instruction.text).register
     if instruction.opcode == "sbr.rel" and flow.is_unknown(instruction.text):
         yield "a branch depends on data"
     elif instruction.starts_transfer:
-        if condition in flow.values:
-            yield "whether a transfer is made depends on data"
         if flow.is_unknown(instruction.named.get("size_in_granules", "")):
             yield "a transfer's size depends on data"
-    elif instruction.opcode.startswith(_WAITS) and flow.is_unknown(instruction.text):
+    elif instruction.opcode.startswith(_WAITS) and flow.is_unknown(predicate(instruction.text).rest):
         yield "a wait depends on data"

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from paged.lower import operations_of
 
 from .alike import Alike
-from .bundles import OWN, Bundle, parse_bundles
+from .bundles import OWN, parse_bundles
 from .chips import Chip
-from .dumps import Dumps, Operation
+from .dumps import Dumps
 from .emulator import Emulator
 from .flow import Program
 from .overlays import inlined_slots
@@ -83,23 +83,24 @@ def whole_call(dumps: Dumps, chip: Chip, kernels: Mapping[str, float], model: Tr
     costs = dict(kernels)
     for name in calls_of(above):
         if name in bundles and not programs[name].is_kernel:
-            costs[name] = _operation_cycles(programs[name], bundles[name], inner.get(name, {}), chip, model)
-            notes.update(f"{name}: {text}" for text in unknown_control(bundles[name]))
+            control = unknown_control(bundles[name])
+            translator = Translator(Program(bundles[name], inner.get(name, {})), {}, control.predicates)
+            costs[name] = _operation_cycles(translator, chip, model)
+            notes.update(f"{name}: {text}" for text in control.guesses)
     run = TopLevel(top_level_program(above, slots), costs, chip, model)
     run.run()
-    notes.update(f"the top-level program: {text}" for text in unknown_control(above))
+    control = unknown_control(above)
+    notes.update(f"the top-level program: {text}" for text in control.guesses)
+    notes.update(["the top-level program: a copy depends on data"] if control.predicates else [])
     notes.update(f"{name} has no code in the dumps" for name in run.missing if not name.startswith(OWN))
     notes.update({text: count for text, count in run.notes.items() if "no value" not in text})
     return _counted(run, kernels, dumps, list(notes))
 
 
-def _operation_cycles(
-    made: Operation, bundles: Sequence[Bundle], slots: Mapping[int, int], chip: Chip, model: TransferModel
-) -> float:
+def _operation_cycles(translator: Translator, chip: Chip, model: TransferModel) -> float:
     """One of XLA's operations by itself. What it computes from is not known, and decides nothing: see the notes."""
-    translator = Translator(Program(bundles, slots), {})
     run = Emulator(translator, chip, model, 0).run()
-    return max(run.time, matrix_cycles(bundles, run.bundle_counts(), chip))
+    return max(run.time, matrix_cycles(translator.program.bundles, run.bundle_counts(), chip))
 
 
 def _counted(run: TopLevel, kernels: Mapping[str, float], dumps: Dumps, notes: list[str]) -> Whole:
