@@ -7,6 +7,7 @@ import pytest
 
 import paged
 from paged.lower import DecodeSchedule, RaggedSchedule
+from paged.lower.program import Wanted
 from paged.lower.tpu import CHIPS, TpuDecode
 from paged.lower.tpu.prefill.launch import PrefillLaunch
 from paged.spec import AttentionSpec
@@ -224,7 +225,8 @@ def test_there_is_code_for_tiles_of_a_quarter_of_the_rows(query_rows, positions)
 
 def _launch(spec, layout, query_rows):
     program = paged.lower(spec, layout, "xla").program
-    return PrefillLaunch(program, layout, jnp.float32, _schedule(rows_per_tile=query_rows), CHIPS["v4"], False)
+    dtype, schedule = jnp.float32, _schedule(rows_per_tile=query_rows)
+    return PrefillLaunch(program, layout, dtype, Wanted(dtype), schedule, CHIPS["v4"], False)
 
 
 @pytest.mark.parametrize("single_rows", [None, DecodeSchedule(pages_per_block=1, buffers=3)])
@@ -246,7 +248,8 @@ def test_single_rows_are_tiles_where_the_schedule_does_not_decode_them():
 
 @pytest.mark.kernels
 def test_page_lists_too_long_for_scalar_memory_are_cut_by_tile(monkeypatch):
-    """There are six tiles, and four fit one kernel. A loop runs it twice. The second run keeps the first results."""
+    """There are more than four tiles, and four fit one kernel. A loop runs it until none is left. Each run keeps the
+    results of the runs before."""
     items = items_of_launches(monkeypatch, PrefillLaunch)
     case = CASE.replace(tokens=32)
     attend = with_scalar_memory(case, 4 * 72 / 0.6 + 1, SCHEDULE)

@@ -6,11 +6,12 @@ import inspect
 import jax.numpy as jnp
 import pytest
 
-from paged.lower import DecodeSchedule, RaggedSchedule, Sequences
+from paged.lower import DecodeSchedule, RaggedSchedule
 from paged.lower.tpu.decode import TpuDecode
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
 from paged.lower.tpu.pages.work import TileVisits
+from paged.lower.tpu.prefill import lowering as lowering_module
 from paged.lower.tpu.prefill import tile as tile_module
 from paged.lower.tpu.prefill.block import Block, BlockKernel
 from paged.lower.tpu.prefill.kernel import PrefillKernel
@@ -109,16 +110,16 @@ def _one_half(stage, half, entry):
 
 
 def _a_row_too_far(original):
-    def cut(self, *args):
-        tiles = original(self, *args)
+    def cut(*args):
+        tiles = original(*args)
         return tiles._replace(starts=tiles.starts + 1)
 
     return cut
 
 
 def _a_position_too_far(original):
-    def cut(self, *args):
-        tiles = original(self, *args)
+    def cut(*args):
+        tiles = original(*args)
         return tiles._replace(positions=tiles.positions + 1)
 
     return cut
@@ -132,7 +133,15 @@ def _of_the_next_slot(original):
 
 
 def _a_row_before(original):
-    return lambda self, results, pages: original(self, jnp.roll(results, self.strides.out, axis=0), pages)
+    return lambda self, rows: original(self, rows._replace(out=jnp.roll(rows.out, 1, axis=0)))
+
+
+def _of_keys_only(original):
+    def cut(*args):
+        tiles = original(*args)
+        return tiles._replace(counts=jnp.where(tiles.lengths > 0, tiles.counts, 0))
+
+    return cut
 
 
 def _cleared_at_first_only(patch):
@@ -175,14 +184,15 @@ BUGS = {
     "partial pages taken for full": (method(TileVisits, "of", all_full), "early", "nan"),
     "keys of another head": (method(BlockKernel, "_stored", _of_the_other_head), "early", "wrong"),
     "results of another head": (method(TileShape, "q_head_of", _results_of_the_other_head), "early", "wrong"),
-    "tiles a row too far": (method(Sequences, "cut", _a_row_too_far), "early", "exception"),
-    "tiles a position too far": (method(Sequences, "cut", _a_position_too_far), "early", "wrong"),
+    "tiles a row too far": (_attribute(lowering_module, "cut", _a_row_too_far), "early", "exception"),
+    "tiles a position too far": (_attribute(lowering_module, "cut", _a_position_too_far), "early", "wrong"),
+    "no tiles for rows of no sequence": (_attribute(lowering_module, "cut", _of_keys_only), "mixed", "nan"),
     "the next block is deinterleaved over this one": (
         _attribute(tile_module, "Block", lambda _: _one_half), "interleaved", "wrong",
     ),
     "the state is never cleared": (method(TileKernel, "clear", nothing), "early", "nan"),
     "the state of the tile before": (_cleared_at_first_only, "early", "nan"),
-    "results of the row before": (method(PrefillLaunch, "state_of", _a_row_before), "mixed", "nan"),
+    "results of the row before": (method(PrefillLaunch, "results_of", _a_row_before), "mixed", "nan"),
 }  # fmt: skip
 _FAST = tuple(BUGS)[:3]
 _FAST_SUITE = ("late",)

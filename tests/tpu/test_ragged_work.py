@@ -8,35 +8,46 @@ import pytest
 
 from paged.lower import Program, Sequences
 from paged.lower.tpu.pages.work import TileVisits
-from paged.lower.tpu.prefill.shape import _MOST_ROWS, TileShape, most_tiles
+from paged.lower.tpu.prefill.shape import _MOST_ROWS, TileShape
+from paged.lower.tpu.prefill.tiles import cut, most_tiles
 from paged.spec import AttentionSpec, Causal, Chunk, Prefix
 from tests.support import CORNERS, Case, Corner, build
 from tests.support.specs import PLAIN
 
+TOKENS = 64
 ROWS = ((0, 0, 0, 0, 0), (1, 1, 1, 1, 1), (17, 0, 1, 16, 30), (64, 0, 0, 0, 0), (0, 0, 0, 0, 64), (15, 16, 17, 1, 15))
 
 
-def _sequences(counts, lengths=(300, 40, 64, 16, 64)):
+def _sequences(counts, before=0, lengths=(300, 40, 64, 16, 64)):
     counts, lengths, tables = np.array(counts), np.array(lengths), np.arange(20).reshape(5, 4)
-    starts = np.cumsum(counts) - counts
+    starts = before + np.cumsum(counts) - counts
     values = (starts, counts, lengths - counts, lengths, tables)
     return Sequences(*(jnp.asarray(x, jnp.int32) for x in values))
 
 
+@pytest.mark.parametrize("least", [1, 2])
 @pytest.mark.parametrize("rows", [16, 32, 64])
 @pytest.mark.parametrize("counts", ROWS)
-def test_tiles_are_the_rows_of_each_sequence_in_turn(counts, rows):
-    seqs = _sequences(counts)
-    tiles = seqs.cut(rows, most_tiles(64, 5, rows))
+def test_tiles_are_the_rows_of_each_sequence_in_turn_and_then_those_of_none(counts, rows, least):
+    """Sequences of fewer than ``least`` rows have no tile. The first row belongs to no sequence where there is room."""
+    before = min(1, TOKENS - sum(counts))
+    seqs = _sequences(counts, before)
+    tiles = cut(seqs, seqs.counts >= least, TOKENS, rows, most_tiles(TOKENS, 5, rows))
     want = [
         (int(seqs.starts[s]) + first, min(rows, n - first), int(seqs.lengths[s]) - n + first, int(seqs.lengths[s]), s)
         for s, n in enumerate(counts)
-        for first in range(0, n, rows)
+        for first in range(0, n if n >= least else 0, rows)
     ]
     columns = (tiles.starts, tiles.counts, tiles.positions, tiles.lengths, tiles.tables[:, 0] // 4)
     got = list(zip(*(x.tolist() for x in columns), strict=True))
     assert got[: len(want)] == want
-    assert all(count == 0 for _, count, *_ in got[len(want) :]), "other tiles have no rows"
+    of_none = [tile for tile in got[len(want) :] if tile[1]]
+    assert all(length == 0 and count <= rows for _, count, _, length, _ in of_none), "they see no key"
+    owned = np.arange(before, before + sum(counts))
+    ranges = [np.arange(start, start + count) for start, count, *_ in of_none]
+    np.testing.assert_array_equal(np.concatenate([*ranges, []]), np.setdiff1d(np.arange(TOKENS), owned))
+    last = len(want) + len(of_none)
+    assert all(count == 0 for _, count, *_ in got[last:]), "other tiles have no rows"
     np.testing.assert_array_equal(tiles.tables, np.asarray(seqs.tables)[np.asarray(tiles.tables[:, 0]) // 4])
 
 
@@ -46,10 +57,11 @@ def test_there_are_never_more_tiles_than_the_most(rows):
     rng = np.random.default_rng(rows)
     for tokens in (0, 1, rows - 1, rows, 5 * rows, 200):
         for _ in range(20):
-            cuts = np.sort(rng.integers(0, tokens + 1, 4))
+            # Five sequences between rows of none.
+            cuts = np.sort(rng.integers(0, tokens + 1, 6))
             counts = np.diff(np.concatenate([[0], cuts, [tokens]]))
             assert np.sum(-(-counts // rows)) <= most_tiles(tokens, 5, rows)
-    assert most_tiles(5 * rows + 5, 5, rows) == 5 * rows // rows + 5, "five sequences of a row more than a tile"
+    assert most_tiles(5 * rows + 7, 5, rows) == 5 * rows // rows + 7, "each of seven ranges has a row more than a tile"
 
 
 SPECS = {
@@ -66,10 +78,10 @@ LONG = Corner(((9, 0), (8, 1), (0, 3), (4, -1), (1, 0)), (17, 1, 5, 33, 8))
 def _visited(spec, corner, rows, hole=False):
     case = Case(spec=spec, page_size=8, tokens=64, corner=corner, pages_per_seq=9)
     built = build(case)
-    seqs = Sequences.of(built.batch, 64, 8)
+    seqs = Sequences.of(built.batch, TOKENS, 8)
     if hole:
         seqs = seqs._replace(tables=seqs.tables.at[0, 7].set(-1).at[3, 3].set(built.pages.num_pages))
-    tiles = seqs.cut(rows, most_tiles(64, 5, rows))
+    tiles = cut(seqs, seqs.counts > 0, TOKENS, rows, most_tiles(TOKENS, 5, rows))
     return case, tiles, TileVisits.of(Program.from_spec(spec), tiles, 8, built.pages.num_pages)
 
 

@@ -56,22 +56,6 @@ class Sequences(NamedTuple):
         position = self.positions[slot] + jnp.arange(tokens, dtype=jnp.int32) - self.starts[slot]
         return slot, position, is_owned & (position >= 0)
 
-    def cut(self, rows: int, most: int) -> "Sequences":
-        """Tiles of up to ``rows`` consecutive query rows of one sequence, as if each were a sequence of its own.
-
-        There are ``most`` tiles. Those with rows come first, in the order of their sequences.
-        """
-        per_seq = (self.counts + rows - 1) // rows
-        ends = jnp.cumsum(per_seq, dtype=jnp.int32)
-        tile = jnp.arange(most, dtype=jnp.int32)
-        seq = jnp.sum(ends[None] <= tile[:, None], axis=1, dtype=jnp.int32)
-        is_live, seq = seq < ends.shape[0], jnp.minimum(seq, ends.shape[0] - 1)
-        first = (tile - (ends - per_seq)[seq]) * rows
-        counts = jnp.where(is_live, jnp.clip(self.counts[seq] - first, 0, rows), 0)
-        return Sequences(
-            self.starts[seq] + first, counts, self.positions[seq] + first, self.lengths[seq], self.tables[seq]
-        )
-
 
 def count_up_to(ends: Int[Array, " seqs"], x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
     """How many of the sorted ``ends`` are ``<= x``.

@@ -21,7 +21,7 @@ from .transforms import run_kernels
 from .write import refuses_write, write_rows
 
 # What a state is: exact enough to be merged, and without sinks, which enter once.
-_STATE = Wanted(jnp.dtype(jnp.float32))
+STATE = Wanted(jnp.dtype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class TpuLowering(Lowering):
         self, program: Program, schedule: Schedule, call: Call, q: Array, pages: Pages, seqs: Sequences
     ) -> AttentionState:
         """The results in float32, without sinks."""
-        return self.results(program, schedule, call, _STATE, q, pages, None, seqs).state
+        return self.results(program, schedule, call, STATE, q, pages, None, seqs).state
 
     def update(
         self,
@@ -88,7 +88,7 @@ class TpuLowering(Lowering):
         seqs: Sequences,
     ) -> tuple[AttentionState, Pages]:
         """The results of an update in float32, without sinks, and the pages."""
-        results, pages = self.update_results(program, schedule, call, _STATE, q, k, v, pages, None, seqs)
+        results, pages = self.update_results(program, schedule, call, STATE, q, k, v, pages, None, seqs)
         return results.state, pages
 
     def results(

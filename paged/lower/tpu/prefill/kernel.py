@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..references import Copies
 from .loops import Index
-from .refs import Refs, Strides
+from .refs import Refs
 from .tile import TileKernel
 
 
@@ -33,11 +33,6 @@ class PrefillKernel:
     """
 
     tiles: tuple[TileKernel, ...]
-
-    @property
-    def strides(self) -> Strides:
-        """The layout of queries and results, which all tiles share."""
-        return self.tiles[-1].strides
 
     def run_items(self, refs: Refs, first: Index, end: Index) -> None:
         """Run all items of one core, ``first`` to ``end``, one after the other."""
@@ -86,7 +81,7 @@ class PrefillKernel:
             def copy(in_hbm: Any, in_buffer: Any) -> None:
                 act(pltpu.make_async_copy(refs.inputs.q.at[in_hbm], buffer.at[in_buffer], arrived))
 
-            self._each_piece(refs, item, first, self.strides.q, copy)
+            self._each_piece(refs, item, first, copy)
 
         return Copies(each)
 
@@ -94,16 +89,18 @@ class PrefillKernel:
         """The copies of an item's results out of their buffer."""
 
         def each(act: Callable[[Any], None]) -> None:
-            buffer, left = refs.scratch.out_buffer, refs.scratch.out_left
+            scratch = refs.scratch
+            pairs = list(zip(jax.tree.leaves(scratch.results), jax.tree.leaves(refs.outputs.results), strict=True))
 
             def copy(in_hbm: Any, in_buffer: Any) -> None:
-                act(pltpu.make_async_copy(buffer.at[in_buffer], refs.outputs.results.at[in_hbm], left))
+                for buffer, results in pairs:
+                    act(pltpu.make_async_copy(buffer.at[in_buffer], results.at[in_hbm], scratch.results_left))
 
-            self._each_piece(refs, item, first, self.strides.out, copy)
+            self._each_piece(refs, item, first, copy)
 
         return Copies(each)
 
-    def _each_piece(self, refs: Refs, item: Index, first: Index, stride: int, copy: Callable[[Any, Any], None]) -> None:
+    def _each_piece(self, refs: Refs, item: Index, first: Index, copy: Callable[[Any, Any], None]) -> None:
         """Call ``copy`` for pieces of an item's rows: with where a piece lies in HBM, and where in the item's buffer.
 
         How many query rows an item has is known only when the kernel runs, but a copy has a static size. So rows are
@@ -117,6 +114,4 @@ class PrefillKernel:
             @pl.when((rows & power) != 0)
             def _(power=power):
                 done = rows & (power - 1)
-                in_hbm = pl.ds(pl.multiple_of((row + done) * stride, 8), power * stride)
-                in_buffer = pl.ds(pl.multiple_of(done * stride, 8), power * stride)
-                copy(in_hbm, in_buffer)
+                copy(pl.ds(row + done, power), pl.ds(done, power))

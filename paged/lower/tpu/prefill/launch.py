@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -11,21 +10,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from paged.spec import AttentionState, PageLayout, Pages
+from paged.spec import PageLayout, Pages
 
-from ...program import Program, Running, kernel_terms
+from ...program import Program, Results, Wanted, kernel_terms
 from ..chips import LANES, SUBLANES, Chip, padded_bytes
-from ..pages import Stream, Transfers, Views, WorkList, pools_of
+from ..pages import Stream, Transfers, Views, WorkList, compute_dtype, pools_of
 from ..references import call_kernel
 from .block import BlockKernel
 from .kernel import PrefillKernel
-from .refs import Inputs, Outputs, Refs, Scratch, Strides
+from .refs import Inputs, Outputs, Refs, Rows, Scratch, Strides
 from .schedule import RaggedSchedule
 from .shape import TileShape
-from .tile import MOST_UNROLLED, TileKernel
+from .tile import LOG2E, MOST_UNROLLED, TileKernel
 
-# Scores are in units of log 2: powers of two are what a TPU computes, and every other base costs a multiplication.
-_LOG2E = math.log2(math.e)
 # The mask is evaluated for this many positions at a time.
 _MASK_ROWS = 32
 # The last tile of a sequence may have few rows. There is code for tiles of a quarter of the positions, a quarter of
@@ -37,17 +34,24 @@ _FEWEST_POSITIONS, _SHRINK = 16, 4
 class PrefillLaunch:
     """One prefill kernel, ready to be called on a work list.
 
-    * ``compute_dtype``: what the matrix unit multiplies.
+    * ``q_dtype``: the dtype of the queries.
+    * ``wanted``: the results that the caller wants.
     * ``schedule``: its ``pages_per_block`` fill a stage of the stream's ring, which has ``buffers`` stages.
     * ``interpret``: passed to Pallas.
     """
 
     program: Program
     layout: PageLayout
-    compute_dtype: Any
+    q_dtype: Any
+    wanted: Wanted
     schedule: RaggedSchedule
     chip: Chip
     interpret: Any
+
+    @property
+    def compute_dtype(self) -> Any:
+        """What the matrix unit multiplies."""
+        return compute_dtype(self.layout, self.q_dtype)
 
     @property
     def views(self) -> Views:
@@ -64,7 +68,7 @@ class PrefillLaunch:
 
     @property
     def strides(self) -> Strides:
-        """How queries and results lie in HBM."""
+        """How the rows of a tile lie between the caller's arrays and strips."""
         return Strides(self.program.num_q_heads, self.views.key_lanes, self.views.result_lanes)
 
     def shapes(self) -> tuple[TileShape, ...]:
@@ -74,23 +78,23 @@ class PrefillLaunch:
             positions.insert(0, positions[0] // _SHRINK)
         return tuple(TileShape(n, self.program.num_q_heads, self.program.group) for n in positions)
 
-    def lay_out(self, q: Float[Array, "tokens q_heads dim"]) -> Float[Array, "rows lanes"]:
-        """Queries as the kernel reads them: see `Strides`."""
-        tokens, heads, dim = q.shape
-        columns, stride = self.strides.q_columns, self.strides.q
-        x = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, 0), (0, columns * LANES - dim))).reshape(tokens, -1, LANES)
-        return jnp.pad(x, ((0, 0), (0, stride - heads * columns), (0, 0))).reshape(tokens * stride, LANES)
-
     def __call__(
-        self, work: WorkList, q: Float[Array, "rows lanes"], pages: Pages, results: Array | None = None
-    ) -> Float[Array, "rows_of_results lanes"]:
-        """Run the kernel on a work list, and return results as the kernel writes them: see `Strides`.
+        self,
+        work: WorkList,
+        q: Float[Array, "tokens q_heads dim"],
+        pages: Pages,
+        sinks: Float[Array, " q_heads"] | None,
+        results: Rows | None = None,
+    ) -> Rows:
+        """Run the kernel on a work list, and return the results of the rows that the list names.
 
-        ``q`` are queries that `lay_out` made. Given ``results``, the kernel writes into that memory, and rows that the
-        work list does not name keep their results. Without it these rows hold anything.
+        Given ``results``, the kernel writes into that memory, and rows that the work list does not name keep their
+        results. Without it these rows hold anything.
         """
         kernel = PrefillKernel(tuple(self._tile(shape) for shape in self.shapes()))
-        arrays, (k_scale, _) = self._arrays(kernel.tiles[-1].blocks[-1]), self._head_scales(pages)
+        arrays, (k_scale, v_scale) = self._arrays(kernel.tiles[-1].blocks[-1]), self._head_scales(pages)
+        smem: Any = pltpu.SMEM
+        hbm: Any = pltpu.HBM
         pools: Any = (*pages.arrays, *((pages.k_scale, pages.v_scale) if self._has_token_scales else ()))
 
         def run(work: WorkList, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
@@ -106,44 +110,44 @@ class PrefillLaunch:
             interpret=self.interpret,
             grid=(self.schedule.cores,),
             scalars=work,
-            inputs=Inputs(k_scale, arrays, q, pools, results),
-            memory=Inputs(k_scale=pltpu.SMEM, arrays=pltpu.SMEM, q=pltpu.HBM, pools=pltpu.HBM, results=pltpu.HBM),
-            outputs=Outputs(jax.eval_shape(self.empty_results, q)),
+            inputs=Inputs(k_scale, v_scale, sinks, arrays, q.astype(self._io_dtype(q.dtype)), pools, results),
+            memory=Inputs(smem, smem, smem, arrays=smem, q=hbm, pools=hbm, results=hbm),
+            outputs=Outputs(self.rows(q.shape[0])),
             scratch=self._scratch(),
             in_place=lambda tree: None if results is None else tree.results,
         ).results
 
-    def empty_results(self, q: Float[Array, "rows lanes"]) -> Float[Array, "rows_of_results lanes"]:
-        """Memory for the results of queries that `lay_out` made."""
-        return jnp.zeros((q.shape[0] // self.strides.q * self.strides.out, LANES), jnp.float32)
+    def rows(self, tokens: int) -> Rows:
+        """The shapes of the kernel's results for so many query rows."""
+        out = (tokens, self.program.num_q_heads, self.layout.value_dim)
+        lse = (tokens, self.strides.lse_registers, LANES)
+        return Rows(
+            jax.ShapeDtypeStruct(out, self._io_dtype(self.wanted.dtype)),
+            jax.ShapeDtypeStruct(lse, jnp.float32) if self.wanted.has_lse else None,
+        )
 
-    def state_of(self, results: Float[Array, "rows lanes"], pages: Pages) -> AttentionState:
-        """The attention state of all rows, from results as the kernel writes them.
+    def results_of(self, rows: Rows) -> Results:
+        """The caller's results, from those of the kernel."""
+        lse = None if rows.lse is None else rows.lse.reshape(rows.lse.shape[0], -1)[:, : self.program.num_q_heads]
+        return Results(rows.out.astype(self.wanted.dtype), lse)
 
-        The kernel stores unnormalised values, sums of weights, and maxima. Here values are normalised, and maxima are
-        converted from units of log 2 to the natural logarithm. A row that saw no key gets the empty state.
-        """
-        strides, views, heads = self.strides, self.views, self.program.num_q_heads
-        x = results.reshape(-1, strides.out, LANES)
-        values = x[:, : strides.first_sum].reshape(-1, heads, strides.out_columns * LANES)[..., views.value_lanes]
-        sums = x[:, strides.first_sum : strides.first_sum + strides.sums].reshape(x.shape[0], -1, 1)
-        total, top = sums[:, :heads], sums[:, heads : 2 * heads]
-        out, lse = Running(top / _LOG2E, total, values).finish()
-        _, v_scale = self._head_scales(pages)
-        if v_scale is not None:
-            out = out * jnp.repeat(v_scale, self.program.group)[None, :, None]
-        return AttentionState(out, lse[..., 0])
+    @staticmethod
+    def _io_dtype(dtype: Any) -> Any:
+        """The dtype that the kernel reads or writes instead of the caller's: no TPU loads 16-bit IEEE numbers."""
+        return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
     def _tile(self, shape: TileShape) -> TileKernel:
         mask_rows = min(_MASK_ROWS, shape.positions)
         blocks = []
         for views in self._prefixes():
-            scores = kernel_terms(self.program, shape.strip_group_rows, views.columns, unit=_LOG2E)
+            scores = kernel_terms(self.program, shape.strip_group_rows, views.columns, unit=LOG2E)
             mask = kernel_terms(self.program, mask_rows, views.columns)
             blocks.append(BlockKernel(shape, views, scores, mask, mask_rows, bool(self.program.score_ops)))
         # Smaller tiles are for the last rows of a sequence. They take little time, and long lines take long to compile.
         unrolled = MOST_UNROLLED if shape.positions == self.schedule.rows_per_tile else MOST_UNROLLED // 4
-        return TileKernel(shape, self.strides, tuple(blocks), unrolled, fetches_beside=not self._copies_by_strides)
+        return TileKernel(
+            shape, self.strides, self.views.value_lanes, tuple(blocks), unrolled, not self._copies_by_strides
+        )
 
     def _prefixes(self) -> list[Views]:
         """Views of a block's first quarter, half, three quarters, and the whole block, where they fill whole registers.
@@ -176,7 +180,8 @@ class PrefillLaunch:
     def _scratch(self) -> Scratch:
         """The shapes of the kernel's scratch memory."""
         views, layout, strides, shapes = self.views, self.layout, self.strides, self.shapes()
-        keys, all_rows = views.columns, self.schedule.rows_per_tile * self.program.num_q_heads
+        positions = self.schedule.rows_per_tile
+        keys, all_rows, q_heads = views.columns, positions * self.program.num_q_heads, self.program.num_q_heads
         rows = max(shape.strip_group_rows for shape in shapes)
         dma, smem = pltpu.SemaphoreType.DMA, functools.partial(pltpu.SMEM, dtype=jnp.int32)
 
@@ -191,18 +196,19 @@ class PrefillLaunch:
             pages_arrived=dma((self.schedule.buffers,)),
             cursor=smem((2,)),
             filled=smem((self.schedule.buffers,)),
-            q_buffer=vmem(2, self.schedule.rows_per_tile * strides.q, LANES),
+            q_buffer=vmem(2, positions, q_heads, self.program.head_dim, dtype=self._io_dtype(self.q_dtype)),
             q_arrived=dma((2,)),
-            out_buffer=vmem(self.schedule.rows_per_tile * strides.out, LANES),
-            out_left=dma,
+            results=jax.tree.map(lambda x: vmem(*x.shape, dtype=x.dtype), self.rows(positions)),
+            results_left=dma,
+            apart=vmem(positions * strides.stride, LANES),
             queries=vmem(all_rows, views.key_lanes, dtype=self.compute_dtype),
             top=vmem(all_rows, LANES),
             total=vmem(all_rows, LANES),
             values=vmem(all_rows, strides.out_columns * LANES),
             scores=vmem(2, rows, keys),
             block_top=vmem(2, rows, LANES),
-            visible=vmem(self.schedule.rows_per_tile, keys, dtype=jnp.int32),
-            sums=vmem(strides.sums, self.schedule.rows_per_tile, LANES),
+            visible=vmem(positions, keys, dtype=jnp.int32),
+            lse=vmem(strides.lse_registers, positions, LANES) if self.wanted.has_lse else None,
             key_position=vmem(2, SUBLANES, keys, dtype=jnp.int32),
             token_scales=vmem(2, 2 * layout.num_kv_heads * SUBLANES, keys) if self._has_token_scales else None,
             deinterleaved=vmem(2, *views.deinterleaved_shape()) if self._is_deinterleaved else None,

@@ -16,14 +16,15 @@ from jaxtyping import Array
 from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ...base import Schedule
-from ...program import COMMON, Call, Program, Sequences
-from ..base import TpuLowering
+from ...program import COMMON, Call, Program, Results, Sequences, Wanted
+from ..base import STATE, TpuLowering
 from ..decode import TpuDecode
 from ..pages import TileVisits, WorkList, copies_of_pages, rows_and_entries
 from .launch import PrefillLaunch
 from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call
+from .refs import Rows
 from .schedule import RaggedSchedule
-from .shape import most_tiles
+from .tiles import cut, most_tiles, owned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +91,25 @@ class TpuRagged(TpuLowering):
     def run_state(
         self, program: Program, schedule: RaggedSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences
     ) -> AttentionState:
+        """`run_results` in float32, without sinks."""
+        return self.run_results(program, schedule, call, STATE, q, pages, None, seqs).state
+
+    def run_results(
+        self,
+        program: Program,
+        schedule: RaggedSchedule,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> Results:
         """Tiles by the prefill kernel, and sequences of one row by the decode kernel where the schedule says so."""
-        launch = launch_of(program, pages.layout, call, schedule, self.target_chip, self.interpret)
         # With a static number of rows per sequence, all sequences go to one kernel.
         single_rows = schedule.single_rows if call.query_rows is None else None
-        is_tiled = seqs.counts > 0 if single_rows is None else seqs.counts > 1
-        tiled = seqs._replace(counts=jnp.where(is_tiled, seqs.counts, 0))
-        has_tile = tiled.owner(call.tokens)[1]
-        state = _state_of_tiles(launch, tiled, q, pages)
-        out = jnp.where(has_tile[:, None, None], state.out, 0.0)
-        lse = jnp.where(has_tile[:, None], state.lse, -jnp.inf)
+        is_tiled = seqs.counts > (0 if single_rows is None else 1)
+        out, lse = self._tiled(program, schedule, call, wanted, q, pages, sinks, seqs, is_tiled)
         if single_rows is not None:
             # The decode kernel is given one row for every slot. Slots with another number of rows see no key there, and
             # what it computes for them is dropped.
@@ -110,34 +120,80 @@ class TpuRagged(TpuLowering):
                 lengths=jnp.where(is_single, seqs.lengths, 0),
             )
             q_of_slots = q[jnp.minimum(seqs.starts, call.tokens - 1)]
-            single = self._decode.run_state(program, single_rows, _decode_call(call), q_of_slots, pages, decoded)
+            single = self._decode.run_results(
+                program, single_rows, _decode_call(call), wanted, q_of_slots, pages, sinks, decoded
+            )
             row = jnp.where(is_single, seqs.starts, call.tokens)
-            out, lse = out.at[row].set(single.out, mode="drop"), lse.at[row].set(single.lse, mode="drop")
-        return AttentionState(out, lse)
+            out = out.at[row].set(single.out, mode="drop")
+            lse = None if lse is None else lse.at[row].set(single.lse, mode="drop")
+        return Results(out, lse)
+
+    def run_update_results(
+        self,
+        program: Program,
+        schedule: RaggedSchedule,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        k: Array,
+        v: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> tuple[Results, Pages]:
+        """The write, then the attention. No page is read before the kernels that write end."""
+        pages = self.write(k, v, pages, seqs, call.query_rows)
+        return self.run_results(program, schedule, call, wanted, q, pages, sinks, seqs), pages
+
+    def _tiled(
+        self,
+        program: Program,
+        schedule: RaggedSchedule,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+        is_tiled: Array,
+    ) -> Results:
+        """The results of tiled sequences' rows, and of rows of no sequence. Other rows hold anything.
+
+        Scalar memory limits how many tiles one kernel lists, and how many pages of each. Usually one kernel lists all.
+        Else a loop runs it for some tiles at a time, and the states over some pages at a time are merged.
+        """
+        layout, width = pages.layout, seqs.tables.shape[1]
+        most = most_tiles(call.tokens, call.slots, schedule.rows_per_tile)
+        tiles_per_kernel, entries_per_kernel = rows_and_entries((most, width), self.target_chip)
+        slices = [slice(first, min(first + entries_per_kernel, width)) for first in range(0, width, entries_per_kernel)]
+        # Sinks enter once, after the last merge, and what is merged is float32.
+        is_whole = len(slices) == 1
+        of_slice, own_sinks = (wanted, sinks) if is_whole else (STATE, None)
+        launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret, of_slice)
+        tiles = cut(
+            seqs, is_tiled, call.tokens, schedule.rows_per_tile, -(-most // tiles_per_kernel) * tiles_per_kernel
+        )
+        visited = TileVisits.of(program, tiles, layout.page_size, pages.num_pages)
+        found = []
+        for entries in slices:
+
+            def run(visited: TileVisits, rows: Rows | None, entries: slice = entries) -> Rows:
+                return launch(_work(schedule, entries, visited), q, pages, own_sinks, rows)
+
+            found.append(launch.results_of(_rows(launch, run, visited, tiles_per_kernel, call.tokens)))
+        if not is_whole:
+            return wanted.of(functools.reduce(merge, (results.state for results in found)), seqs, sinks)
+        (results,) = found
+        if sinks is None or results.lse is None:
+            return results
+        # The kernel has put the sink into the log-sum-exp of every row that it has written.
+        row, (first, end) = jnp.arange(call.tokens, dtype=jnp.int32), owned(seqs)
+        is_owned = ((row >= first) & (row < end))[:, None]
+        return results._replace(lse=jnp.where(is_owned, results.lse, -jnp.inf))
 
     @property
     def _decode(self) -> TpuDecode:
         return TpuDecode(chip=self.chip, interpret=self.interpret)
-
-
-def _state_of_tiles(launch: PrefillLaunch, seqs: Sequences, q: Array, pages: Pages) -> AttentionState:
-    """The state of the sequences' query rows by the prefill kernel. Other rows hold anything.
-
-    Scalar memory limits how many tiles one kernel lists, and how many pages of each. Usually one kernel lists all. Else
-    a loop runs it for some tiles at a time, and the states over some pages at a time are merged.
-    """
-    schedule, layout, width = launch.schedule, pages.layout, seqs.tables.shape[1]
-    most = most_tiles(q.shape[0], seqs.starts.shape[0], schedule.rows_per_tile)
-    tiles_per_kernel, entries_per_kernel = rows_and_entries((most, width), launch.chip)
-    tiles = seqs.cut(schedule.rows_per_tile, -(-most // tiles_per_kernel) * tiles_per_kernel)
-    visited = TileVisits.of(launch.program, tiles, layout.page_size, pages.num_pages)
-    laid_out, states = launch.lay_out(q), []
-    for first in range(0, width, entries_per_kernel):
-        entries = slice(first, min(first + entries_per_kernel, width))
-        work_of = functools.partial(_work, schedule, entries)
-        results = _results(launch, work_of, visited, tiles_per_kernel, laid_out, pages)
-        states.append(launch.state_of(results, pages))
-    return functools.reduce(merge, states)
 
 
 def _work(schedule: RaggedSchedule, entries: slice, visited: TileVisits) -> WorkList:
@@ -147,23 +203,24 @@ def _work(schedule: RaggedSchedule, entries: slice, visited: TileVisits) -> Work
     )
 
 
-def _results(
+def _rows(
     launch: PrefillLaunch,
-    work_of: Callable[[TileVisits], WorkList],
+    run: Callable[[TileVisits, Rows | None], Rows],
     visited: TileVisits,
     tiles_per_kernel: int,
-    q: Array,
-    pages: Pages,
-) -> Array:
+    tokens: int,
+) -> Rows:
     """Results of all tiles, as the kernel writes them. Each run of the kernel is for ``tiles_per_kernel`` tiles."""
     if visited.visits.page.shape[0] == tiles_per_kernel:
-        return launch(work_of(visited), q, pages)
+        return run(visited, None)
 
-    def run(i: Any, results: Array) -> Array:
-        return launch(work_of(visited.sliced(i * tiles_per_kernel, tiles_per_kernel)), q, pages, results)
+    def run_some(i: Any, rows: Rows) -> Rows:
+        return run(visited.sliced(i * tiles_per_kernel, tiles_per_kernel), rows)
 
     live = jnp.sum(visited.tiles.counts > 0, dtype=jnp.int32)
-    return jax.lax.fori_loop(0, (live + tiles_per_kernel - 1) // tiles_per_kernel, run, launch.empty_results(q))
+    # The tiles name every row in the end, so it does not matter what the rows hold at first.
+    first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), launch.rows(tokens))
+    return jax.lax.fori_loop(0, (live + tiles_per_kernel - 1) // tiles_per_kernel, run_some, first)
 
 
 def _decode_call(call: Call) -> Call:

@@ -6,10 +6,9 @@ from typing import Any
 
 from paged.spec import PageLayout
 
-from ...program import Call, Program
+from ...program import Call, Program, Wanted
 from ...schedule import around, grid, halvings
 from ..chips import LANES, Chip
-from ..pages import compute_dtype
 from .launch import PrefillLaunch
 from .schedule import RaggedSchedule
 from .shape import TileShape
@@ -27,10 +26,17 @@ _BUFFER_SHARE = 0.7
 
 
 def launch_of(
-    program: Program, layout: PageLayout, call: Call, schedule: RaggedSchedule, chip: Chip, interpret: Any = False
+    program: Program,
+    layout: PageLayout,
+    call: Call,
+    schedule: RaggedSchedule,
+    chip: Chip,
+    interpret: Any = False,
+    wanted: Wanted | None = None,
 ) -> PrefillLaunch:
-    """The prefill kernel that a schedule describes."""
-    return PrefillLaunch(program, layout, compute_dtype(layout, call.q_dtype), schedule, chip, interpret)
+    """The prefill kernel that a schedule describes. Unless it is said, results are wanted in the queries' dtype."""
+    wanted = wanted or Wanted(call.q_dtype)
+    return PrefillLaunch(program, layout, call.q_dtype, wanted, schedule, chip, interpret)
 
 
 def plan_schedule(program: Program, layout: PageLayout, call: Call, chip: Chip) -> RaggedSchedule:

@@ -1,4 +1,4 @@
-"""The memory that the prefill kernel reads, writes and works in, and the layout of its queries and results in HBM.
+"""The memory that the prefill kernel reads, writes and works in, and how rows lie on their way to strips.
 
 Several arrays of the scratch memory have a leading axis of 2. They are *double buffers*: one *half* is filled while the
 other half is read. Then the halves change their roles: in the buffer of queries from tile to tile, in the buffers of
@@ -8,30 +8,50 @@ what is prepared for a block from block to block, and in the buffers of scores f
 import dataclasses
 from typing import Any, NamedTuple
 
-from ..chips import LANES
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from ..chips import LANES, SUBLANES
 from ..pages import Stream
+from .loops import Index, multiple
 
 
 class Inputs(NamedTuple):
     """The kernel's operands, except for its work list: first the arrays in scalar memory, then the arrays in HBM.
 
-    * ``k_scale`` f32[kv_heads]: the factor of each KV head's stored keys; None where keys have no such scales.
+    * ``k_scale``, ``v_scale`` f32[kv_heads]: the factors of each KV head's stored keys and values; None where these
+      have no such scales.
+    * ``sinks`` f32[q_heads]: the sink of each query head; None where there are none.
     * ``arrays``: a tuple of what the scores and masks need of each query head, [q_heads] each.
-    * ``q`` f32[tokens * q_stride, lanes]: the queries, laid out as `Strides` says.
+    * ``q`` [tokens, q_heads, head_dim]: the queries as they are.
     * ``pools``: a tuple of the arrays of pages, and then of per-token scales.
     * ``results``: results that earlier kernels wrote, to be kept where this kernel writes nothing; None where there are
-      none. It is the same memory as `Outputs.results`.
+      none. They are the same memory as `Outputs.results`.
     """
 
     k_scale: Any
+    v_scale: Any
+    sinks: Any
     arrays: Any
     q: Any
     pools: Any
     results: Any
 
 
+class Rows(NamedTuple):
+    """The results of query rows.
+
+    * ``out`` [tokens, q_heads, value_dim]: normalised values, in the dtype that the caller wants.
+    * ``lse`` f32[tokens, registers, lanes]: the log-sum-exp of query head ``h`` is in lane ``h % 128`` of register
+      ``h // 128``. None where the caller does not want it.
+    """
+
+    out: Any
+    lse: Any
+
+
 class Outputs(NamedTuple):
-    """``results`` f32[tokens * out_stride, lanes], laid out as `Strides` says."""
+    """``results``: the kernel's `Rows`."""
 
     results: Any
 
@@ -50,8 +70,9 @@ class Scratch(NamedTuple):
 
     Queries and results on their way:
 
-    * ``q_buffer`` f32[2, positions * q_stride, lanes], and a DMA semaphore for either half in ``q_arrived``.
-    * ``out_buffer`` f32[positions * out_stride, lanes], and one DMA semaphore ``out_left``.
+    * ``q_buffer`` [2, positions, q_heads, head_dim], and a DMA semaphore for either half in ``q_arrived``.
+    * ``results``: `Rows` of a tile, and one DMA semaphore ``results_left``.
+    * ``apart`` f32[positions * stride, lanes]: rows between these buffers and strips, see `Strides`.
 
     The online softmax of one tile:
 
@@ -59,8 +80,7 @@ class Scratch(NamedTuple):
     * ``top`` f32[all rows, lanes]: the largest score so far, the same in every lane.
     * ``total`` f32[all rows, lanes]: sums of weights, which are still to be summed over lanes.
     * ``values`` f32[all rows, result_lanes]: sums of weighted values.
-    * ``sums`` f32[registers, positions, lanes]: ``total`` and ``top`` of all heads of a position, side by side: see
-      `Strides.first_sum`.
+    * ``lse`` f32[registers, positions, lanes]: as in `Rows`; None where the caller does not want it.
 
     One block of keys:
 
@@ -79,8 +99,9 @@ class Scratch(NamedTuple):
     filled: Any
     q_buffer: Any
     q_arrived: Any
-    out_buffer: Any
-    out_left: Any
+    results: Any
+    results_left: Any
+    apart: Any
     queries: Any
     top: Any
     total: Any
@@ -88,7 +109,7 @@ class Scratch(NamedTuple):
     scores: Any
     block_top: Any
     visible: Any
-    sums: Any
+    lse: Any
     key_position: Any
     token_scales: Any
     deinterleaved: Any
@@ -105,19 +126,22 @@ class Refs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Strides:
-    """How the queries and the results of one position lie in HBM: as consecutive rows of 128 lanes.
+    """How the rows of a tile lie in `Scratch.apart`.
 
-    All heads of a position lie next to each other, so that one copy moves a range of positions. A head's rows are then
-    read from VMEM with a stride, ``q`` or ``out``. In the results, the heads are followed by their sums of weights and
-    their largest scores, one lane each::
+    A caller's rows have all heads of a position next to each other, in 16-bit numbers perhaps. A strip has one head of
+    many positions. Only rows of 32-bit numbers can be read and written with a stride. So every row passes through
+    ``apart``, where each head of a position has a row of 128 lanes of its own (a wider head has several, each in a
+    *column* of rows of all heads)::
 
-        queries of a position              results of a position
-        row 0   head 0                     row 0          weighted values of head 0
-        row 1   head 1                     ...
-        ...                                first_sum      sums of weights, and then largest scores
-        row q   the next position          row out        the next position
+        row 0                   column 0 of head 0
+        row 1                   column 0 of head 1
+        ...
+        row heads               column 1 of head 0
+        ...
+        row stride              the next position
 
-    (for heads of up to 128 lanes; a wider head has several rows.)
+    * ``num_q_heads``: query heads of a position.
+    * ``key_lanes``, ``result_lanes``: see `Views`.
     """
 
     num_q_heads: int
@@ -126,42 +150,57 @@ class Strides:
 
     @property
     def q_columns(self) -> int:
-        """Rows of a head's query."""
+        """Columns of a head's query."""
         return -(-self.key_lanes // LANES)
 
     @property
     def out_columns(self) -> int:
-        """Rows of a head's result."""
+        """Columns of a head's result."""
         return -(-self.result_lanes // LANES)
 
     @property
-    def q(self) -> int:
-        """Rows of a position's queries."""
-        return _stride(self.num_q_heads * self.q_columns)
+    def heads(self) -> int:
+        """Rows of a column: one for each head, in whole tiles of 8 rows."""
+        return -(-self.num_q_heads // SUBLANES) * SUBLANES
 
     @property
-    def first_sum(self) -> int:
-        """The first of the rows that hold sums and maxima.
+    def stride(self) -> int:
+        """Rows of a position: an odd number of tiles of 8 rows.
 
-        From this row on, number ``i`` is in lane ``i % 128`` of row ``i // 128``. Numbers 0 to ``num_q_heads - 1`` are
-        the heads' sums of weights, and as many after these are their largest scores.
+        With an even number of tiles, a strided access would take all its rows from a few banks of memory, one by one.
         """
-        return self.num_q_heads * self.out_columns
+        return (self.heads // SUBLANES * max(self.q_columns, self.out_columns) | 1) * SUBLANES
 
     @property
-    def sums(self) -> int:
-        """Rows of sums and maxima."""
-        return -(-2 * self.num_q_heads // LANES)
+    def lse_registers(self) -> int:
+        """Registers that hold one number for each head of a position."""
+        return -(-self.num_q_heads // LANES)
 
-    @property
-    def out(self) -> int:
-        """Rows of a position's results."""
-        return _stride(self.first_sum + self.sums)
+    def positions_of(self, turn: Index, positions: int) -> Any:
+        """Where the rows of the ``turn``-th so many positions lie."""
+        return pl.ds(multiple(turn, positions * self.stride), positions * self.stride)
 
+    def apart(self, x: Any) -> Any:
+        """The rows of some positions, from their queries ``[positions, q_heads, head_dim]``.
 
-def _stride(rows: int) -> int:
-    """The smallest odd number of tiles of 8 rows that holds ``rows`` rows, in rows.
+        Lanes past the head dimension are 0: keys have values there, or anything.
+        """
+        positions, q_heads, dim = x.shape
+        columns = []
+        for first in range(0, dim, LANES):
+            part = x[..., first : first + LANES]
+            columns.append(jnp.pad(part, ((0, 0), (0, self.heads - q_heads), (0, LANES - part.shape[-1]))))
+        rest = self.stride - len(columns) * self.heads
+        if rest:
+            columns.append(jnp.zeros((positions, rest, LANES), x.dtype))
+        return jnp.concatenate(columns, axis=1).reshape(positions * self.stride, LANES)
 
-    With an even number of tiles, a strided read would take all its rows from a few banks of memory, one by one.
-    """
-    return (-(-rows // 8) | 1) * 8
+    def together(self, rows: Any) -> Any:
+        """The results ``[positions, q_heads, result_lanes]`` of some positions, from their rows."""
+        x = rows.reshape(-1, self.stride, LANES)
+        firsts = range(0, self.out_columns * self.heads, self.heads)
+        return jnp.concatenate([x[:, first : first + self.num_q_heads] for first in firsts], axis=-1)
+
+    def head_of(self, head: Index, column: int, first: Index, positions: int) -> Any:
+        """Where a column of a head of some positions lies, from position ``first`` on."""
+        return pl.ds(first * self.stride + column * self.heads + head, positions, stride=self.stride)

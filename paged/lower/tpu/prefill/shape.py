@@ -37,14 +37,6 @@ from .loops import Index, div, multiple, rem
 _MOST_POSITIONS, _MOST_ROWS = 256, 384
 
 
-def most_tiles(tokens: int, slots: int, rows: int) -> int:
-    """The most tiles of ``rows`` query rows that ``tokens`` query rows in ``slots`` sequence slots can make.
-
-    Every sequence has at most one tile that is not full.
-    """
-    return tokens // rows + min(slots, tokens)
-
-
 @dataclasses.dataclass(frozen=True)
 class TileShape:
     """The strips and strip groups of a tile: see this module's drawing.

@@ -18,6 +18,7 @@ sees every key. The other blocks need a mask. For each of them the pipeline star
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from ...program import update_maximum
 from ..chips import LANES
 from ..pages import Stream
 from .block import Block, BlockKernel
@@ -32,14 +34,19 @@ from .loops import Index, div, even_divisor, loop, rem, unrolled_loop
 from .refs import Refs, Strides
 from .shape import TileShape
 
+# Scores are in units of log 2: powers of two are what a TPU computes, and every other base costs a multiplication.
+LOG2E = math.log2(math.e)
 # Strip groups in one straight line of code: with fewer, the matrix unit waits where lines meet.
 MOST_UNROLLED = 16
+# Positions whose rows move to or from `Scratch.apart` at once.
+_POSITIONS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class TileKernel:
     """The kernel for tiles of one shape.
 
+    * ``strides``, ``value_lanes``: where rows lie in `Scratch.apart`, and which lanes of a result are the value's.
     * ``blocks``: code for the first pages of a block, fewest pages first. The last one is for whole blocks.
     * ``most_unrolled``: strip groups in one straight line of code, at most.
     * ``fetches_beside``: whether the copies of a block's pages may start between products.
@@ -47,6 +54,7 @@ class TileKernel:
 
     shape: TileShape
     strides: Strides
+    value_lanes: slice
     blocks: tuple[BlockKernel, ...]
     most_unrolled: int
     fetches_beside: bool
@@ -54,13 +62,15 @@ class TileKernel:
     def run(
         self, refs: Refs, item: Index, end: Index, half: Index, before_results: Callable[[], None], stage: Index
     ) -> Index:
-        """Attend over one item's pages and leave the results in ``out_buffer``.
+        """Attend over one item's pages and leave the results in their buffer.
 
         The item's queries are in ``half`` of their buffer, and its first block arrives in ``stage`` of the stream's
-        ring. Returns the stage of the next item's first block. ``before_results`` waits until ``out_buffer`` is free.
+        ring. Returns the stage of the next item's first block. ``before_results`` waits until the results' buffer is
+        free.
         """
         self._load_queries(refs, half)
         stage = self._over_blocks(refs, item, end, stage)
+        self._finish(refs)
         # Here and not earlier: the results of the tile before leave while this tile is worked on. Here and not later:
         # `_store_results` would overwrite them on their way.
         before_results()
@@ -68,16 +78,21 @@ class TileKernel:
         return stage
 
     def _load_queries(self, refs: Refs, half: Index) -> None:
-        """Put the queries of each strip together, from rows that lie a position's stride apart."""
-        scratch, lanes = refs.scratch, refs.scratch.queries.shape[1]
+        """Put the queries of each strip together: rows of positions go to ``apart``, and strips are read from there."""
+        scratch, strides, lanes = refs.scratch, self.strides, refs.scratch.queries.shape[1]
+
+        def lay_apart(turn: Index) -> None:
+            x = scratch.q_buffer[half, pl.ds(turn * _POSITIONS, _POSITIONS)].astype(jnp.float32)
+            scratch.apart[strides.positions_of(turn, _POSITIONS)] = strides.apart(x)
 
         def load(strip: Index) -> None:
             rows = self.shape.rows_of_strip(strip)
-            for column in range(self.strides.q_columns):
-                x = scratch.q_buffer[half, self._strided(strip, self.strides.q, self.strides.q_columns, column)]
+            for column in range(strides.q_columns):
+                x = scratch.apart[self._strip_apart(strip, column)]
                 width = min(LANES, lanes - column * LANES)
                 scratch.queries[rows, pl.ds(column * LANES, width)] = x[:, :width].astype(scratch.queries.dtype)
 
+        loop(self.shape.positions // _POSITIONS, lay_apart)
         unrolled_loop(self.shape.strips, self.most_unrolled // 2, load)
 
     def clear(self, refs: Refs) -> None:
@@ -206,50 +221,71 @@ class TileKernel:
 
         loop(groups // unrolled, run_line)
 
-    def _store_results(self, refs: Refs) -> None:
-        """Put the results of all strips into ``out_buffer``, position by position, and clear the softmax.
-
-        Sums and maxima are stored as they are; XLA normalises results where it reads them anyway.
-        """
+    def _finish(self, refs: Refs) -> None:
+        """Normalise the results of all strips into ``apart``, and clear the softmax."""
         scratch, shape, strides = refs.scratch, self.shape, self.strides
         lane = jax.lax.broadcasted_iota(jnp.int32, (shape.strip_rows, LANES), 1)
-        registers = scratch.sums.shape[0]
 
-        def store(strip_group: Index) -> None:
+        def finish(strip_group: Index) -> None:
             group_rows = shape.rows_of_strip_group(strip_group)
             values, top = scratch.values[group_rows], scratch.top[group_rows]
             total = jnp.broadcast_to(jnp.sum(scratch.total[group_rows], axis=1, keepdims=True), top.shape)
+            kv_head = shape.kv_head_of(strip_group)
             for i, strip in enumerate(shape.strips_of(strip_group)):
                 rows, head = slice(i * shape.strip_rows, (i + 1) * shape.strip_rows), shape.q_head_of(strip)
+                factor, lse = self._factor_and_lse(refs, head, top[rows], total[rows])
+                if refs.inputs.v_scale is not None:
+                    factor = factor * refs.inputs.v_scale[kv_head]
                 for column in range(strides.out_columns):
-                    strided = self._strided(strip, strides.out, strides.out_columns, column)
-                    scratch.out_buffer[strided] = values[rows, column * LANES : (column + 1) * LANES]
-                # Each number has a lane of its own: see `Strides.first_sum`. If one register has lanes for all numbers,
-                # both numbers of a head are put into it at once.
-                numbered = [(head, total), (shape.num_q_heads + head, top)]
-                for together in [numbered] if registers == 1 else [[number] for number in numbered]:
-                    register = 0 if registers == 1 else div(together[0][0], LANES)
+                    x = values[rows, column * LANES : (column + 1) * LANES]
+                    scratch.apart[self._strip_apart(strip, column)] = x * factor
+                if scratch.lse is not None:
+                    # The log-sum-exp of every head has a lane of its own: see `Rows`.
+                    register = 0 if strides.lse_registers == 1 else div(head, LANES)
                     positions = pl.ds(shape.first_position_of(strip), shape.strip_rows)
-                    sums = scratch.sums[register, positions]
-                    for number, x in together:
-                        sums = jnp.where(lane == rem(number, LANES), x[rows], sums)
-                    scratch.sums[register, positions] = sums
+                    others = scratch.lse[register, positions]
+                    scratch.lse[register, positions] = jnp.where(lane == rem(head, LANES), lse, others)
             # Only after this strip group was read. Here, where sums over lanes are waited for, the stores of zeros take
             # little more than half of the time that they take by themselves (modelled).
             self._clear(refs, strip_group)
 
-        unrolled_loop(shape.strip_groups, self.most_unrolled, store)
-        # After the loop: a register of sums is complete when every head has put its numbers into it.
-        for register in range(registers):
-            for first in range(0, shape.positions, shape.strip_rows):
-                start = first * strides.out + strides.first_sum + register
-                rows = pl.ds(start, shape.strip_rows, stride=strides.out)
-                scratch.out_buffer[rows] = scratch.sums[register, pl.ds(first, shape.strip_rows)]
+        unrolled_loop(shape.strip_groups, self.most_unrolled, finish)
 
-    def _strided(self, strip: Index, stride: int, columns: int, column: int) -> Any:
-        """Where a strip's rows lie in memory with ``stride`` rows for every position, ``columns`` of them per head."""
-        first = self.shape.first_position_of(strip) * stride + self.shape.q_head_of(strip) * columns + column
-        return pl.ds(first, self.shape.strip_rows, stride=stride)
+    def _factor_and_lse(self, refs: Refs, head: Index, top: Any, total: Any) -> tuple[Any, Any]:
+        """By what a head's sums of weighted values are multiplied, and its log-sum-exps (None if nobody wants them).
+
+        Both are the same in every lane. Without a visible key the sums are 0, and so is what they are multiplied by.
+        """
+        # Not in units of log 2 any more: the log-sum-exp of a row that sees no key is exactly its sink.
+        top, share = top / LOG2E, 1.0
+        if refs.inputs.sinks is not None:
+            # One more logit in the denominator. The sums are moved to the larger one of it and of the maximum.
+            sink = jnp.full(top.shape, refs.inputs.sinks[head])
+            _, top, share = update_maximum(top, sink)
+            total = total * share + jnp.exp(sink - top)
+        lse = None if refs.scratch.lse is None else jnp.log(total) + top
+        return share / jnp.where(total == 0, 1.0, total), lse
+
+    def _store_results(self, refs: Refs) -> None:
+        """Put the results into their buffer, as the caller has them: all heads of a position next to each other."""
+        scratch, strides = refs.scratch, self.strides
+        out, lse = scratch.results
+
+        def store(turn: Index) -> None:
+            x = strides.together(scratch.apart[strides.positions_of(turn, _POSITIONS)])
+            out[pl.ds(turn * _POSITIONS, _POSITIONS)] = x[..., self.value_lanes].astype(out.dtype)
+
+        loop(self.shape.positions // _POSITIONS, store)
+        if lse is not None:
+            for register in range(strides.lse_registers):
+                for first in range(0, self.shape.positions, self.shape.strip_rows):
+                    positions = pl.ds(first, self.shape.strip_rows)
+                    lse[positions, register] = scratch.lse[register, positions]
+
+    def _strip_apart(self, strip: Index, column: int) -> Any:
+        """Where a column of a strip's rows lies in ``apart``."""
+        head, first = self.shape.q_head_of(strip), self.shape.first_position_of(strip)
+        return self.strides.head_of(head, column, first, self.shape.strip_rows)
 
 
 def _choose(condition: Index, yes: Block, no: Block) -> Block:
