@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Each worker runs the tests of a file in a row, which share compiled programs, and takes from others when it is done.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
 
-.PHONY: demo test test-kernels test-slow check format bench clean
+.PHONY: demo test test-kernels test-slow mutants check format bench clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
@@ -20,6 +20,9 @@ test-kernels: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	PAGED_TEST_OPTIMISED=1 $(PYTEST) -m "slow or kernels or not slow"
+
+mutants: $(VENV)/.test
+	$(BIN)/python -m tests.mutants
 
 check: $(VENV)/.dev $(VENV)/.test
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ _SAID = (
     ("_slices_overlap", "no races"),
     ("non-zero count", "semaphores end at zero"),
     ("Out-of-bounds", "in bounds"),
+    ("is_range_out_of_bounds_for_shape", "in bounds"),  # it asserts that no index is negative
     ("did not end in", "kernels end"),
 )
 

@@ -14,15 +14,12 @@ from paged.lower import LOWERINGS, Sequences
 from paged.lower._compile_for import compile_on
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.write import granules as granules_module
-from paged.lower.tpu.write import kernel as write_module
 from paged.lower.tpu.write import plan as plan_module
 from paged.lower.tpu.write import write_rows
 from paged.lower.tpu.write.granules import GRANULE, Granules
-from paged.lower.tpu.write.kernel import Partial, Whole
 from paged.spec import PAGE_ORDERS, PageLayout, Pages, RaggedBatch
 
 from .interpreter import MODES, params, watched
-from .planting import never_awaited
 
 PAGE_SIZE, WIDTH, NUM_PAGES, TOKENS = 16, 5, 48, 128
 SLOTS = 8
@@ -319,65 +316,3 @@ def test_compiles_in_place(name, generation):
     # both at once.
     scales = 0 if LAYOUTS[name].get("scales") != "token" else 2 * POOL_BYTES // 8
     assert memory.temp_size_in_bytes < 8 * rows + 2**20 + scales
-
-
-def _nothing(original):
-    return lambda *args: None
-
-
-def _everything_is_new(original):
-    return lambda self, *at: original(_changed(self, begin=lambda i: 0, end=lambda i: GRANULE), *at)
-
-
-def _one_token_more(original):
-    return lambda self, *at: original(_changed(self, end=lambda i: self.lists.end[i] + 1), *at)
-
-
-def _changed(kernel, **lists):
-    class Looked:
-        def __init__(self, look):
-            self.look = look
-
-        def __getitem__(self, i):
-            return self.look(i)
-
-    replaced = kernel.lists._replace(**{name: Looked(look) for name, look in lists.items()})
-    return dataclasses.replace(kernel, lists=replaced)
-
-
-def _at_once(original):
-    return lambda page, offset: jnp.where(page < 0, -1, 0)
-
-
-def _read_too_early(original):
-    def pipeline(first, end, await_sent, **stages):
-        original(first, end, await_sent=lambda i: None, **stages)
-        jax.lax.fori_loop(first, end, lambda i, _: await_sent(i), None)
-
-    return pipeline
-
-
-def _next_row(original):
-    return lambda self, rows, axis: original(self._replace(row=self.row + 1), rows, axis)
-
-
-BUGS = {
-    "no wait for blocks": (Whole, "_reads", never_awaited, "mixed", "on_wait"),
-    "no wait for what blocks write": (Whole, "_await_writes", _nothing, "mixed", "on_wait"),
-    "no wait for partial granules": (Partial, "_reads", never_awaited, "mixed", "on_wait"),
-    "no wait for what partial ones write": (Partial, "_writes", never_awaited, "mixed", "on_wait"),
-    "partial granules are not kept": (Partial, "_put", _everything_is_new, "mixed", "on_wait"),
-    "one token more": (Partial, "_put", _one_token_more, "mixed", "on_wait"),
-    "neighbours at once": (granules_module, "_turns", _at_once, "neighbours", "eager"),
-    "a buffer is read into too early": (write_module, "_pipeline", _read_too_early, "mixed", "on_wait"),
-    "the next row": (Granules, "gather", _next_row, "mixed", "on_wait"),
-}
-_SLOW_BUGS = ("no wait for what partial ones write", "one token more", "the next row", "no wait for what blocks write")
-
-
-@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.kernels] * (bug in _SLOW_BUGS)) for bug in BUGS])
-def test_planted_bugs_are_seen(bug, small_rings, monkeypatch):
-    owner, name, mutant, batch, mode = BUGS[bug]
-    monkeypatch.setattr(owner, name, mutant(getattr(owner, name)))
-    with pytest.raises(AssertionError):
-        _assert_writes(_layout(), (batch,), mode, small_rings("v5e", generation=bug), patience=20.0)

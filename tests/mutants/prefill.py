@@ -1,0 +1,222 @@
+"""Planted bugs of the TPU prefill kernel and of the lowering around it."""
+
+import dataclasses
+import functools
+import inspect
+
+import jax.numpy as jnp
+
+from paged.lower.tpu.decode import TpuDecode
+from paged.lower.tpu.pages.stream import Stream
+from paged.lower.tpu.pages.transfer import Transfers
+from paged.lower.tpu.pages.work import TileVisits
+from paged.lower.tpu.prefill import lowering as lowering_module
+from paged.lower.tpu.prefill import tile as tile_module
+from paged.lower.tpu.prefill.block import Block, BlockKernel
+from paged.lower.tpu.prefill.kernel import PrefillKernel
+from paged.lower.tpu.prefill.launch import PrefillLaunch
+from paged.lower.tpu.prefill.shape import TileShape
+from paged.lower.tpu.prefill.tile import TileKernel
+from paged.spec import AttentionState
+
+from .base import Mutant
+from .planting import Shifted, all_full, all_of, attribute, method, never_awaited, none_filled, nothing, page_too_few
+
+
+def _not_waiting_before_results(original):
+    def run(self, refs, item, end, half, before_results, stage):
+        return original(self, refs, item, end, half, lambda: None, stage)
+
+    return run
+
+
+def _impatient(patch):
+    """Only an item's first whole block is waited for, not the block in the stage *after* the one that is worked on."""
+    later, after, wait = [], Stream.after, Stream.wait_whole
+
+    def noted(self, slot):
+        later.append(after(self, slot))
+        return later[-1]
+
+    def wait_whole(self, slot):
+        if not any(slot is other for other in later):
+            wait(self, slot)
+
+    patch.setattr(Stream, "after", noted)
+    patch.setattr(Stream, "wait_whole", wait_whole)
+
+
+def _one_too_long(original):
+    def find_visible(self, refs, *args):
+        work = refs.stream.work._replace(length=Shifted(refs.stream.work.length, 1))
+        original(self, refs._replace(stream=dataclasses.replace(refs.stream, work=work)), *args)
+
+    return find_visible
+
+
+def _in_the_first_half(original):
+    """`BlockKernel.score` or `weigh` with the scores in half 0, whichever half is asked for."""
+    at = list(inspect.signature(original).parameters).index("half")
+    return lambda *args, **kwargs: original(*args[:at], 0, *args[at + 1 :], **kwargs)
+
+
+def _of_the_other_head(original):
+    return lambda self, refs, block, head, which: original(self, refs, block, 1 - head, which)
+
+
+def _results_of_the_other_head(original):
+    return lambda self, strip: 1 - original(self, strip)
+
+
+def _one_half(stage, half, entry):
+    return Block(stage, 0, entry)
+
+
+def _a_row_too_far(original):
+    def cut(*args):
+        tiles = original(*args)
+        return tiles._replace(starts=tiles.starts + 1)
+
+    return cut
+
+
+def _a_position_too_far(original):
+    def cut(*args):
+        tiles = original(*args)
+        return tiles._replace(positions=tiles.positions + 1)
+
+    return cut
+
+
+def _of_the_next_slot(original):
+    def run_state(self, *args):
+        return AttentionState(*(jnp.roll(x, 1, axis=0) for x in original(self, *args)))
+
+    return run_state
+
+
+def _a_row_before(original):
+    return lambda self, rows: original(self, rows._replace(out=jnp.roll(rows.out, 1, axis=0)))
+
+
+def _of_keys_only(original):
+    def cut(*args):
+        tiles = original(*args)
+        return tiles._replace(counts=jnp.where(tiles.lengths > 0, tiles.counts, 0))
+
+    return cut
+
+
+def _cleared_at_first_only(patch):
+    clear = TileKernel._clear
+
+    def every_group(self, refs):
+        for strip_group in range(self.shape.strip_groups):
+            clear(self, refs, strip_group)
+
+    patch.setattr(TileKernel, "clear", every_group)
+    patch.setattr(TileKernel, "_clear", lambda self, refs, strip_group: None)
+
+
+_prefill = functools.partial(Mutant, "prefill", in_every_run=False)
+_EQUAL = "equals the reference"
+PREFILL = (
+    _prefill(
+        "the next whole block is not waited for", _impatient,
+        "prefill, late", _EQUAL, "not finite", in_every_run=True,
+    ),
+    _prefill(
+        "no wait for results", method(TileKernel, "run", _not_waiting_before_results),
+        "prefill, early", "no races",
+    ),
+    _prefill(
+        "scores of all strip groups in one half",
+        all_of(*(method(BlockKernel, step, _in_the_first_half) for step in ("score", "weigh"))),
+        "prefill, late", _EQUAL, "error",
+    ),
+    _prefill(
+        "first scores of the next block from this one",
+        attribute(tile_module, "_choose", lambda _: lambda condition, yes, no: yes),
+        "prefill, late", _EQUAL, "error",
+    ),
+    _prefill(
+        "decoded rows of the next slot", method(TpuDecode, "run_state", _of_the_next_slot),
+        "prefill, mixed", _EQUAL, "error",
+    ),
+    _prefill(
+        "no wait for whole blocks", method(Transfers, "wait", nothing),
+        "prefill, late", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "no wait for blocks of few pages", method(Transfers, "wait_for", nothing),
+        "prefill, late", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "no wait for queries", method(PrefillKernel, "_queries", never_awaited),
+        "prefill, late", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "no wait for any results", method(PrefillKernel, "_results", never_awaited),
+        "prefill, early", "no races",
+    ),
+    _prefill(
+        "j <= length", method(BlockKernel, "find_visible", _one_too_long),
+        "prefill, late", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "no mask", method(BlockKernel, "_visible", lambda visible: lambda *args: jnp.bool_(True)),
+        "prefill, early", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "values past the length not zeroed", method(Transfers, "zero_dead_values", nothing),
+        "prefill, late", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "values of places without a page not zeroed", method(Stream, "zero_dead_values", none_filled),
+        "prefill, half blocks", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "a page too few", method(TileVisits, "of", page_too_few),
+        "prefill, early", _EQUAL, "error",
+    ),
+    _prefill(
+        "partial pages taken for full", method(TileVisits, "of", all_full),
+        "prefill, early", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "keys of another head", method(BlockKernel, "_stored", _of_the_other_head),
+        "prefill, early", _EQUAL, "error",
+    ),
+    _prefill(
+        "results of another head", method(TileShape, "q_head_of", _results_of_the_other_head),
+        "prefill, early", _EQUAL, "error",
+    ),
+    _prefill(
+        "tiles a row too far", attribute(lowering_module, "cut", _a_row_too_far),
+        "prefill, early", "in bounds",
+    ),
+    _prefill(
+        "tiles a position too far", attribute(lowering_module, "cut", _a_position_too_far),
+        "prefill, early", _EQUAL, "error",
+    ),
+    _prefill(
+        "no tiles for rows of no sequence", attribute(lowering_module, "cut", _of_keys_only),
+        "prefill, mixed", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "the next block is deinterleaved over this one", attribute(tile_module, "Block", lambda _: _one_half),
+        "prefill, interleaved", _EQUAL, "error",
+    ),
+    _prefill(
+        "the state is never cleared", method(TileKernel, "clear", nothing),
+        "prefill, early", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "the state of the tile before", _cleared_at_first_only,
+        "prefill, early", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "results of the row before", method(PrefillLaunch, "results_of", _a_row_before),
+        "prefill, mixed", _EQUAL, "not finite",
+    ),
+)  # fmt: skip

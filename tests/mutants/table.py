@@ -1,0 +1,21 @@
+"""All rows of the list of planted bugs."""
+
+from . import decode, prefill, runtime, terms, writing, xla
+from .base import Mutant
+
+MUTANTS: tuple[Mutant, ...] = (
+    *terms.MASKS,
+    *terms.COVERAGE,
+    *terms.SCORES,
+    *xla.VISITS,
+    *xla.SOFTMAX,
+    *xla.BATCH,
+    *xla.WRITES,
+    *runtime.POOL,
+    *runtime.LAYERS,
+    *decode.DECODE,
+    *decode.UPDATE,
+    *prefill.PREFILL,
+    *writing.WRITE,
+)
+KINDS = tuple(dict.fromkeys(mutant.kind for mutant in MUTANTS))

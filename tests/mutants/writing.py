@@ -1,0 +1,65 @@
+"""Planted bugs of the TPU kernels that write new tokens into pages."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from paged.lower.tpu.write import granules as granules_module
+from paged.lower.tpu.write import kernel as write_module
+from paged.lower.tpu.write.granules import GRANULE, Granules
+from paged.lower.tpu.write.kernel import Partial, Whole
+
+from .base import Mutant
+from .planting import attribute, method, never_awaited, nothing
+
+
+def _everything_is_new(original):
+    return lambda self, *at: original(_changed(self, begin=lambda i: 0, end=lambda i: GRANULE), *at)
+
+
+def _one_token_more(original):
+    return lambda self, *at: original(_changed(self, end=lambda i: self.lists.end[i] + 1), *at)
+
+
+def _changed(kernel, **lists):
+    class Looked:
+        def __init__(self, look):
+            self.look = look
+
+        def __getitem__(self, i):
+            return self.look(i)
+
+    replaced = kernel.lists._replace(**{name: Looked(look) for name, look in lists.items()})
+    return dataclasses.replace(kernel, lists=replaced)
+
+
+def _at_once(original):
+    return lambda page, offset: jnp.where(page < 0, -1, 0)
+
+
+def _read_too_early(original):
+    def pipeline(first, end, await_sent, **stages):
+        original(first, end, await_sent=lambda i: None, **stages)
+        jax.lax.fori_loop(first, end, lambda i, _: await_sent(i), None)
+
+    return pipeline
+
+
+def _next_row(original):
+    return lambda self, rows, axis: original(self._replace(row=self.row + 1), rows, axis)
+
+
+_write = functools.partial(Mutant, "write", trial="write", killed_by="writes", in_every_run=False)
+WRITE = (
+    _write("no wait for blocks", method(Whole, "_reads", never_awaited), in_every_run=True),
+    _write("no wait for what blocks write", method(Whole, "_await_writes", nothing)),
+    _write("no wait for partial granules", method(Partial, "_reads", never_awaited)),
+    _write("no wait for what partial ones write", method(Partial, "_writes", never_awaited)),
+    _write("partial granules are not kept", method(Partial, "_put", _everything_is_new), in_every_run=True),
+    _write("one token more", method(Partial, "_put", _one_token_more)),
+    _write("neighbours at once", attribute(granules_module, "_turns", _at_once), trial="write, neighbours"),
+    _write("a buffer is read into too early", attribute(write_module, "_pipeline", _read_too_early)),
+    _write("the next row", method(Granules, "gather", _next_row)),
+)  # fmt: skip
