@@ -16,6 +16,7 @@ from .lower import Compiled as Compiled
 from .lower import CompileError as CompileError
 from .lower import DecodeSchedule as DecodeSchedule
 from .lower import Explanation as Explanation
+from .lower import Plan as Plan
 from .lower import Program as Program
 from .lower import RaggedSchedule as RaggedSchedule
 from .lower import Schedule as Schedule

@@ -27,7 +27,7 @@ LAYERS = {
 # The rooms of a folder, lowest first: a room may import those before it. No circle can then close.
 ROOMS = {
     "paged/lower": (
-        "jax_version", "_around", "program", "base", "schedule", "require", "_ahead", "_check", "xla", "tpu",
+        "jax_version", "_around", "program", "base", "schedule", "require", "_ahead", "_check", "plan", "xla", "tpu",
         "registry", "_explain", "attend", "_compile_for", "tuning", "mesh", "door",
     ),
     "paged/lower/tpu": ("chips", "references", "pages", "transforms", "write", "base", "decode", "prefill"),

@@ -32,6 +32,7 @@ from .mesh import ShardedAttend as ShardedAttend
 from .mesh import entries_of as entries_of
 from .mesh import mesh_axes as mesh_axes
 from .mesh import require_mesh as require_mesh
+from .plan import Plan as Plan
 from .program import Call as Call
 from .program import Program as Program
 from .program import Sequences as Sequences

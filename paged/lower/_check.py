@@ -53,6 +53,8 @@ def check(
         ...
     ValueError: block_tables[0, 1] = 7 (sequence 0) is no page of the pool: it holds tokens 2 to 2, must be in [0, 4).
     """
+    if not isinstance(batch, RaggedBatch):
+        raise TypeError(f"batch must be a paged.RaggedBatch; got {type(batch).__name__}. Check it before attend.plan.")
     size = pages.layout.page_size
     checked = check_values(batch, page_size=size, num_pages=pages.num_pages, tokens=tokens, mask=spec.visibility)
     if final_lengths is not None:
@@ -63,10 +65,8 @@ def check(
 def check_values(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask) -> RaggedBatch:
     """`check`, from the facts that it needs."""
     facts = _Facts(page_size, num_pages, tokens, normal_form(mask))
-    if batch.checked_for is not None:
-        *sizes, checked_mask = batch.checked_for
-        if sizes == [*facts[:-1]] and implies(facts.mask, checked_mask):
-            return batch
+    if _is_checked(batch, facts):
+        return batch
     values = (batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs)
     if any(isinstance(value, jax.core.Tracer) for value in values):
 
@@ -81,6 +81,23 @@ def check_values(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: 
         _raise_on_fault(_Values(*map(np.asarray, values)), facts)
     static = {"query_rows": batch.query_rows, "has_even_starts": batch.has_even_starts}
     return RaggedBatch(*values, **static, checked_for=(*facts[:-1], facts.mask))
+
+
+def require_checked(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask) -> None:
+    """``ValueError`` unless a plan's batch has been checked: the plan is made, and cannot wait for a verdict."""
+    facts = _Facts(page_size, num_pages, tokens, normal_form(mask))
+    if not _is_checked(batch, facts):
+        raise ValueError(
+            "This attention checks its batches, and the plan's batch has not been checked for it: make the plan with "
+            "this attention, attend.plan(q, pages, batch), or from a batch that paged.check has returned."
+        )
+
+
+def _is_checked(batch: RaggedBatch, facts: "_Facts") -> bool:
+    if batch.checked_for is None:
+        return False
+    *sizes, checked_mask = batch.checked_for
+    return sizes == [*facts[:-1]] and implies(facts.mask, checked_mask)
 
 
 class _Values(NamedTuple):

@@ -19,10 +19,11 @@ from paged.spec import (
     sinks_per_head,
 )
 
-from ._check import check
+from ._check import check, require_checked
 from ._explain import Explanation, explain
 from .base import Lowering, Schedule
 from .jax_version import on_whole_arrays
+from .plan import Plan, batch_of, make_plan
 from .program import Call, Program, Results, Sequences, Wanted
 from .registry import device_kinds
 from .require import require_new_tokens, require_pages, require_queries, require_whole_call
@@ -125,7 +126,7 @@ class Attend:
         self,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         sinks: Sinks | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
         """Attend over the pages as they are.
@@ -134,7 +135,7 @@ class Attend:
 
         - `q`: queries, one row per query token of the batch, in float16, bfloat16 or float32.
         - `pages`: pages of the layout that was lowered for. They hold this step's own keys and values already.
-        - `batch`: whose rows these are, and where the tokens of their sequences lie.
+        - `batch`: whose rows these are, and where the tokens of their sequences lie. Or the step's plan, see `plan`.
         - `sinks`: logits of the sinks, float[q_heads] or float[q_heads, n]; given exactly when the spec has sinks.
 
         **Returns:** the output in ``q``'s dtype, 0 in rows that see no key and in rows of no sequence.
@@ -148,7 +149,7 @@ class Attend:
         self,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         sinks: Sinks | None = None,
     ) -> AttentionState:
         """The output and its log-sum-exp, to `merge` with the state over other tokens.
@@ -161,12 +162,9 @@ class Attend:
         """
         return self._checked(True, q, pages, batch, sinks).state
 
-    def _checked(self, has_lse: bool, q: Array, pages: Pages, batch: RaggedBatch, sinks: Sinks | None) -> Results:
-        require_queries(self.spec, q, batch)
-        require_pages(self.layout, pages)
+    def _checked(self, has_lse: bool, q: Array, pages: Pages, batch: Any, sinks: Sinks | None) -> Results:
+        batch = self._step(q, pages, batch)
         require_sinks(self.spec, sinks)
-        if self.check:
-            batch = check(self.spec, pages, batch, q.shape[0])
         return _state(self, has_lse, q, pages, batch, sinks)
 
     def update(
@@ -175,7 +173,7 @@ class Attend:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
         """Write this step's keys and values into the pages, then attend.
@@ -205,7 +203,7 @@ class Attend:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         sinks: Sinks | None = None,
     ) -> tuple[AttentionState, Pages]:
         """`update`, with the log-sum-exp beside the output.
@@ -218,28 +216,68 @@ class Attend:
         return results.state, pages
 
     def _updated(
-        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Sinks | None
+        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch | Plan, sinks: Sinks | None
     ) -> tuple[Results, Pages]:
-        require_queries(self.spec, q, batch)
-        require_pages(self.layout, pages)
+        batch = self._step(q, pages, batch)
         require_sinks(self.spec, sinks)
         require_new_tokens(self.layout, k, v, q.shape[0])
-        if self.check:
-            batch = check(self.spec, pages, batch, q.shape[0])
         return _update(self, has_lse, q, k, v, pages, batch, sinks)
+
+    def _step(self, q: Any, pages: Pages, step: RaggedBatch | Plan) -> RaggedBatch | Plan:
+        """The batch or the plan of a call, after checks of all shapes, and with ``check`` of the batch's values."""
+        batch = batch_of(step)
+        require_queries(self.spec, q, batch)
+        require_pages(self.layout, pages)
+        if isinstance(step, Plan):
+            step.require_mesh(None)
+            if self.check:
+                sizes = {"page_size": self.layout.page_size, "num_pages": pages.num_pages, "tokens": q.shape[0]}
+                require_checked(batch, **sizes, mask=self.spec.visibility)
+            return step
+        return check(self.spec, pages, batch, q.shape[0]) if self.check else batch
+
+    def plan(
+        self, q: Float[Array | jax.ShapeDtypeStruct, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch
+    ) -> Plan:
+        """Compute once what all calls of a step compute from its batch alone.
+
+        The calls of all layers with this mask then accept the plan in place of the batch, and give the same results,
+        bit for bit. In a ``jax.lax.scan`` over layers nothing is listed in the loop then. See `Plan`.
+
+        **Arguments:**
+
+        - `q`, `pages`: the arrays of the calls. Only their shapes and dtypes matter: ``jax.ShapeDtypeStruct`` does for
+          queries.
+        - `batch`: the step's batch. With ``check`` its values are checked, here and not in the calls.
+
+        **Returns:** the plan. Raises as a call does.
+
+        >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
+        >>> layout = PageLayout(page_size=2, num_kv_heads=2, head_dim=8)
+        >>> batch = RaggedBatch.decode(lengths=[3, 0], block_tables=[[3, 1], [-1, -1]])
+        >>> first, second = lower(spec, layout), lower(spec.replace(soft_cap=50.0), layout)
+        >>> q, pages = jnp.ones((2, 4, 8)), layout.init(num_pages=4)
+        >>> plan = first.plan(q, pages, batch)
+        >>> bool((first(q, pages, plan) == first(q, pages, batch)).all()), second(q, pages, plan).shape
+        (True, (2, 4, 8))
+        """
+        if type(batch) is Plan:
+            raise TypeError("batch must be a paged.RaggedBatch; got a Plan, which a call accepts as it is.")
+        checked: Any = self._step(q, pages, batch)
+        return _plan(self, Call.of(q, pages, batch), checked)
 
     def explain(
         self,
         q: Float[Array, "tokens q_heads head_dim"] | None = None,
         pages: Pages | None = None,
-        batch: RaggedBatch | None = None,
+        batch: RaggedBatch | Plan | None = None,
     ) -> Explanation:
         """Explain what a call will run: program, schedule, who picked it, and why other lowerings refuse.
 
         **Arguments:**
 
-        - `q`, `pages`, `batch`: the arrays of a call; or none of them, for a common call. Only the batch must be
-          concrete.
+        - `q`, `pages`, `batch`: the arrays of a call; or none of them, for a common call. Only the batch, or the plan,
+          must be concrete.
 
         **Returns:** the explanation. With a batch it also counts the pages and bytes that the call touches.
 
@@ -253,19 +291,36 @@ class Attend:
         (2, 4)
         """
         require_whole_call(q=q, pages=pages, batch=batch)
-        call = None if q is None or pages is None or batch is None else Call.of(q, pages, batch)
-        return explain(self.program, self.layout, self.choice(call), call, batch)
+        if q is None or pages is None or batch is None:
+            return explain(self.program, self.layout, self.choice())
+        call = Call.of(q, pages, batch_of(batch))
+        return explain(self.program, self.layout, _choice(self, self.program, call, batch), call, batch_of(batch))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _state(attend: Attend, has_lse: bool, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None) -> Results:
+def _plan(attend: Attend, call: Call, batch: RaggedBatch) -> Plan:
+    run = functools.partial(make_plan, attend.program, attend.layout, attend.choice(call), call)
+    return on_whole_arrays(run, batch=batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _state(
+    attend: Attend, has_lse: bool, q: Array, pages: Pages, batch: RaggedBatch | Plan, sinks: Array | None
+) -> Results:
     run = functools.partial(run_state, attend, attend.program, has_lse)
     return on_whole_arrays(run, q=q, pages=pages, batch=batch, sinks=sinks)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _update(
-    attend: Attend, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
+    attend: Attend,
+    has_lse: bool,
+    q: Array,
+    k: Array,
+    v: Array,
+    pages: Pages,
+    batch: RaggedBatch | Plan,
+    sinks: Array | None,
 ) -> tuple[Results, Pages]:
     run = functools.partial(run_update, attend, attend.program, has_lse)
     return on_whole_arrays(run, q=q, k=k, v=v, pages=pages, batch=batch, sinks=sinks)
@@ -277,7 +332,7 @@ def run_state(
     has_lse: bool,
     q: Array,
     pages: Pages,
-    batch: RaggedBatch,
+    batch: RaggedBatch | Plan,
     sinks: Array | None,
     merge: Merge | None = None,
 ) -> Results:
@@ -286,10 +341,9 @@ def run_state(
     On one device ``program`` is the attention's own. On a mesh it is the program of this device's heads, and ``merge``
     makes the states of all devices one, if there is anything to merge.
     """
-    if not batch.has_rows(q.shape[0]):
+    if not batch_of(batch).has_rows(q.shape[0]):
         return _no_rows(attend, program, has_lse, q)
-    call, seqs = Call.of(q, pages, batch), Sequences.of(batch, q.shape[0], pages.layout.page_size)
-    lowering, schedule, _ = attend.choice(call)
+    call, (lowering, schedule, _), seqs = _resolve(attend, program, q, pages, batch)
     wanted, sinks = Wanted(q.dtype, has_lse), None if sinks is None else sinks_per_head(attend.spec, sinks)
     if merge is None:
         return lowering.results(program, schedule, call, wanted, q, pages, sinks, seqs)
@@ -305,20 +359,36 @@ def run_update(
     k: Array,
     v: Array,
     pages: Pages,
-    batch: RaggedBatch,
+    batch: RaggedBatch | Plan,
     sinks: Array | None,
     merge: Merge | None = None,
 ) -> tuple[Results, Pages]:
     """`run_state` after a write of this step's keys and values."""
-    if not batch.has_rows(q.shape[0]):
+    if not batch_of(batch).has_rows(q.shape[0]):
         return _no_rows(attend, program, has_lse, q), pages
-    call, seqs = Call.of(q, pages, batch), Sequences.of(batch, q.shape[0], pages.layout.page_size)
-    lowering, schedule, _ = attend.choice(call)
+    call, (lowering, schedule, _), seqs = _resolve(attend, program, q, pages, batch)
     wanted, sinks = Wanted(q.dtype, has_lse), None if sinks is None else sinks_per_head(attend.spec, sinks)
     if merge is None:
         return lowering.update_results(program, schedule, call, wanted, q, k, v, pages, sinks, seqs)
     state, pages = lowering.update(program, schedule, call, q, k, v, pages, seqs)
     return wanted.of(merge(state), seqs, sinks), pages
+
+
+def _resolve(
+    attend: Attend, program: Program, q: Array, pages: Pages, step: RaggedBatch | Plan
+) -> tuple[Call, Choice, Sequences]:
+    """The call, what runs it, and its sequences: with what was planned for the step, if it was."""
+    call = Call.of(q, pages, batch_of(step))
+    choice = _choice(attend, program, call, step)
+    if isinstance(step, Plan) and step.seqs is not None:
+        return call, choice, step.seqs
+    return call, choice, Sequences.of(batch_of(step), q.shape[0], pages.layout.page_size)
+
+
+def _choice(attend: Attend, program: Program, call: Call, step: RaggedBatch | Plan) -> Choice:
+    if isinstance(step, Plan):
+        return step.choice(program, attend.layout, attend.lowerings, attend.pinned, call)
+    return attend.choice(call)
 
 
 def _no_rows(attend: Attend, program: Program, has_lse: bool, q: Array) -> Results:

@@ -190,6 +190,15 @@ class Lowering(abc.ABC):
         del program, layout, call, schedule, bytes_visited
         return []
 
+    def plan(self, program: Program, schedule: Any, call: Call, layout: PageLayout, seqs: Sequences) -> Any:
+        """What this lowering computes from a step's sequences alone, once for all layers of one mask; None if nothing.
+
+        Every method that is given sequences finds it in ``seqs.planned``, or None there where no step was planned. It
+        is a pytree with a method ``moved(first_page)``, which gives the same for pages that lie ``first_page`` pages
+        further on in the pool. Lists depend on the mask of ``program`` only, and not on its scores.
+        """
+        del program, schedule, call, layout, seqs
+
     @abc.abstractmethod
     def state(
         self, program: Program, schedule: Schedule, call: Call, q: Array, pages: Pages, seqs: Sequences

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from paged.lower import Schedule, Sequences, dense_attention
+from paged.lower import Plan, Schedule, Sequences, dense_attention
 from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, as_bool, as_float, require_positive_int
 
 from .cache import PagedCache
@@ -125,7 +125,7 @@ class PagedAttention(eqx.Module):
         return self.cache.attend.layout
 
     def __call__(
-        self, x: Float[Array, "tokens embed_dim"], batch: RaggedBatch, state: eqx.nn.State
+        self, x: Float[Array, "tokens embed_dim"], batch: RaggedBatch | Plan, state: eqx.nn.State
     ) -> tuple[Float[Array, "tokens embed_dim"], eqx.nn.State]:
         """Add the keys and values of a step's rows to the pages, then attend.
 
@@ -135,7 +135,7 @@ class PagedAttention(eqx.Module):
         **Arguments:**
 
         - `x`: features of this step's tokens, one row per token of the batch.
-        - `batch`: whose rows these are, and where the tokens of their sequences lie.
+        - `batch`: whose rows these are, and where the tokens of their sequences lie. Or the step's `plan`.
         - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
 
         **Returns:** the output, and the new state. A row of no sequence and a row that sees no key give what the output
@@ -147,7 +147,7 @@ class PagedAttention(eqx.Module):
         return y, state.set(self.cache.index, pages)
 
     def attend_pages(
-        self, x: Float[Array, "tokens embed_dim"], pages: Pages | CalibratingPages, batch: RaggedBatch
+        self, x: Float[Array, "tokens embed_dim"], pages: Pages | CalibratingPages, batch: RaggedBatch | Plan
     ) -> tuple[Float[Array, "tokens embed_dim"], Any]:
         """A call with pages passed and returned instead of state.
 
@@ -157,10 +157,37 @@ class PagedAttention(eqx.Module):
         """
         self._require_features(x, "[tokens, embed_dim]", 2)
         tokens = x.shape[0]
-        _, positions, _ = Sequences.of(batch, tokens, self.layout.page_size).rows(tokens)
-        q, k, v = self._project(x, positions)
+        q, k, v = self._project(x, self._positions(tokens, batch))
         out, pages = self.cache.attend_pages(q, k, v, pages, batch, self.sinks)
         return jax.vmap(self.output_proj)(out.reshape(tokens, -1)), pages
+
+    def plan(self, x: Float[Array, "tokens embed_dim"], pages: Pages | CalibratingPages, batch: RaggedBatch) -> Plan:
+        """Compute once what all layers like this one compute from a step's batch alone.
+
+        The layers of a model that have this layer's mask, page layout and query dtype accept the plan in place of the
+        batch: `__call__` and `attend_pages`. A model whose layers have several masks makes one plan for each. See
+        `paged.Plan`.
+
+        **Arguments:**
+
+        - `x`, `pages`, `batch`: as for `attend_pages`. Of ``x`` and ``pages`` only shapes and dtypes matter. With
+          ``check`` the values of the batch are checked here, and not in the layers.
+
+        **Returns:** the plan. Raises as a call does.
+
+        >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4)
+        >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
+        >>> layer, state = eqx.nn.make_with_state(PagedAttention)(spec, layout, 8, num_pages=4, key=jax.random.key(0))
+        >>> pages, x = state.get(layer.cache.index), jnp.ones((2, 8))
+        >>> plan = layer.plan(x, pages, RaggedBatch.decode(lengths=[3, 1], block_tables=[[3, 1], [2, -1]]))
+        >>> layer.attend_pages(x, pages, plan)[0].shape
+        (2, 8)
+        """
+        self._require_features(x, "[tokens, embed_dim]", 2)
+        positions = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
+        q, _, _ = eqx.filter_eval_shape(self._project, x, positions)
+        attend = self.cache.attend
+        return pages.plan(attend, q, batch) if isinstance(pages, CalibratingPages) else attend.plan(q, pages, batch)
 
     def dense(self, x: Float[Array, "batch tokens embed_dim"]) -> Float[Array, "batch tokens embed_dim"]:
         """Attend over whole sequences without pages, for training: differentiable.
@@ -182,6 +209,11 @@ class PagedAttention(eqx.Module):
         q, k, v = jax.vmap(lambda row: self._project(row, positions))(x)
         out = dense_attention(self.spec, q, k, v, self.sinks)
         return jax.vmap(jax.vmap(self.output_proj))(out.reshape(*x.shape[:2], -1))
+
+    def _positions(self, tokens: int, batch: RaggedBatch | Plan) -> Int[Array, " tokens"]:
+        if isinstance(batch, Plan):
+            return batch.positions
+        return Sequences.of(batch, tokens, self.layout.page_size).rows(tokens)[1]
 
     def _project(self, x: Array, positions: Int[Array, " tokens"]) -> tuple[Array, Array, Array]:
         spec, tokens = self.spec, x.shape[0]

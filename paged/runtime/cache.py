@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from paged.lower import Attend, Schedule, lower
+from paged.lower import Attend, Plan, Schedule, lower
 from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, Sinks
 
 from .calibration import CalibratingPages
@@ -67,7 +67,7 @@ class PagedCache(eqx.Module):
         q: Float[Array, "tokens q_heads head_dim"],
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         state: eqx.nn.State,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], eqx.nn.State]:
@@ -76,7 +76,8 @@ class PagedCache(eqx.Module):
         **Arguments:**
 
         - `q`, `k`, `v`: this step's queries, keys and values, one row per token of the batch.
-        - `batch`: whose rows these are, and where the tokens of their sequences lie.
+        - `batch`: whose rows these are, and where the tokens of their sequences lie. Or the plan that
+          ``cache.attend.plan(q, pages, batch)`` makes once for all layers of one mask.
         - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
         - `sinks`: logits of the sinks, given exactly when the spec has them.
 
@@ -93,7 +94,7 @@ class PagedCache(eqx.Module):
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages | CalibratingPages,
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Any]:
         """A call with pages passed and returned instead of state.

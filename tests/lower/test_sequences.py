@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import paged
 from paged.lower import Sequences
 from paged.spec import RaggedBatch
 from tests.support import Case, build
+from tests.support.jaxprs import primitives
 from tests.support.specs import PLAIN
 
 CASES = {
@@ -27,19 +27,11 @@ def _everything(batch, tokens):
     return seqs, seqs.owner(tokens), seqs.rows(tokens), seqs.cut(4, 8)
 
 
-def _primitives(jaxpr):
-    """The names of all primitives of a jaxpr, those of inner jaxprs included."""
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from _primitives(inner)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_no_loop_is_run_to_make_or_to_read_them(name):
     built = build(CASES[name])
     jaxpr = jax.make_jaxpr(_everything, static_argnums=1)(built.batch, built.q.shape[0])
-    found = set(_primitives(jaxpr.jaxpr))
+    found = set(primitives(jaxpr.jaxpr))
     assert not found & {"while", "scan", "sort"}
     assert ("cummax" in found) == (name == "ragged")
 

@@ -1,7 +1,6 @@
 """`ShardedAttend`: a lowered attention on every device of a mesh."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,17 +13,18 @@ from jaxtyping import Array, Float, Int
 
 from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, Sinks, require_sinks
 
-from .._check import check_values
+from .._check import require_checked
 from .._explain import Explanation, explain
-from ..attend import Attend, run_state, run_update
+from ..attend import Attend
 from ..base import Schedule
-from ..jax_version import on_devices
+from ..plan import Plan, batch_of
 from ..program import Call, Program, Results
 from ..require import require_layout, require_new_tokens, require_pages, require_queries, require_whole_call
 from ..tpu import Chip
+from . import devices
 from .axes import Axes, Shares
-from .context import merge_over, spread, with_own_pages
-from .heads import repeated, repeats_of, select_own_heads, share_of, with_one_head, with_own_head
+from .context import merge_over, spread
+from .heads import repeated, repeats_of, share_of, with_one_head, with_own_head
 from .specs import ArraySpecs, axes_of, require_agreement, require_names
 
 
@@ -146,25 +146,25 @@ class ShardedAttend:
         self,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         sinks: Sinks | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
         """Attend over the pages as they are. See `Attend.__call__`."""
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
-        return _state(self, False, q, pages, batch, sinks).out
+        return devices.state(self, False, q, pages, batch, sinks).out
 
     def state(
         self,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         sinks: Sinks | None = None,
     ) -> AttentionState:
         """The output and its log-sum-exp, merged over all devices of a context. See `Attend.state`."""
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
-        return _state(self, True, q, pages, batch, sinks).state
+        return devices.state(self, True, q, pages, batch, sinks).state
 
     def update(
         self,
@@ -172,7 +172,7 @@ class ShardedAttend:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
         """Write this step's keys and values into the pages, then attend. See `Attend.update`.
@@ -188,20 +188,39 @@ class ShardedAttend:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
-        batch: RaggedBatch,
+        batch: RaggedBatch | Plan,
         sinks: Sinks | None = None,
     ) -> tuple[AttentionState, Pages]:
         """`update`, with the log-sum-exp beside the output. See `Attend.update_state`."""
         results, pages = self._updated(True, q, k, v, pages, batch, sinks)
         return results.state, pages
 
+    def plan(
+        self, q: Float[Array | jax.ShapeDtypeStruct, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch
+    ) -> Plan:
+        """Compute once what all calls of a step compute from its batch alone. See `Attend.plan`.
+
+        Each device makes its own plan: every array of the result has a leading axis of devices.
+        """
+        if isinstance(batch, Plan):
+            raise TypeError("batch must be a paged.RaggedBatch; got a Plan, which a call accepts as it is.")
+        checked: Any = self._require(q, pages, batch)
+        call = Call.of(q, pages, batch)
+        tokens, num_pages = call.tokens // self.shares.sequences, call.num_pages // self.shares.pages
+        return devices.plan(self, dataclasses.replace(call, tokens=tokens, num_pages=num_pages), checked)
+
+    @property
+    def placement(self) -> tuple[Mesh, Axes]:
+        """The devices, and how they share the work: what a plan is for."""
+        return self.mesh, self.axes
+
     def _updated(
-        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch, sinks: Sinks | None
+        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch | Plan, sinks: Sinks | None
     ) -> tuple[Results, Pages]:
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
         require_new_tokens(self.layout.replace(num_kv_heads=self.spec.num_kv_heads), k, v, q.shape[0])
-        return _update(self, has_lse, q, k, v, pages, batch, sinks)
+        return devices.update(self, has_lse, q, k, v, pages, batch, sinks)
 
     def explain(
         self,
@@ -218,6 +237,8 @@ class ShardedAttend:
         **Returns:** the explanation. With a batch it counts the pages and bytes that all devices touch together.
         """
         require_whole_call(q=q, pages=pages, batch=batch)
+        if isinstance(batch, Plan):
+            raise TypeError("explain needs the batch itself; got its plan, in which each device has its own page ids.")
         if q is None or pages is None or batch is None:
             one = self.first_device.explain()
             return dataclasses.replace(one, program=self.program, layout=self.layout, notes=self._notes())
@@ -251,24 +272,31 @@ class ShardedAttend:
             lines.append(f"contexts are shared by {shares.context} devices; one collective gathers states, {what}")
         return tuple(lines)
 
-    def _require(self, q: Any, pages: Any, batch: RaggedBatch) -> RaggedBatch:
+    def _require(self, q: Any, pages: Any, batch: RaggedBatch | Plan) -> RaggedBatch | Plan:
         """Check shapes, and with ``check`` concrete values.
 
         Traced values are checked on each device: one callback for all devices would deadlock, because those that do not
         run it wait for the one that does.
         """
         self._require_shapes(q, pages, batch)
+        tokens, num_pages = (n // self.shares.sequences for n in (q.shape[0], pages.num_pages))
+        if isinstance(batch, Plan):
+            batch.require_mesh(self.placement)
+            if self.check:
+                size, mask = self.layout.page_size, self.spec.visibility
+                require_checked(batch.batch, page_size=size, num_pages=num_pages, tokens=tokens, mask=mask)
+            return batch
         if not self.check or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
             return batch
-        tokens, num_pages = (n // self.shares.sequences for n in (q.shape[0], pages.num_pages))
-        parts = [_check_shard(self, part, tokens, num_pages) for part in self._shards(batch)]
+        parts = [devices.check_shard(self, part, tokens, num_pages) for part in self._shards(batch)]
         return parts[0] if self.axes.sequences is None else RaggedBatch.stack(parts)
 
-    def _require_shapes(self, q: Any, pages: Any, batch: RaggedBatch) -> None:
+    def _require_shapes(self, q: Any, pages: Any, step: RaggedBatch | Plan) -> None:
         """Raise unless shapes and dtypes are right, and all devices get shares of one size."""
         require_pages(self.layout, pages)
-        shares, stacked = self.shares, batch.lengths.ndim == 2
-        if stacked != (self.axes.sequences is not None) or (stacked and batch.lengths.shape[0] != shares.sequences):
+        batch, shares = batch_of(step), self.shares
+        stacked, is_divided = batch.lengths.ndim == 2, self.axes.sequences is not None
+        if step is batch and (stacked != is_divided or (stacked and batch.lengths.shape[0] != shares.sequences)):
             need = "a plain RaggedBatch: these axes do not divide sequences"
             if self.axes.sequences is not None:
                 need = f"RaggedBatch.stack of {shares.sequences} batches, one for each shard of sequences"
@@ -328,66 +356,3 @@ def lower_on_mesh(
     sharded = ShardedAttend(spec, whole, mesh, axes, first_device, Program.from_spec(own_spec), check)
     require_agreement(sharded.specs, in_specs or {}, out_specs)
     return sharded
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _state(attend: ShardedAttend, has_lse: bool, *args: Any) -> Results:
-    specs = attend.specs
-    own = (specs.q, specs.pages, specs.batch, specs.sinks)
-    run = functools.partial(_state_on_device, attend, has_lse)
-    return on_devices(run, attend.mesh, own, Results(specs.out, specs.lse if has_lse else None))(*args)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _update(attend: ShardedAttend, has_lse: bool, *args: Any) -> tuple[Results, Pages]:
-    specs = attend.specs
-    own = (specs.q, specs.k, specs.v, specs.pages, specs.batch, specs.sinks)
-    run = functools.partial(_update_on_device, attend, has_lse)
-    results = Results(specs.out, specs.lse if has_lse else None), specs.pages
-    return on_devices(run, attend.mesh, own, results)(*args)
-
-
-def _state_on_device(
-    attend: ShardedAttend, has_lse: bool, q: Array, pages: Pages, batch: RaggedBatch, sinks: Array | None
-) -> Results:
-    """What one device computes from its shares of the arrays."""
-    pages, batch = _own(attend, q, pages, batch)
-    one, program = attend.first_device, attend.program_per_device
-    return run_state(one, program, has_lse, q, pages, batch, sinks, attend._merge)
-
-
-def _update_on_device(
-    attend: ShardedAttend,
-    has_lse: bool,
-    q: Array,
-    k: Array,
-    v: Array,
-    pages: Pages,
-    batch: RaggedBatch,
-    sinks: Array | None,
-) -> tuple[Results, Pages]:
-    """What one device computes, after it has written the new tokens that belong into its own pages."""
-    pages, batch = _own(attend, q, pages, batch)
-    kv_heads = pages.layout.num_kv_heads
-    k, v = (select_own_heads(x, kv_heads, attend._repeats, attend.axes.kv_heads) for x in (k, v))
-    one, program = attend.first_device, attend.program_per_device
-    results, pages = run_update(one, program, has_lse, q, k, v, pages, batch, sinks, attend._merge)
-    return results, dataclasses.replace(pages, layout=attend.layout)
-
-
-def _own(attend: ShardedAttend, q: Array, pages: Pages, batch: RaggedBatch) -> tuple[Pages, RaggedBatch]:
-    """One device's pages and batch, as its own attention has them."""
-    pages = dataclasses.replace(pages, layout=attend.first_device.layout)
-    if attend.axes.sequences is not None:
-        batch = jax.tree.map(lambda x: x[0], batch)
-    if attend.check:
-        batch = _check_shard(attend, batch, q.shape[0], pages.num_pages * attend.shares.context)
-    if attend.axes.context is not None:
-        batch = with_own_pages(batch, pages.num_pages, attend.axes.context)
-    return pages, batch
-
-
-def _check_shard(attend: ShardedAttend, batch: RaggedBatch, tokens: int, num_pages: int) -> RaggedBatch:
-    """One shard's batch, its values checked. ``num_pages`` is of all devices that share its contexts."""
-    size = attend.layout.page_size
-    return check_values(batch, page_size=size, num_pages=num_pages, tokens=tokens, mask=attend.spec.visibility)

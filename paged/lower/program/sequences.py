@@ -18,6 +18,9 @@ class Sequences(NamedTuple):
     at ``positions[s] + i``. Positions follow the caller's lengths, whatever the table holds. ``lengths`` counts the
     keys that exist: those that have an entry in the table. A row at ``lengths[s]`` or beyond has no place to be
     written to.
+
+    ``planned`` is what a lowering has computed from the other fields for one step, see `Lowering.plan`, or None. Other
+    sequences have other lists: who replaces a field sets it to None.
     """
 
     starts: Int[Array, " seqs"]
@@ -25,6 +28,7 @@ class Sequences(NamedTuple):
     positions: Int[Array, " seqs"]
     lengths: Int[Array, " seqs"]
     tables: Int[Array, "seqs pages_per_seq"]
+    planned: Any = None
 
     @classmethod
     def of(cls, batch: RaggedBatch, tokens: int, page_size: int) -> "Sequences":

@@ -10,6 +10,7 @@ from .advice import Advice as Advice
 from .advice import Proposal as Proposal
 from .choice import EXPLICIT as EXPLICIT
 from .choice import HEURISTIC as HEURISTIC
+from .choice import PLANNED as PLANNED
 from .choice import Choice as Choice
 from .choice import choose as choose
 from .choice import choose_for_any_call as choose_for_any_call

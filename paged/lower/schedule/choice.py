@@ -9,7 +9,7 @@ from ..program import Call, Program
 from .advice import Advice, Proposal
 from .warning import warn_once
 
-EXPLICIT, HEURISTIC = "explicit", "heuristic"
+EXPLICIT, HEURISTIC, PLANNED = "explicit", "heuristic", "plan"
 
 
 class Choice(NamedTuple):
@@ -17,7 +17,7 @@ class Choice(NamedTuple):
 
     ``source`` is who picked the schedule. From the highest precedence to the lowest: "explicit" (``schedule=``) or
     "hints, ..." (the arguments of `paged.compat`), "context", "context, tuning file <name>", "tuning file <name>",
-    "heuristic" (the lowering itself).
+    "heuristic" (the lowering itself). A call with a plan runs as was planned: "plan".
     """
 
     lowering: Lowering

@@ -4,7 +4,7 @@ from .dense import dense_attention as dense_attention
 from .linear import Linear as Linear
 from .linear import linear as linear
 from .lowering import XLA_BLOCKS as XLA_BLOCKS
+from .places import Places as Places
 from .schedule import XlaSchedule as XlaSchedule
-from .write import Places as Places
 from .write import token_rows as token_rows
 from .write import write_scales as write_scales

@@ -15,7 +15,7 @@ from paged.spec import AttentionState
 from ..jax_version import vary_alike, varying_axes
 from ..program import select_values
 from . import tiles
-from .blocks import RowBlock, RowBlocks
+from .blocks import RowBlock
 from .walk import Operands, Parts, Walk
 
 
@@ -23,13 +23,13 @@ def backward(walk: Walk, operands: Operands, state: AttentionState, cotangent: A
     """Gradients of the operands of `attend`, whose result ``state`` is: of the parts that are in ``like``."""
     moved = Parts.of(operands, like).constants
     _require_alike(operands.q, moved)
-    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows, operands.q.shape[0])
+    row_blocks = operands.row_blocks
     pools = tuple(jnp.zeros(a.shape, jnp.float32) for a in operands.pages.arrays if like.arrays)
     zeros = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), moved)
 
     def add_row_block(which, carry):
         q_gradient, pools, constants = carry
-        row_block = row_blocks.block(which, walk.rows)
+        row_block = row_blocks.block(operands.seqs, which, walk.rows)
         q, pools, constants = _row_block_gradient(walk, row_block, operands, state, cotangent, moved, pools, constants)
         row = jnp.where(row_block.is_row, row_block.row, operands.q.shape[0])
         return q_gradient.at[row].set(walk.unfold(q), mode="drop"), pools, constants

@@ -18,7 +18,7 @@ from paged.spec import AttentionState
 from ..jax_version import vary_alike
 from ..program import Running, Visits
 from . import tiles
-from .blocks import RowBlock, RowBlocks
+from .blocks import RowBlock
 from .cpu import Buffers, dot_products_keys_left
 from .walk import Operands, Walk
 
@@ -26,11 +26,11 @@ from .walk import Operands, Walk
 def attend(walk: Walk, operands: Operands) -> AttentionState:
     """State of the members' rows, float32; rows of no member are empty. Every gradient is finite."""
     tokens, layout = operands.q.shape[0], operands.pages.layout
-    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows, operands.q.shape[0])
+    row_blocks = operands.row_blocks
     at_once = walk.row_blocks_at_once
 
     def attend_one(which, buffers):
-        row_block = row_blocks.block(which, walk.rows)
+        row_block = row_blocks.block(operands.seqs, which, walk.rows)
         (out, lse), buffers = _attend_row_block(walk, row_block, operands, buffers)
         row = jnp.where(row_block.is_row, row_block.row, tokens)
         return (row, walk.unfold(out), walk.unfold(lse)[..., 0]), buffers

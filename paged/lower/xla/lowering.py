@@ -13,8 +13,11 @@ from ..base import Lowering, Schedule
 from ..jax_version import vary_alike, varying_axes
 from ..program import Call, Program, Sequences, at_most, plain_terms
 from .alternatives import alternatives
+from .blocks import RowBlocks
 from .cpu import FEW_ROWS
 from .derivatives import attend
+from .lists import XlaLists, with_visits
+from .places import Places
 from .schedule import XlaSchedule
 from .walk import Operands, Walk
 from .write import write
@@ -62,24 +65,42 @@ class XlaBlocks(Lowering):
         seqs: Sequences,
     ) -> AttentionState:
         """The state of every query row in float32, without sinks."""
-        states = []
-        for rows, is_member in _phases(schedule, call, seqs):
-            keys = schedule.pages_per_block * pages.layout.page_size
+        states, size, lists = [], pages.layout.page_size, _lists(seqs)
+        for i, (rows, is_member) in enumerate(_phases(schedule, call, seqs)):
+            blocks = lists.phases[i] if lists else RowBlocks.of(seqs, is_member, rows, call.tokens)
+            keys = schedule.pages_per_block * size
             shape = program.num_kv_heads, program.group * rows, keys
             terms = plain_terms(program, *shape)
-            q, pages, seqs, is_member, _ = vary_alike(q, pages, seqs, is_member, terms.early())
+            q, pages, own, blocks, _ = vary_alike(q, pages, seqs._replace(planned=None), blocks, terms.early())
             if varying_axes(q):
                 terms = plain_terms(program, *shape, like=q)
             blocks_per_step = schedule.blocks_per_step if program.group * rows <= FEW_ROWS else 1
             walk = Walk(program, terms, rows, schedule.pages_per_block, blocks_per_step, schedule.row_blocks_at_once)
-            states.append(attend(walk, Operands(q, pages, terms.early(), seqs, is_member)))
+            states.append(attend(walk, Operands(q, pages, terms.early(), own, blocks)))
         # Each row belongs to one phase; in the other it is the empty state, so that the merge is exact.
         return states[0] if len(states) == 1 else merge(*states)
 
     def write(self, k: Array, v: Array, pages: Pages, seqs: Sequences, query_rows: int | None) -> Pages:
         """One scatter, or on CPU a loop over the rows."""
         del query_rows
-        return write(k, v, pages, seqs)
+        lists, layout = _lists(seqs), pages.layout
+        places = lists.places if lists else Places.of(seqs, k.shape[0], layout.page_size, pages.num_pages)
+        return write(k, v, pages, places)
+
+    def plan(
+        self, program: Program, schedule: XlaSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> XlaLists:
+        """The row blocks with the pages that each visits, and the places of new rows."""
+        at_once, sizes, phases = schedule.row_blocks_at_once, (layout.page_size, call.num_pages), []
+        for rows, is_member in _phases(schedule, call, seqs):
+            row_blocks = RowBlocks.of(seqs, is_member, rows, call.tokens)
+            phases.append(with_visits(program, row_blocks, seqs, rows, at_once, *sizes))
+        return XlaLists(tuple(phases), Places.of(seqs, call.tokens, *sizes))
+
+
+def _lists(seqs: Sequences) -> XlaLists | None:
+    """This lowering's lists of the step, if it has been planned; another lowering's are not for it."""
+    return seqs.planned if isinstance(seqs.planned, XlaLists) else None
 
 
 def _phases(schedule: XlaSchedule, call: Call, seqs: Sequences) -> list[tuple[int, Bool[Array, " seqs"]]]:

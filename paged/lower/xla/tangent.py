@@ -15,17 +15,17 @@ from paged.spec import AttentionState
 
 from ..program import select_values
 from . import tiles
-from .blocks import RowBlock, RowBlocks
+from .blocks import RowBlock
 from .walk import Operands, Parts, Walk
 
 
 def tangent(walk: Walk, operands: Operands, state: AttentionState, along: Parts) -> AttentionState:
     """The change of `attend`'s result ``state`` as the operands move along ``along``; 0 in empty rows."""
-    row_blocks = RowBlocks.of(operands.seqs, operands.is_member, walk.rows, operands.q.shape[0])
+    row_blocks = operands.row_blocks
     tokens = operands.q.shape[0]
 
     def put_row_block(which, changes):
-        row_block = row_blocks.block(which, walk.rows)
+        row_block = row_blocks.block(operands.seqs, which, walk.rows)
         row = jnp.where(row_block.is_row, row_block.row, tokens)
         out, lse = _row_block_tangent(walk, row_block, operands, state, along)
         out = changes.out.at[row].set(walk.unfold(out), mode="drop")

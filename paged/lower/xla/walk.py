@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paged.spec import Pages
 
-from ..program import Program, Sequences, Terms, Visits, visits_by_scatter
-from .blocks import RowBlock
+from ..program import Program, Sequences, Terms, Visits
+from .blocks import RowBlock, RowBlocks
+from .lists import visits_of
 
 
 def dot_products(
@@ -32,7 +33,7 @@ class Operands(NamedTuple):
     pages: Pages
     constants: Any
     seqs: Sequences
-    is_member: Bool[Array, " seqs"]
+    row_blocks: RowBlocks
 
 
 class Parts(NamedTuple):
@@ -117,11 +118,11 @@ class Walk:
         return self.fold(rows)
 
     def visits(self, row_block: RowBlock, operands: Operands) -> Visits:
-        """The pages that the row block visits."""
-        pages, table = operands.pages, operands.seqs.tables[row_block.seq]
-        p0, p1 = row_block.position_range
-        size = pages.layout.page_size
-        return visits_by_scatter(self.program, p0, p1, row_block.length, table, size, pages.num_pages)
+        """The pages that the row block visits: as they were listed for the step, or else listed here."""
+        if row_block.visits is not None:
+            return row_block.visits
+        pages = operands.pages
+        return visits_of(self.program, row_block, operands.seqs, pages.layout.page_size, pages.num_pages)
 
     def num_page_blocks(self, visits: Visits) -> Int[Array, ""]:
         """How many page blocks the visits make."""

@@ -1,48 +1,28 @@
 """Writing a step's keys and values to their places in the pages; in place where the pages are donated."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from paged.spec import PageLayout, Pages
 
 from ..jax_version import HAS_BIT_UPDATES_IN_PLACE, vary_alike
-from ..program import Sequences
 from .cpu import as_bits, from_bits
 from .linear import Linear, linear
-
-
-class Places(NamedTuple):
-    """Where each query row is written: a page and an offset in it, both in range, and whether it is written at all."""
-
-    page: Int[Array, " tokens"]
-    offset: Int[Array, " tokens"]
-    is_written: Bool[Array, " tokens"]
-
-    @classmethod
-    def of(cls, seqs: Sequences, tokens: int, pages: Pages) -> "Places":
-        """Rows without a place are rows of no sequence, before the first position, past the table, or in a hole."""
-        size = pages.layout.page_size
-        seq, position, is_live = seqs.rows(tokens)
-        has_entry = is_live & (position < seqs.tables.shape[1] * size)
-        position = jnp.where(has_entry, position, 0)
-        page = seqs.tables[seq, position // size]
-        is_written = has_entry & (page >= 0) & (page < pages.num_pages)
-        return cls(jnp.where(is_written, page, 0), position % size, is_written)
+from .places import Places
 
 
 def write(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads value_dim"],
     pages: Pages,
-    seqs: Sequences,
+    places: Places,
 ) -> Pages:
     """The pages with each row's key and value, and its scales if it has its own, in its place."""
     rows, count = token_rows(k, v, pages), len(pages.arrays)
-    places = Places.of(seqs, k.shape[0], pages)
     axes = pages.layout.page_axis, pages.layout.offset_axis
     arrays: Any = _put(axes, *vary_alike(rows[:count], pages.arrays, places))
     return Pages(tuple(arrays), *write_scales(rows[count:], pages, places), layout=pages.layout)
@@ -80,13 +60,11 @@ def _put(axes: tuple[int, int], rows: tuple[Array, ...], pools: tuple[Array, ...
 def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, places: Places) -> tuple[Array, ...]:
     """A loop over the rows that are written. On CPU a scatter may convert or copy the whole pool: see `cpu`."""
     dtypes = [pool.dtype for pool in pools]
-    tokens = jnp.arange(places.page.shape[0], dtype=jnp.int32)
-    _, order = jax.lax.sort((~places.is_written, tokens), num_keys=1)
     if not HAS_BIT_UPDATES_IN_PLACE:
         rows, pools = (tuple(as_bits(x) for x in arrays) for arrays in (rows, pools))
 
     def put_row(i: Array, pools: tuple[Array, ...]) -> tuple[Array, ...]:
-        token = order[i]
+        token = places.order[i]
 
         def put_in(pool: Array, row: Array) -> Array:
             start: list[Any] = [jnp.int32(0)] * pool.ndim
@@ -96,7 +74,7 @@ def _put_one_by_one(axes: tuple[int, int], rows: Any, pools: Any, places: Places
 
         return tuple(put_in(pool, row) for pool, row in zip(pools, rows, strict=True))
 
-    pools = jax.lax.fori_loop(0, jnp.sum(places.is_written, dtype=jnp.int32), put_row, tuple(pools))
+    pools = jax.lax.fori_loop(0, places.count, put_row, tuple(pools))
     return tuple(from_bits(pool, dtype) for pool, dtype in zip(pools, dtypes, strict=True))
 
 

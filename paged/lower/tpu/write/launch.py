@@ -53,7 +53,8 @@ def _write(
         pools = _launch(Whole, writer, granules, rows, pools, chip, interpret)
     granules = Granules.partial(seqs, tokens, size, pages.num_pages)
     pools = _launch(Partial, writer, granules, rows, pools, chip, interpret)
-    return Pages(pools, *write_scales(rows[len(pools) :], pages, Places.of(seqs, tokens, pages)), layout=pages.layout)
+    places = Places.of(seqs, tokens, size, pages.num_pages)
+    return Pages(pools, *write_scales(rows[len(pools) :], pages, places), layout=pages.layout)
 
 
 def _launch(

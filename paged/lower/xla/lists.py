@@ -1,0 +1,51 @@
+"""`XlaLists`: what the XLA lowering computes from a step's sequences alone, once for all layers of one mask."""
+
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ..jax_version import vary_alike
+from ..program import Program, Sequences, Visits, visits_by_scatter
+from .blocks import RowBlock, RowBlocks
+from .places import Places
+
+
+class XlaLists(NamedTuple):
+    """The row blocks of each phase of a step, with the pages that each visits; and the places of new rows."""
+
+    phases: tuple[RowBlocks, ...]
+    places: Places
+
+    def moved(self, first_page: Any) -> Self:
+        """The lists for pages that lie ``first_page`` pages further on in the pool."""
+        visits = (phase.visits._replace(page=phase.visits.page + first_page) for phase in self.phases)  # pyright: ignore
+        phases = tuple(phase._replace(visits=own) for phase, own in zip(self.phases, visits, strict=True))
+        return self._replace(phases=phases, places=self.places._replace(page=self.places.page + first_page))
+
+
+def visits_of(program: Program, row_block: RowBlock, seqs: Sequences, page_size: int, num_pages: int) -> Visits:
+    """The pages that a row block visits."""
+    p0, p1 = row_block.position_range
+    return visits_by_scatter(program, p0, p1, row_block.length, seqs.tables[row_block.seq], page_size, num_pages)
+
+
+def with_visits(
+    program: Program, row_blocks: RowBlocks, seqs: Sequences, rows: int, at_once: int, page_size: int, num_pages: int
+) -> RowBlocks:
+    """The row blocks with the pages that each visits. As many as there are take time, ``at_once`` side by side."""
+
+    def of_one(which: Array) -> Visits:
+        return visits_of(program, row_blocks.block(seqs, which, rows), seqs, page_size, num_pages)
+
+    def put_some(i: Array, visits: Visits) -> Visits:
+        which = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
+        some = jax.vmap(of_one)(which)
+        return jax.tree.map(lambda all, own: all.at[which].set(own, mode="drop"), visits, some)
+
+    room = row_blocks.seq.shape[0]
+    shapes = jax.eval_shape(of_one, row_blocks.count)
+    _, start = vary_alike((seqs, row_blocks), jax.tree.map(lambda x: jnp.zeros((room, *x.shape), x.dtype), shapes))
+    visits = jax.lax.fori_loop(0, -(-row_blocks.count // at_once), put_some, start)
+    return row_blocks._replace(visits=visits)
