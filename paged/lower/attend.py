@@ -225,16 +225,17 @@ class Attend:
 
     def _step(self, q: Any, pages: Pages, step: RaggedBatch | Plan) -> RaggedBatch | Plan:
         """The batch or the plan of a call, after checks of all shapes, and with ``check`` of the batch's values."""
-        batch = batch_of(step)
-        require_queries(self.spec, q, batch)
+        if type(step) is not Plan:
+            require_queries(self.spec, q, step)  # pyright: ignore
+            require_pages(self.layout, pages)
+            return check(self.spec, pages, step, q.shape[0]) if self.check else step  # pyright: ignore
+        step.require_mesh(None)
+        require_queries(self.spec, q, step.batch)
         require_pages(self.layout, pages)
-        if isinstance(step, Plan):
-            step.require_mesh(None)
-            if self.check:
-                sizes = {"page_size": self.layout.page_size, "num_pages": pages.num_pages, "tokens": q.shape[0]}
-                require_checked(batch, **sizes, mask=self.spec.visibility)
-            return step
-        return check(self.spec, pages, batch, q.shape[0]) if self.check else batch
+        if self.check:
+            sizes = {"page_size": self.layout.page_size, "num_pages": pages.num_pages, "tokens": q.shape[0]}
+            require_checked(step.batch, **sizes, mask=self.spec.visibility)
+        return step
 
     def plan(
         self, q: Float[Array | jax.ShapeDtypeStruct, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch
