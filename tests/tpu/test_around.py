@@ -36,13 +36,15 @@ MOST = {
     ("64 x 2048", "attend", "window", "tpu7x"): (1, 27, 0, 1, 15, 3, 2303),
     ("16 x 4096", "write", "", "v6e"): (1, 48, 0, 0, 26, 7, 1121),
     ("512 of 4096", "write", "", "v6e"): (2, 143, 0, 0, 30, 15, 8404),
+    ("64 x 2048", "layers", "", "v6e"): (1, 49, 1, 2, 21, 9, 3859),
     ("64 x 2048", "update", "", "v5e"): (1, 42, 0, 2, 22, 7, 3059),
     ("256 x 1024", "update", "", "tpu7x"): (1, 50, 0, 2, 23, 12, 15092),
-    ("512 of 4096", "update", "", "v6e"): (3, 179, 0, 1, 46, 8, 28169),
-    ("60 + 4 x 256", "update", "", "v6e"): (4, 196, 0, 2, 97, 37, 111766),
+    ("512 of 4096", "update", "", "v6e"): (3, 175, 0, 1, 52, 11, 8418),
+    ("60 + 4 x 256", "update", "", "v6e"): (4, 171, 0, 2, 84, 23, 38323),
     ("60 + 4 x 256", "write", "", "v6e"): (2, 104, 0, 0, 45, 20, 29801),
 }
-FAST = 5  # rows of the table that always run: one to two seconds each
+LAYERS = 4
+FAST = 6  # rows of the table that always run: one to two seconds each
 
 
 def _call(batch, call, terms, generation):
@@ -61,13 +63,24 @@ def _call(batch, call, terms, generation):
             return paged.RaggedBatch.prefill(lengths[0], tables[0], tokens)
         return paged.RaggedBatch(lengths, tables, starts)
 
+    def layers(pages, q, k, v, *integers):
+        """What every layer of a model pays: its results are the next one's queries."""
+
+        def layer(carry, i):
+            q, pages = carry
+            return attend.update(q, k, v, pages, step(*integers).for_layer(i, num_pages // LAYERS, LAYERS)), None
+
+        return jax.lax.scan(layer, (q, pages), jnp.arange(LAYERS))[0]
+
     calls = {
+        "layers": layers,
         "attend": lambda pages, q, k, v, *integers: attend(q, pages, step(*integers)),
         "update": lambda pages, q, k, v, *integers: attend.update(q, k, v, pages, step(*integers)),
         "write": lambda pages, q, k, v, *integers: paged.write(k, v, pages, step(*integers), "tpu"),
     }
     shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
-    pool = [shape(*dims) for dims in LAYOUT.array_shapes(POOL_BYTES // LAYOUT.bytes_per_page)]
+    num_pages = POOL_BYTES // LAYOUT.bytes_per_page
+    pool = [shape(*dims) for dims in LAYOUT.array_shapes(num_pages)]
     integers = [shape(*dims, dtype=jnp.int32) for dims in ((seqs,), (seqs, -(-max(lengths) // 16)), (seqs + 1,))]
     new = shape(tokens, 8, 128)
     donated = () if call == "attend" else 0

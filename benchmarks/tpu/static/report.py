@@ -67,6 +67,7 @@ class Report:
     kernels: list[Kernel]
     other_operations: list[tuple[str, int]]
     whole: Whole | str | None = None
+    temporary_bytes: int = 0  # of device memory, beside arguments and results
 
 
 def model(
@@ -127,6 +128,7 @@ def model(
         compiled.seconds,
         versions,
         *found,
+        compiled.info.get("temporary_bytes", 0),
     )
 
 

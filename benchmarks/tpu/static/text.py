@@ -17,8 +17,8 @@ def described(report: Report) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
     arguments = f" {report.kwargs}" if report.kwargs else ""
     lines = [
-        f"{report.target}{arguments} on {report.generation}: modelled, compiled in {report.compile_seconds:.1f} s"
-        f" ({versions})"
+        f"{report.target}{arguments} on {report.generation}: modelled, compiled in {report.compile_seconds:.1f} s,"
+        f" {report.temporary_bytes / _MIB:.1f} MiB of temporaries ({versions})"
     ]
     for kernel in report.kernels:
         lines += _kernel(kernel)

@@ -73,6 +73,8 @@ def _compile(task: dict[str, Any], result: dict[str, Any]) -> None:
     start = time.perf_counter()
     compiled = lowered.compile()
     result["compile_seconds"] = time.perf_counter() - start
+    memory: Any = compiled.memory_analysis()
+    result["temporary_bytes"] = memory.temp_size_in_bytes
     pathlib.Path(task["program"]).write_text(compiled.as_text() or "")  # it has the compiler's estimates of cycles
     result["ok"] = True
     if task["scalars"]:
