@@ -100,18 +100,12 @@ POINTS = {
     "one page a block": {"schedule": {"pages_per_block": 1, "buffers": 8}},
     "seven pages per block": {"schedule": {"pages_per_block": 7}},
 }
-FAST = (
-    ("llama 8b", "v4"),
-    ("gemma 2", "v6e"),
-    ("gpt-oss", "v5e"),
-    ("int8, head", "tpu7x"),
-    ("interleaved", "v5p"),
-    ("grid", "tpu7x"),
-    ("update", "v5e"),
-)
+# The kernels inline, on the grid and with a write; generations of one core and of two.
+FAST = (("llama 8b", "v4"), ("grid", "tpu7x"), ("update", "v5e"))
+ALWAYS_IN_THE_TABLE = (*FAST, ("gemma 2", "v6e"), ("gpt-oss", "v5e"), ("int8, head", "tpu7x"), ("interleaved", "v5p"))
 
 
-TABLE = table_of(POINTS, FAST, every=4)
+TABLE = table_of(POINTS, ALWAYS_IN_THE_TABLE, every=4)
 
 
 def _call(**point):

@@ -138,14 +138,11 @@ POINTS = {
     "tiles of 16 rows": {"schedule": {"pages_per_block": 16, "rows_per_tile": 16, "buffers": 3}},
     "large tiles": {"schedule": {"pages_per_block": 16, "rows_per_tile": 1024, "buffers": 2}, **_SMALL},
 }
-FAST = (
-    ("small", "v4"),
-    ("joined", "tpu7x"),
-    ("interleaved, page 64", "v6e"),
-)
+FAST = (("small", "v4"),)
+ALWAYS_IN_THE_TABLE = (*FAST, ("joined", "tpu7x"), ("interleaved, page 64", "v6e"))
 
 
-TABLE = table_of(POINTS, FAST, every=5)
+TABLE = table_of(POINTS, ALWAYS_IN_THE_TABLE, every=5)
 
 
 def _call(**point):

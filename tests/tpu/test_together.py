@@ -44,7 +44,7 @@ def _counted(monkeypatch, name):
     ("rows", "schedule", "mode"),
     [
         (1, {}, "on_wait"),
-        (2, {"buffers": 5}, "eager"),
+        pytest.param(2, {"buffers": 5}, "eager", marks=pytest.mark.kernels),
         pytest.param(1, {"cores": 2, "kv_splits": 2}, "on_wait", marks=pytest.mark.kernels),
         pytest.param(1, {"sequence": "grid"}, "eager", marks=pytest.mark.kernels),
     ],
@@ -58,7 +58,10 @@ def test_short_items_together_equal_the_reference(rows, schedule, mode, monkeypa
     assert bool(together) == (schedule.get("sequence") != "grid")
 
 
-@pytest.mark.parametrize(("buffers", "generation"), [(2, "v4"), (3, "v4"), (4, "v5e")])
+@pytest.mark.parametrize(
+    ("buffers", "generation"),
+    [(3, "v4"), *(pytest.param(*x, marks=pytest.mark.kernels) for x in ((2, "v4"), (4, "v5e")))],
+)
 def test_with_few_buffers_or_slow_memory_items_go_alone(buffers, generation, monkeypatch):
     together = _counted(monkeypatch, "_run_together")
     case = CASE.replace(seed=9 + buffers)
