@@ -178,5 +178,3 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "write": _write("mixed", "on_wait"),
     "write, neighbours": _write("neighbours", "eager"),
 }  # fmt: skip
-# Trials of a few seconds or less.
-QUICK = [name for name in TRIALS if not name.startswith(("decode", "prefill", "write"))]
