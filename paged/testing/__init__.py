@@ -20,7 +20,6 @@ from .interpreter import interpreted as interpreted
 from .interpreter import watched as watched
 from .layers import check_layer as check_layer
 from .layers import check_model as check_model
-from .lowerings import LOWERING_CHECKS as LOWERING_CHECKS
 from .lowerings import Checked as Checked
 from .lowerings import check_case as check_case
 from .lowerings import check_lowering as check_lowering
@@ -31,10 +30,14 @@ from .pages import assert_no_leak as assert_no_leak
 from .pages import assert_pages_visited as assert_pages_visited
 from .pages import poison as poison
 from .pages import shuffle_pages as shuffle_pages
+from .promises import LOWERING_CHECKS as LOWERING_CHECKS
+from .runners import RUNNERS as RUNNERS
+from .runners import Runner as Runner
+from .runners import across_targets as across_targets
+from .runners import mesh_runner as mesh_runner
 from .scores import SCORE_CHECKS as SCORE_CHECKS
 from .scores import check_score_op as check_score_op
 from .specs import SPECS as SPECS
-from .targets import across_targets as across_targets
 from .tolerances import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS
 from .tolerances import TOLERANCES as TOLERANCES
 from .tolerances import assert_state_close as assert_state_close

@@ -43,6 +43,19 @@ class Built:
     error_unit: np.ndarray
     row_of: list[tuple[int, int] | None]
 
+    def with_batch(self, **changes: Any) -> "Built":
+        """These arrays with some values of the batch changed, such as ``lengths``.
+
+        Each row may then see what any row saw: its ``error_unit`` is the largest of all. ``visible`` and ``row_of``
+        stay.
+        """
+        names = ("lengths", "block_tables", "query_starts", "num_seqs")
+        values = {name: changes.get(name, getattr(self.batch, name)) for name in names}
+        is_even = self.batch.has_even_starts and "query_starts" not in changes
+        batch = RaggedBatch(**values, query_rows=self.batch.query_rows, has_even_starts=is_even)
+        largest = np.broadcast_to(self.error_unit.max(axis=(0, 2), keepdims=True), self.error_unit.shape)
+        return dataclasses.replace(self, batch=batch, error_unit=largest)
+
 
 def build(
     case: Case, *, physical_seed: int = 0, changed: tuple[int, ...] = (), hold_new: bool = True, padding_seed: int = 0

@@ -2,15 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import paged
-from paged.compat import page_attention, prefill_page_attention, ragged_page_attention_v2, ragged_page_attention_v3
 from paged.spec import AttentionSpec, RaggedBatch
+from paged.testing.entries import ENTRY_POINTS, EntryPoint
 from tests.support import Built, Case, build
 from tests.support.oracle import attention_by_loops
 
@@ -20,16 +20,13 @@ RICH = SPEC.replace(window=5, soft_cap=4.0, scale=0.3)
 CLOSE = 1e-4
 
 
-class Entry(NamedTuple):
-    """An entry point: the order of its pages, its phase, its names for arguments, and whether it writes."""
+class Entry(EntryPoint):
+    """An entry point of `paged.testing`, with cases of its own."""
 
-    call: Callable[..., Any]
-    order: str
-    phase: str
-    scale: str
-    soft_cap: str
-    writes: bool = False
-    takes_sinks: bool = False
+    @property
+    def phase(self) -> str:
+        """The phase that it is tried on."""
+        return self.phases[0]
 
     def case(self, spec: AttentionSpec = SPEC, **facts: Any) -> Case:
         """A case of this entry point's phase and page order."""
@@ -37,44 +34,14 @@ class Entry(NamedTuple):
         sinks = (spec.num_q_heads,) if spec.sinks else None
         return Case(spec=spec, order=self.order, phase=self.phase, rows=rows, sink_shape=sinks).replace(**facts)
 
-    def arguments(self, spec: AttentionSpec) -> dict[str, Any]:
-        """A spec as arguments of this entry point."""
-        said = {self.scale: spec.scale, self.soft_cap: spec.soft_cap, "sliding_window": spec.window}
-        return {name: value for name, value in said.items() if value is not None}
 
-
-ENTRIES = {
-    "page": Entry(page_attention, "split", "decode", "attn_scale", "attn_logits_soft_cap"),
-    "prefill": Entry(prefill_page_attention, "split", "prefill", "softmax_scale", "attn_logits_soft_cap"),
-    "v2": Entry(ragged_page_attention_v2, "interleaved", "ragged", "softmax_scale", "logits_soft_cap", False, True),
-    "v3": Entry(ragged_page_attention_v3, "interleaved", "ragged", "softmax_scale", "logits_soft_cap", True, True),
-}
+NAMES = ("page", "prefill", "v2", "v3")
+ENTRIES = {name: Entry(**vars(entry)) for name, entry in zip(NAMES, ENTRY_POINTS.values(), strict=True)}
 
 
 def arrays_of(name: str, built: Built) -> list[Any]:
     """A case's arrays in the order of an entry point's arguments. Version 3 donates its pages, so it gets a copy."""
-    batch, pages = built.batch, built.pages.arrays
-    if name == "page":
-        # No argument says which sequences are live: the others have length 0.
-        lengths = jnp.where(jnp.arange(batch.num_slots) < batch.num_seqs, batch.lengths, 0)
-        return [built.q, *pages, lengths, batch.block_tables]
-    if name == "prefill":
-        return [built.q, *pages, jnp.where(batch.num_seqs > 0, batch.lengths, 0), batch.block_tables[0]]
-    if name == "v2":
-        return [built.q, *pages, batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs, built.sinks]
-    ends = np.array([0, 0, int(batch.num_seqs)], np.int32)
-    tables = batch.block_tables.reshape(-1)
-    return [
-        built.q,
-        built.k,
-        built.v,
-        jnp.array(pages[0]),
-        batch.lengths,
-        tables,
-        batch.query_starts,
-        ends,
-        built.sinks,
-    ]
+    return ENTRIES[name].arrays(built.q, built.pages, built.batch, built.sinks, (built.k, built.v))
 
 
 def built_for(name: str, case: Case, **how: Any) -> Built:

@@ -221,3 +221,13 @@ def test_a_batch_may_have_no_sequences():
 def test_decode_of_a_wrong_rank_names_lengths():
     with pytest.raises(ValueError, match=r"lengths must have 1 dimension\(s\)"):
         RaggedBatch.decode(3, [[0]])
+
+
+def test_the_page_order_is_said_and_never_guessed_from_divisibility():
+    """Two heads and two pages: every order has arrays of plausible shapes, and only the right one is accepted."""
+    facts = {"page_size": 2, "num_kv_heads": 2, "head_dim": 2, "dtype": jnp.float32}
+    split, inter = (PageLayout(order=order, **facts) for order in ("split", "interleaved"))
+    pool = jnp.zeros((2, 2, 2, 2))
+    with pytest.raises(ValueError, match=r"kv must have shape \(2, 2, 4, 2\)"):
+        inter.wrap(pool)
+    assert split.wrap(pool, pool).num_pages == 2

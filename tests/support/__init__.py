@@ -1,18 +1,4 @@
-"""What the tests share: cases, an independent oracle, tolerances and the table of lowerings.
-
-Properties are written once, and every table below is crossed with them. `docs/extending.md` says more.
-
-- A new mask: `mask_by_rule` in `oracle.py`, `leaf_masks` in `paged/testing/strategies.py`; ``TABLE``, ``LEAVES`` and
-  ``ERRORS`` in `tests/spec/test_masks.py`, ``EXAMPLES`` in `tests/lower/test_normal_form.py`, ``COUNTS`` in
-  `tests/lower/test_pages_visited.py`, ``MASKS`` in `tests/test_pairs.py`.
-- A new score operation: `_score` in `oracle.py`, ``SCORES`` in `tests/test_pairs.py`.
-- A new page order: ``SHAPES`` and ``PLACES`` in `tests/spec/test_layout.py`. Other tests run over ``PAGE_ORDERS``.
-- A new lowering: ``SMALL_SCHEDULES`` in `lowerings.py`. `ALL_LOWERINGS` finds it, unless its target is ``"tpu"``.
-- A new way to run an attention: ``ROWS`` in `tests/test_live.py`.
-- A new term or page order on the TPU kernels: the tables of `tests/tpu/test_interpreted.py` and of `test_compiles.py`.
-- A new corner of lengths and rows: ``CORNERS`` in `paged/testing/cases.py`. A new dtype: ``TOLERANCES`` in
-  `paged/testing/tolerances.py`.
-"""
+"""What the tests share: cases, an independent oracle and tolerances. `tests/README.md` says where a test goes."""
 
 from paged.testing import CORNERS as CORNERS
 from paged.testing import ROUNDED_WEIGHTS as ROUNDED_WEIGHTS

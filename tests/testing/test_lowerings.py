@@ -122,5 +122,9 @@ def test_assertions_on_pages():
 
 def test_across_targets_has_every_lowering_that_accepts():
     wide = PageLayout(page_size=8, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
-    assert set(across_targets(SPEC, wide)) == {"tpu-decode inline", "tpu-decode grid", "tpu-ragged", "xla-blocks"}
-    assert set(across_targets(SPEC, LAYOUT)) == {"xla-blocks"}
+    assert set(across_targets(SPEC, wide)) == {"tpu-decode inline", "tpu-decode grid", "tpu-ragged", "xla"}
+    assert set(across_targets(SPEC, LAYOUT)) == {"xla"}
+    pairs = LAYOUT.replace(order="interleaved")
+    assert set(across_targets(SPEC, pairs)) == {"xla", "ragged_page_attention_v2", "ragged_page_attention_v3"}
+    mesh = jax.make_mesh((1,), ("model",), devices=jax.devices()[:1])
+    assert len(across_targets(SPEC, LAYOUT, mesh, paged.Axes(kv_heads="model"))) == 2

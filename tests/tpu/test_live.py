@@ -1,16 +1,17 @@
 """NaN or infinity in live keys and values reaches no other sequence: on both kernels, in every page order."""
 
-import numpy as np
 import pytest
 
 from paged.lower import DecodeSchedule, RaggedSchedule
 from paged.spec import PAGE_ORDERS
 from paged.testing import Corner
-from tests.support import Case, build
-from tests.support.live import assert_reaches_no_other_sequence
+from paged.testing.lowerings import run_check
+from paged.testing.promises import ROWS as ROWS_OF_CASES
+from paged.testing.promises import Subject
+from tests.support import Case
 from tests.support.specs import PLAIN
 
-from .interpreter import interpreted, watched
+from .interpreter import interpreted
 
 # The first, the third and the last sequence have one stage of the ring after the other: a short block, a whole one, and
 # a short one again, beside which the stage keeps a page of the whole one.
@@ -31,10 +32,10 @@ ROWS = [
 @pytest.mark.parametrize(("kernel", "order"), ROWS)
 def test_what_is_bad_reaches_no_other_sequence(kernel, order):
     facts, schedule = KERNELS[kernel]
-    case = Case(spec=PLAIN, order=order, corner=CORNER, **facts)
-    built, attend = build(case), interpreted(case, schedule, generation="v6e")
-    assert_reaches_no_other_sequence(
-        lambda built: (watched(attend.state, built.q, built.pages, built.batch), None),
-        built,
-        np.nan if order == "packed" else np.inf,
-    )
+    case = Case(spec=PLAIN, order=order, **facts)
+
+    def lower(spec, layout):
+        return interpreted(case, schedule, generation="v6e").state
+
+    subject = Subject(lower, PLAIN, case.layout, (CORNER,), 0.0, ROWS_OF_CASES)
+    assert run_check("bad values stay in their sequence", subject, case.phase) is None

@@ -1,8 +1,7 @@
-"""Edges of `docs/semantics.md` on the TPU lowering for mixed batches: faults of the caller, unseen data, length."""
+"""The TPU prefill kernel's own edges: whole blocks, tiles of every size, single rows, and lists that are too long."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import paged
@@ -11,21 +10,16 @@ from paged.lower.program import Wanted
 from paged.lower.tpu import CHIPS, TpuDecode
 from paged.lower.tpu.prefill.launch import PrefillLaunch
 from paged.spec import AttentionSpec
-from tests.support import CORNERS, Case, Corner, assert_bitwise, build, exact_state
+from paged.testing.runners import LONG
+from tests.support import Case, Corner, build
 from tests.support.specs import PLAIN
 
 from .edges import (
-    assert_close_to,
     assert_gradients_are_those_of_xla,
-    assert_nothing_is_seen,
-    assert_num_seqs_is_clamped,
-    assert_update_drops_rows_past_the_table,
-    assert_update_is_write_then_attend,
     items_of_launches,
-    with_batch,
     with_scalar_memory,
 )
-from .interpreter import assert_equals_reference, interpreted, state_of
+from .interpreter import assert_equals_reference, interpreted
 
 
 def _schedule(**choices):
@@ -44,7 +38,6 @@ def _schedule(**choices):
 # has at most four pages, and a block has two. A tile has 16 rows, so a sequence of up to 64 rows has up to four tiles.
 CASE = Case(spec=PLAIN.replace(window=100), page_size=64, tokens=64)
 SCHEDULE = _schedule()
-LONG = Corner(((4, 0), (0, 1), (4, -1), (2, 0), (3, 1)), (17, 1, 33, 1, 4))
 
 
 def _attend():
@@ -53,76 +46,6 @@ def _attend():
 
 def _built(corner=LONG, **how):
     return build(CASE.replace(corner=corner), **how)
-
-
-def _rows_of(built, *seqs):
-    return np.array([i for i, owner in enumerate(built.row_of) if owner is not None and owner[0] in seqs])
-
-
-@pytest.mark.parametrize("corner", [LONG, *CORNERS])
-def test_every_corner_equals_the_reference(corner):
-    """Among them several tiles per sequence, first pages wholly masked, empty rows and padding rows."""
-    assert_equals_reference(_attend(), _built(corner))
-
-
-def test_a_needed_entry_that_is_a_hole_hides_its_tokens():
-    """Table entries outside the pool: for the only page of a sequence of one row, and for last and middle pages of
-    sequences of many rows."""
-    built = _built()
-    table = built.batch.block_tables
-    for s, page, hole in ((0, 3, -1), (1, 0, built.pages.num_pages), (2, 2, 2**31 - 1), (3, 1, -(2**31))):
-        table = table.at[s, page].set(hole)
-    holed = with_batch(built, block_tables=table)
-    got = state_of(_attend(), holed)
-    assert_close_to(got, exact_state(holed))
-    assert np.isneginf(np.asarray(got.lse)[_rows_of(built, 1)]).all()
-    assert not np.array_equal(exact_state(holed).out, exact_state(built).out)
-    assert_bitwise(got, state_of(_attend(), built), rows=_rows_of(built, 4))
-
-
-def test_lengths_past_the_table_keep_positions_and_negative_ones_are_none():
-    corner = Corner(((4, 0), (1, 0), (4, 0), (1, 0), (4, -1)), (18, 20, 1, 1, 5))
-    built = _built(corner, hold_new=False)
-    wild = with_batch(built, lengths=jnp.array([257, -1, 2**31 - 1, -(2**31), 255], jnp.int32))
-    got = assert_update_drops_rows_past_the_table(_attend(), wild)
-    assert_nothing_is_seen(got, _rows_of(built, 1, 3))
-
-
-@pytest.mark.parametrize("num_seqs", [0, -3, 10**6])
-def test_the_number_of_sequences_is_clamped(num_seqs):
-    assert_num_seqs_is_clamped(_attend(), _built(), num_seqs)
-
-
-@pytest.mark.parametrize("corner", [LONG, "few live"])
-def test_page_order_and_stale_entries_are_invisible_bitwise(corner):
-    """Pages lie elsewhere in the pool. Unused entries, dead slots and padding rows have other values."""
-    states = [state_of(_attend(), _built(corner, physical_seed=seed, padding_seed=seed)) for seed in range(2)]
-    assert_bitwise(*states)
-
-
-def test_other_sequences_are_invisible_bitwise():
-    built = _built()
-    before, after = (state_of(_attend(), _built(changed=changed)) for changed in ((), (0, 3, 4)))
-    assert_bitwise(before, after, rows=_rows_of(built, 1, 2))
-    others = _rows_of(built, 0, 3, 4)
-    assert (np.asarray(before.lse)[others] != np.asarray(after.lse)[others]).all()
-
-
-@pytest.mark.parametrize(
-    "starts",
-    [
-        [0, 17, 5, 51, 52, 56],  # decreasing: a sequence without rows
-        [0, 20, 17, 51, 52, 56],  # overlapping: rows belong to the first that claims them
-        [-9, 17, 18, 51, 10**6, -(2**31)],
-        [3, 3, 3, 4, 60, 64],  # rows before the first start belong to no sequence
-        [64, 0, 0, 0, 0, 64],
-    ],
-)
-def test_starts_that_are_faults_show_no_row_of_anothers(starts):
-    """The reference does not define these, so the result is compared with the XLA lowering's. Both clamp the starts."""
-    faulty = with_batch(_built(), query_starts=jnp.array(starts, jnp.int32))
-    xla = paged.lower(CASE.spec, CASE.layout, "xla")
-    assert_close_to(state_of(_attend(), faulty), xla.state(faulty.q, faulty.pages, faulty.batch))
 
 
 # Every sequence has two tiles, one of 16 rows and one of a single row. A page is a whole block. In these corners no
@@ -269,16 +192,6 @@ def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
     for corner in ("first page masked", "exact pages", "empty", "more rows than tokens"):
         assert_equals_reference(attend, build(case.replace(corner=corner)))
     assert items == [1, 1], "a kernel for either half, traced once"
-
-
-@pytest.mark.kernels
-def test_update_equals_write_then_attend_in_one_trace(monkeypatch):
-    """For every corner."""
-    items = items_of_launches(monkeypatch, PrefillLaunch)
-    attend = interpreted(CASE, SCHEDULE, generation="v5p")
-    for corner in (LONG, *CORNERS):
-        assert_update_is_write_then_attend(attend, *(_built(corner, hold_new=held) for held in (False, True)))
-    assert len(items) == 1
 
 
 @pytest.mark.kernels
