@@ -45,7 +45,7 @@ class EntryPoint:
             return [q, *pages.arrays, batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs, sinks]
         if new is None:  # looked at for their shapes alone
             shape = (q.shape[0], pages.layout.num_kv_heads, pages.layout.head_dim)
-            new = (jnp.zeros(shape, q.dtype),) * 2
+            new = (jnp.zeros(shape, q.dtype), jnp.zeros(shape, q.dtype))
         ends = jnp.stack([jnp.int32(0), jnp.int32(0), jnp.asarray(batch.num_seqs, jnp.int32)])
         tables = batch.block_tables.reshape(-1)
         # The cache is donated: the caller keeps his.

@@ -61,7 +61,6 @@ LOWERING_CHECKS = {
     "full pages end at the length": LoweringCheck(check_full_pages_end, _MANY, once=True),
     "a window of the whole is none": LoweringCheck(check_window_of_the_whole, once=True),
     "sums are float32": LoweringCheck(check_float32_sums, _MANY, needs="state", once=True),
-    "the output has the queries' dtype": LoweringCheck(check_output_dtype, _MANY, once=True),
     "reruns are equal": LoweringCheck(check_reruns),
     "page order is invisible": LoweringCheck(check_page_order),
     "other sequences are invisible": LoweringCheck(check_other_sequences, _MANY),
@@ -76,6 +75,7 @@ LOWERING_CHECKS = {
     "split and merge": LoweringCheck(check_split_and_merge, _MANY, needs="state"),
     "chunks are invisible": LoweringCheck(check_chunks, ("ragged",)),
     "one trace": LoweringCheck(check_one_trace),
+    "the output has the queries' dtype": LoweringCheck(check_output_dtype, _MANY, once=True),
     "update": LoweringCheck(check_update, needs="update"),
     "update in place": LoweringCheck(check_in_place, needs="update", once=True),
 }
