@@ -10,6 +10,7 @@ from paged.spec import AttentionSpec, PageLayout
 from .arrays import build
 from .cases import CORNERS, Case, Corner, Phase
 from .failures import CheckFailure
+from .interpreter import PATIENCE
 from .promises import LOWERING_CHECKS, ROWS, Attention, LeftOut, LowerFn, Subject, require_equal
 from .specs import SPECS
 
@@ -39,6 +40,7 @@ def check_lowering(
     checks: Iterable[str] = tuple(LOWERING_CHECKS),
     rows: Mapping[Phase, int] = ROWS,
     weights: float = 0.0,
+    patience: float = PATIENCE,
 ) -> Checked:
     """Check every promise of an attention over pages, on adversarial batches.
 
@@ -61,6 +63,7 @@ def check_lowering(
     - `checks`: names in `LOWERING_CHECKS`.
     - `rows`: how many query rows each sequence has in decode, the whole batch in ragged, and the sequence in prefill.
     - `weights`: the relative error of softmax weights that the lowering rounds: 0, or `ROUNDED_WEIGHTS`.
+    - `patience`: seconds that one interpreted kernel may run, see `watched`.
 
     **Returns:** what was tried, refused and left out.
 
@@ -75,7 +78,7 @@ def check_lowering(
     report, specs, layouts, phases = Checked([], [], set()), list(specs), list(layouts), list(phases)
     seen: set[tuple[PageLayout, Phase, str]] = set()
     for spec, layout in ((spec, layout) for spec in specs for layout in layouts if _fit(spec, layout)):
-        subject = Subject(lower, spec, layout, tuple(corners), weights, {**ROWS, **rows})
+        subject = Subject(lower, spec, layout, tuple(corners), weights, {**ROWS, **rows}, patience)
         try:
             assert subject.attention is not None, "lower returned None"
         except ValueError as error:
@@ -97,7 +100,7 @@ def check_lowering(
     return report
 
 
-def check_case(attention: Attention, case: Case, *, weights: float = 0.0) -> None:
+def check_case(attention: Attention, case: Case, *, weights: float = 0.0, patience: float = PATIENCE) -> None:
     """Check that an attention has the float64 reference's numbers for one case of yours.
 
     **Arguments:**
@@ -105,14 +108,14 @@ def check_case(attention: Attention, case: Case, *, weights: float = 0.0) -> Non
     - `attention`: an `Attend`, or a function ``f(q, pages, batch)``, with sinks as a fourth argument where the spec has
       them. A kernel that is `interpreted` is `watched`.
     - `case`: the case. Its spec and layout are the attention's.
-    - `weights`: see `check_lowering`.
+    - `weights`, `patience`: see `check_lowering`.
 
     **Raises:** `CheckFailure` named ``"equals the reference"``, or of `KERNEL_CHECKS`.
 
     >>> case = Case(spec=AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8), phase="decode", rows=3)
     >>> check_case(paged.lower(case.spec, case.layout), case)
     """
-    subject = Subject(lambda spec, layout: attention, case.spec, case.layout, (), weights, ROWS)
+    subject = Subject(lambda spec, layout: attention, case.spec, case.layout, (), weights, ROWS, patience)
     try:
         require_equal(subject, build(case))
     except CheckFailure:

@@ -27,7 +27,6 @@ from paged.testing import (
     check_write,
     interpret_params,
     interpreted,
-    watched,
 )
 from paged.testing.specs import PLAIN, RICH, case_of
 
@@ -60,27 +59,12 @@ def _made() -> Any:
     return make(PLAIN.replace(window=5), LAYOUT, 12, 32, rotary=Rotary(8), key=jax.random.key(0))
 
 
-class Impatient:
-    """An attention by interpreted kernels that stops a kernel which does not end."""
-
-    def __init__(self, attend: paged.Attend):
-        self.attend = attend
-
-    def state(self, *args):
-        """`Attend.state`."""
-        return watched(self.attend.state, *args, patience=PATIENCE, must_interpret=True)
-
-    def update(self, *args):
-        """`Attend.update`."""
-        return self.attend.update(*args)
-
-
 def _kernel(case: Case, schedule: Schedule, mode: str, generation: str = "v4") -> Callable:
     """A TPU kernel equals the reference for one case, interpreted as if on a chip."""
 
     def run():
         attend = paged.lower(case.spec, case.layout, "tpu", schedule=schedule).on_chip(generation)
-        check_case(Impatient(interpreted(attend, mode)), case)
+        check_case(interpreted(attend, mode), case, patience=PATIENCE)
 
     return run
 
@@ -90,10 +74,10 @@ def _update() -> None:
 
     def lower(spec, layout):
         attend = paged.lower(spec, layout, "tpu", schedule=DecodeSchedule(pages_per_block=2, buffers=3))
-        return Impatient(interpreted(attend.on_chip("v5p"), "on_wait"))
+        return interpreted(attend.on_chip("v5p"))
 
     layout = LAYOUT.replace(page_size=8)
-    check_lowering(lower, specs=[PLAIN], layouts=[layout], phases=["decode"], checks=["update"])
+    check_lowering(lower, specs=[PLAIN], layouts=[layout], phases=["decode"], checks=["update"], patience=PATIENCE)
 
 
 def _write(batch: str, mode: str) -> Callable:

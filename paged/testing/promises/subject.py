@@ -12,7 +12,7 @@ from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages
 
 from ..arrays import Built, build
 from ..cases import Case, Corner, Phase
-from ..interpreter import watched
+from ..interpreter import PATIENCE, watched
 from ..tolerances import assert_states_close, exact_state
 
 # An `Attend`, or any function ``f(q, pages, batch)``, with sinks as a fourth argument where the spec has them.
@@ -40,6 +40,7 @@ class Subject:
     corners: tuple[str | Corner, ...]
     weights: float
     rows: Mapping[Phase, int]
+    patience: float = PATIENCE
 
     @functools.cached_property
     def attention(self) -> Attention:
@@ -93,13 +94,15 @@ class Subject:
     def run(self, built: Built, **changed: Any) -> Any:
         """The state of built arrays, or the output alone where the attention gives no more. Kernels are watched."""
         q, sinks = changed.get("q", built.q), changed.get("sinks", built.sinks)
-        return watched(self._run, q, built.pages, built.batch, *(() if sinks is None else (sinks,)))
+        given = (q, built.pages, built.batch, *(() if sinks is None else (sinks,)))
+        return watched(self._run, *given, patience=self.patience)
 
     def update(self, built: Built) -> tuple[jax.Array, Pages]:
         """The output and the pages after an update, of a copy of the pages that is donated. Kernels are watched."""
         sinks = () if built.sinks is None else (built.sinks,)
         pages = jax.tree.map(lambda x: x.copy(), built.pages)
-        return watched(self.donating, built.q, built.k, built.v, pages, built.batch, *sinks)
+        given = (built.q, built.k, built.v, pages, built.batch, *sinks)
+        return watched(self.donating, *given, patience=self.patience)
 
     @property
     def can_update(self) -> bool:
