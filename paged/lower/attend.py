@@ -344,7 +344,7 @@ def run_state(
     """
     if not batch_of(batch).has_rows(q.shape[0]):
         return _no_rows(attend, program, has_lse, q)
-    call, (lowering, schedule, _), seqs = _resolve(attend, program, q, pages, batch)
+    call, (lowering, schedule, _), seqs = _resolve(attend, program, q, pages, batch, has_holes=merge is not None)
     wanted, sinks = Wanted(q.dtype, has_lse), None if sinks is None else sinks_per_head(attend.spec, sinks)
     if merge is None:
         return lowering.results(program, schedule, call, wanted, q, pages, sinks, seqs)
@@ -367,7 +367,7 @@ def run_update(
     """`run_state` after a write of this step's keys and values."""
     if not batch_of(batch).has_rows(q.shape[0]):
         return _no_rows(attend, program, has_lse, q), pages
-    call, (lowering, schedule, _), seqs = _resolve(attend, program, q, pages, batch)
+    call, (lowering, schedule, _), seqs = _resolve(attend, program, q, pages, batch, has_holes=merge is not None)
     wanted, sinks = Wanted(q.dtype, has_lse), None if sinks is None else sinks_per_head(attend.spec, sinks)
     if merge is None:
         return lowering.update_results(program, schedule, call, wanted, q, k, v, pages, sinks, seqs)
@@ -376,10 +376,13 @@ def run_update(
 
 
 def _resolve(
-    attend: Attend, program: Program, q: Array, pages: Pages, step: RaggedBatch | Plan
+    attend: Attend, program: Program, q: Array, pages: Pages, step: RaggedBatch | Plan, has_holes: bool
 ) -> tuple[Call, Choice, Sequences]:
-    """The call, what runs it, and its sequences: with what was planned for the step, if it was."""
-    call = Call.of(q, pages, batch_of(step))
+    """The call, what runs it, and its sequences: with what was planned for the step, if it was.
+
+    Where states are merged over devices, the other devices' pages are holes in this device's tables.
+    """
+    call = Call.of(q, pages, batch_of(step), has_holes)
     choice = _choice(attend, program, call, step)
     if isinstance(step, Plan) and step.seqs is not None:
         return call, choice, step.seqs

@@ -253,7 +253,8 @@ class Chunk(Mask):
     def coverage(self, p0, p1, j0, j1):
         first_p, last_p = p0 // self.size, (p1 - 1) // self.size
         first_j, last_j = j0 // self.size, (j1 - 1) // self.size
-        one_chunk = (first_p == last_p) & (first_j == last_j) & (first_p == first_j)
+        # Bounds of the first and the last key: so it is known to hold on one run of pages.
+        one_chunk = (first_p == last_p) & (first_p <= first_j) & (last_j <= first_p)
         return Coverage(some=(first_j <= last_p) & (first_p <= last_j), full=one_chunk)
 
     def implies(self, other):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from paged.lower.tpu.decode import launch as launch_module
 from paged.lower.tpu.decode.kernel import ROWS_IN_FLIGHT, Decode
 from paged.lower.tpu.decode.launch import DecodeLaunch
-from paged.lower.tpu.decode.update import Targets, Write
+from paged.lower.tpu.decode.update import Write
 from paged.lower.tpu.pages import work as work_module
+from paged.lower.tpu.pages.intervals import IntervalWork
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
 from paged.lower.tpu.pages.work import TileVisits
@@ -18,6 +19,7 @@ from paged.spec import AttentionState
 from .base import Mutant
 from .planting import (
     Elsewhere,
+    Instead,
     Shifted,
     all_full,
     all_of,
@@ -44,7 +46,7 @@ def _one_semaphore(original):
 
 def _one_too_long(original):
     def attend(self, refs, *args, **kwargs):
-        work = refs.work._replace(length=Shifted(refs.work.length, 1))
+        work = Instead(refs.work, length=Shifted(refs.work.length, 1))
         return original(self, refs._replace(work=work), *args, **kwargs)
 
     return attend
@@ -59,7 +61,7 @@ def _one_stage(original):
 
 def _none_empty(original):
     def are_short(self, refs, *args):
-        work = refs.work._replace(count=Shifted(refs.work.count, 1))
+        work = Instead(refs.work, count=Shifted(refs.work.count, 1))
         return original(self, refs._replace(work=work), *args)
 
     return are_short
@@ -100,10 +102,27 @@ def _not_awaited(is_write):
 
 
 def _at_once(original):
-    def of(cls, *args):
-        return original(cls, *args)._replace(is_shared=jnp.zeros(1, jnp.int32))
+    return lambda self, *args: original(self, *args) & False
 
-    return of
+
+def _shorter(original):
+    def pages(self, item):
+        first, count, *full = original(self, item)
+        return first, jnp.maximum(count - 1, 0), *full
+
+    return pages
+
+
+def _all_seen(original):
+    def pages(self, item):
+        first, count, *_ = original(self, item)
+        return first, count, first, first + count
+
+    return pages
+
+
+def _in_their_own_order(original):
+    return lambda self, item, i, block: self.facts.begin[item] + i * block
 
 
 _decode = functools.partial(Mutant, "decode", in_every_run=False)
@@ -148,17 +167,29 @@ DECODE = (
         "decode, late", _EQUAL, "not finite",
     ),
     _decode(
-        "a page too few", method(TileVisits, "of", page_too_few),
-        "decode, late", _EQUAL, "error",
+        "a page too few in the list", method(TileVisits, "of", page_too_few),
+        "decode, listed", _EQUAL, "error",
     ),
     _decode(
-        "partial pages taken for full", method(TileVisits, "of", all_full),
+        "partial pages taken for full in the list", method(TileVisits, "of", all_full),
+        "decode, listed", _EQUAL, "not finite",
+    ),
+    _decode(
+        "a page too few", method(IntervalWork, "_pages", _shorter),
         "decode, late", _EQUAL, "not finite",
+    ),
+    _decode(
+        "partial pages taken for full", method(IntervalWork, "_pages", _all_seen),
+        "decode, window", _EQUAL, "not finite",
+    ),
+    _decode(
+        "blocks in their own order", method(IntervalWork, "entry", _in_their_own_order),
+        "decode, window", _EQUAL, "error",
     ),
     _decode(
         "cursor a block behind",
         method(Stream, "move_cursor", lambda move: lambda self, item, at: move(self, item, at - 1)),
-        "decode, early", "semaphores end at zero",
+        "decode, early", "in bounds",
     ),
     _decode(
         "cursor a block ahead",
@@ -172,15 +203,15 @@ DECODE = (
     _decode(
         "an item past the end together with the last",
         method(Decode, "_are_short", lambda short: lambda self, refs, item, end: short(self, refs, item, end + 1)),
-        "decode, together", "in bounds",
+        "decode, together", "kernels end",
     ),
     _decode(
         "an empty item together with another", method(Decode, "_are_short", _none_empty),
-        "decode, together, one empty", "in bounds",
+        "decode, together, one empty", "kernels end",
     ),
     _decode(
         "tail of a split lost", method(TileVisits, "work_list", _tail_lost),
-        "decode, split", _EQUAL, "error",
+        "decode, split, listed", _EQUAL, "error",
     ),
     _decode(
         "scale of keys for values",
@@ -199,5 +230,5 @@ UPDATE = (
     ),
     _update("no wait for what is written", method(Write, "_granule_copies", _not_awaited(is_write=True))),
     _update("no wait for rows", method(Write, "_row_copies", never_awaited)),
-    _update("neighbours at once", method(Targets, "of", _at_once)),
+    _update("neighbours at once", method(Write, "_note_targets", _at_once)),
 )  # fmt: skip

@@ -113,6 +113,16 @@ class Shifted:
         self.ref[index] = value
 
 
+class Instead:
+    """A kernel's work with some of its parts replaced."""
+
+    def __init__(self, work: Any, **parts: Any):
+        self.work, self.parts = work, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return self.parts[name] if name in self.parts else getattr(self.work, name)
+
+
 class Elsewhere:
     """Buffers or semaphores, of which another one is given than was asked for."""
 

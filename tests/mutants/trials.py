@@ -29,6 +29,7 @@ from paged.testing import (
     interpreted,
 )
 from paged.testing.specs import PLAIN, RICH, case_of
+from tests.support.listed import Listed
 
 LAYOUT = PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
 OPEN = PLAIN.replace(causal=False)
@@ -116,6 +117,13 @@ _TILES = Case(
 _OPEN_TILES = _TILES.replace(spec=_MHA.replace(causal=False))
 _MASKED_FIRST = case_of("plain", "decode", page_size=8, corner="first page masked")
 _OPEN_DECODE = Case(spec=OPEN, page_size=8, phase="decode")
+_LISTED_DECODE = _OPEN_DECODE.replace(spec=OPEN.replace(mask=Listed()))
+# Masked blocks at both ends of a window, and blocks between that are seen in full.
+_WINDOW_DECODE = _OPEN_DECODE.replace(
+    spec=PLAIN.replace(window=44),
+    pages_per_seq=10,
+    corner=Corner(((10, 0), (10, -3), (9, 1), (7, 4), (0, 0)), (1,) * 5),
+)
 
 
 _SLOPES = (0.5, -0.25, 2.0, 0.125, 1.0, -3.0)
@@ -145,11 +153,16 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "pool": functools.partial(check_pool, PagePool, examples=20),
     "layer": _layer,
     "decode, late": _kernel(_OPEN_DECODE, _decode(2, 3), "on_wait"),
+    "decode, listed": _kernel(_LISTED_DECODE, _decode(2, 3), "on_wait"),
+    "decode, window": _kernel(_WINDOW_DECODE, _decode(2, 3), "on_wait"),
     "decode, early": _kernel(_MASKED_FIRST, _decode(1), "eager"),
     "decode, late, one page per block": _kernel(_MASKED_FIRST, _decode(1, 3), "on_wait"),
     "decode, split": _kernel(
         _OPEN_DECODE.replace(dtype="int8", scales="head", corner="exact pages"),
         _decode(1, kv_splits=2, sequence="grid"), "eager",
+    ),
+    "decode, split, listed": _kernel(
+        _LISTED_DECODE.replace(corner="exact pages"), _decode(1, kv_splits=2, sequence="grid"), "eager"
     ),
     "decode, together": _kernel(_OPEN_DECODE.replace(corner="one token"), _decode(4, 4), "on_wait"),
     "decode, together, one empty": _kernel(_OPEN_DECODE, _decode(4, 4), "on_wait"),

@@ -11,6 +11,7 @@ import paged
 from paged.lower import DecodeSchedule, RaggedSchedule
 from paged.lower.tpu.decode.launch import DecodeLaunch
 from tests.support import Case, build
+from tests.support.listed import Listed
 from tests.support.specs import PLAIN
 
 from .edges import (
@@ -22,6 +23,7 @@ from .interpreter import assert_equals_reference, interpreted
 
 # One kernel for most of this file: two query rows, blocks of two pages of at most four.
 CASE = Case(spec=PLAIN, page_size=8, phase="decode", rows=2)
+LISTED = CASE.replace(spec=PLAIN.replace(mask=Listed()))
 SCHEDULE = DecodeSchedule(pages_per_block=2)
 SCHEDULES = {"decode": SCHEDULE, "ragged": RaggedSchedule(pages_per_block=2, rows_per_tile=16, single_rows=SCHEDULE)}
 
@@ -34,19 +36,20 @@ def test_gradients_are_those_of_the_xla_lowering():
     assert_gradients_are_those_of_xla(_attend(), build(CASE))
 
 
-def test_page_lists_too_long_for_scalar_memory_are_cut_by_sequence(monkeypatch):
+@pytest.mark.parametrize(("case", "bytes_per_seq"), [(CASE, 36), (LISTED, 72)], ids=["tables", "lists"])
+def test_tables_and_lists_too_long_for_scalar_memory_are_cut_by_sequence(case, bytes_per_seq, monkeypatch):
     """One kernel has three sequences and the next has two. Some or all of them may be dead."""
     items = items_of_launches(monkeypatch, DecodeLaunch)
-    attend = with_scalar_memory(CASE, 3 * 72 / 0.6 + 1, SCHEDULE)
+    attend = with_scalar_memory(case, 3 * bytes_per_seq / 0.6 + 1, SCHEDULE)
     for corner in ("mixed", "few live", "more rows than tokens"):
-        assert_equals_reference(attend, build(CASE.replace(corner=corner)))
+        assert_equals_reference(attend, build(case.replace(corner=corner)))
     assert items == [3, 2]
 
 
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
     """One sequence of four pages: two kernels of two pages, each with two KV splits. Four states are merged."""
     items = items_of_launches(monkeypatch, DecodeLaunch)
-    case = CASE.replace(phase="prefill", spec=PLAIN.replace(sinks=True), sink_shape=(4, 3))
+    case = LISTED.replace(phase="prefill", spec=LISTED.spec.replace(sinks=True), sink_shape=(4, 3))
     attend = with_scalar_memory(case, (2 * 8 + 80) / 0.6 + 1, SCHEDULE.replace(pages_per_block=1, kv_splits=2))
     for corner in ("first page masked", "exact pages", "empty"):
         assert_equals_reference(attend, build(case.replace(corner=corner)))

@@ -312,7 +312,7 @@ class ShardedAttend:
 
     def _call(self, q: Array, pages: Pages, shard: RaggedBatch) -> Call:
         """The call of one shard of sequences, over the pages of all devices that share its contexts."""
-        call = Call.of(q, pages, shard)
+        call = Call.of(q, pages, shard, has_holes=self._merge is not None)
         tokens, num_pages = (n // self.shares.sequences for n in (call.tokens, call.num_pages))
         return dataclasses.replace(call, tokens=tokens, num_pages=num_pages)
 

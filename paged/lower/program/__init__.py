@@ -3,6 +3,8 @@
 from .call import COMMON as COMMON
 from .call import Call as Call
 from .call import at_most as at_most
+from .integers import floor_div as floor_div
+from .intervals import PageIntervals as PageIntervals
 from .program import Program as Program
 from .results import Results as Results
 from .results import Wanted as Wanted

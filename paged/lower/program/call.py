@@ -18,6 +18,8 @@ class Call:
     * ``num_pages``: pages of the pool.
     * ``query_rows``: the number of rows that every slot has; None where it varies.
     * ``q_dtype``: the dtype of the queries.
+    * ``has_even_starts``: whether the rows of every slot are known to be those that follow the slot before.
+    * ``has_holes``: whether most table entries may be holes, as in a context whose pages several devices share.
     """
 
     tokens: int
@@ -26,12 +28,26 @@ class Call:
     num_pages: int
     query_rows: int | None
     q_dtype: Any
+    has_even_starts: bool = True
+    has_holes: bool = False
+
+    @property
+    def has_even_rows(self) -> bool:
+        """Whether every row is known to be one of a slot's, in order, and every slot to have as many rows."""
+        return self.has_even_starts and self.query_rows is not None and self.tokens == self.slots * self.query_rows
 
     @classmethod
-    def of(cls, q: Any, pages: Pages, batch: RaggedBatch) -> "Call":
+    def of(cls, q: Any, pages: Pages, batch: RaggedBatch, has_holes: bool = False) -> "Call":
         """The facts of a call with these arguments, of which only shapes and dtypes matter."""
         return cls(
-            q.shape[0], batch.num_slots, batch.pages_per_seq, pages.num_pages, batch.query_rows, jnp.dtype(q.dtype)
+            tokens=q.shape[0],
+            slots=batch.num_slots,
+            pages_per_seq=batch.pages_per_seq,
+            num_pages=pages.num_pages,
+            query_rows=batch.query_rows,
+            q_dtype=jnp.dtype(q.dtype),
+            has_even_starts=batch.has_even_starts,
+            has_holes=has_holes,
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from paged.spec import And, AttentionSpec, Coverage, Everything, Mask, ScoreOp
 
+from .intervals import PageIntervals, page_intervals
 from .simplify import normal_form
 
 
@@ -94,6 +95,24 @@ class Program:
         **Returns:** a `Coverage`. "empty" and "full" are never wrong; "partial" may be either.
         """
         return self.visibility.coverage(p0, p1, j0, j1) & Coverage(some=j0 < length, full=j1 <= length)
+
+    def page_intervals(self, page_size: int) -> PageIntervals | None:
+        """The pages that query rows see, as intervals, where `coverage` proves that these pages are one run.
+
+        **Arguments:**
+
+        - `page_size`: tokens per page.
+
+        **Returns:** the intervals, or None where nothing is proven. They are proven for causal masks, windows, chunks
+        and their intersections, and for a user's mask whose coverage compares sums, products with constants and
+        quotients.
+
+        >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64, window=128)
+        >>> intervals = Program.from_spec(spec).page_intervals(page_size=16)
+        >>> [int(page) for page in intervals.visible(p0=199, p1=200, length=200, width=64)]
+        [4, 13]
+        """
+        return page_intervals(self.coverage, page_size)
 
     def __str__(self) -> str:
         heads = f"{self.num_q_heads} query heads over {self.num_kv_heads} KV heads ({self.group} to each)"

@@ -72,11 +72,14 @@ class Decode:
     * ``bodies``: views of a block's first pages with the terms at their shape, fewest pages first, at last those of the
       whole block. A block of few pages then costs less than a whole one.
     * ``splits``: the items of each sequence.
+    * ``has_even_rows``: every slot has rows, and they are those that follow the slot before. Then every row is written,
+      also those of slots that are not live.
     * ``items_at_once``: items of one block that are worked on together, from 1 to `ITEMS_AT_ONCE`.
     """
 
     bodies: tuple[tuple[Views, Terms], ...]
     splits: int
+    has_even_rows: bool
     items_at_once: int
 
     @property
@@ -156,6 +159,7 @@ class Decode:
             stream.wait(each, 0, stage)
             # After the wait, or the pages would arrive on top of the zeros; before a product reads the values.
             stream.zero_dead_values(each, 0, stage)
+            stream.hide_holes(each, 0, stage)
             blocks.append(Block(each, 0, stage, q, None))
             stage = stream.after(stage)
         for each in items:
@@ -214,6 +218,7 @@ class Decode:
             stream.wait(item, i, stage)
             # After the wait, or the pages would arrive on top of the zeros; before a product reads the values.
             stream.zero_dead_values(item, i, stage)
+            stream.hide_holes(item, i, stage)
             pages = stream.pages_of(item, i)
 
             def attend(running, body):
@@ -223,16 +228,16 @@ class Decode:
             enough = sum((pages > views.pages_per_block).astype(jnp.int32) for views, _ in self.bodies[:-1])
             return stream.after(stage), jax.lax.switch(enough, bodies, running)
 
-        carry = jax.lax.fori_loop(0, straight, step_straight, start)
+        at, carry = stream.until_hole(jnp.int32(0), straight, step_straight, start)
 
         # The straight steps fetched blocks without the cursor. `fetch_next` must go on where they ended, or it would
         # fetch blocks of this item again.
-        @pl.when(straight > 0)
+        @pl.when(at > 0)
         def _():
-            stream.move_cursor(item, straight + ahead - 1)
+            stream.move_cursor(item, at + ahead - 1)
 
-        carry = jax.lax.fori_loop(straight, whole, lambda i, carry: step(i, carry, False), carry)
-        return jax.lax.fori_loop(whole, total, lambda i, carry: step(i, carry, True), carry)
+        at, carry = stream.until_hole(at, whole, lambda i, carry: step(i, carry, False), carry)
+        return jax.lax.fori_loop(at, total, lambda i, carry: step(i, carry, True), carry)
 
     def _attend(
         self,
@@ -271,25 +276,25 @@ class Decode:
     def _seen(self, refs: Refs, block: Block, is_masked: bool, body: tuple[Views, Terms]) -> Seen:
         """Positions, visibility and scales of a block. All tiles share them."""
         (views, terms), item = body, block.item
-        base = refs.work.begin[item] + block.i * self.views.pages_per_block
-        pages = refs.work.count[item] - block.i * self.views.pages_per_block
         p: Any = None
         j: Any = None
         if is_masked or terms.scores_use_positions:
             p = refs.work.position[item] + views.query_row()
-            j = views.positions(
-                lambda entry: jnp.where(entry < pages, refs.work.index[base + entry], views.absent_index)
-            )
-        visible = views.is_own_key()
+            j = refs.work.key_positions(views, item, block.i, self.views.pages_per_block)
+        visible, present = views.is_own_key(), None
         if is_masked:
             seen = terms.visible(tuple(ref[0] for ref in refs.inputs.arrays), p, j, refs.work.length[item])
+            present = refs.stream.present(views, block.stage)
+            seen = seen if present is None else seen & present
             visible = seen if visible is None else seen & visible
         if not self._has_token_scales:
             return Seen(p, j, visible, None)
         scales = [views.scales(buffer, block.stage) for buffer in refs.stream.transfers.buffers[-2:]]
         if is_masked:
             # Past the length scales may be NaN. A key's is masked with its score; a value's would meet a weight of 0.
-            scales[1] = jnp.where(j[:1] < refs.work.length[item], scales[1], 0.0)
+            is_live = j[:1] < refs.work.length[item]
+            is_live = is_live if present is None else is_live & present[:1]
+            scales[1] = jnp.where(is_live, scales[1], 0.0)
         return Seen(p, j, visible, scales)
 
     def _weigh(self, refs: Refs, block: Block, tile: int, product: Any, seen: Seen, terms: Terms) -> Any:
@@ -326,12 +331,19 @@ class Decode:
         lane = jax.lax.broadcasted_iota(jnp.int32, (views.tile_rows, LANES), 1)
         lses = jnp.zeros((views.tile_rows, LANES), jnp.float32)
         for tile in range(views.tiles):
-            out, lse = running[tile].finish()
+            out, lse = self._with_sinks(refs, item, tile, running[tile]).finish()
             if refs.inputs.v_scale is not None:
                 out = out * refs.inputs.v_scale[tile]
             views.store(refs.scratch.out.at[row_stage], tile, out)
             lses = jnp.where(lane == tile, lse, lses)
-        refs.scratch.lse[row_stage] = lses.reshape(refs.scratch.lse.shape[1:])
+        if refs.scratch.lse is not None:
+            refs.scratch.lse[row_stage] = lses.reshape(refs.scratch.lse.shape[1:])
+
+    def _with_sinks(self, refs: Refs, item: Any, tile: int, running: Running) -> Running:
+        """The softmax of a tile with one more logit per row, which has no value. Rows of no sequence have none."""
+        if refs.inputs.sinks is None:
+            return running
+        return running.weigh(jnp.where(refs.work.rows[item] > 0, refs.inputs.sinks[tile], -jnp.inf))[0]
 
     def _query_copies(self, refs: Refs, item: Any) -> Copies:
         """An item's query rows, from HBM."""
@@ -355,7 +367,8 @@ class Decode:
 
         def each(act):
             looked_up = jnp.maximum(item, 0)
-            rows = jnp.where(item >= first, refs.work.rows[looked_up], 0)
+            rows = self.views.query_rows if self.has_even_rows else refs.work.rows[looked_up]
+            rows = jnp.where(item >= first, rows, 0)
             split, row_stage = jax.lax.rem(looked_up, self.splits), jax.lax.rem(looked_up, ROWS_IN_FLIGHT)
             for row in range(self.views.query_rows):
 
@@ -363,6 +376,8 @@ class Decode:
                 def _(row=row):
                     scratch, outputs = refs.scratch, refs.outputs
                     for buffer, results in ((scratch.out, outputs.out), (scratch.lse, outputs.lse)):
+                        if buffer is None or results is None:
+                            continue
                         target = results.at[split, refs.work.row[looked_up] + row]
                         act(pltpu.make_async_copy(buffer.at[row_stage, row], target, scratch.out_left.at[row_stage]))
 

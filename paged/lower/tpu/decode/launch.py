@@ -13,30 +13,41 @@ from jaxtyping import Array, Float
 
 from paged.spec import AttentionState, Pages, merge
 
-from ...program import Program, kernel_terms
+from ...program import PageIntervals, Program, Results, Wanted, kernel_terms
 from ..chips import LANES, Chip, padded_bytes
-from ..pages import Stream, Transfers, Views, WorkList, pools_of
+from ..pages import Facts, Holes, IntervalWork, PageTables, Stream, Transfers, Views, WorkList, pools_of
 from ..references import call_kernel
 from .kernel import ROWS_IN_FLIGHT, Decode
 from .refs import Inputs, Outputs, Refs, Scalars, Scratch
 from .schedule import DecodeSchedule
-from .update import Targets, Write, WriteRefs
+from .update import Targets, Write, WriteRefs, targets_of_tables
+
+
+class Tables(NamedTuple):
+    """Work that the scalar core computes from page tables, where visible pages are ``intervals``."""
+
+    intervals: PageIntervals
+    given: PageTables
 
 
 class New(NamedTuple):
-    """New rows to write: where they go, and for each array of pages every query row's token, in float32."""
+    """New rows to write: where they go, and for each array of pages every query row's token, in float32.
 
-    targets: Targets
+    ``targets`` is None where the scalar core computes it.
+    """
+
+    targets: Targets | None
     rows: tuple[Float[Array, "tokens ..."], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeLaunch:
-    """One decode kernel, ready to be called on a work list.
+    """One decode kernel, ready to be called.
 
     * ``views``: how a block of the schedule's ``pages_per_block`` pages is read.
     * ``schedule``: its ``buffers`` are the stages of the stream's ring, its ``cores`` share the items, and with
       ``sequence="grid"`` every item is a step of the grid.
+    * ``has_even_rows``: every slot has as many rows, and they are those that follow the slot before.
     * ``items_at_once``: items of one block that are worked on together.
     * ``interpret``: passed to Pallas.
     """
@@ -44,60 +55,85 @@ class DecodeLaunch:
     program: Program
     views: Views
     schedule: DecodeSchedule
+    has_even_rows: bool
     items_at_once: int
     chip: Chip
     interpret: Any
 
     def __call__(
-        self, work: WorkList, q: Float[Array, "tokens q_heads dim"], pages: Pages, new: New | None = None
-    ) -> tuple[AttentionState, Pages]:
-        """Run the kernel on a work list and return the state of its rows in float32, and the pages.
+        self,
+        work: WorkList | Tables,
+        q: Float[Array, "tokens q_heads dim"],
+        pages: Pages,
+        wanted: Wanted,
+        sinks: Float[Array, " q_heads"] | None = None,
+        new: New | None = None,
+    ) -> tuple[Results, Pages]:
+        """Run the kernel on a work list, or on page tables, and return its results, and the pages.
 
-        Rows that the work list does not name hold anything. ``new`` rows are written before any page is read, in place
-        where the pages are donated. Each sequence must then be one item: another item might read its pages first.
+        Where rows are not even, those that the work list does not name hold anything. ``new`` rows are written before
+        any page is read, in place where the pages are donated. Each sequence must then be one item: another item might
+        read its pages first.
+
+        The results of several KV splits are merged in float32. So ``wanted`` must be a state there, without sinks.
         """
-        views = self.views
-        bodies = tuple(
-            (prefix, kernel_terms(self.program, prefix.tile_rows, prefix.columns)) for prefix in views.prefixes()
+        terms = tuple(
+            (prefix, kernel_terms(self.program, prefix.tile_rows, prefix.columns)) for prefix in self.views.prefixes()
         )
-        arrays = self._arrays(bodies[-1][1])
-        inputs = Inputs(*self._head_scales(pages), arrays, self._pad(q), new.rows if new else (), _pools(pages))
+        decode = Decode(terms, self.schedule.kv_splits, self.has_even_rows, self.items_at_once)
+        arrays = self._arrays(terms[-1][1])
+        per_row = self._head_scales(pages), self._sinks(sinks)
+        inputs = Inputs(*per_row[0], per_row[1], arrays, self._queries(q), new.rows if new else (), _pools(pages))
         hbm: Any = pltpu.HBM
         in_memory = tuple(pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays)
+        intervals = work.intervals if isinstance(work, Tables) else None
+        given = work.given if isinstance(work, Tables) else work
+        items = given.position.shape[0] * (self.schedule.kv_splits if intervals else 1)
         # The number of a core's items is known only when the kernel runs. So each core has a step for every item, and
         # does nothing in the steps past its own items.
-        cores, items = self.schedule.cores, work.begin.shape[0]
-        grid = (cores,) if self.schedule.sequence == "inline" else (cores, items)
+        cores = self.schedule.cores
         results: Outputs = call_kernel(
-            functools.partial(self._kernel, Decode(bodies, self.schedule.kv_splits, self.items_at_once)),
+            functools.partial(self._kernel, decode, intervals),
             name=f"paged_decode_{self.schedule.sequence}",
             chip=self.chip,
             interpret=self.interpret,
-            grid=grid,
-            scalars=Scalars(work, new.targets if new else None),
+            grid=(cores,) if self.schedule.sequence == "inline" else (cores, items),
+            scalars=Scalars(given, new.targets if new else None),
             inputs=inputs,
-            memory=Inputs(pltpu.VMEM, pltpu.VMEM, in_memory, q=hbm, new=hbm, pools=hbm),
-            outputs=self._outputs(q.shape[0], inputs.pools if new else ()),
-            scratch=self._scratch(new is not None),
+            memory=Inputs(pltpu.VMEM, pltpu.VMEM, pltpu.VMEM, in_memory, q=hbm, new=hbm, pools=hbm),
+            outputs=self._outputs(q.shape[0], wanted, inputs.pools if new else ()),
+            scratch=self._scratch(inputs.q.dtype, wanted, items, intervals, new is not None),
             in_place=(lambda tree: tree.pools) if new else None,
         )
-        return self._state(results.out, results.lse), _with_pools(pages, results.pools) if new else pages
+        return self._results(results.out, results.lse), _with_pools(pages, results.pools) if new else pages
 
-    def _kernel(self, decode: Decode, scalars: Scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-        layout, work = self.views.layout, scalars.work
+    def _kernel(
+        self,
+        decode: Decode,
+        intervals: PageIntervals | None,
+        scalars: Scalars,
+        inputs: Inputs,
+        outputs: Outputs,
+        scratch: Scratch,
+    ) -> None:
+        layout, work = self.views.layout, self._work(intervals, scalars, scratch)
         # Pages are read through the reference that they are written through. Then nothing depends on whether the input
         # and the output really are the same memory, as they are on a chip.
         pools = outputs.pools or inputs.pools
         transfers = Transfers(layout, pools, scratch.pages, scratch.pages_arrived)
-        stream = Stream(work, transfers, scratch.cursor, scratch.filled)
+        stream = Stream(work, transfers, scratch.cursor, scratch.filled, scratch.holes)
         refs = Refs(work, inputs, outputs, scratch, stream)
-        core = pl.program_id(0)
-        first, end = work.bounds[core], work.bounds[core + 1]
+        first, end = work.bounds_of(pl.program_id(0))
 
         def write() -> None:
-            if scalars.targets is not None and scratch.staging is not None:
-                written = WriteRefs(work, scalars.targets, inputs.new, pools, scratch.staging)
-                Write(layout, self.views.query_rows).run(written, first, end)
+            if scratch.staging is not None:
+                rows = self.views.query_rows
+                if isinstance(work, IntervalWork):
+                    target = targets_of_tables(work, rows, layout.page_size, transfers.num_pages)
+                else:
+                    assert scalars.targets is not None
+                    target = scalars.targets.at
+                Write(layout, rows).run(WriteRefs(work, target, inputs.new, pools, scratch.staging), first, end)
 
         if self.schedule.sequence == "inline":
             # All new rows must be in place before the stream copies the first page.
@@ -105,6 +141,16 @@ class DecodeLaunch:
             decode.run_items(refs, first, end)
         else:
             _run_step(decode, refs, first, end, write)
+
+    def _work(self, intervals: PageIntervals | None, scalars: Scalars, scratch: Scratch) -> WorkList | IntervalWork:
+        """The work list, or the work that the scalar core computes."""
+        if isinstance(scalars.work, WorkList):
+            return scalars.work
+        assert intervals is not None
+        assert scratch.facts is not None
+        width, rows = scalars.work.pages.shape[0] // scalars.work.position.shape[0], self.views.query_rows
+        division = self.schedule.kv_splits, self.schedule.pages_per_block, self.schedule.cores
+        return IntervalWork(intervals, scalars.work, scratch.facts, width, rows, *division)
 
     def _arrays(self, terms: Any) -> tuple[Array, ...]:
         """What the scores and the mask need of each query row of a tile, such as the slopes of ALiBi."""
@@ -121,63 +167,86 @@ class DecodeLaunch:
         k_scale, v_scale = (jnp.broadcast_to(scale, (heads,))[rows][..., None] for scale in scales)
         return k_scale, v_scale
 
-    def _pad(self, q: Array) -> Float[Array, "tokens kv_heads group dim"]:
-        """Queries by KV head, with the group padded to whole registers and the head dimension to a key's lanes."""
+    def _sinks(self, sinks: Float[Array, " q_heads"] | None) -> Array | None:
+        """The sink of every query row."""
+        return None if sinks is None else sinks[self.views.q_head(self.program.group)][..., None]
+
+    def _queries(self, q: Array) -> Float[Array, "tokens kv_heads group dim"]:
+        """Queries by KV head, as they lie, or padded to the views' group and to a key's lanes."""
+        # A TPU has no float16.
+        q = q.astype(jnp.float32) if q.dtype == jnp.float16 else q
         grouped = q.reshape(q.shape[0], self.program.num_kv_heads, self.program.group, -1)
         padding = [(0, 0), (0, 0), (0, self.views.group - self.program.group), (0, 0)]
         padding[3] = (0, self.views.key_lanes - q.shape[-1])
-        return jnp.pad(grouped.astype(self.views.compute_dtype), padding)
+        return jnp.pad(grouped, padding)
 
-    def _scratch(self, is_update: bool) -> Scratch:
-        dma, stages = pltpu.SemaphoreType.DMA, self.schedule.buffers
-        pages, (q, out, lse) = _vmem_scratch(self.views, stages)
+    def _scratch(
+        self, q_dtype: Any, wanted: Wanted, items: int, intervals: PageIntervals | None, is_update: bool
+    ) -> Scratch:
+        dma, stages, block = pltpu.SemaphoreType.DMA, self.schedule.buffers, self.schedule.pages_per_block
+        pages, (q, out, lse) = _vmem_scratch(self.views, stages, q_dtype, _stored(wanted.dtype))
         return Scratch(
             pages=pages,
             pages_arrived=dma((stages,)),
             q=q,
             q_arrived=dma((ROWS_IN_FLIGHT,)),
             out=out,
-            lse=lse,
+            lse=lse if wanted.has_lse else None,
             out_left=dma((ROWS_IN_FLIGHT,)),
             cursor=pltpu.SMEM((2,), jnp.int32),
             filled=pltpu.SMEM((stages,), jnp.int32),
+            facts=Facts.scratch(items, intervals) if intervals else None,
+            holes=Holes.scratch(stages, block) if intervals else None,
             next_stage=pltpu.SMEM((1,), jnp.int32),
             staging=Write(self.views.layout, self.views.query_rows).scratch() if is_update else None,
         )
 
-    def _outputs(self, tokens: int, pools: tuple[Array, ...]) -> Outputs:
-        views, layout, splits, f32 = self.views, self.views.layout, self.schedule.kv_splits, jnp.float32
+    def _outputs(self, tokens: int, wanted: Wanted, pools: tuple[Array, ...]) -> Outputs:
+        views, layout, splits = self.views, self.views.layout, self.schedule.kv_splits
         out = (splits, tokens, layout.num_kv_heads, views.group, views.result_lanes)
         lse = (splits, tokens, views.heads_per_tile * views.group, LANES)
         written = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools)
-        return Outputs(jax.ShapeDtypeStruct(out, f32), jax.ShapeDtypeStruct(lse, f32), written)
+        return Outputs(
+            jax.ShapeDtypeStruct(out, _stored(wanted.dtype)),
+            jax.ShapeDtypeStruct(lse, jnp.float32) if wanted.has_lse else None,  # pyright: ignore
+            written,
+        )
 
-    def _state(self, out: Array, lse: Array) -> AttentionState:
-        """The state in the kernel's results: KV splits merged, padding dropped, heads in the order of the queries."""
+    def _results(self, out: Array, lse: Array | None) -> Results:
+        """The kernel's results: KV splits merged, padding dropped, heads in the order of the queries."""
         views, program = self.views, self.program
         splits, tokens = out.shape[:2]
         out = out[:, :, :, : program.group, views.value_lanes].reshape(splits, tokens, program.num_q_heads, -1)
+        if lse is None:
+            return Results(out[0], None)
         lse = jnp.moveaxis(lse[..., : views.tiles], -1, 2).reshape(splits, tokens, program.num_kv_heads, views.group)
         lse = lse[..., : program.group].reshape(splits, tokens, program.num_q_heads)
-        return AttentionState(out[0], lse[0]) if splits == 1 else _merge_splits(out, lse)
+        return Results(*((out[0], lse[0]) if splits == 1 else _merge_splits(out, lse)))
 
     @staticmethod
     def vmem_bytes(views: Views, buffers: int) -> int:
         """Vector memory of a kernel's buffers, with every tile padded as chips lay it out. ``buffers`` are stages."""
-        pages, rows = _vmem_scratch(views, buffers)
+        pages, rows = _vmem_scratch(views, buffers, views.compute_dtype, jnp.float32)
         return sum(padded_bytes(x.shape, x.dtype) for x in (*pages, *rows))
 
 
-def _vmem_scratch(views: Views, buffers: int) -> tuple[tuple[Any, ...], tuple[Any, Any, Any]]:
+def _vmem_scratch(
+    views: Views, buffers: int, q_dtype: Any, out_dtype: Any
+) -> tuple[tuple[Any, ...], tuple[Any, Any, Any]]:
     """Vector memory for pages; and for queries, results and log-sum-exps."""
-    layout, block, f32 = views.layout, views.pages_per_block, jnp.float32
+    layout, block = views.layout, views.pages_per_block
     pages = tuple(pltpu.VMEM((buffers, block, *pool.page_shape), pool.dtype) for pool in pools_of(layout))
     rows = (ROWS_IN_FLIGHT, views.query_rows, layout.num_kv_heads, views.group)
     return pages, (
-        pltpu.VMEM((*rows, views.key_lanes), views.compute_dtype),
-        pltpu.VMEM((*rows, views.result_lanes), f32),
-        pltpu.VMEM((ROWS_IN_FLIGHT, views.query_rows, views.heads_per_tile * views.group, LANES), f32),
+        pltpu.VMEM((*rows, views.key_lanes), q_dtype),
+        pltpu.VMEM((*rows, views.result_lanes), out_dtype),
+        pltpu.VMEM((ROWS_IN_FLIGHT, views.query_rows, views.heads_per_tile * views.group, LANES), jnp.float32),
     )
+
+
+def _stored(dtype: Any) -> Any:
+    """The dtype in which a kernel stores results that are wanted in ``dtype``: a TPU has no float16."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
 
 
 def _run_step(decode: Decode, refs: Refs, first: Any, end: Any, write: Callable[[], None]) -> None:

@@ -5,19 +5,31 @@ import functools
 from collections.abc import Iterator
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ...base import Schedule
-from ...program import Call, Program, Sequences
+from ...program import Call, Program, Results, Sequences, Wanted
 from ...xla import token_rows
-from ..base import TpuLowering
-from ..pages import TileVisits, WorkList, copies_of_pages, kernel_slices, pools_of
+from ..base import STATE, TpuLowering
+from ..pages import PageTables, TileVisits, WorkList, copies_of_pages, kernel_slices, pools_of
 from ..write.granules import row_shape
-from .launch import New
-from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call, vmem_bytes
+from .launch import DecodeLaunch, New, Tables
+from .plan import (
+    alternatives,
+    fits,
+    intervals_of,
+    kernels_of,
+    launch_of,
+    neighbours,
+    plan_schedule,
+    refuses_call,
+    slots_per_kernel,
+    vmem_bytes,
+)
 from .schedule import DecodeSchedule
 from .update import Targets
 
@@ -63,7 +75,8 @@ class TpuDecode(TpuLowering):
     ) -> list[str]:
         """Memory of the kernel, how many kernels there are, the time of its transfers alone, and copies by XLA."""
         chip, mebibytes = self.target_chip, vmem_bytes(program, layout, call, schedule) / 2**20
-        kernels = len(list(kernel_slices((call.slots, call.pages_per_seq), chip, schedule.kv_splits)))
+        has_lists = intervals_of(program, layout, call, schedule, chip) is None
+        kernels = kernels_of(program, layout, call, schedule, chip)
         microseconds = 1e6 * bytes_visited / chip.hbm_bytes_per_second
         lines = [
             f"{kernels} kernel(s) on {chip.words}, each with {schedule.buffers} buffers of "
@@ -71,7 +84,7 @@ class TpuDecode(TpuLowering):
             f"at least {microseconds:.1f} us for its transfers, modelled at {chip.hbm_bytes_per_second / 1e9:.0f} GB/s",
         ]
         entries = call.slots * call.pages_per_seq
-        if entries >= _MANY_ENTRIES:
+        if has_lists and entries >= _MANY_ENTRIES:
             lines.append(
                 f"about {entries * _BYTES_PER_ENTRY / 2**20:.0f} MiB of device memory for the work lists of "
                 f"{call.slots} x {call.pages_per_seq} table entries: narrower tables need less"
@@ -82,46 +95,117 @@ class TpuDecode(TpuLowering):
         self, program: Program, schedule: DecodeSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences
     ) -> AttentionState:
         """The state of sequences that have at most ``call.query_rows`` rows each."""
-        layout = pages.layout
-        launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret)
-        visited = TileVisits.of(program, seqs, layout.page_size, pages.num_pages)
-        states = []
-        for rows, entries in kernel_slices(seqs.tables.shape, launch.chip, schedule.kv_splits):
-            work = visited.work_list(rows, entries, **_division(schedule))
-            states.append(_own_rows(launch(work, q, pages)[0], work, launch.views.query_rows))
-        return functools.reduce(merge, states)
+        return self.run_results(program, schedule, call, STATE, q, pages, None, seqs).state
 
-    def run_update(
+    def run_results(
         self,
         program: Program,
         schedule: DecodeSchedule,
         call: Call,
+        wanted: Wanted,
+        q: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> Results:
+        """The results of sequences that have at most ``call.query_rows`` rows each."""
+        layout, chip = pages.layout, self.target_chip
+        launch = launch_of(program, layout, call, schedule, chip, self.interpret)
+        intervals = intervals_of(program, layout, call, schedule, chip)
+        if intervals is None:
+            return _of_lists(launch, wanted, q, pages, sinks, seqs)
+        parts, slots, rows = [], slots_per_kernel(call, schedule, chip), launch.views.query_rows
+        # Usually one kernel, and nothing is cut or joined.
+        for first in range(0, call.slots, slots):
+            part: Sequences = jax.tree.map(lambda x, first=first: x[first : first + slots], seqs)
+            q_part, work = q[first * rows : (first + slots) * rows], Tables(intervals, PageTables.of(part))
+            parts.append(_finished(launch, work, wanted, q_part, pages, sinks, part)[0])
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+    def run_update_results(
+        self,
+        program: Program,
+        schedule: DecodeSchedule,
+        call: Call,
+        wanted: Wanted,
         q: Array,
         k: Array,
         v: Array,
         pages: Pages,
+        sinks: Array | None,
         seqs: Sequences,
-    ) -> tuple[AttentionState, Pages]:
+    ) -> tuple[Results, Pages]:
         """The write and the attention in one kernel.
 
         `write` goes first where a sequence is split, where one kernel cannot hold the lists of pages, and on chips with
         two cores: one core might read a page while the other writes it.
         """
-        layout = pages.layout
-        launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret)
-        kernels = list(kernel_slices(seqs.tables.shape, launch.chip, schedule.kv_splits))
-        if schedule.cores > 1 or schedule.kv_splits > 1 or len(kernels) > 1:
+        layout, chip = pages.layout, self.target_chip
+        launch = launch_of(program, layout, call, schedule, chip, self.interpret)
+        if schedule.cores > 1 or schedule.kv_splits > 1 or kernels_of(program, layout, call, schedule, chip) > 1:
             pages = self.write(k, v, pages, seqs, call.query_rows)
-            return self.run_state(program, schedule, call, q, pages, seqs), pages
-        targets = Targets.of(seqs, call.query_rows or 1, layout.page_size, pages.num_pages)
-        visited = TileVisits.of(program, seqs, layout.page_size, pages.num_pages)
-        work = visited.work_list(*kernels[0], **_division(schedule))
+            return self.run_results(program, schedule, call, wanted, q, pages, sinks, seqs), pages
         rows = tuple(
             x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
             for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
         )
-        state, pages = launch(work, q, pages, New(targets, rows))
-        return _own_rows(state, work, launch.views.query_rows), pages
+        intervals = intervals_of(program, layout, call, schedule, chip)
+        if intervals is not None:
+            work, targets = Tables(intervals, PageTables.of(seqs)), None
+        else:
+            work = next(iter(_lists(launch, pages, seqs)))
+            targets = Targets.of(seqs, launch.views.query_rows, layout.page_size, pages.num_pages)
+        return _finished(launch, work, wanted, q, pages, sinks, seqs, New(targets, rows))
+
+
+def _of_lists(
+    launch: DecodeLaunch, wanted: Wanted, q: Array, pages: Pages, sinks: Array | None, seqs: Sequences
+) -> Results:
+    """The results by work lists, of which scalar memory may not hold all at once."""
+    lists = list(_lists(launch, pages, seqs))
+    if len(lists) == 1:
+        return _finished(launch, lists[0], wanted, q, pages, sinks, seqs)[0]
+    states = [_own_rows(launch(work, q, pages, STATE)[0].state, work, launch.views.query_rows) for work in lists]
+    return wanted.of(functools.reduce(merge, states), seqs, sinks)
+
+
+def _lists(launch: DecodeLaunch, pages: Pages, seqs: Sequences) -> Iterator[WorkList]:
+    """The work list of each kernel."""
+    schedule, rows_per_slot = launch.schedule, launch.views.query_rows
+    if launch.has_even_rows:
+        # Slots that are not live have rows too, of which the kernel writes the results.
+        starts = rows_per_slot * jnp.arange(seqs.starts.shape[0], dtype=jnp.int32)
+        seqs = seqs._replace(starts=starts)
+    visited = TileVisits.of(launch.program, seqs, pages.layout.page_size, pages.num_pages)
+    for rows, entries in kernel_slices(seqs.tables.shape, launch.chip, schedule.kv_splits):
+        yield visited.work_list(
+            rows,
+            entries,
+            splits=schedule.kv_splits,
+            pages_per_block=schedule.pages_per_block,
+            cores=schedule.cores,
+        )
+
+
+def _finished(
+    launch: DecodeLaunch,
+    work: WorkList | Tables,
+    wanted: Wanted,
+    q: Array,
+    pages: Pages,
+    sinks: Array | None,
+    seqs: Sequences,
+    new: New | None = None,
+) -> tuple[Results, Pages]:
+    """The results of one kernel that does all work of the sequences, as they are wanted, and the pages."""
+    if launch.has_even_rows and launch.schedule.kv_splits == 1:
+        results, pages = launch(work, q, pages, wanted, sinks, new)
+        return Results(results.out.astype(wanted.dtype), results.lse), pages
+    results, pages = launch(work, q, pages, STATE, None, new)
+    state = results.state
+    if isinstance(work, WorkList):
+        state = _own_rows(state, work, launch.views.query_rows)
+    return wanted.of(state, seqs, sinks), pages
 
 
 def _own_rows(state: AttentionState, work: WorkList, most: int) -> AttentionState:
@@ -133,10 +217,6 @@ def _own_rows(state: AttentionState, work: WorkList, most: int) -> AttentionStat
     is_own = jnp.any((row >= first) & (row < first + count), axis=1)
     out = jnp.where(is_own[:, None, None], state.out, 0.0)
     return AttentionState(out, jnp.where(is_own[:, None], state.lse, -jnp.inf))
-
-
-def _division(schedule: DecodeSchedule) -> dict[str, int]:
-    return {"splits": schedule.kv_splits, "pages_per_block": schedule.pages_per_block, "cores": schedule.cores}
 
 
 TPU_DECODE = TpuDecode()

@@ -7,10 +7,10 @@ from typing import Any
 
 from paged.spec import PageLayout
 
-from ...program import COMMON, Call, Program, most_pages_seen
+from ...program import COMMON, Call, PageIntervals, Program, most_pages_seen
 from ...schedule import around, grid, halvings
 from ..chips import LANES, SUBLANES, Chip
-from ..pages import Views, compute_dtype
+from ..pages import Facts, Views, compute_dtype, kernel_slices
 from .kernel import ITEMS_AT_ONCE
 from .launch import DecodeLaunch
 from .schedule import DecodeSchedule
@@ -38,7 +38,33 @@ def launch_of(
     """The kernel that a schedule describes."""
     views = _views(program, layout, call, schedule.pages_per_block)
     items_at_once = 1 if chip.generation in _ONE_AT_A_TIME else ITEMS_AT_ONCE
-    return DecodeLaunch(program, views, schedule, items_at_once, chip, interpret)
+    return DecodeLaunch(program, views, schedule, call.has_even_rows, items_at_once, chip, interpret)
+
+
+def intervals_of(
+    program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, chip: Chip
+) -> PageIntervals | None:
+    """The page intervals that the scalar core computes the work from; None where it needs lists of pages.
+
+    It does where visible pages are not proven to be one run, where most of that run may be holes, where rows are not
+    even, and where scalar memory cannot hold the block table of one sequence.
+    """
+    if not call.has_even_rows or call.has_holes or not call.num_pages or not slots_per_kernel(call, schedule, chip):
+        return None
+    return program.page_intervals(layout.page_size)
+
+
+def slots_per_kernel(call: Call, schedule: DecodeSchedule, chip: Chip) -> int:
+    """How many sequences' block tables, and what is known of their items, scalar memory holds."""
+    per_slot = 4 * call.pages_per_seq + 4 + 4 * len(Facts._fields) * schedule.kv_splits
+    return min(call.slots, chip.smem_for_lists // per_slot)
+
+
+def kernels_of(program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, chip: Chip) -> int:
+    """The number of kernels of a call."""
+    if intervals_of(program, layout, call, schedule, chip) is not None:
+        return -(-call.slots // slots_per_kernel(call, schedule, chip))
+    return len(list(kernel_slices((call.slots, call.pages_per_seq), chip, schedule.kv_splits)))
 
 
 def plan_schedule(program: Program, layout: PageLayout, call: Call | None, chip: Chip) -> DecodeSchedule:
@@ -145,7 +171,8 @@ def vmem_budget(chip: Chip) -> int:
 
 
 def _views(program: Program, layout: PageLayout, call: Call, pages_per_block: int) -> Views:
-    group = -(-program.group // SUBLANES) * SUBLANES
+    # Groups of 2 and 4 lie in HBM without padding. Others are padded to whole registers.
+    group = program.group if program.group in (2, 4) else -(-program.group // SUBLANES) * SUBLANES
     dtype = compute_dtype(layout, call.q_dtype)
     views = Views(layout, pages_per_block, call.query_rows or 1, group, dtype)
     return dataclasses.replace(views, is_paired=views.can_pair and views.columns <= _PAIRED_COLUMNS)

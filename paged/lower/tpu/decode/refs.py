@@ -2,15 +2,18 @@
 
 from typing import NamedTuple
 
-from ..pages import Stream, WorkList
+from ..pages import Facts, Holes, IntervalWork, PageTables, Stream, WorkList
 from ..references import Ref
 from .update import Staging, Targets
 
 
 class Scalars(NamedTuple):
-    """What the kernel reads from scalar memory. ``targets`` says where new rows go; None if nothing is written."""
+    """What the kernel reads from scalar memory: a work list, or what the scalar core computes the work from.
 
-    work: WorkList
+    ``targets`` says where new rows go. It is None if nothing is written, and if the scalar core computes it.
+    """
+
+    work: WorkList | PageTables
     targets: Targets | None
 
 
@@ -18,14 +21,16 @@ class Inputs(NamedTuple):
     """The kernel's operands.
 
     * ``k_scale``, ``v_scale`` f32[tiles, tile_rows, 1]: the factor of each row's KV head; None without such scales.
+    * ``sinks`` f32[tiles, tile_rows, 1]: the sink of each row's query head; None without sinks.
     * ``arrays``: a tuple of what the scores and the mask need of each row, [tiles, tile_rows, 1], or of each tile.
-    * ``q`` [tokens, kv_heads, group, key_lanes]: queries, padded to whole registers.
+    * ``q`` [tokens, kv_heads, group, key_lanes]: queries.
     * ``new``: for each array of pages the rows to write, f32[tokens, *row]; empty if nothing is written.
     * ``pools``: the arrays of pages, and then their per-token scales.
     """
 
     k_scale: Ref | None
     v_scale: Ref | None
+    sinks: Ref | None
     arrays: tuple[Ref, ...]
     q: Ref
     new: tuple[Ref, ...]
@@ -35,13 +40,14 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """The kernel's results. A KV split is one of the items that make a sequence.
 
-    * ``out`` f32[splits, tokens, kv_heads, group, result_lanes].
-    * ``lse`` f32[splits, tokens, heads_per_tile * group, lanes]: lane ``t`` holds the log-sum-exps of tile ``t``.
+    * ``out`` [splits, tokens, kv_heads, group, result_lanes].
+    * ``lse`` f32[splits, tokens, heads_per_tile * group, lanes]: lane ``t`` holds the log-sum-exps of tile ``t``; None
+      where nobody reads it.
     * ``pools``: the same memory as `Inputs.pools`; empty if nothing is written.
     """
 
     out: Ref
-    lse: Ref
+    lse: Ref | None
     pools: tuple[Ref, ...]
 
 
@@ -53,13 +59,14 @@ class Scratch(NamedTuple):
     * ``pages``: for each array of pages [stages, pages_per_block, *page].
     * ``pages_arrived``: a semaphore for each stage.
     * ``cursor`` i32[2], ``filled`` i32[stages]: in scalar memory.
+    * ``facts``, ``holes``: in scalar memory, for work that the scalar core computes; None for a work list.
 
     A ring for queries and results on their way. Item ``i`` is in stage ``i % ROWS_IN_FLIGHT``, and each stage has a
     semaphore for queries, ``q_arrived``, and one for results, ``out_left``:
 
     * ``q`` [ROWS_IN_FLIGHT, query_rows, kv_heads, group, key_lanes].
-    * ``out`` f32[ROWS_IN_FLIGHT, query_rows, kv_heads, group, result_lanes].
-    * ``lse`` f32[ROWS_IN_FLIGHT, query_rows, heads_per_tile * group, lanes].
+    * ``out`` [ROWS_IN_FLIGHT, query_rows, kv_heads, group, result_lanes].
+    * ``lse`` f32[ROWS_IN_FLIGHT, query_rows, heads_per_tile * group, lanes]; None where nobody reads it.
 
     Others:
 
@@ -72,10 +79,12 @@ class Scratch(NamedTuple):
     q: Ref
     q_arrived: Ref
     out: Ref
-    lse: Ref
+    lse: Ref | None
     out_left: Ref
     cursor: Ref
     filled: Ref
+    facts: Facts | None
+    holes: Holes | None
     next_stage: Ref
     staging: Staging | None
 
@@ -83,7 +92,7 @@ class Scratch(NamedTuple):
 class Refs(NamedTuple):
     """All memory of the kernel, by references. The stream holds the pools and the buffers of pages."""
 
-    work: WorkList
+    work: WorkList | IntervalWork
     inputs: Inputs
     outputs: Outputs
     scratch: Scratch

@@ -6,6 +6,7 @@ attention.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,9 @@ from jaxtyping import Array, Int
 
 from paged.spec import PageLayout
 
-from ...program import Sequences
-from ..pages import WorkList, pools_of
+from ...program import Sequences, floor_div
+from ..chips import LANES, SUBLANES
+from ..pages import IntervalWork, WorkList, pools_of
 from ..references import Copies, Ref
 from ..write.granules import GRANULE, granule_at, granule_shape, granules_per_seq, row_shape, token_axis
 
@@ -31,13 +33,11 @@ class Targets(NamedTuple):
     * ``page``: the granule's page, or -1 where nothing is written.
     * ``offset``: the offset in the page of the granule's first token.
     * ``position``: the position of that token in its sequence.
-    * ``is_shared``: 1 if two sequences write to one granule. Then one sequence must be done before the next begins.
     """
 
     page: Int[Array, " granules"]
     offset: Int[Array, " granules"]
     position: Int[Array, " granules"]
-    is_shared: Int[Array, "1"]
 
     @classmethod
     def of(cls, seqs: Sequences, rows: int, page_size: int, num_pages: int) -> "Targets":
@@ -49,30 +49,53 @@ class Targets(NamedTuple):
         page = jnp.take_along_axis(seqs.tables, entry, axis=1)
         is_written &= (page >= 0) & (page < num_pages)
         page, offset = jnp.where(is_written, page, -1).reshape(-1), (position % page_size).reshape(-1)
-        # An entry without a granule gets a number of its own, so that only granules can be equal.
-        key = jnp.where(page < 0, -1 - jnp.arange(page.shape[0], dtype=jnp.int32), page)
-        pages, offsets = jax.lax.sort((key, offset), num_keys=2)
-        is_shared = jnp.any((pages[1:] == pages[:-1]) & (offsets[1:] == offsets[:-1]))
-        return cls(page, offset, position.reshape(-1), is_shared.astype(jnp.int32)[None])
+        return cls(page, offset, position.reshape(-1))
+
+    def at(self, granule: Any) -> tuple[Any, Any, Any]:
+        """A granule's page, offset and position."""
+        return self.page[granule], self.offset[granule], self.position[granule]
+
+
+def targets_of_tables(work: IntervalWork, rows: int, page_size: int, num_pages: int) -> Callable[[Any], Any]:
+    """`Targets.at` of the batch, computed by the scalar core from its block tables."""
+    per_seq = granules_per_seq(rows)
+
+    def at(granule: Any) -> tuple[Any, Any, Any]:
+        seq = jax.lax.div(granule, per_seq)
+        length = work.length[seq]
+        first = floor_div(jnp.clip(work.position[seq], 0, length), GRANULE) * GRANULE
+        position = first + GRANULE * (granule - seq * per_seq)
+        entry = floor_div(position, page_size, low=0)
+        page = work.page[seq * work.width + jnp.minimum(entry, work.width - 1)]
+        is_written = (position < length) & (page >= 0) & (page < num_pages)
+        return jnp.where(is_written, page, -1), position - entry * page_size, position
+
+    return at
 
 
 class Staging(NamedTuple):
     """Memory for the granules of several sequences and for the rows that go into them, of each array of pages.
 
-    All reads share the semaphore ``arrived``, and all writes the semaphore ``left``.
+    All reads share the semaphore ``arrived``, and all writes the semaphore ``left``. ``targets`` says where the
+    granules are, in scalar memory.
     """
 
     granules: tuple[Ref, ...]
     rows: tuple[Ref, ...]
+    targets: Targets
     arrived: Ref
     left: Ref
 
 
 class WriteRefs(NamedTuple):
-    """What the write reads, writes and works in. ``new`` are the rows to write, for each array of pages."""
+    """What the write reads, writes and works in.
 
-    work: WorkList
-    targets: Targets
+    ``target(granule)`` is a granule's page, offset and position. ``new`` are the rows to write, for each array of
+    pages.
+    """
+
+    work: WorkList | IntervalWork
+    target: Callable[[Any], Any]
     new: tuple[Ref, ...]
     pools: tuple[Ref, ...]
     staging: Staging
@@ -95,16 +118,17 @@ class Write(NamedTuple):
         pools, count, dma = pools_of(self.layout), self.staged * granules_per_seq(self.rows), pltpu.SemaphoreType.DMA
         granules = [pltpu.VMEM((count, *granule_shape(self.layout, pool)), pool.dtype) for pool in pools]
         rows = [pltpu.VMEM((self.staged, self.rows, *row_shape(self.layout, pool)), jnp.float32) for pool in pools]
-        return Staging(tuple(granules), tuple(rows), arrived=dma, left=dma)
+        targets: Any = [pltpu.SMEM((count,), jnp.int32)] * len(Targets._fields)
+        return Staging(tuple(granules), tuple(rows), Targets(*targets), arrived=dma, left=dma)
 
     def run(self, refs: WriteRefs, first: Any, end: Any) -> None:
         """Write the new rows of sequences ``first`` to ``end``, and return when they are in place."""
         per_seq = granules_per_seq(self.rows)
-        at_once = jnp.where(refs.targets.is_shared[0] != 0, 1, self.staged)
 
-        def write_some(turn, _):
-            base = first + turn * at_once
-            count = jnp.minimum(end - base, at_once)
+        def write_some(base):
+            count = jnp.minimum(end - base, self.staged)
+            # If two sequences write to one granule, the first must be done before the second one reads it.
+            count = jnp.where(self._note_targets(refs, base * per_seq, count * per_seq), 1, count)
 
             def for_each_seq(act):
                 jax.lax.fori_loop(0, count, lambda i, _: act(base + i, i), None)
@@ -116,16 +140,38 @@ class Write(NamedTuple):
             # HBM. All reads share one semaphore, which counts bytes whoever sent them. So nothing is sure to have
             # arrived before all waits are over, and no granule is changed before that.
             for_each_seq(lambda seq, i: self._row_copies(refs, seq, i).start())
-            for_each_granule(lambda granule, i: self._granule_copies(refs, granule, i, is_write=False).start())
+            for_each_granule(lambda granule, i: self._granule_copies(refs, i, is_write=False).start())
             for_each_seq(lambda seq, i: self._row_copies(refs, seq, i).wait())
-            for_each_granule(lambda granule, i: self._granule_copies(refs, granule, i, is_write=False).wait())
+            for_each_granule(lambda granule, i: self._granule_copies(refs, i, is_write=False).wait())
             for_each_granule(lambda granule, i: self._put(refs, granule, i))
-            for_each_granule(lambda granule, i: self._granule_copies(refs, granule, i, is_write=True).start())
+            for_each_granule(lambda granule, i: self._granule_copies(refs, i, is_write=True).start())
             # Before the next turn: it reads into this memory, and of a shared granule it must read what is written
             # here. After the last turn the pages are read for attention.
-            for_each_granule(lambda granule, i: self._granule_copies(refs, granule, i, is_write=True).wait())
+            for_each_granule(lambda granule, i: self._granule_copies(refs, i, is_write=True).wait())
+            return base + count
 
-        jax.lax.fori_loop(0, jax.lax.div(end - first + at_once - 1, at_once), write_some, None)
+        jax.lax.while_loop(lambda base: base < end, write_some, first)
+
+    def _note_targets(self, refs: WriteRefs, first: Any, count: Any) -> Any:
+        """Note where ``count`` granules from ``first`` on are. Returns whether two of them are one."""
+        shape, per_page = (SUBLANES, LANES), self.layout.page_size // GRANULE
+        assert self.staged * granules_per_seq(self.rows) <= SUBLANES * LANES
+        place = LANES * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+        def note(i, carry):
+            keys, is_shared = carry
+            target = refs.target(first + i)
+            for ref, x in zip(refs.staging.targets, target, strict=True):
+                ref[i] = x
+            page, offset, _ = target
+            # The granules before it in this turn, all at once. Those that are not written equal none.
+            key = jnp.where(page < 0, -1, page * per_page + floor_div(offset, GRANULE))
+            is_shared = jnp.where((keys == key) & (key >= 0), 1.0, is_shared)
+            return jnp.where(place == i, key, keys), is_shared
+
+        # Not by constants: the compiler keeps a constant register as one number, and a loop cannot change that.
+        start = jnp.minimum(place, -1), jnp.minimum(place, 0).astype(jnp.float32)
+        return jnp.max(jax.lax.fori_loop(0, count, note, start)[1]) > 0
 
     def _row_copies(self, refs: WriteRefs, seq: Any, i: Any) -> Copies:
         """A sequence's new rows, to place ``i`` of the staging memory."""
@@ -138,11 +184,11 @@ class Write(NamedTuple):
 
         return Copies(each)
 
-    def _granule_copies(self, refs: WriteRefs, granule: Any, i: Any, *, is_write: bool) -> Copies:
-        """A granule between its page and place ``i`` of the staging memory; nothing where nothing is written."""
+    def _granule_copies(self, refs: WriteRefs, i: Any, *, is_write: bool) -> Copies:
+        """The granule in place ``i`` of the staging memory, from or to its page; nothing where nothing is written."""
 
         def each(act):
-            page, offset = refs.targets.page[granule], refs.targets.offset[granule]
+            page, offset, _ = refs.staging.targets.at(i)
 
             @pl.when(page >= 0)
             def _():
@@ -157,10 +203,11 @@ class Write(NamedTuple):
 
     def _put(self, refs: WriteRefs, granule: Any, i: Any) -> None:
         """Put a sequence's new rows into one of its granules, at place ``i`` of the staging memory."""
-        work, targets, staging = refs.work, refs.targets, refs.staging
+        work, staging = refs.work, refs.staging
         seq, staged = (jax.lax.div(x, granules_per_seq(self.rows)) for x in (granule, i))
+        page, offset, position = staging.targets.at(i)
 
-        @pl.when(targets.page[granule] >= 0)
+        @pl.when(page >= 0)
         def _():
             for which, pool in enumerate(pools_of(self.layout)):
                 ref, axis = staging.granules[which].at[i], token_axis(self.layout, pool)
@@ -168,9 +215,9 @@ class Write(NamedTuple):
                 token = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
                 if pool.is_scale:
                     # The granule of per-token scales is the whole page, which begins before the granule of keys.
-                    token = token - targets.offset[granule]
+                    token = token - offset
                 for row in range(self.rows):
                     # The token of the granule that this row is; -1, which is none, for a row that does not exist.
-                    target = jnp.where(row < work.rows[seq], work.position[seq] + row - targets.position[granule], -1)
+                    target = jnp.where(row < work.rows[seq], work.position[seq] + row - position, -1)
                     x = jnp.where(token == target, staging.rows[which][staged, row], x)
                 ref[...] = x.astype(ref.dtype)

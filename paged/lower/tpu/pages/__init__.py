@@ -1,6 +1,10 @@
 """Pages as kernels meet them: work lists, copies of pages, the stream of page blocks, and how a block is read."""
 
 from .copies import copies_of_pages as copies_of_pages
+from .intervals import Facts as Facts
+from .intervals import IntervalWork as IntervalWork
+from .intervals import PageTables as PageTables
+from .stream import Holes as Holes
 from .stream import Stream as Stream
 from .transfer import Pool as Pool
 from .transfer import Transfers as Transfers

@@ -15,23 +15,52 @@ the work and does not stop where an item ends. So HBM stays busy while a short s
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from ..references import Ref
+from .intervals import IntervalWork
 from .transfer import Transfers
+from .views import BITS, Views
 from .work import WorkList
 
 # Entries of a stage that one turn of a loop sets to 0.
 _ZEROED_AT_ONCE = 2
 
 
+class Holes(NamedTuple):
+    """What is known of the holes in each stage, in scalar memory.
+
+    * ``seen`` i32[stages]: negative if an entry of the stage's block is a hole.
+    * ``present`` i32[stages * words]: a bit for each entry that is no hole; written only where there are holes.
+    """
+
+    seen: Ref
+    present: Ref
+
+    @property
+    def words(self) -> int:
+        """Words of bits for each stage."""
+        return self.present.shape[0] // self.seen.shape[0]
+
+    @classmethod
+    def scratch(cls, stages: int, pages_per_block: int) -> "Holes":
+        """Memory for what is known of holes."""
+        words = -(-pages_per_block // BITS)
+        return cls(pltpu.SMEM((stages,), jnp.int32), pltpu.SMEM((stages * words,), jnp.int32))
+
+
+Work = TypeVar("Work", bound=WorkList | IntervalWork)
+
+
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class Stream(Generic[Work]):
     """The blocks of pages of a work list, through the ring of ``transfers``.
 
     Whoever works on the blocks takes them in order, from stage 0 on. For each block it first has one more block
@@ -39,12 +68,14 @@ class Stream:
 
     * ``cursor`` i32[2]: the item and the number of the block to fetch next.
     * ``filled`` i32[stages]: the entries of a stage whose values may not be 0, see `zero_dead_values`.
+    * ``holes``: what is known of entries whose page is not in the pool; None where the work has no such entry.
     """
 
-    work: WorkList
+    work: Work
     transfers: Transfers
     cursor: Ref
     filled: Ref
+    holes: Holes | None = None
 
     @property
     def stages(self) -> int:
@@ -69,7 +100,7 @@ class Stream:
 
         The last stage is the one before stage 0. It is filled when the first block is worked on, as every stage is.
         """
-        self.cursor[0] = self.work.busy[first]
+        self.cursor[0] = self.work.item_after(first - 1, True)
         self.cursor[1] = 0
         for stage in range(self.stages):
             # Memory that nothing was written to may hold NaN.
@@ -87,21 +118,95 @@ class Stream:
 
         @pl.when(item < end)
         def _():
-            base, pages = self.work.begin[item] + i * block, self.work.count[item] - i * block
+            first, pages = self.work.entry(item, i, block), self.work.count[item] - i * block
 
-            def fetch(entry):
-                self.transfers.start(self.work.page[base + entry], stage, entry)
+            def fetch(entry, seen):
+                return self._start(first, stage, entry, seen)
 
             @pl.when(pages >= block)
             def _():
-                for entry in range(block):
-                    fetch(entry)
+                seen = functools.reduce(lambda seen, entry: fetch(entry, seen), range(block), self._none_seen)
+                self._note_holes(stage, seen)
 
             @pl.when(pages < block)
             def _():
-                _for_each(pages, fetch)
+                self._note_holes(stage, _for_each(pages, fetch, self._none_seen))
 
             self.move_cursor(item, i)
+
+    def _start(self, first: Any, stage: Any, entry: Any, seen: Any) -> Any:
+        """Start to copy the page of one entry of the block that begins at entry ``first``.
+
+        Returns ``seen``, which is negative once a page was not in the pool. Nothing is known of such a page but that
+        its keys are invisible: any other page is copied in its place, so that every block is as many bytes.
+        """
+        page = self.work.page[first + entry]
+        if self.holes is not None:
+            is_hole = _sign(page, self.transfers.num_pages)
+            seen, page = seen | is_hole, jnp.where(is_hole < 0, 0, page)
+        self.transfers.start(page, stage, entry)
+        return seen
+
+    @property
+    def _none_seen(self) -> Any:
+        """What is known of a block before its first page: a hole makes it negative."""
+        return None if self.holes is None else jnp.int32(0)
+
+    def _note_holes(self, stage: Any, seen: Any) -> None:
+        if self.holes is not None:
+            self.holes.seen[stage] = seen
+
+    def has_holes(self, stage: Any) -> Any:
+        """Whether an entry of the block in a stage is a hole."""
+        return False if self.holes is None else self.holes.seen[stage] < 0
+
+    def until_hole(self, first: Any, end: Any, step: Callable[[Any, Any], Any], start: Any) -> Any:
+        """Take ``step(i, carry)`` for the blocks ``first`` to ``end``, and stop before a block with a hole.
+
+        The first part of the carry is the stage of the block. Returns the block before which it stopped, and the carry.
+        """
+        if self.holes is None:
+            return jnp.maximum(first, end), jax.lax.fori_loop(first, end, step, start)
+
+        def goes_on(i: Any, carry: Any) -> Any:
+            return (i < end) & jnp.logical_not(self.has_holes(carry[0]))
+
+        def turn(state: Any) -> Any:
+            _, i, carry = state
+            carry = step(i, carry)
+            return goes_on(i + 1, carry), i + 1, carry
+
+        return jax.lax.while_loop(lambda state: state[0], turn, (goes_on(first, start), first, start))[1:]
+
+    def hide_holes(self, item: Any, i: Any, stage: Any) -> None:
+        """Set the values of holes to 0 in an item's block ``i``, which must have arrived, and note which they are."""
+        holes = self.holes
+        if holes is None:
+            return
+
+        @pl.when(self.has_holes(stage))
+        def _():
+            first = self.work.entry(item, i, self.pages_per_block)
+            for word in range(holes.words):
+                holes.present[stage * holes.words + word] = -1
+
+            def hide(entry, _):
+                @pl.when(_sign(self.work.page[first + entry], self.transfers.num_pages) < 0)
+                def _():
+                    self.transfers.zero_values(stage, entry)
+                    word = stage * holes.words + jax.lax.div(entry, BITS)
+                    bit = jax.lax.shift_left(jnp.int32(1), jax.lax.rem(entry, BITS))
+                    holes.present[word] = holes.present[word] & ~bit
+
+            jax.lax.fori_loop(0, self.pages_of(item, i), hide, None)
+
+    def present(self, views: Views, stage: Any) -> Any:
+        """Which columns of the block in a stage are of pages in the pool; None where all are. After `hide_holes`."""
+        holes = self.holes
+        if holes is None:
+            return None
+        words = [holes.present[stage * holes.words + word] for word in range(holes.words)]
+        return views.present([jnp.where(self.has_holes(stage), word, -1) for word in words])
 
     def fetch_whole_piecewise(self, item: Any, i: Any, stage: Any, pieces: int) -> Callable[[int], None]:
         """A function that starts to fetch a piece of an item's block ``i``, which must be a whole block.
@@ -110,11 +215,14 @@ class Stream:
         works. The cursor stays; call `move_cursor` when the last such block is fetched.
         """
         block = self.pages_per_block
-        base = self.work.begin[item] + i * block
+        first, seen = self.work.entry(item, i, block), self._none_seen
 
         def fetch(piece):
+            nonlocal seen
             for entry in range(piece * block // pieces, (piece + 1) * block // pieces):
-                self.transfers.start(self.work.page[base + entry], stage, entry)
+                seen = self._start(first, stage, entry, seen)
+            if piece == pieces - 1:
+                self._note_holes(stage, seen)
 
         return fetch
 
@@ -129,7 +237,7 @@ class Stream:
         is_more = item < end
         # At the end of the stream the cursor is past the last item, whose entries can still be looked up.
         looked_up = jnp.minimum(item, end - 1)
-        base = self.work.begin[looked_up] + i * block
+        first = self.work.entry(looked_up, i, block)
         pages = jnp.where(is_more, self.work.count[looked_up] - i * block, 0)
 
         def fetch(piece):
@@ -137,7 +245,7 @@ class Stream:
 
                 @pl.when(entry < pages)
                 def _(entry=entry):
-                    self.transfers.start(self.work.page[base + entry], stage, entry)
+                    self.transfers.start(self.work.page[first + entry], stage, entry)
 
             # With the last piece: `fetch_next` for the block after this one must find the cursor moved.
             if piece == pieces - 1:
@@ -149,7 +257,7 @@ class Stream:
         """Move the cursor to the block after block ``fetched`` of ``item``, perhaps the first of the next item with
         pages."""
         is_last = (fetched + 1) * self.pages_per_block >= self.work.count[item]
-        self.cursor[0] = jnp.where(is_last, self.work.busy[item + 1], item)
+        self.cursor[0] = self.work.item_after(item, is_last)
         self.cursor[1] = jnp.where(is_last, 0, fetched + 1)
 
     def pages_of(self, item: Any, i: Any) -> Any:
@@ -174,8 +282,8 @@ class Stream:
         or it still holds a page of an earlier block, which may belong to another sequence.
         """
         size, block, pages = self.transfers.layout.page_size, self.pages_per_block, self.pages_of(item, i)
-        last = self.work.begin[item] + i * block + pages - 1
-        live = self.work.length[item] - self.work.index[last] * size
+        last = self.work.index_of(item, self.work.entry(item, i, block) + pages - 1)
+        live = self.work.length[item] - last * size
 
         # At every visit, because the page has just been copied from the pool again.
         @pl.when(live < size)
@@ -194,13 +302,18 @@ class Stream:
         self.filled[stage] = pages
 
 
-def _for_each(count: Any, act: Callable[[Any], None]) -> None:
-    """Call ``act(i)`` for every ``i < count``, four in each turn of a loop while there are four."""
+def _sign(page: Any, num_pages: int) -> Any:
+    """A number that is negative where a page is not in the pool: one of both is, or overflows to a negative one."""
+    return page | (num_pages - 1 - page)
 
-    def four(i, _):
-        for step in range(4):
-            act(4 * i + step)
+
+def _for_each(count: Any, act: Callable[[Any, Any], Any], start: Any) -> Any:
+    """``act(i, carry)`` for every ``i < count``, four in each turn of a loop while there are four. ``start`` is the
+    first carry, and the last one is returned."""
+
+    def four(i, carry):
+        return functools.reduce(lambda carry, step: act(4 * i + step, carry), range(4), carry)
 
     fours = jax.lax.div(count, 4)
-    jax.lax.fori_loop(0, fours, four, None)
-    jax.lax.fori_loop(4 * fours, count, lambda i, _: act(i), None)
+    carry = jax.lax.fori_loop(0, fours, four, start)
+    return jax.lax.fori_loop(4 * fours, count, act, carry)

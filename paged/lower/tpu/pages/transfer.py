@@ -63,6 +63,11 @@ class Transfers(NamedTuple):
     buffers: tuple[Ref, ...]
     arrived: Ref
 
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return self.pools[0].shape[pools_of(self.layout)[0].page_axis]
+
     def start(self, page: Any, stage: Any, entry: Any) -> None:
         """Start to copy a page of the pool into an entry of a stage."""
         for pool, ref, buffer in zip(pools_of(self.layout), self.pools, self.buffers, strict=True):

@@ -48,6 +48,9 @@ from paged.spec import PageLayout
 from ..chips import LANES
 from ..references import Ref
 
+# Entries of a block that one word of scalar memory has a bit for.
+BITS = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Views:
@@ -179,7 +182,8 @@ class Views:
 
     def store(self, ref: Ref, tile: int, x: Float[Array, "tile_rows dim"]) -> None:
         """Store a tile's rows in the layout that `queries` reads."""
-        ref[:, self._heads_of(tile)] = x.reshape(self.query_rows, self.heads_per_tile, self.group, -1)
+        x = x.reshape(self.query_rows, self.heads_per_tile, self.group, -1)
+        ref[:, self._heads_of(tile)] = x.astype(ref.dtype)
 
     def own_head(self, x: Float[Array, "tile_rows dims"]) -> Float[Array, "tile_rows dim"]:
         """Select each row's own head from weighted values of all heads of a tile."""
@@ -282,6 +286,25 @@ class Views:
             offset = jax.lax.div(jax.lax.rem(lane, page_columns), self.columns_per_token)
             pieces.append(index * self.layout.page_size + offset)
         return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+    def positions_from(self, index: Any) -> Int[Array, "tile_rows columns"]:
+        """`positions` where the pages of the block follow one another, the first one being page ``index``."""
+        column = jax.lax.broadcasted_iota(jnp.int32, (self.tile_rows, self.columns), 1)
+        return index * self.layout.page_size + jax.lax.div(column, self.columns_per_token)
+
+    def present(self, words: list[Any]) -> Bool[Array, "tile_rows columns"]:
+        """Which columns belong to an entry whose bit is set: entry ``i`` has bit ``i % 32`` of word ``i // 32``."""
+        page_columns = self.layout.page_size * self.columns_per_token
+        width = LANES if LANES % page_columns == 0 else page_columns
+        pieces = []
+        for first in range(0, self.columns, width):
+            lane = jax.lax.broadcasted_iota(jnp.int32, (self.tile_rows, min(width, self.columns - first)), 1)
+            # A piece has a power of two of entries, so that all of them are in one word.
+            word, bit = divmod(first // page_columns, BITS)
+            shifts = bit + jax.lax.div(lane, page_columns)
+            pieces.append(jax.lax.shift_right_logical(jnp.full(lane.shape, words[word], jnp.int32), shifts) & 1)
+        bits = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+        return bits != 0
 
 
 def dot(a: Any, b: Any, contract: int) -> Any:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from ...program import Program, Sequences, Visits, visits_by_sort
 from ..chips import Chip
+from .views import Views
 
 # Bytes of scalar memory for each entry of a list of pages, and for each item.
 _BYTES_PER_ENTRY, _BYTES_PER_ITEM = 8, 40
@@ -31,6 +32,8 @@ class WorkList(NamedTuple):
     * ``row``, ``rows`` i32[items]: the item's first query row, and the number of its rows (0 for an unused slot).
     * ``busy`` i32[items + 1]: the first item from ``i`` on that has a page; ``items`` if none has.
     * ``bounds`` i32[cores + 1]: core ``c`` does the items from ``bounds[c]`` to ``bounds[c + 1]``.
+
+    A kernel reads it by the methods, which `IntervalWork` has too.
     """
 
     page: Int[Array, " entries"]
@@ -44,6 +47,28 @@ class WorkList(NamedTuple):
     rows: Int[Array, " items"]
     busy: Int[Array, " items_plus_1"]
     bounds: Int[Array, " cores_plus_1"]
+
+    def bounds_of(self, core: Any) -> tuple[Any, Any]:
+        """The first item of a core, and the one after its last."""
+        return self.bounds[core], self.bounds[core + 1]
+
+    def item_after(self, item: Any, is_done: Any) -> Any:
+        """The next item with a page if this one is done; else this one."""
+        return jnp.where(is_done, self.busy[item + 1], item)
+
+    def entry(self, item: Any, i: Any, block: int) -> Any:
+        """The entry of the first page of an item's block ``i``, of ``block`` pages."""
+        return self.begin[item] + i * block
+
+    def index_of(self, item: Any, entry: Any) -> Any:
+        """Which page of its sequence an entry is."""
+        del item
+        return self.index[entry]
+
+    def key_positions(self, views: Views, item: Any, i: Any, block: int) -> Any:
+        """The position of each column's key in an item's block ``i``; past every length where there is no page."""
+        first, pages = self.entry(item, i, block), self.count[item] - i * block
+        return views.positions(lambda entry: jnp.where(entry < pages, self.index[first + entry], views.absent_index))
 
 
 class TileVisits(NamedTuple):

@@ -111,13 +111,12 @@ class TpuRagged(TpuLowering):
         is_tiled = seqs.counts > (0 if single_rows is None else 1)
         out, lse = self._tiled(program, schedule, call, wanted, q, pages, sinks, seqs, is_tiled)
         if single_rows is not None:
-            # The decode kernel is given one row for every slot. Slots with another number of rows see no key there, and
-            # what it computes for them is dropped.
+            # The decode kernel is given one row for every slot. Slots with another number of rows are dead there, and
+            # what it stores for them is dropped.
             is_single = seqs.counts == 1
             decoded = seqs._replace(
                 starts=jnp.arange(call.slots, dtype=jnp.int32),
-                counts=jnp.ones_like(seqs.counts),
-                lengths=jnp.where(is_single, seqs.lengths, 0),
+                counts=is_single.astype(jnp.int32),
             )
             q_of_slots = q[jnp.minimum(seqs.starts, call.tokens - 1)]
             single = self._decode.run_results(
@@ -225,7 +224,7 @@ def _rows(
 
 def _decode_call(call: Call) -> Call:
     """The call in which every slot decodes one row."""
-    return dataclasses.replace(call, tokens=call.slots, query_rows=1)
+    return dataclasses.replace(call, tokens=call.slots, query_rows=1, has_even_starts=True)
 
 
 TPU_RAGGED = TpuRagged()

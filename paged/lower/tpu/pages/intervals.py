@@ -1,0 +1,219 @@
+"""Work that needs no list: where visible pages are one run, the scalar core computes it from lengths and block tables.
+
+Nothing then runs before the kernel. When the stream of pages comes to an item, the item's *facts* are computed and kept
+in scalar memory: where its pages begin in its block table, how many there are, and how many are visible in full.
+
+Blocks that are visible in full are worked on first, as in a `WorkList`. Under a window the blocks that need a mask are
+the first and the last ones. So the blocks of an item are worked on in another order than they lie in:
+
+    block            0        1      2      3      4
+    needs a mask    yes       no     no     no    yes
+    is worked on    fourth   first second third  fifth
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
+
+from ...program import PageIntervals, Sequences, floor_div
+from ..references import Ref
+from .views import Views
+
+# The position of the first row of a slot without rows. Nothing is visible from there.
+NO_ROWS = -(2**20)
+
+
+class PageTables(NamedTuple):
+    """What the scalar core computes the work from.
+
+    * ``pages`` i32[seqs * pages_per_seq]: the block tables, one after the other: scalar memory pads rows of a matrix.
+    * ``position`` i32[seqs]: the position of each sequence's first query row, or `NO_ROWS`.
+    """
+
+    pages: Int[Array, " entries"]
+    position: Int[Array, " seqs"]
+
+    @classmethod
+    def of(cls, seqs: Sequences) -> "PageTables":
+        """The tables of a batch in which the slots have as many rows each."""
+        return cls(seqs.tables.reshape(-1), jnp.where(seqs.counts > 0, seqs.positions, NO_ROWS))
+
+
+class Facts(NamedTuple):
+    """What is known of each item that the stream has come to: i32[items] each, in scalar memory.
+
+    * ``begin``: the entry of the block tables that holds its first page.
+    * ``count``: its pages.
+    * ``num_full``: so many of its pages, in whole blocks, are worked on first and need no mask.
+    * ``masked``: the blocks before these, which need one; None where there are none in any item.
+    """
+
+    begin: Ref
+    count: Ref
+    num_full: Ref
+    masked: Ref | None
+
+    @classmethod
+    def scratch(cls, items: int, intervals: PageIntervals) -> "Facts":
+        """Memory for the facts."""
+        memory = pltpu.SMEM((items,), jnp.int32)
+        return cls(memory, memory, memory, None if intervals.begin_at_0 else memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """Entries of a list that are computed where they are read."""
+
+    entry: Callable[[Any], Any]
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.entry(i)
+
+
+@dataclasses.dataclass(frozen=True)
+class IntervalWork:
+    """The work on page intervals, as a `WorkList` has it.
+
+    * ``width``: pages of a block table.
+    * ``query_rows``: rows of each sequence.
+    * ``splits``, ``pages_per_block``, ``cores``: as in `TileVisits.work_list`.
+    """
+
+    intervals: PageIntervals
+    tables: PageTables
+    facts: Facts
+    width: int
+    query_rows: int
+    splits: int
+    pages_per_block: int
+    cores: int
+
+    @property
+    def items(self) -> int:
+        """The number of items."""
+        return self.tables.position.shape[0] * self.splits
+
+    @property
+    def page(self) -> Ref:
+        """Where each page is in the pool, by its entry. It may be a hole, which is outside of the pool."""
+        return self.tables.pages
+
+    @property
+    def count(self) -> Ref:
+        """The pages of an item."""
+        return self.facts.count
+
+    @property
+    def num_full(self) -> Ref:
+        """The pages of an item that are worked on first, without a mask."""
+        return self.facts.num_full
+
+    @property
+    def position(self) -> Computed:
+        """The position of an item's first row."""
+        return Computed(lambda item: self.tables.position[self._seq(item)])
+
+    @property
+    def length(self) -> Computed:
+        """The number of keys of an item's sequence that exist."""
+        return Computed(lambda item: self._length(self.position[item]))
+
+    @property
+    def row(self) -> Computed:
+        """An item's first query row."""
+        return Computed(lambda item: self._seq(item) * self.query_rows)
+
+    @property
+    def rows(self) -> Computed:
+        """The query rows of an item, 0 for a slot without rows."""
+        return Computed(lambda item: jnp.where(self.position[item] == NO_ROWS, 0, self.query_rows))
+
+    def index_of(self, item: Any, entry: Any) -> Any:
+        """Which page of its sequence an entry is."""
+        return entry - self._seq(item) * self.width
+
+    def entry(self, item: Any, i: Any, block: int) -> Any:
+        """The entry of the first page of an item's block ``i``, of ``block`` pages, in the order of work."""
+        begin, masked = self.facts.begin[item], self.facts.masked
+        if masked is not None:
+            whole, before = floor_div(self.facts.num_full[item], block), masked[item]
+            i = jnp.where(i < whole, i + before, jnp.where(i < whole + before, i - whole, i))
+        return begin + i * block
+
+    def key_positions(self, views: Views, item: Any, i: Any, block: int) -> Any:
+        """The position of each column's key in an item's block ``i``. After the last page nothing is visible."""
+        return views.positions_from(self.index_of(item, self.entry(item, i, block)))
+
+    def item_after(self, item: Any, is_done: Any) -> Any:
+        """The next item with a page if this one is done, whose facts are then known; else this one."""
+
+        def look(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            return carry[0] + 1, self._note(carry[0] + 1)
+
+        start = jnp.int32(item), jnp.where(is_done, 0, 1)
+        found, count = jax.lax.while_loop(lambda carry: (carry[1] == 0) & (carry[0] < self.items - 1), look, start)
+        return jnp.where(count == 0, self.items, found)
+
+    def bounds_of(self, core: Any) -> tuple[Any, Any]:
+        """The first item of a core, and the one after its last: every core has about as many blocks.
+
+        An item counts as one block more, for what it costs by itself.
+        """
+        if self.cores == 1:
+            return jnp.int32(0), jnp.int32(self.items)
+
+        def cost(item: Any) -> Any:
+            pages = self._pages(item)[1]
+            return floor_div(pages + self.pages_per_block - 1, self.pages_per_block) + 1
+
+        total = jax.lax.fori_loop(0, self.items, lambda item, total: total + cost(item), jnp.int32(0))
+
+        def cut(item: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            done, first, end = carry
+            done += cost(item)
+            first, end = (
+                bound + jnp.where(done * self.cores <= total * share, 1, 0)
+                for bound, share in ((first, core), (end, core + 1))
+            )
+            return done, first, end
+
+        return jax.lax.fori_loop(0, self.items, cut, (jnp.int32(0),) * 3)[1:]
+
+    def _note(self, item: Any) -> Any:
+        """Compute the facts of an item and keep them. Returns the number of its pages."""
+        facts, block = self.facts, self.pages_per_block
+        first, count, first_full, end_full = self._pages(item)
+        facts.begin[item] = self._seq(item) * self.width + first
+        facts.count[item] = count
+        if facts.masked is None:
+            facts.num_full[item] = jnp.clip(end_full - first, 0, count)
+            return count
+        masked = floor_div(jnp.clip(first_full - first, 0, count) + block - 1, block)
+        whole = floor_div(jnp.clip(end_full - first, 0, count), block) - masked
+        facts.masked[item] = masked
+        facts.num_full[item] = jnp.maximum(whole, 0) * block
+        return count
+
+    def _pages(self, item: Any) -> tuple[Any, Any, Any, Any]:
+        """The first page of an item and its number of pages, and the interval of pages that are visible in full."""
+        p0 = self.position[item]
+        rows = p0, p0 + self.query_rows, self._length(p0), self.width
+        first, end = self.intervals.visible(*rows)
+        full = self.intervals.visible_in_full(*rows, first, end)
+        if self.splits == 1:
+            return first, end - first, *full
+        blocks = floor_div(end - first + self.pages_per_block - 1, self.pages_per_block)
+        per_split = floor_div(blocks + self.splits - 1, self.splits) * self.pages_per_block
+        begin = first + jax.lax.rem(item, self.splits) * per_split
+        return begin, jnp.clip(end - begin, 0, per_split), *full
+
+    def _length(self, p0: Any) -> Any:
+        return jnp.clip(p0 + self.query_rows, 0, self.width * self.intervals.page_size)
+
+    def _seq(self, item: Any) -> Any:
+        return item if self.splits == 1 else jax.lax.div(item, self.splits)
