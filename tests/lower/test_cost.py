@@ -21,6 +21,17 @@ CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 DTYPES = {"float32": None, "bfloat16": None, "float16": None, "int8": "token", "float8_e4m3fn": "head"}
 
 
+# Every order meets a dtype without scales and one with, and every dtype the packed order; the others are slow.
+every_pool = pytest.mark.parametrize(
+    ("order", "dtype"),
+    [
+        pytest.param(o, d, marks=[pytest.mark.slow] * (o != "packed" and d not in ("float32", "int8")))
+        for o in PAGE_ORDERS
+        for d in DTYPES
+    ],
+)
+
+
 @functools.cache
 def compiled(what, order="packed", dtype="float32", num_pages=64, pages_per_seq=8, rows=1):
     """A function of the library, compiled for shapes alone."""
@@ -51,8 +62,7 @@ def temporaries(*args, **kwargs):
     return compiled(*args, **kwargs).memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", PAGE_ORDERS)
+@every_pool
 @pytest.mark.parametrize("what", ["write", "update"])
 def test_donated_pages_are_written_in_place(what, order, dtype):
     """The pool is aliased to the result, and nothing of the pool's size is allocated."""
@@ -65,8 +75,7 @@ def test_donated_pages_are_written_in_place(what, order, dtype):
     assert many.temp_size_in_bytes <= few + 1024, "temporaries grow with the pool"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", PAGE_ORDERS)
+@every_pool
 def test_attention_neither_copies_nor_converts_the_pool(order, dtype):
     few, many = (temporaries("attend", order, dtype, num_pages=n) for n in (64, 1024))
     assert many <= few + 1024
