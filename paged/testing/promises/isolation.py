@@ -116,11 +116,14 @@ def _that_see(built: Built) -> list[int]:
 
 
 def _with_bad(built: Built, seq: int, bad: float) -> Pages:
-    """The case's pages, with ``bad`` in all keys and values of a sequence's live tokens."""
+    """The case's pages, with ``bad`` in all keys and values of a sequence that lie in pages which a row of it sees.
+
+    Its other table entries hold garbage, and may name another sequence's pages.
+    """
     layout, tables = built.pages.layout, np.asarray(built.batch.block_tables)
-    length = min(int(built.batch.lengths[seq]), tables.shape[1] * layout.page_size)
-    pages = tables[seq, : -(-length // layout.page_size)]
-    pages = pages[(pages >= 0) & (pages < built.pages.num_pages)]
+    rows = zip(built.row_of, built.visible, strict=True)
+    seen = [keys for owner, keys in rows if owner is not None and owner[0] == seq and keys is not None]
+    pages = tables[seq, np.unique(np.concatenate(seen) // layout.page_size)]
     is_bad = np.zeros_like(built.is_held)
     is_bad[pages] = built.is_held[pages]
     arrays = []
