@@ -126,7 +126,8 @@ def watched(run: Callable[..., Any], *args: Any, patience: float = PATIENCE, mus
     except BaseException as error:
         if interpret_pallas_call.races is not None:
             pltpu.reset_tpu_interpret_mode_state()
-            _name_what_was_said(str(error), error)
+            if not isinstance(error, CheckFailure):  # a call inside of this one may have been watched itself
+                _name_what_was_said(str(error), error)
         raise
     finally:
         done.set()
