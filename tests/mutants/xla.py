@@ -88,6 +88,15 @@ def _before_the_first_token(original):
     return rows
 
 
+def _all_written(original):
+    def of(cls, *args):
+        places = original(cls, *args)
+        is_written = jnp.ones_like(places.is_written)
+        return places._replace(is_written=is_written, count=jnp.sum(is_written, dtype=jnp.int32))
+
+    return of
+
+
 VISITS = (
     Mutant(
         "visits", "full ignores the length",
@@ -176,7 +185,7 @@ WRITES = (
         "writes", "rows into holes",
         method(
             "lower.xla.write.Places", "of",
-            lambda of: lambda cls, *args: of(cls, *args)._replace(is_written=jnp.ones_like(of(cls, *args).is_written)),
+            _all_written,
         ),
         "xla, write", "writes",
     ),
