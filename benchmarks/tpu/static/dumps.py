@@ -14,6 +14,7 @@ from .compiling import PROGRAM, SCALARS
 
 _BUNDLES = re.compile(r"^(\d+)-(.+)-\d+-final_bundles\.txt$")
 _TOP_LEVEL = "TLP"  # the program that calls the operations
+_NUMBERS = re.compile(r"(\.\d+)*$")  # that XLA appends to a name
 _VMEM = re.compile(r"const DATA =(\{.*?\n\});", re.S)
 _ESTIMATE = re.compile(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)')
 _PROFILE_HEAD = re.compile(r"HLO: %?([^\s=]+)")
@@ -85,12 +86,26 @@ class Dumps:
                 call, _, index = key.rpartition("|")
                 number, _, name = call.partition(":")
                 kept.setdefault((int(number), name), {})[int(index)] = arrays[key]
-        return [(name, values) for (_, name), values in sorted(kept.items())]
+        return [(name.replace("-", "_"), values) for (_, name), values in sorted(kept.items())]
+
+    def has_equal_scalars(self, kernel: str) -> bool:
+        """Whether every call of a kernel of this name has the same scalars, so that one run stands for all."""
+        calls = [values for name, values in self.scalars() if name == kernel_name(kernel)]
+        first = calls[0] if calls else {}
+        return all(
+            values.keys() == first.keys() and all(np.array_equal(values[i], first[i]) for i in first)
+            for values in calls
+        )
 
     def _beside(self, stamp: str, name: str, kind: str) -> str:
         """Another dump of an operation; empty where there is none."""
         ends = re.compile(rf"{stamp}-{re.escape(name)}-\d+-{re.escape(kind)}$")
         return next((p.read_text(errors="replace") for p in self.folder.iterdir() if ends.match(p.name)), "")
+
+
+def kernel_name(operation: str) -> str:
+    """A kernel's name in the program, of an operation's: XLA appends numbers, and may write hyphens."""
+    return _NUMBERS.sub("", operation).replace("-", "_")
 
 
 def _vmem(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

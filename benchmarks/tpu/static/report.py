@@ -11,7 +11,7 @@ from typing import Any
 from .bundles import Bundle, count_bundles, parse_bundles
 from .chips import CHIPS
 from .compiling import Target, compile_with_dumps, target_name
-from .dumps import Dumps, Operation
+from .dumps import Dumps, Operation, kernel_name
 from .flow import Program
 from .loops import Loop, loops_of
 from .overlays import delay_slots
@@ -21,7 +21,6 @@ from .units import parse_utilization, total
 from .whole import Whole, whole_call
 
 _VERSIONS = ("jax", "libtpu", "kind", "num_cores")
-_NUMBERS = re.compile(r"(\.\d+)*$")  # that XLA appends to a name
 
 
 @dataclasses.dataclass
@@ -199,6 +198,6 @@ def _inputs(operation: str, scalars: list[tuple[str, dict[int, Any]]]) -> dict[i
 
     Operations have no better link to the calls that they were made of than their names and their order.
     """
-    name = _NUMBERS.sub("", operation).replace("-", "_")
-    place = next((i for i, (other, _) in enumerate(scalars) if other.replace("-", "_") == name), 0)
+    name = kernel_name(operation)
+    place = next((i for i, (other, _) in enumerate(scalars) if other == name), 0)
     return scalars.pop(place)[1] if scalars else {}

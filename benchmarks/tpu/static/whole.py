@@ -72,10 +72,13 @@ def whole_call(dumps: Dumps, chip: Chip, kernels: Mapping[str, float], model: Tr
     bundles = {name: parse_bundles(made.bundles) for name, made in programs.items()}
     above = bundles.pop(top.name)
     notes, alike = collections.Counter[str](), Alike(dumps.hlo)
+    kernels = dict(kernels)
     for name in calls_of(above):
-        other = name if name in bundles else alike.first(name, bundles)
-        if other is not None and other != name:
+        other = None if name in bundles else alike.first(name, bundles)
+        if other is not None:
             bundles[name], programs[name] = bundles[other], programs[other]
+            if other in kernels and dumps.has_equal_scalars(other):
+                kernels[name] = kernels[other]
     try:
         slots, inner = inlined_slots(above, bundles, chip.delay_slots, dumps.assembly)
     except ValueError as error:
