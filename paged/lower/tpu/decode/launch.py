@@ -31,10 +31,7 @@ class Tables(NamedTuple):
 
 
 class New(NamedTuple):
-    """New rows to write: where they go, and for each array of pages every query row's token, in float32.
-
-    ``targets`` is None where the scalar core computes it.
-    """
+    """New rows to write: where they go, and `new_rows`. ``targets`` is None where the scalar core computes it."""
 
     targets: Targets | None
     rows: tuple[Float[Array, "tokens ..."], ...]
@@ -102,7 +99,7 @@ class DecodeLaunch:
             inputs=inputs,
             memory=Inputs(pltpu.VMEM, pltpu.VMEM, pltpu.VMEM, in_memory, q=hbm, new=hbm, pools=hbm),
             outputs=self._outputs(q.shape[0], wanted, inputs.pools if new else ()),
-            scratch=self._scratch(inputs.q.dtype, wanted, items, intervals, new is not None),
+            scratch=self._scratch(inputs, wanted, items, intervals),
             in_place=(lambda tree: tree.pools) if new else None,
         )
         return self._results(results.out, results.lse), _with_pools(pages, results.pools) if new else pages
@@ -133,7 +130,9 @@ class DecodeLaunch:
                 else:
                     assert scalars.targets is not None
                     target = scalars.targets.at
-                Write(layout, rows).run(WriteRefs(work, target, inputs.new, pools, scratch.staging), first, end)
+                Write.of(layout, rows, inputs.new).run(
+                    WriteRefs(work, target, inputs.new, pools, scratch.staging), first, end
+                )
 
         if self.schedule.sequence == "inline":
             # All new rows must be in place before the stream copies the first page.
@@ -180,11 +179,10 @@ class DecodeLaunch:
         padding[3] = (0, self.views.key_lanes - q.shape[-1])
         return jnp.pad(grouped, padding)
 
-    def _scratch(
-        self, q_dtype: Any, wanted: Wanted, items: int, intervals: PageIntervals | None, is_update: bool
-    ) -> Scratch:
+    def _scratch(self, inputs: Inputs, wanted: Wanted, items: int, intervals: PageIntervals | None) -> Scratch:
         dma, stages, block = pltpu.SemaphoreType.DMA, self.schedule.buffers, self.schedule.pages_per_block
-        pages, (q, out, lse) = _vmem_scratch(self.views, stages, q_dtype, _stored(wanted.dtype))
+        pages, (q, out, lse) = _vmem_scratch(self.views, stages, inputs.q.dtype, _stored(wanted.dtype))
+        write = Write.of(self.views.layout, self.views.query_rows, inputs.new)
         return Scratch(
             pages=pages,
             pages_arrived=dma((stages,)),
@@ -198,7 +196,7 @@ class DecodeLaunch:
             facts=Facts.scratch(items, intervals) if intervals else None,
             holes=Holes.scratch(stages, block) if intervals else None,
             next_stage=pltpu.SMEM((1,), jnp.int32),
-            staging=Write(self.views.layout, self.views.query_rows).scratch() if is_update else None,
+            staging=write.scratch() if inputs.new else None,
         )
 
     def _outputs(self, tokens: int, wanted: Wanted, pools: tuple[Array, ...]) -> Outputs:

@@ -13,10 +13,8 @@ from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ...base import Schedule
 from ...program import Call, Program, Results, Sequences, Wanted
-from ...xla import token_rows
 from ..base import STATE, TpuLowering
-from ..pages import PageTables, TileVisits, WorkList, copies_of_pages, kernel_slices, pools_of
-from ..write.granules import row_shape
+from ..pages import PageTables, TileVisits, WorkList, copies_of_pages, kernel_slices
 from .launch import DecodeLaunch, New, Tables
 from .plan import (
     alternatives,
@@ -31,7 +29,7 @@ from .plan import (
     vmem_bytes,
 )
 from .schedule import DecodeSchedule
-from .update import Targets
+from .update import Targets, new_rows
 
 # What XLA needs while it makes the work lists (compiled, v5e and v6e, 256 sequences of 512 to 8192 entries), and from
 # how many entries on `explain` says so.
@@ -145,17 +143,13 @@ class TpuDecode(TpuLowering):
         if schedule.cores > 1 or schedule.kv_splits > 1 or kernels_of(program, layout, call, schedule, chip) > 1:
             pages = self.write(k, v, pages, seqs, call.query_rows)
             return self.run_results(program, schedule, call, wanted, q, pages, sinks, seqs), pages
-        rows = tuple(
-            x.astype(jnp.float32).reshape(call.tokens, *row_shape(layout, pool))
-            for x, pool in zip(token_rows(k, v, pages), pools_of(layout), strict=True)
-        )
         intervals = intervals_of(program, layout, call, schedule, chip)
         if intervals is not None:
             work, targets = Tables(intervals, PageTables.of(seqs)), None
         else:
             work = next(iter(_lists(launch, pages, seqs)))
             targets = Targets.of(seqs, launch.views.query_rows, layout.page_size, pages.num_pages)
-        return _finished(launch, work, wanted, q, pages, sinks, seqs, New(targets, rows))
+        return _finished(launch, work, wanted, q, pages, sinks, seqs, New(targets, new_rows(k, v, pages)))
 
 
 def _of_lists(

@@ -6,7 +6,7 @@ attention.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from paged.spec import PageLayout
+from paged.spec import PageLayout, Pages
 
 from ...program import Sequences, floor_div
+from ...xla import token_rows
 from ..chips import LANES, SUBLANES
 from ..pages import IntervalWork, WorkList, pools_of
 from ..references import Copies, Ref
@@ -101,11 +102,40 @@ class WriteRefs(NamedTuple):
     staging: Staging
 
 
+def new_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
+    """New keys and values as the kernel takes them, ``[tokens, ...]``: as they lie, where their pages hold them so.
+
+    Else one array for each array of pages, in which every row is as its page holds it, in float32.
+    """
+    layout = pages.layout
+    if layout.order in ("packed", "split") and layout.scales is None:
+        # A TPU has no float16. Registers hold rows of 16 bits in pairs.
+        k, v = (x.astype(jnp.float32) if x.dtype == jnp.float16 or x.shape[1] % 2 else x for x in (k, v))
+        return k, v
+    rows = zip(token_rows(k, v, pages), pools_of(layout), strict=True)
+    return tuple(x.astype(jnp.float32).reshape(x.shape[0], *row_shape(layout, pool)) for x, pool in rows)
+
+
 class Write(NamedTuple):
-    """The write, by its static facts. ``rows`` is the most that a sequence writes."""
+    """The write, by its static facts.
+
+    * ``rows``: the most that a sequence writes.
+    * ``of_row``: the shape and dtype of a row in each array of `new_rows`.
+    """
 
     layout: PageLayout
     rows: int
+    of_row: tuple[tuple[tuple[int, ...], Any], ...]
+
+    @classmethod
+    def of(cls, layout: PageLayout, rows: int, new: tuple[Any, ...]) -> "Write":
+        """The write of `new_rows`, which may be references."""
+        return cls(layout, rows, tuple((x.shape[1:], x.dtype) for x in new))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether new rows are keys and values as they lie, ``[kv_heads, dim]``."""
+        return len(self.of_row[0][0]) == 2
 
     @property
     def staged(self) -> int:
@@ -117,7 +147,7 @@ class Write(NamedTuple):
         """Memory to write with."""
         pools, count, dma = pools_of(self.layout), self.staged * granules_per_seq(self.rows), pltpu.SemaphoreType.DMA
         granules = [pltpu.VMEM((count, *granule_shape(self.layout, pool)), pool.dtype) for pool in pools]
-        rows = [pltpu.VMEM((self.staged, self.rows, *row_shape(self.layout, pool)), jnp.float32) for pool in pools]
+        rows = [pltpu.VMEM((self.staged, self.rows, *shape), dtype) for shape, dtype in self.of_row]
         targets: Any = [pltpu.SMEM((count,), jnp.int32)] * len(Targets._fields)
         return Staging(tuple(granules), tuple(rows), Targets(*targets), arrived=dma, left=dma)
 
@@ -209,15 +239,27 @@ class Write(NamedTuple):
 
         @pl.when(page >= 0)
         def _():
-            for which, pool in enumerate(pools_of(self.layout)):
-                ref, axis = staging.granules[which].at[i], token_axis(self.layout, pool)
+            for ref, axis, which, is_scale in self._parts(staging, i):
                 x = ref[...].astype(jnp.float32)
                 token = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-                if pool.is_scale:
+                if is_scale:
                     # The granule of per-token scales is the whole page, which begins before the granule of keys.
                     token = token - offset
                 for row in range(self.rows):
                     # The token of the granule that this row is; -1, which is none, for a row that does not exist.
                     target = jnp.where(row < work.rows[seq], work.position[seq] + row - position, -1)
-                    x = jnp.where(token == target, staging.rows[which][staged, row], x)
+                    new = staging.rows[which][staged, row].astype(jnp.float32)
+                    x = jnp.where(token == target, jnp.expand_dims(new, axis) if self.is_plain else new, x)
                 ref[...] = x.astype(ref.dtype)
+
+    def _parts(self, staging: Staging, i: Any) -> Iterator[tuple[Ref, int, int, bool]]:
+        """The parts of the granule in place ``i`` that rows go into.
+
+        Each with its token axis, with the number of the array of `new_rows` that goes there, and whether it is scales.
+        """
+        for which, pool in enumerate(pools_of(self.layout)):
+            axis = token_axis(self.layout, pool)
+            if self.is_plain and self.layout.order == "packed":
+                yield from ((staging.granules[0].at[i, part], axis - 1, part, False) for part in range(2))
+            else:
+                yield staging.granules[which].at[i], axis, which, pool.is_scale
