@@ -32,14 +32,14 @@ WINDOW = {"window": 128}
 LISTED = {"mask": paged.Window(1024) | paged.Prefix(64)}  # its pages are no interval: they are listed
 # (batch, call, terms, generation): (kernels, operations, loops, sorts, fusions, copies, KiB that they write)
 MOST = {
-    ("16 x 4096", "update", "", "v6e"): (1, 7, 0, 0, 2, 4, 209),
+    ("16 x 4096", "update", "", "v6e"): (1, 4, 0, 0, 1, 2, 17),
     ("16 x 4096", "attend", "listed", "v5e"): (1, 28, 0, 1, 16, 5, 153),
     ("64 x 2048", "attend", "window", "tpu7x"): (1, 2, 0, 0, 1, 0, 1),
     ("16 x 4096", "write", "", "v6e"): (1, 48, 0, 0, 26, 7, 1121),
     ("512 of 4096", "write", "", "v6e"): (2, 143, 0, 0, 30, 15, 8404),
-    ("64 x 2048", "layers", "", "v6e"): (1, 15, 1, 0, 3, 5, 2081),
-    ("64 x 2048", "update", "", "v5e"): (1, 5, 0, 0, 2, 2, 769),
-    ("256 x 1024", "update", "", "tpu7x"): (1, 8, 0, 0, 2, 4, 3715),
+    ("64 x 2048", "layers", "", "v6e"): (1, 12, 1, 0, 2, 4, 1057),
+    ("64 x 2048", "update", "", "v5e"): (1, 2, 0, 0, 1, 0, 1),
+    ("256 x 1024", "update", "", "tpu7x"): (1, 4, 0, 0, 1, 1, 131),
     ("512 of 4096", "update", "", "v6e"): (3, 175, 0, 1, 52, 11, 8418),
     ("60 + 4 x 256", "update", "", "v6e"): (4, 145, 0, 1, 73, 18, 35738),
     ("60 + 4 x 256", "write", "", "v6e"): (2, 104, 0, 0, 45, 20, 29801),
