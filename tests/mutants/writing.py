@@ -4,12 +4,12 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
-from paged.lower.tpu.write import granules as granules_module
-from paged.lower.tpu.write import kernel as write_module
+from paged.lower.tpu.write import partial as partial_module
+from paged.lower.tpu.write import whole as whole_module
 from paged.lower.tpu.write.granules import GRANULE, Granules
-from paged.lower.tpu.write.kernel import Partial, Whole
+from paged.lower.tpu.write.partial import Partial
+from paged.lower.tpu.write.whole import Whole
 
 from .base import Mutant
 from .planting import attribute, method, never_awaited, nothing
@@ -20,7 +20,7 @@ def _everything_is_new(original):
 
 
 def _one_token_more(original):
-    return lambda self, *at: original(_changed(self, end=lambda i: self.lists.end[i] + 1), *at)
+    return lambda self, *at: original(_changed(self, end=lambda i: self.scratch.noted.end[i] + 1), *at)
 
 
 def _changed(kernel, **lists):
@@ -31,12 +31,16 @@ def _changed(kernel, **lists):
         def __getitem__(self, i):
             return self.look(i)
 
-    replaced = kernel.lists._replace(**{name: Looked(look) for name, look in lists.items()})
-    return dataclasses.replace(kernel, lists=replaced)
+    noted = kernel.scratch.noted._replace(**{name: Looked(look) for name, look in lists.items()})
+    return dataclasses.replace(kernel, scratch=kernel.scratch._replace(noted=noted))
 
 
-def _at_once(original):
-    return lambda page, offset: jnp.where(page < 0, -1, 0)
+def _never_shared(original):
+    def note(self):
+        count, is_shared = original(self)
+        return count, is_shared & False
+
+    return note
 
 
 def _read_too_early(original):
@@ -59,7 +63,8 @@ WRITE = (
     _write("no wait for what partial ones write", method(Partial, "_writes", never_awaited)),
     _write("partial granules are not kept", method(Partial, "_put", _everything_is_new), in_every_run=True),
     _write("one token more", method(Partial, "_put", _one_token_more)),
-    _write("neighbours at once", attribute(granules_module, "_turns", _at_once), trial="write, neighbours"),
-    _write("a buffer is read into too early", attribute(write_module, "_pipeline", _read_too_early)),
+    _write("neighbours at once", method(Partial, "_note", _never_shared), trial="write, neighbours"),
+    _write("a buffer is read into too early", attribute(partial_module, "pipeline", _read_too_early)),
+    _write("a buffer of blocks is read into too early", attribute(whole_module, "pipeline", _read_too_early)),
     _write("the next row", method(Granules, "gather", _next_row)),
 )  # fmt: skip

@@ -13,10 +13,10 @@ import paged
 from paged.lower import LOWERINGS, Sequences
 from paged.lower._compile_for import compile_on
 from paged.lower.tpu import CHIPS
-from paged.lower.tpu.write import granules as granules_module
 from paged.lower.tpu.write import plan as plan_module
 from paged.lower.tpu.write import write_rows
 from paged.lower.tpu.write.granules import GRANULE, Granules
+from paged.lower.tpu.write.partial import Slots, edges
 from paged.spec import PAGE_ORDERS, PageLayout, Pages, RaggedBatch
 
 from .interpreter import params, watched
@@ -178,26 +178,38 @@ def test_a_few_rows_of_known_number_are_written_by_one_kernel(small_rings):
     _assert_same_bits(got, paged.write(k, v, pages, batch, target="xla"))
 
 
-def _pieces(granules):
-    """Which row goes to each place in the pages, as ``{(page, offset): row}``."""
-    page, offset, begin, end, turn = (np.asarray(x) for x in granules.lists)
+def _by_whole(granules):
+    """Which row the kernel of whole granules puts in each place in the pages, as ``((page, offset), row)``."""
+    page, offset = (np.asarray(x) for x in granules.lists)
     count, row = int(granules.count), np.asarray(granules.row)
-    assert (page[count:] == -1).all() and ((turn == -1) == (page == -1)).all() and (offset % GRANULE == 0).all()
-    places = [
-        (page[i], offset[i] + at, row[i] + at) for i in np.flatnonzero(page >= 0) for at in range(begin[i], end[i])
-    ]
-    return {(int(p), int(s)): int(r) for p, s, r in places}, len(places)
+    assert (page[count:] == -1).all() and (offset % GRANULE == 0).all()
+    listed = [(int(page[i]), int(offset[i]), int(row[i])) for i in np.flatnonzero(page >= 0)]
+    return [((p, o + at), r + at) for p, o, r in listed for at in range(GRANULE)]
 
 
-def test_the_lists_hold_every_row_once_and_whole_granules_are_whole():
+def _by_partial(slots, parts):
+    """Which row the kernel of partial granules puts in each place."""
+    places, tables = [], np.asarray(slots.tables).reshape(SLOTS, WIDTH)
+    for s in range(SLOTS):
+        for part in parts:
+            exists, position, begin, end = (int(np.broadcast_to(x, SLOTS)[s]) for x in part)
+            page = tables[s, min(position // PAGE_SIZE, WIDTH - 1)]
+            if exists and 0 <= page < NUM_PAGES:
+                assert position % GRANULE == 0 and 0 <= begin < end <= GRANULE and end - begin < GRANULE
+                row = int(slots.row[s]) + position - int(slots.first[s])
+                places += [((int(page), position % PAGE_SIZE + at), row + at) for at in range(begin, end)]
+    return places
+
+
+def test_every_row_is_in_one_granule_and_whole_granules_are_whole():
     """Against a loop over rows, for batches drawn at random."""
     rng = np.random.default_rng(0)
 
     @jax.jit
     def lists(batch):
         seqs = Sequences.of(batch, TOKENS, PAGE_SIZE)
-        facts = (PAGE_SIZE, NUM_PAGES)
-        return Granules.whole(seqs, TOKENS // GRANULE, *facts), Granules.partial(seqs, TOKENS, *facts)
+        slots = Slots.of(seqs)
+        return Granules.whole(seqs, TOKENS // GRANULE, PAGE_SIZE, NUM_PAGES), slots, edges(slots.first, slots.end)
 
     for _ in range(200):
         rows = rng.integers(0, 1 + rng.choice([1, 9, 40]), SLOTS)
@@ -205,21 +217,15 @@ def test_the_lists_hold_every_row_once_and_whole_granules_are_whole():
         rows, lengths = np.diff(starts), rng.integers(0, WIDTH * PAGE_SIZE + 1, SLOTS)
         tables = rng.permutation(NUM_PAGES)[: SLOTS * WIDTH].reshape(SLOTS, WIDTH)
         tables = np.where(rng.random(tables.shape) < 0.2, rng.choice(GARBAGE, tables.shape), tables).astype(np.int32)
-        whole, partial = lists(RaggedBatch(lengths, tables, starts))
+        whole, slots, parts = lists(RaggedBatch(lengths, tables, starts))
         want = {}
         for s in range(SLOTS):
             for i in range(rows[s]):
                 position = lengths[s] - rows[s] + i
                 if position >= 0 and 0 <= tables[s, position // PAGE_SIZE] < NUM_PAGES:
                     want[int(tables[s, position // PAGE_SIZE]), int(position % PAGE_SIZE)] = int(starts[s] + i)
-        (by_whole, size), (by_partial, more) = _pieces(whole), _pieces(partial)
-        assert by_whole | by_partial == want and size + more == len(want)
-        assert all((whole.lists.begin == 0) & (whole.lists.end == GRANULE))
-
-
-def test_turns_count_those_before_that_are_the_same():
-    page, offset = jnp.array([3, 3, -1, 3, 4, 3, -1]), jnp.array([8, 0, 8, 8, 8, 8, 8])
-    np.testing.assert_array_equal(granules_module._turns(page, offset), [0, 0, -1, 1, 0, 2, -1])
+        found = _by_whole(whole) + _by_partial(slots, parts)
+        assert dict(found) == want and len(found) == len(want)
 
 
 def test_the_door_takes_a_target_and_gradients_are_those_of_xla():

@@ -40,10 +40,15 @@ def write_scales(rows: tuple[Array, ...], pages: Pages, places: Places) -> tuple
 
 def token_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
     """Each row as the pages store it: its part of every array, then its key's and value's scales if it has its own."""
+    (k, v), scales = stored_rows(k, v, pages)
+    return (*pages.layout.stack(k, v), *scales)
+
+
+def stored_rows(k: Array, v: Array, pages: Pages) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    """Keys and values as the pages store them; and each row's scales if it has its own, else none."""
     k, k_row_scale = _stored(k, pages.layout, pages.k_scale)
     v, v_row_scale = _stored(v, pages.layout, pages.v_scale)
-    rows = pages.layout.stack(k, v)
-    return rows if k_row_scale is None or v_row_scale is None else (*rows, k_row_scale, v_row_scale)
+    return (k, v), () if k_row_scale is None or v_row_scale is None else (k_row_scale, v_row_scale)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from paged.spec import PageLayout
 
-from ...program import Sequences
+from ...program import Sequences, count_up_to
 from ..chips import SUBLANES
 from ..pages import Pool
 from ..references import Ref
@@ -63,20 +63,14 @@ class GranuleLists(NamedTuple):
 
     * ``page``: the granule's page, or -1 where there is nothing to write.
     * ``offset``: the offset in the page of the granule's first token.
-    * ``begin``, ``end``: the tokens of the granule that are written, from 0 to 8; ``end`` is not among them.
-    * ``turn``: how many granules earlier in the list are the same piece of memory, or -1 where there is nothing to
-      write. Two sequences that write to different tokens of one granule must take turns.
     """
 
     page: Int[Array, " granules"]
     offset: Int[Array, " granules"]
-    begin: Int[Array, " granules"]
-    end: Int[Array, " granules"]
-    turn: Int[Array, " granules"]
 
 
 class Granules(NamedTuple):
-    """Granules to write. ``row`` is the new row that belongs to the first token of each.
+    """Granules of which every token is written. ``row`` is the new row that belongs to the first token of each.
 
     Only the first ``count`` entries are granules of the batch; the others pad the lists to a static length.
     """
@@ -87,61 +81,18 @@ class Granules(NamedTuple):
 
     @classmethod
     def whole(cls, seqs: Sequences, most: int, page_size: int, num_pages: int) -> "Granules":
-        """The granules of which every token is written. There are at most ``most``."""
-        first = _round_up(_first_position(seqs))
+        """The granules of the batch of which every token is written. There are at most ``most``."""
+        first = _round_up(first_position(seqs))
         counts = jnp.where(seqs.counts > 0, jnp.maximum(seqs.lengths - first, 0) // GRANULE, 0)
         ends = jnp.cumsum(counts)
         index = jnp.arange(most, dtype=jnp.int32)
-        seq = _searchsorted(ends, index)
+        seq = jnp.minimum(count_up_to(ends, index), ends.shape[0] - 1)
         position = first[seq] + GRANULE * (index - ends[seq] + counts[seq])
-        tokens = jnp.zeros_like(seq), jnp.full_like(seq, GRANULE)
-        return cls._of(seqs, seq, position, tokens, index < ends[-1], page_size, num_pages)
-
-    @classmethod
-    def partial(cls, seqs: Sequences, tokens: int, page_size: int, num_pages: int) -> "Granules":
-        """The granules of which some tokens are written: at most the first and the last of each sequence."""
-        first, length = _first_position(seqs), seqs.lengths
-        last = length // GRANULE * GRANULE
-        has_head = (first % GRANULE > 0) & (first < length)
-        # Where rows begin and end in one granule, that granule is the head, and there is no tail.
-        has_tail = (length > last) & (seqs.counts > 0) & (last >= first)
-        head_end = jnp.minimum(length - first // GRANULE * GRANULE, GRANULE)
-        exists, position, begin, end = (
-            jnp.stack(x, axis=1).reshape(-1)
-            for x in (
-                (has_head, has_tail),
-                (first // GRANULE * GRANULE, last),
-                (first % GRANULE, jnp.zeros_like(first)),
-                (head_end, length - last),
-            )
-        )
-        # A list of those that exist: entry i is the one with i others before it.
-        ends = jnp.cumsum(exists, dtype=jnp.int32)
-        index = jnp.arange(min(tokens, exists.shape[0]), dtype=jnp.int32)
-        which = _searchsorted(ends, index)
-        written = begin[which], end[which]
-        granules = cls._of(seqs, which // 2, position[which], written, index < ends[-1], page_size, num_pages)
-        turn = _turns(granules.lists.page, granules.lists.offset)
-        return granules._replace(lists=granules.lists._replace(turn=turn))
-
-    @classmethod
-    def _of(
-        cls,
-        seqs: Sequences,
-        seq: Int[Array, " granules"],
-        position: Int[Array, " granules"],
-        written: tuple[Array, Array],
-        is_real: Bool[Array, " granules"],
-        page_size: int,
-        num_pages: int,
-    ) -> "Granules":
-        """The granules of sequences ``seq`` that begin at these positions; ``written`` are ``begin`` and ``end``."""
         entry = jnp.clip(position // page_size, 0, seqs.tables.shape[1] - 1)
         page = seqs.tables[seq, entry]
-        page = jnp.where(is_real & (page >= 0) & (page < num_pages), page, -1)
+        page = jnp.where((index < ends[-1]) & (page >= 0) & (page < num_pages), page, -1)
         row = seqs.starts[seq] + position - seqs.positions[seq]
-        count = jnp.sum(is_real, dtype=jnp.int32)
-        return cls(GranuleLists(page, position % page_size, *written, turn=jnp.where(page < 0, -1, 0)), row, count)
+        return cls(GranuleLists(page, position % page_size), row, jnp.minimum(ends[-1], most).astype(jnp.int32))
 
     def sliced(self, entries: slice) -> "Granules":
         """A slice of the lists."""
@@ -157,24 +108,10 @@ class Granules(NamedTuple):
         return jnp.moveaxis(rows[row], 1, 1 + axis)
 
 
-def _first_position(seqs: Sequences) -> Int[Array, " seqs"]:
+def first_position(seqs: Sequences) -> Int[Array, " seqs"]:
     """The first position that is written; ``lengths``, which ends what is written, where none is."""
     return jnp.clip(seqs.positions, 0, seqs.lengths)
 
 
 def _round_up(position: Array) -> Array:
     return (position + GRANULE - 1) // GRANULE * GRANULE
-
-
-def _searchsorted(ends: Array, index: Array) -> Array:
-    """The interval that contains each index, where interval ``i`` stops at ``ends[i]``; the last one for an index past
-    all. Every index is compared with every end: that is one pass without gathers."""
-    found = jnp.searchsorted(ends, index, side="right", method="compare_all")
-    return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
-
-
-def _turns(page: Int[Array, " granules"], offset: Int[Array, " granules"]) -> Int[Array, " granules"]:
-    """For each granule, how many before it are the same. All pairs are compared, because a TPU sorts slowly."""
-    index = jnp.arange(page.shape[0])
-    same = (page[:, None] == page[None]) & (offset[:, None] == offset[None]) & (index[:, None] > index[None])
-    return jnp.where(page < 0, -1, jnp.sum(same, axis=1, dtype=jnp.int32))
