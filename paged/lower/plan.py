@@ -58,33 +58,28 @@ class Plan(eqx.Module):
     positions: Int[Array, " tokens"]
     facts: PlanFacts = eqx.field(static=True)
 
-    def in_pool(self, first_page: Any, num_pages: int) -> "Plan":
-        """This plan for a larger pool, in which the pages that it was made for lie one after the other.
+    def for_layer(self, layer: Any, num_pages: int, num_layers: int) -> "Plan":
+        """This plan for one of several layers whose pages lie in one pool, one layer after the other.
 
-        A model whose layers have their pages in one pool makes one plan for a layer's pages, and in layer ``i`` uses
-        ``plan.in_pool(i * num_pages_of_a_layer, num_pages_of_the_pool)``. No list is made anew.
+        A model that runs its layers in a ``jax.lax.scan`` makes one plan before the scan, for the pages of one layer,
+        and shifts it in the scan as `RaggedBatch.for_layer` shifts a batch. No list is made anew.
 
         **Arguments:**
 
-        - `first_page` i32[]: where the pages begin in the pool: page ``p`` becomes page ``first_page + p``. May be
-          traced.
-        - `num_pages`: the pages of the pool.
+        - `layer`: the layer, an int or a traced int32: a value in ``[0, num_layers)``.
+        - `num_pages`: how many pages each layer has: as many as the plan was made for.
+        - `num_layers`: how many layers the pool holds: it has ``num_layers * num_pages`` pages.
 
-        **Returns:** the plan for calls with the larger pool.
+        **Returns:** the plan for calls with that pool. Raises ``ValueError`` for another number of pages.
         """
-        own = self.facts.call.num_pages
-
-        def moved(tables: Array) -> Array:
-            return jnp.where((tables >= 0) & (tables < own), tables + first_page, -1)
-
-        seqs = self.seqs
+        call, seqs = self.facts.call, self.seqs
+        if num_pages != call.num_pages:
+            raise ValueError(f"The plan is for {call.num_pages} pages; each layer has {num_pages}. {_REMEDY}")
+        batch = self.batch.for_layer(layer, num_pages, num_layers)
         if seqs is not None:
-            planned = None if seqs.planned is None else seqs.planned.moved(first_page)
-            seqs = seqs._replace(tables=moved(seqs.tables), planned=planned)
-        checked = self.batch.checked_for
-        checked = None if checked is None else (checked[0], num_pages, *checked[2:])
-        batch = dataclasses.replace(self.batch, block_tables=moved(self.batch.block_tables), checked_for=checked)
-        facts = dataclasses.replace(self.facts, call=dataclasses.replace(self.facts.call, num_pages=num_pages))
+            planned = None if seqs.planned is None else seqs.planned.moved(layer * num_pages)
+            seqs = seqs._replace(tables=batch.block_tables, planned=planned)
+        facts = dataclasses.replace(self.facts, call=dataclasses.replace(call, num_pages=num_layers * num_pages))
         return dataclasses.replace(self, batch=batch, seqs=seqs, facts=facts)
 
     def choice(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged.lower import check_values
+from paged.lower import Plan, check_values
 from paged.spec import RaggedBatch
 
 from ._pattern import Segment, places_of, segments_of
@@ -133,7 +133,7 @@ class LayerStack(eqx.Module):
     def __len__(self) -> int:
         return sum(segment.num_layers for segment in self.segments)
 
-    def __call__(self, x: Any, batch: RaggedBatch, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
+    def __call__(self, x: Any, batch: RaggedBatch | Plan, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
         """Serve the rows of one step: every layer as ``x, state = layer(x, batch, state)``, in order.
 
         **Arguments:**
@@ -141,13 +141,14 @@ class LayerStack(eqx.Module):
         - `x`: what the first layer takes, such as float[tokens, embed_dim]: an array, or a pytree of arrays with rows
           first. Every layer returns it in the shapes and dtypes that it got.
         - `batch`: whose rows these are, and where the tokens of their sequences lie. Its page numbers are those of a
-          pool for one layer.
+          pool for one layer. Or the step's plan, where all layers have one mask: `PagedAttention.plan` makes it.
         - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
 
         **Returns:** what the last layer gives, and the new state. Raises what the layers raise. The values of a batch
         are checked once, before the first layer, for those layers that check.
         """
-        batch = self._checked(batch, jax.tree.leaves(x)[0].shape[0], state)
+        if not isinstance(batch, Plan):  # whose batch was checked when it was made
+            batch = self._checked(batch, jax.tree.leaves(x)[0].shape[0], state)
 
         def step(run: int, layer: Any, place: Any, carry: Any) -> Any:
             x, states = carry

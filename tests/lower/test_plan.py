@@ -61,19 +61,12 @@ def _layers(attend, built, count, is_planned):
 
         def layer(carry, i):
             q, pool = carry
-            at = step.in_pool(i * own, own * count) if is_planned else _moved(step, i * own, own)
-            q, pool = attend.update(q, built.k, built.v, pool, at)
+            q, pool = attend.update(q, built.k, built.v, pool, step.for_layer(i, own, count))
             return (q, pool), None
 
         return jax.lax.scan(layer, (q, pool), jnp.arange(count))[0]
 
     return run, (built.q, pool, built.batch)
-
-
-def _moved(batch, first, num_pages):
-    tables = batch.block_tables
-    is_page = (tables >= 0) & (tables < num_pages)
-    return dataclasses.replace(batch, block_tables=jnp.where(is_page, tables + first, -1))
 
 
 def test_no_list_is_made_in_a_loop_over_layers():
