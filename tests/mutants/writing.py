@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from paged.lower.tpu.write import partial as partial_module
 from paged.lower.tpu.write import whole as whole_module
@@ -20,7 +21,11 @@ def _everything_is_new(original):
 
 
 def _one_token_more(original):
-    return lambda self, *at: original(_changed(self, end=lambda i: self.scratch.noted.end[i] + 1), *at)
+    def put(self, *at):
+        end = self.scratch.noted.end
+        return original(_changed(self, end=lambda i: jnp.minimum(end[i] + 1, GRANULE)), *at)
+
+    return put
 
 
 def _changed(kernel, **lists):
