@@ -59,6 +59,7 @@ from .tuning import Tuned as Tuned
 from .tuning import synthetic as synthetic
 from .tuning import tune as tune
 from .xla import XlaSchedule as XlaSchedule
+from .xla import at_index as at_index
 from .xla import dense_attention as dense_attention
 
 

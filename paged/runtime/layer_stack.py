@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged.lower import Plan, check_values
+from paged.lower import Plan, at_index, check_values
 from paged.spec import RaggedBatch
 
 from ._pattern import Segment, places_of, segments_of
@@ -155,7 +155,7 @@ class LayerStack(eqx.Module):
             x, new = serve_one(layer, place, x, batch, states[run])
             return x, (*states[:run], new, *states[run + 1 :])
 
-        x, states = self._walk(step, (x, tuple(state.substate(run) for run in self.runs)))
+        x, states = self._serve(step, (x, tuple(state.substate(run) for run in self.runs)))
         for new in states:
             state = state.update(new)
         return x, state
@@ -182,7 +182,8 @@ class LayerStack(eqx.Module):
         >>> stack.fold(lambda layer, x: jax.nn.relu(layer(x)), jnp.ones(4)).shape
         (4,)
         """
-        return self._walk(lambda run, layer, place, x: f(layer, x), x)
+        arrays, static = self._parts()
+        return self._walk(lambda run, x, layer: f(eqx.combine(layer, static[run]), x), x, arrays)
 
     def layer(self, i: int) -> Any:
         """Layer ``i`` alone, with its own parameters.
@@ -233,14 +234,32 @@ class LayerStack(eqx.Module):
                     batch = check_values(batch, tokens=tokens, **facts)
         return batch
 
-    def _walk(self, step: Callable[[int, Any, Any, Any], Any], carry: Any) -> Any:
-        """``carry = step(run, layer, place, carry)`` for every layer, where ``place`` counts the layers of its run."""
-        arrays, static = zip(*(eqx.partition(run, eqx.is_array) for run in self.runs), strict=True)
+    def _serve(self, step: Callable[[int, Any, Any, Any], Any], carry: Any) -> Any:
+        """``carry = step(run, layer, place, carry)`` for every layer, where ``place`` counts the layers of its run.
 
-        def one_layer(run: int, carry: Any, x: Any) -> Any:
-            place, arrays = x
-            return step(run, eqx.combine(arrays, static[run]), place, carry)
+        The scans run over places, and each layer takes its arrays out of the stack by its place. Arrays that were
+        scanned over by an outer scan and an inner one would be copied by the outer one.
+        """
+        arrays, static = self._parts()
 
+        def one_layer(run: int, carry: Any, place: Any) -> Any:
+            layer = jax.tree.map(lambda x: at_index(x, place), arrays[run])
+            return step(run, eqx.combine(layer, static[run]), place, carry)
+
+        return self._walk(one_layer, carry, [jnp.arange(count, dtype=jnp.int32) for count in self._counts()])
+
+    def _parts(self) -> tuple[list[Any], list[Any]]:
+        """Of every run, the arrays and what is not an array."""
+        parts = [eqx.partition(run, eqx.is_array) for run in self.runs]
+        return [arrays for arrays, _ in parts], [static for _, static in parts]
+
+    def _counts(self) -> list[int]:
+        """How many layers each run has."""
+        counts = {run: s.repeats * length for s in self.segments for run, length in s.runs}
+        return [counts[run] for run in sorted(counts)]
+
+    def _walk(self, one_layer: Callable[[int, Any, Any], Any], carry: Any, xs_of_run: Sequence[Any]) -> Any:
+        """``carry = one_layer(run, carry, x)`` for every layer in order, with ``x`` from the leading axis of its run."""
         for repeats, runs in self.segments:
 
             def repetition(carry: Any, xs: Any, runs: Any = runs) -> Any:
@@ -248,25 +267,20 @@ class LayerStack(eqx.Module):
                     carry = _repeat(functools.partial(one_layer, run), carry, x, length)
                 return carry
 
-            xs = [_split((_places(repeats * length), arrays[run]), repeats, length) for run, length in runs]
+            xs = [_split(xs_of_run[run], repeats, length) for run, length in runs]
             carry = _repeat(repetition, carry, xs, repeats)
         return carry
 
 
-def _places(count: int) -> Int[Array, " layers"]:
-    return jnp.arange(count, dtype=jnp.int32)
-
-
-def _split(tree: Any, *sizes: int) -> Any:
-    """The leading axis of every array as several axes."""
-    return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), tree)
+def _split(xs: Any, *sizes: int) -> Any:
+    """The leading axis as several, without axes of 1: XLA:CPU would lay out anew what has them."""
+    sizes = tuple(size for size in sizes if size > 1)
+    return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), xs)
 
 
 def _repeat(f: Callable[[Any, Any], Any], carry: Any, xs: Any, times: int) -> Any:
-    """``carry = f(carry, x)`` for each ``x``: a scan, if there is more than one."""
-    if times == 1:
-        return f(carry, jax.tree.map(lambda x: x.reshape(x.shape[1:]), xs))
-    return jax.lax.scan(lambda carry, x: (f(carry, x), None), carry, xs)[0]
+    """``carry = f(carry, x)`` for each ``x``: a scan, if there is more than one. Of one, ``xs`` is the ``x``."""
+    return f(carry, xs) if times == 1 else jax.lax.scan(lambda carry, x: (f(carry, x), None), carry, xs)[0]
 
 
 def _by_run(segments: Sequence[Segment], layers: Any) -> list[list[Any]]:

@@ -1,5 +1,6 @@
 """The XLA target: gather and online softmax in plain `jax.lax`, on any platform."""
 
+from .cpu import at_index as at_index
 from .dense import dense_attention as dense_attention
 from .linear import Linear as Linear
 from .linear import linear as linear

@@ -50,6 +50,28 @@ def from_bits(bits: Array, dtype: Any) -> Array:
     return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
+@jax.custom_jvp
+def at_index(x: Array, i: Any) -> Array:
+    """``x[i]`` along the first axis, for an ``i`` in range that is a loop's counter or depends on it.
+
+    On CPU narrow floats are moved as integers: XLA would convert all of ``x``, before the loop.
+    """
+    if x.dtype not in CONVERTED_WHOLE:
+        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+    def of_bits(x: Array, i: Array) -> Array:
+        return from_bits(jax.lax.dynamic_index_in_dim(as_bits(x, i), i, keepdims=False), x.dtype)
+
+    plain = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    return jax.lax.platform_dependent(x, i, cpu=of_bits, default=plain)
+
+
+@at_index.defjvp
+def _at_index_jvp(primals: Any, tangents: Any) -> Any:
+    (x, i), (along, _) = primals, tangents
+    return at_index(x, i), jax.lax.dynamic_index_in_dim(along, i, keepdims=False)
+
+
 class Buffers(NamedTuple):
     """Where tiles of keys and of values are put, carried from page block to page block; None: each tile is made anew.
 
