@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from paged.lower import Plan, at_index, check_values
 from paged.spec import RaggedBatch
@@ -259,7 +259,7 @@ class LayerStack(eqx.Module):
         return [counts[run] for run in sorted(counts)]
 
     def _walk(self, one_layer: Callable[[int, Any, Any], Any], carry: Any, xs_of_run: Sequence[Any]) -> Any:
-        """``carry = one_layer(run, carry, x)`` for every layer in order, with ``x`` from the leading axis of its run."""
+        """``carry = one_layer(run, carry, x)`` for every layer, in order; ``x`` is from the leading axis of its run."""
         for repeats, runs in self.segments:
 
             def repetition(carry: Any, xs: Any, runs: Any = runs) -> Any:
