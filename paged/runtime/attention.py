@@ -177,7 +177,7 @@ class PagedAttention(eqx.Module):
 
         >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4)
         >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
-        >>> layer, state = eqx.nn.make_with_state(PagedAttention)(spec, layout, 8, num_pages=4, key=jax.random.key(0))
+        >>> layer, state = eqx.nn.make_with_state(PagedAttention)(spec, layout, 4, 8, key=jax.random.key(0))
         >>> pages, x = state.get(layer.cache.index), jnp.ones((2, 8))
         >>> plan = layer.plan(x, pages, RaggedBatch.decode(lengths=[3, 1], block_tables=[[3, 1], [2, -1]]))
         >>> layer.attend_pages(x, pages, plan)[0].shape

@@ -205,7 +205,7 @@ class ShardedAttend:
         if isinstance(batch, Plan):
             raise TypeError("batch must be a paged.RaggedBatch; got a Plan, which a call accepts as it is.")
         checked: Any = self._require(q, pages, batch)
-        call = Call.of(q, pages, batch)
+        call = Call.of(q, pages, batch, has_holes=self._merge is not None)
         tokens, num_pages = call.tokens // self.shares.sequences, call.num_pages // self.shares.pages
         return devices.plan(self, dataclasses.replace(call, tokens=tokens, num_pages=num_pages), checked)
 
