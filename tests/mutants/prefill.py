@@ -4,20 +4,21 @@ import dataclasses
 import functools
 import inspect
 
+import jax
 import jax.numpy as jnp
 
 from paged.lower.tpu.decode import TpuDecode
+from paged.lower.tpu.pages.intervals import Computed
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
 from paged.lower.tpu.pages.work import TileVisits
-from paged.lower.tpu.prefill import lowering as lowering_module
 from paged.lower.tpu.prefill import tile as tile_module
 from paged.lower.tpu.prefill.block import Block, BlockKernel
+from paged.lower.tpu.prefill.intervals import TileWork
 from paged.lower.tpu.prefill.kernel import PrefillKernel
 from paged.lower.tpu.prefill.launch import PrefillLaunch
 from paged.lower.tpu.prefill.shape import TileShape
 from paged.lower.tpu.prefill.tile import TileKernel
-from paged.spec import AttentionState
 
 from .base import Mutant
 from .planting import Shifted, all_full, all_of, attribute, method, never_awaited, none_filled, nothing, page_too_few
@@ -48,7 +49,8 @@ def _impatient(patch):
 
 def _one_too_long(original):
     def find_visible(self, refs, *args):
-        work = refs.stream.work._replace(length=Shifted(refs.stream.work.length, 1))
+        work = refs.stream.work
+        work = dataclasses.replace(work, tiles=work.tiles._replace(length=Shifted(work.tiles.length, 1)))
         original(self, refs._replace(stream=dataclasses.replace(refs.stream, work=work)), *args)
 
     return find_visible
@@ -72,27 +74,35 @@ def _one_half(stage, half, entry):
     return Block(stage, 0, entry)
 
 
-def _a_row_too_far(original):
-    def cut(*args):
-        tiles = original(*args)
-        return tiles._replace(starts=tiles.starts + 1)
-
-    return cut
+def _one_too_far(name):
+    return property(lambda self: Shifted(getattr(self.tiles, name), 1))
 
 
-def _a_position_too_far(original):
-    def cut(*args):
-        tiles = original(*args)
-        return tiles._replace(positions=tiles.positions + 1)
+def _shorter(original):
+    def pages(self, item):
+        first, count, *full = original(self, item)
+        return first, jnp.maximum(count - 1, 0), *full
 
-    return cut
+    return pages
+
+
+def _all_seen(original):
+    def pages(self, item):
+        first, count, *_ = original(self, item)
+        return first, count, first, first + count
+
+    return pages
 
 
 def _of_the_next_slot(original):
-    def run_state(self, *args):
-        return AttentionState(*(jnp.roll(x, 1, axis=0) for x in original(self, *args)))
+    def run_single_rows(self, *args):
+        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), original(self, *args))
 
-    return run_state
+    return run_single_rows
+
+
+def _into_new_memory(original):
+    return lambda self, work, q, pages, sinks, results=None: original(self, work, q, pages, sinks)
 
 
 def _a_row_before(original):
@@ -100,11 +110,8 @@ def _a_row_before(original):
 
 
 def _of_keys_only(original):
-    def cut(*args):
-        tiles = original(*args)
-        return tiles._replace(counts=jnp.where(tiles.lengths > 0, tiles.counts, 0))
-
-    return cut
+    del original
+    return property(lambda self: Computed(lambda item: jnp.where(self.length[item] > 0, self.tiles.rows[item], 0)))
 
 
 def _cleared_at_first_only(patch):
@@ -140,8 +147,12 @@ PREFILL = (
         "prefill, late", _EQUAL, "error",
     ),
     _prefill(
-        "decoded rows of the next slot", method(TpuDecode, "run_state", _of_the_next_slot),
-        "prefill, mixed", _EQUAL, "error",
+        "decoded rows of the next slot", method(TpuDecode, "run_single_rows", _of_the_next_slot),
+        "prefill, mixed", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "decoded rows are not kept", method(PrefillLaunch, "__call__", _into_new_memory),
+        "prefill, mixed", _EQUAL, "not finite",
     ),
     _prefill(
         "no wait for whole blocks", method(Transfers, "wait", nothing),
@@ -176,12 +187,20 @@ PREFILL = (
         "prefill, half blocks", _EQUAL, "not finite",
     ),
     _prefill(
-        "a page too few", method(TileVisits, "of", page_too_few),
+        "a page too few", method(TileWork, "_pages", _shorter),
         "prefill, early", _EQUAL, "error",
     ),
     _prefill(
-        "partial pages taken for full", method(TileVisits, "of", all_full),
+        "partial pages taken for full", method(TileWork, "_pages", _all_seen),
         "prefill, early", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "a page too few in the list", method(TileVisits, "of", page_too_few),
+        "prefill, listed", _EQUAL, "error",
+    ),
+    _prefill(
+        "partial pages taken for full in the list", method(TileVisits, "of", all_full),
+        "prefill, listed", _EQUAL, "not finite",
     ),
     _prefill(
         "keys of another head", method(BlockKernel, "_stored", _of_the_other_head),
@@ -192,15 +211,15 @@ PREFILL = (
         "prefill, early", _EQUAL, "error",
     ),
     _prefill(
-        "tiles a row too far", attribute(lowering_module, "cut", _a_row_too_far),
+        "tiles a row too far", attribute(TileWork, "row", lambda _: _one_too_far("row")),
         "prefill, early", "in bounds",
     ),
     _prefill(
-        "tiles a position too far", attribute(lowering_module, "cut", _a_position_too_far),
+        "tiles a position too far", attribute(TileWork, "position", lambda _: _one_too_far("position")),
         "prefill, early", _EQUAL, "error",
     ),
     _prefill(
-        "no tiles for rows of no sequence", attribute(lowering_module, "cut", _of_keys_only),
+        "no tiles for rows of no sequence", attribute(TileWork, "rows", _of_keys_only),
         "prefill, mixed", _EQUAL, "not finite",
     ),
     _prefill(

@@ -115,6 +115,7 @@ _TILES = Case(
     corner=Corner(((2, 1), (0, 9), (3, 0), (1, 0), (4, -1)), (17,) * 5),
 )  # fmt: skip
 _OPEN_TILES = _TILES.replace(spec=_MHA.replace(causal=False))
+_LISTED_TILES = _TILES.replace(spec=_MHA.replace(causal=False, mask=Listed()))
 _MASKED_FIRST = case_of("plain", "decode", page_size=8, corner="first page masked")
 _OPEN_DECODE = Case(spec=OPEN, page_size=8, phase="decode")
 _LISTED_DECODE = _OPEN_DECODE.replace(spec=OPEN.replace(mask=Listed()))
@@ -168,6 +169,7 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "decode, together, one empty": _kernel(_OPEN_DECODE, _decode(4, 4), "on_wait"),
     "decode, update": _update,
     "prefill, late": _kernel(_OPEN_TILES, _ragged(), "on_wait"),
+    "prefill, listed": _kernel(_LISTED_TILES, _ragged(), "on_wait"),
     "prefill, early": _kernel(_TILES, _ragged(), "eager"),
     "prefill, half blocks": _kernel(_OPEN_TILES.replace(page_size=64), _ragged(2), "on_wait"),
     "prefill, interleaved": _kernel(_TILES.replace(order="interleaved"), _ragged(), "on_wait"),

@@ -1,5 +1,8 @@
 """The TPU prefill kernel's own edges: whole blocks, tiles of every size, single rows, and lists that are too long."""
 
+import dataclasses
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -64,6 +67,20 @@ def test_whole_blocks_visible_in_full(corner):
     assert_equals_reference(
         interpreted(WHOLE, _schedule(pages_per_block=1, buffers=3)), build(WHOLE.replace(corner=WHOLE_CORNERS[corner]))
     )
+
+
+@pytest.mark.parametrize("buffers", [2, 3])
+def test_holes_in_blocks_that_are_seen_in_full_hide_their_tokens(buffers):
+    """The first block, one in the middle, the last one, two in turn, and all. Blocks after a hole are masked."""
+    built = build(WHOLE.replace(corner=Corner(((6, 0), (6, 3), (4, 0), (5, -1), (3, 0)), (17,) * 5)))
+    table, visible = built.batch.block_tables, list(built.visible)
+    for i, (s, page) in enumerate([(0, 0), (0, 3), (1, 5), (2, 1), (2, 2), *((3, page) for page in range(5))]):
+        table = table.at[s, page].set([-1, built.pages.num_pages, 2**31 - 1, -(2**31)][i % 4])
+        visible[17 * s : 17 * s + 17] = [seen[seen // 128 != page] for seen in visible[17 * s : 17 * s + 17]]
+    holed = eqx.tree_at(lambda batch: batch.block_tables, built.batch, table)
+    holed = dataclasses.replace(built, batch=holed, visible=visible)
+    got = assert_equals_reference(interpreted(WHOLE, _schedule(pages_per_block=1, buffers=buffers)), holed)
+    assert not got.out[3 * 17 : 4 * 17].any()
 
 
 def _not_causal(**facts):
@@ -155,8 +172,8 @@ def _launch(spec, layout, query_rows):
 @pytest.mark.parametrize("single_rows", [None, DecodeSchedule(pages_per_block=1, buffers=3)])
 def test_single_rows_are_decoded_as_the_schedule_says(single_rows, monkeypatch):
     """By exactly that schedule, which `explain` shows; without one, the prefill kernel computes them."""
-    decoded, run_state = [], TpuDecode.run_state
-    monkeypatch.setattr(TpuDecode, "run_state", lambda *args: decoded.append(args[2]) or run_state(*args))
+    decoded, run = [], TpuDecode.run_single_rows
+    monkeypatch.setattr(TpuDecode, "run_single_rows", lambda *args: decoded.append(args[2]) or run(*args))
     attend, built = interpreted(CASE, _schedule(single_rows=single_rows)), _built()
     jax.eval_shape(attend.state, built.q, built.pages, built.batch)
     assert decoded == ([] if single_rows is None else [single_rows])

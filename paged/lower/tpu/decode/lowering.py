@@ -120,6 +120,34 @@ class TpuDecode(TpuLowering):
             parts.append(_finished(launch, work, wanted, q_part, pages, sinks, part)[0])
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
+    def run_single_rows(
+        self,
+        program: Program,
+        schedule: DecodeSchedule,
+        call: Call,
+        wanted: Wanted,
+        q: Array,
+        pages: Pages,
+        sinks: Array | None,
+        seqs: Sequences,
+    ) -> Results:
+        """The results of sequences that have one row, which may be any row of ``q``. Other sequences have no rows.
+
+        Rows of ``q`` that no sequence has hold anything, so that somebody else can write them in place.
+        """
+        layout, chip = pages.layout, self.target_chip
+        of_slots = dataclasses.replace(call, tokens=call.slots, query_rows=1, has_even_starts=True)
+        launch = launch_of(program, layout, of_slots, schedule, chip, self.interpret)
+        launch = dataclasses.replace(launch, has_even_rows=False)
+        if schedule.kv_splits > 1 or kernels_of(program, layout, of_slots, schedule, chip) > 1:
+            return _of_lists(launch, wanted, q, pages, sinks, seqs)
+        intervals = intervals_of(program, layout, of_slots, schedule, chip)
+        if intervals is None:
+            work = next(iter(_lists(launch, pages, seqs)))
+        else:
+            work = Tables(intervals, PageTables.of(seqs, has_even_rows=False))
+        return launch(work, q, pages, wanted, sinks)[0]
+
     def run_update_results(
         self,
         program: Program,

@@ -56,7 +56,7 @@ def intervals_of(
 
 def slots_per_kernel(call: Call, schedule: DecodeSchedule, chip: Chip) -> int:
     """How many sequences' block tables, and what is known of their items, scalar memory holds."""
-    per_slot = 4 * call.pages_per_seq + 4 + 4 * len(Facts._fields) * schedule.kv_splits
+    per_slot = 4 * call.pages_per_seq + 8 + 4 * len(Facts._fields) * schedule.kv_splits
     return min(call.slots, chip.smem_for_lists // per_slot)
 
 

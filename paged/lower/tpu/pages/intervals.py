@@ -33,15 +33,18 @@ class PageTables(NamedTuple):
 
     * ``pages`` i32[seqs * pages_per_seq]: the block tables, one after the other: scalar memory pads rows of a matrix.
     * ``position`` i32[seqs]: the position of each sequence's first query row, or `NO_ROWS`.
+    * ``row`` i32[seqs]: each sequence's first query row. None where the rows of every slot follow the slot before.
     """
 
     pages: Int[Array, " entries"]
     position: Int[Array, " seqs"]
+    row: Int[Array, " seqs"] | None
 
     @classmethod
-    def of(cls, seqs: Sequences) -> "PageTables":
-        """The tables of a batch in which the slots have as many rows each."""
-        return cls(seqs.tables.reshape(-1), jnp.where(seqs.counts > 0, seqs.positions, NO_ROWS))
+    def of(cls, seqs: Sequences, has_even_rows: bool = True) -> "PageTables":
+        """The tables of a batch in which the slots have as many rows each, or none."""
+        position = jnp.where(seqs.counts > 0, seqs.positions, NO_ROWS)
+        return cls(seqs.tables.reshape(-1), position, None if has_even_rows else seqs.starts)
 
 
 class Facts(NamedTuple):
@@ -126,7 +129,8 @@ class IntervalWork:
     @property
     def row(self) -> Computed:
         """An item's first query row."""
-        return Computed(lambda item: self._seq(item) * self.query_rows)
+        row = self.tables.row
+        return Computed(lambda item: self._seq(item) * self.query_rows if row is None else row[self._seq(item)])
 
     @property
     def rows(self) -> Computed:
@@ -135,7 +139,7 @@ class IntervalWork:
 
     def index_of(self, item: Any, entry: Any) -> Any:
         """Which page of its sequence an entry is."""
-        return entry - self._seq(item) * self.width
+        return entry - self._base(item)
 
     def entry(self, item: Any, i: Any, block: int) -> Any:
         """The entry of the first page of an item's block ``i``, of ``block`` pages, in the order of work."""
@@ -188,7 +192,7 @@ class IntervalWork:
         """Compute the facts of an item and keep them. Returns the number of its pages."""
         facts, block = self.facts, self.pages_per_block
         first, count, first_full, end_full = self._pages(item)
-        facts.begin[item] = self._seq(item) * self.width + first
+        facts.begin[item] = self._base(item) + first
         facts.count[item] = count
         if facts.masked is None:
             facts.num_full[item] = jnp.clip(end_full - first, 0, count)
@@ -214,6 +218,10 @@ class IntervalWork:
 
     def _length(self, p0: Any) -> Any:
         return jnp.clip(p0 + self.query_rows, 0, self.width * self.intervals.page_size)
+
+    def _base(self, item: Any) -> Any:
+        """The entry of the block tables that holds the first page of an item's sequence."""
+        return self._seq(item) * self.width
 
     def _seq(self, item: Any) -> Any:
         return item if self.splits == 1 else jax.lax.div(item, self.splits)

@@ -237,19 +237,24 @@ class Stream(Generic[Work]):
         is_more = item < end
         # At the end of the stream the cursor is past the last item, whose entries can still be looked up.
         looked_up = jnp.minimum(item, end - 1)
-        first = self.work.entry(looked_up, i, block)
+        first, seen = self.work.entry(looked_up, i, block), self._none_seen
         pages = jnp.where(is_more, self.work.count[looked_up] - i * block, 0)
+        last = self.work.page.shape[0] - 1
+        # Here and not between the pieces: to find the next item may take a loop, which would break the straight line.
+        pl.when(is_more)(lambda: self.move_cursor(item, i))
 
         def fetch(piece):
+            nonlocal seen
             for entry in range(piece * block // pieces, (piece + 1) * block // pieces):
-
-                @pl.when(entry < pages)
-                def _(entry=entry):
-                    self.transfers.start(self.work.page[first + entry], stage, entry)
-
-            # With the last piece: `fetch_next` for the block after this one must find the cursor moved.
+                # Outside of the condition, so that there is no branch: another page is looked up where there is none.
+                page = self.work.page[jnp.minimum(first + entry, last)]
+                if self.holes is not None:
+                    is_hole = _sign(page, self.transfers.num_pages)
+                    seen = seen | jnp.where(entry < pages, is_hole, 0)
+                    page = jnp.where(is_hole < 0, 0, page)
+                pl.when(entry < pages)(functools.partial(self.transfers.start, page, stage, entry))
             if piece == pieces - 1:
-                pl.when(is_more)(lambda: self.move_cursor(item, i))
+                self._note_holes(stage, seen)
 
         return fetch
 

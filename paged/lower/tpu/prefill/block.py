@@ -26,12 +26,12 @@ class Block(NamedTuple):
 
     * ``stage``: its place in the stream's ring of page buffers.
     * ``half``: the half of the double buffers that holds what is prepared of it, such as the positions of its keys.
-    * ``entry``: the number of its first page in the work list.
+    * ``i``: its number in the item.
     """
 
     stage: Index
     half: Index
-    entry: Index
+    i: Index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +58,10 @@ class BlockKernel:
         """Keys that scores are computed for."""
         return self.views.columns
 
-    def prepare(self, refs: Refs, item: Index, block: Block, pages: Index, is_masked: bool) -> None:
+    def prepare(self, refs: Refs, item: Index, block: Block, is_masked: bool) -> None:
         """Compute what all strip groups need of a block: positions and scales of keys, and heads laid apart.
 
-        The block must have arrived, with ``pages`` pages. Everything goes to the block's own half of the double
+        The block must have arrived. Everything goes to the block's own half of the double
         buffers, because strip groups may still read the other half for the block before.
         """
         scratch, work, buffers = refs.scratch, refs.stream.work, refs.stream.transfers.buffers
@@ -71,9 +71,10 @@ class BlockKernel:
         if not (is_masked or self.scores.scores_use_positions or scratch.token_scales is not None):
             return
         # Places without a page get a position past every length, so that the mask hides them.
-        j = self.views.positions(
-            lambda at: jnp.where(at < pages, work.index[block.entry + at], self.views.absent_index)
-        )
+        j = work.key_positions(self.views, item, block.i, refs.stream.pages_per_block)
+        present = refs.stream.present(self.views, block.stage) if is_masked else None
+        if present is not None:
+            j = jnp.where(present, j, self.views.absent_index * self.views.layout.page_size)
         scratch.key_position[block.half, :, keys] = j
         if scratch.token_scales is not None:
             heads = self.views.layout.num_kv_heads

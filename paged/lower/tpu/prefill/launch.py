@@ -12,16 +12,18 @@ from jaxtyping import Array, Float
 
 from paged.spec import PageLayout, Pages
 
-from ...program import Program, Results, Wanted, kernel_terms
+from ...program import PageIntervals, Program, Results, Wanted, kernel_terms
 from ..chips import LANES, SUBLANES, Chip, padded_bytes
-from ..pages import Stream, Transfers, Views, WorkList, compute_dtype, pools_of
+from ..pages import Facts, Holes, Stream, Transfers, Views, WorkList, compute_dtype, pools_of
 from ..references import call_kernel
 from .block import BlockKernel
+from .intervals import Batch, Tiles, TileWork, Uncut
 from .kernel import PrefillKernel
 from .refs import Inputs, Outputs, Refs, Rows, Scratch, Strides
 from .schedule import RaggedSchedule
 from .shape import TileShape
 from .tile import LOG2E, MOST_UNROLLED, TileKernel
+from .tiles import most_tiles
 
 # The mask is evaluated for this many positions at a time.
 _MASK_ROWS = 32
@@ -80,16 +82,16 @@ class PrefillLaunch:
 
     def __call__(
         self,
-        work: WorkList,
+        work: WorkList | Uncut,
         q: Float[Array, "tokens q_heads dim"],
         pages: Pages,
         sinks: Float[Array, " q_heads"] | None,
         results: Rows | None = None,
     ) -> Rows:
-        """Run the kernel on a work list, and return the results of the rows that the list names.
+        """Run the kernel on a work list, or on a batch that it is to cut, and return the results of its tiles' rows.
 
-        Given ``results``, the kernel writes into that memory, and rows that the work list does not name keep their
-        results. Without it these rows hold anything.
+        Given ``results``, the kernel writes into that memory, and rows of no tile keep their results. Without it these
+        rows hold anything.
         """
         kernel = PrefillKernel(tuple(self._tile(shape) for shape in self.shapes()))
         arrays, (k_scale, v_scale) = self._arrays(kernel.tiles[-1].blocks[-1]), self._head_scales(pages)
@@ -97,11 +99,14 @@ class PrefillLaunch:
         hbm: Any = pltpu.HBM
         pools: Any = (*pages.arrays, *((pages.k_scale, pages.v_scale) if self._has_token_scales else ()))
 
-        def run(work: WorkList, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+        def run(scalars: WorkList | Batch, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
             transfers = Transfers(self.layout, inputs.pools, scratch.page_buffers, scratch.pages_arrived)
-            refs = Refs(Stream(work, transfers, scratch.cursor, scratch.filled), inputs, outputs, scratch)
-            core = pl.program_id(0)
-            kernel.run_items(refs, work.bounds[core], work.bounds[core + 1])
+            own = scalars
+            if isinstance(work, Uncut):
+                own = self._tile_work(work.intervals, scalars, scratch)
+                own.cut(work.least_rows, q.shape[0])
+            stream = Stream(own, transfers, scratch.cursor, scratch.filled, scratch.holes)  # pyright: ignore
+            kernel.run_items(Refs(stream, inputs, outputs, scratch), *stream.work.bounds_of(pl.program_id(0)))
 
         return call_kernel(
             run,
@@ -109,20 +114,27 @@ class PrefillLaunch:
             chip=self.chip,
             interpret=self.interpret,
             grid=(self.schedule.cores,),
-            scalars=work,
-            inputs=Inputs(k_scale, v_scale, sinks, arrays, q.astype(self._io_dtype(q.dtype)), pools, results),
+            scalars=work.batch if isinstance(work, Uncut) else work,
+            inputs=Inputs(k_scale, v_scale, sinks, arrays, q.astype(dtype_in_kernels(q.dtype)), pools, results),
             memory=Inputs(smem, smem, smem, arrays=smem, q=hbm, pools=hbm, results=hbm),
             outputs=Outputs(self.rows(q.shape[0])),
-            scratch=self._scratch(),
+            scratch=self._scratch(work, q.shape[0]),
             in_place=lambda tree: None if results is None else tree.results,
         ).results
+
+    def _tile_work(self, intervals: PageIntervals, batch: Any, scratch: Scratch) -> TileWork:
+        """The work on a batch, which the scalar core computes."""
+        assert scratch.facts is not None and scratch.tiles is not None
+        width, schedule = batch.pages.shape[0] // batch.starts.shape[0], self.schedule
+        division = schedule.rows_per_tile, 1, schedule.pages_per_block, schedule.cores
+        return TileWork(intervals, batch, scratch.facts, width, *division, scratch.tiles)
 
     def rows(self, tokens: int) -> Rows:
         """The shapes of the kernel's results for so many query rows."""
         out = (tokens, self.program.num_q_heads, self.layout.value_dim)
         lse = (tokens, self.strides.lse_registers, LANES)
         return Rows(
-            jax.ShapeDtypeStruct(out, self._io_dtype(self.wanted.dtype)),
+            jax.ShapeDtypeStruct(out, dtype_in_kernels(self.wanted.dtype)),
             jax.ShapeDtypeStruct(lse, jnp.float32) if self.wanted.has_lse else None,
         )
 
@@ -130,11 +142,6 @@ class PrefillLaunch:
         """The caller's results, from those of the kernel."""
         lse = None if rows.lse is None else rows.lse.reshape(rows.lse.shape[0], -1)[:, : self.program.num_q_heads]
         return Results(rows.out.astype(self.wanted.dtype), lse)
-
-    @staticmethod
-    def _io_dtype(dtype: Any) -> Any:
-        """The dtype that the kernel reads or writes instead of the caller's: no TPU loads 16-bit IEEE numbers."""
-        return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
     def _tile(self, shape: TileShape) -> TileKernel:
         mask_rows = min(_MASK_ROWS, shape.positions)
@@ -177,8 +184,10 @@ class PrefillLaunch:
         )
         return k_scale, v_scale
 
-    def _scratch(self) -> Scratch:
-        """The shapes of the kernel's scratch memory."""
+    def _scratch(self, work: WorkList | Uncut | None = None, tokens: int = 0) -> Scratch:
+        """The shapes of the kernel's scratch memory. Vector memory is the same whatever the work."""
+        uncut = work if isinstance(work, Uncut) else None
+        most = most_tiles(tokens, uncut.batch.starts.shape[0], self.schedule.rows_per_tile) if uncut else 0
         views, layout, strides, shapes = self.views, self.layout, self.strides, self.shapes()
         positions = self.schedule.rows_per_tile
         keys, all_rows, q_heads = views.columns, positions * self.program.num_q_heads, self.program.num_q_heads
@@ -196,7 +205,10 @@ class PrefillLaunch:
             pages_arrived=dma((self.schedule.buffers,)),
             cursor=smem((2,)),
             filled=smem((self.schedule.buffers,)),
-            q_buffer=vmem(2, positions, q_heads, self.program.head_dim, dtype=self._io_dtype(self.q_dtype)),
+            tiles=Tiles.scratch(most) if uncut else None,
+            facts=Facts.scratch(most, uncut.intervals) if uncut else None,
+            holes=Holes.scratch(self.schedule.buffers, self.schedule.pages_per_block) if uncut else None,
+            q_buffer=vmem(2, positions, q_heads, self.program.head_dim, dtype=dtype_in_kernels(self.q_dtype)),
             q_arrived=dma((2,)),
             results=jax.tree.map(lambda x: vmem(*x.shape, dtype=x.dtype), self.rows(positions)),
             results_left=dma,
@@ -237,3 +249,8 @@ class PrefillLaunch:
     @property
     def _has_token_scales(self) -> bool:
         return self.layout.scales == "token"
+
+
+def dtype_in_kernels(dtype: Any) -> Any:
+    """The dtype that a kernel reads or writes instead of the caller's: a TPU has no float16."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)

@@ -20,7 +20,8 @@ from ...program import COMMON, Call, Program, Results, Sequences, Wanted
 from ..base import STATE, TpuLowering
 from ..decode import TpuDecode
 from ..pages import TileVisits, WorkList, copies_of_pages, rows_and_entries
-from .launch import PrefillLaunch
+from .intervals import Batch, Uncut, intervals_of
+from .launch import PrefillLaunch, dtype_in_kernels
 from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call
 from .refs import Rows
 from .schedule import RaggedSchedule
@@ -79,6 +80,8 @@ class TpuRagged(TpuLowering):
         tiles = most_tiles(call.tokens, call.slots, schedule.rows_per_tile)
         tiles_per_kernel, entries_per_kernel = rows_and_entries((tiles, call.pages_per_seq), chip)
         kernels = -(-tiles // tiles_per_kernel) * -(-call.pages_per_seq // entries_per_kernel)
+        if intervals_of(program, layout, call, schedule.rows_per_tile, chip) is not None:
+            kernels = 1
         lines = [
             f"at most {kernels} kernel(s) on {chip.words} for at most {tiles} tiles of {schedule.rows_per_tile} "
             f"query rows, each with {schedule.buffers} buffers of {schedule.pages_per_block} pages, "
@@ -105,27 +108,19 @@ class TpuRagged(TpuLowering):
         sinks: Array | None,
         seqs: Sequences,
     ) -> Results:
-        """Tiles by the prefill kernel, and sequences of one row by the decode kernel where the schedule says so."""
+        """Tiles by the prefill kernel, and sequences of one row by the decode kernel where the schedule says so.
+
+        The decode kernel writes the rows of its sequences, and the prefill kernel all others, into one array.
+        """
         # With a static number of rows per sequence, all sequences go to one kernel.
-        single_rows = schedule.single_rows if call.query_rows is None else None
-        is_tiled = seqs.counts > (0 if single_rows is None else 1)
-        out, lse = self._tiled(program, schedule, call, wanted, q, pages, sinks, seqs, is_tiled)
+        single_rows, single = schedule.single_rows if call.query_rows is None else None, None
+        least_rows = 1 if single_rows is None else 2
+        stored = dataclasses.replace(wanted, dtype=dtype_in_kernels(wanted.dtype))
         if single_rows is not None:
-            # The decode kernel is given one row for every slot. Slots with another number of rows are dead there, and
-            # what it stores for them is dropped.
-            is_single = seqs.counts == 1
-            decoded = seqs._replace(
-                starts=jnp.arange(call.slots, dtype=jnp.int32),
-                counts=is_single.astype(jnp.int32),
-            )
-            q_of_slots = q[jnp.minimum(seqs.starts, call.tokens - 1)]
-            single = self._decode.run_results(
-                program, single_rows, _decode_call(call), wanted, q_of_slots, pages, sinks, decoded
-            )
-            row = jnp.where(is_single, seqs.starts, call.tokens)
-            out = out.at[row].set(single.out, mode="drop")
-            lse = None if lse is None else lse.at[row].set(single.lse, mode="drop")
-        return Results(out, lse)
+            alone = seqs._replace(counts=(seqs.counts == 1).astype(jnp.int32))
+            single = self._decode.run_single_rows(program, single_rows, call, stored, q, pages, sinks, alone)
+        out, lse = self._tiled(program, schedule, call, stored, q, pages, sinks, seqs, least_rows, single)
+        return Results(out.astype(wanted.dtype), lse)
 
     def run_update_results(
         self,
@@ -154,14 +149,21 @@ class TpuRagged(TpuLowering):
         pages: Pages,
         sinks: Array | None,
         seqs: Sequences,
-        is_tiled: Array,
+        least_rows: int,
+        single: Results | None,
     ) -> Results:
-        """The results of tiled sequences' rows, and of rows of no sequence. Other rows hold anything.
+        """The results of tiled sequences' rows and of rows of no sequence, beside ``single``, those of all others.
 
         Scalar memory limits how many tiles one kernel lists, and how many pages of each. Usually one kernel lists all.
         Else a loop runs it for some tiles at a time, and the states over some pages at a time are merged.
         """
         layout, width = pages.layout, seqs.tables.shape[1]
+        intervals = intervals_of(program, layout, call, schedule.rows_per_tile, self.target_chip)
+        if intervals is not None:
+            launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret, wanted)
+            first = None if single is None else _first(launch, call.tokens, single.out)
+            found = launch.results_of(launch(Uncut(intervals, Batch.of(seqs), least_rows), q, pages, sinks, first))
+            return _with_own_lse(found, single, seqs, has_sinks=sinks is not None)
         most = most_tiles(call.tokens, call.slots, schedule.rows_per_tile)
         tiles_per_kernel, entries_per_kernel = rows_and_entries((most, width), self.target_chip)
         slices = [slice(first, min(first + entries_per_kernel, width)) for first in range(0, width, entries_per_kernel)]
@@ -170,25 +172,25 @@ class TpuRagged(TpuLowering):
         of_slice, own_sinks = (wanted, sinks) if is_whole else (STATE, None)
         launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret, of_slice)
         tiles = cut(
-            seqs, is_tiled, call.tokens, schedule.rows_per_tile, -(-most // tiles_per_kernel) * tiles_per_kernel
+            seqs,
+            seqs.counts >= least_rows,
+            call.tokens,
+            schedule.rows_per_tile,
+            -(-most // tiles_per_kernel) * tiles_per_kernel,
         )
         visited = TileVisits.of(program, tiles, layout.page_size, pages.num_pages)
-        found = []
+        # One kernel after the other writes into one array. What is merged of several has an array of its own.
+        before, found = single.out if single is not None and is_whole else None, []
         for entries in slices:
 
             def run(visited: TileVisits, rows: Rows | None, entries: slice = entries) -> Rows:
                 return launch(_work(schedule, entries, visited), q, pages, own_sinks, rows)
 
-            found.append(launch.results_of(_rows(launch, run, visited, tiles_per_kernel, call.tokens)))
+            found.append(launch.results_of(_rows(launch, run, visited, tiles_per_kernel, call.tokens, before)))
         if not is_whole:
-            return wanted.of(functools.reduce(merge, (results.state for results in found)), seqs, sinks)
-        (results,) = found
-        if sinks is None or results.lse is None:
-            return results
-        # The kernel has put the sink into the log-sum-exp of every row that it has written.
-        row, (first, end) = jnp.arange(call.tokens, dtype=jnp.int32), owned(seqs)
-        is_owned = ((row >= first) & (row < end))[:, None]
-        return results._replace(lse=jnp.where(is_owned, results.lse, -jnp.inf))
+            results = wanted.of(functools.reduce(merge, (results.state for results in found)), seqs, sinks)
+            return _beside(single, results, seqs) if single else results
+        return _with_own_lse(found[0], single, seqs, has_sinks=sinks is not None)
 
     @property
     def _decode(self) -> TpuDecode:
@@ -208,18 +210,47 @@ def _rows(
     visited: TileVisits,
     tiles_per_kernel: int,
     tokens: int,
+    before: Array | None,
 ) -> Rows:
-    """Results of all tiles, as the kernel writes them. Each run of the kernel is for ``tiles_per_kernel`` tiles."""
+    """Results of all tiles, as the kernel writes them, in the memory of ``before`` if that is given.
+
+    Each run of the kernel is for ``tiles_per_kernel`` tiles.
+    """
+    first = _first(launch, tokens, before)
     if visited.visits.page.shape[0] == tiles_per_kernel:
-        return run(visited, None)
+        return run(visited, None if before is None else first)
 
     def run_some(i: Any, rows: Rows) -> Rows:
         return run(visited.sliced(i * tiles_per_kernel, tiles_per_kernel), rows)
 
     live = jnp.sum(visited.tiles.counts > 0, dtype=jnp.int32)
-    # The tiles name every row in the end, so it does not matter what the rows hold at first.
-    first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), launch.rows(tokens))
     return jax.lax.fori_loop(0, (live + tiles_per_kernel - 1) // tiles_per_kernel, run_some, first)
+
+
+def _first(launch: PrefillLaunch, tokens: int, before: Array | None) -> Rows:
+    """What rows hold before the kernel: it is kept from before, or some tile writes it."""
+    first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), launch.rows(tokens))
+    return first if before is None else first._replace(out=before)
+
+
+def _with_own_lse(found: Results, single: Results | None, seqs: Sequences, has_sinks: bool) -> Results:
+    """The results of a kernel that wrote beside ``single``, with the log-sum-exps of all rows."""
+    out, lse = found if single is None else (found.out, _beside(single, found, seqs).lse)
+    if lse is not None and has_sinks:
+        # The kernel has put the sink into the log-sum-exp of every row that it has written.
+        row, (first, end) = jnp.arange(out.shape[0], dtype=jnp.int32), owned(seqs)
+        lse = jnp.where(((row >= first) & (row < end))[:, None], lse, -jnp.inf)
+    return Results(out, lse)
+
+
+def _beside(single: Results, others: Results, seqs: Sequences) -> Results:
+    """The results of sequences of one row, and those of all other rows."""
+    row = jnp.arange(others.out.shape[0], dtype=jnp.int32)[:, None]
+    is_single = jnp.any((seqs.starts[None] == row) & (seqs.counts[None] == 1), axis=1)
+    out = jnp.where(is_single[:, None, None], single.out, others.out)
+    if single.lse is None or others.lse is None:
+        return Results(out, None)
+    return Results(out, jnp.where(is_single[:, None], single.lse, others.lse))
 
 
 def _decode_call(call: Call) -> Call:

@@ -67,6 +67,7 @@ class Scratch(NamedTuple):
     * ``page_buffers``: [stages, pages_per_block, ...] for every pool.
     * ``pages_arrived``: a DMA semaphore for every stage.
     * ``cursor`` i32[2], ``filled`` i32[stages]: in scalar memory.
+    * ``tiles``, ``facts``, ``holes``: in scalar memory, for work that the scalar core computes; None for a work list.
 
     Queries and results on their way:
 
@@ -97,6 +98,9 @@ class Scratch(NamedTuple):
     pages_arrived: Any
     cursor: Any
     filled: Any
+    tiles: Any
+    facts: Any
+    holes: Any
     q_buffer: Any
     q_arrived: Any
     results: Any

@@ -112,35 +112,43 @@ class TileKernel:
         """
         stream, kernel = refs.stream, self.blocks[-1]
         size = stream.pages_per_block
-        count, begin = stream.work.count[item], stream.work.begin[item]
+        count = stream.work.count[item]
         whole, total = div(stream.work.num_full[item], size), div(count + size - 1, size)
 
         def block_at(i: Index, stage: Index) -> Block:
-            return Block(stage, jax.lax.rem(i, 2), begin + i * size)
+            return Block(stage, jax.lax.rem(i, 2), i)
 
-        def fold_whole(i: Index, stage: Index) -> Index:
+        def is_whole(i: Index, stage: Index) -> Index:
+            # A block with a hole needs a mask, and so do all blocks after it, which is simpler than to begin anew.
+            return (i < whole) & jnp.logical_not(stream.has_holes(stage))
+
+        def fold_whole(state: tuple[Index, Index, Index]) -> tuple[Index, Index, Index]:
+            _, i, stage = state
             # The stage before this one is free: its block was the last one that was folded.
             fetch = self._fetch(stream, end, stream.before(stage))
-            here, following, is_last = block_at(i, stage), block_at(i + 1, stream.after(stage)), i + 1 == whole
+            # After the fetch: in a ring of two stages it is the following block that is fetched.
+            goes_on = is_whole(i + 1, stream.after(stage))
+            here, following, is_last = block_at(i, stage), block_at(i + 1, stream.after(stage)), ~goes_on
 
             # The first scores of the following block are computed at the end of this fold. So that block must have
             # arrived and be prepared before the fold begins: inside, a wait would be a branch in the straight line.
-            @pl.when(jnp.logical_not(is_last))
+            @pl.when(goes_on)
             def _():
                 stream.wait_whole(stream.after(stage))
-                kernel.prepare(refs, item, following, size, is_masked=False)
+                kernel.prepare(refs, item, following, is_masked=False)
 
             # The straight line computes the first scores of some block in any case. After the last whole block they are
             # the scores of this block again, which are not read: the next stage may still be filled.
             following = _choose(is_last, here, following)
             self._fold(refs, kernel, item, here, following, is_masked=False, beside=fetch)
-            return stream.after(stage)
+            return goes_on, i + 1, stream.after(stage)
 
         def fold_other(i: Index, stage: Index) -> Index:
             stream.fetch_next(end, stream.before(stage))
             stream.wait(item, i, stage)
             # After the wait, or the pages would arrive on top of the zeros; before any product reads the values.
             stream.zero_dead_values(item, i, stage)
+            stream.hide_holes(item, i, stage)
             pages = stream.pages_of(item, i)
             enough = sum((pages > block.views.pages_per_block).astype(jnp.int32) for block in self.blocks[:-1])
             branches = [functools.partial(self._fold_masked, refs, block, item) for block in self.blocks]
@@ -148,14 +156,16 @@ class TileKernel:
             return stream.after(stage)
 
         # The pipeline's first step. There are no weights yet that could be computed beside these scores.
-        @pl.when(whole > 0)
+        begins = is_whole(jnp.int32(0), stage)
+
+        @pl.when(begins)
         def _():
             stream.wait_whole(stage)
-            kernel.prepare(refs, item, block_at(0, stage), size, is_masked=False)
+            kernel.prepare(refs, item, block_at(0, stage), is_masked=False)
             kernel.score(refs, item, block_at(0, stage), 0, 0, is_masked=False)
 
-        stage = jax.lax.fori_loop(0, whole, fold_whole, stage)
-        return jax.lax.fori_loop(whole, total, fold_other, stage)
+        _, done, stage = jax.lax.while_loop(lambda state: state[0], fold_whole, (begins, jnp.int32(0), stage))
+        return jax.lax.fori_loop(done, total, fold_other, stage)
 
     def _fetch(self, stream: Stream, end: Index, stage: Index) -> Callable[[int], None] | None:
         """Fetch the next block of the stream into ``stage``, now or beside products.
@@ -174,7 +184,7 @@ class TileKernel:
     def _fold_masked(self, refs: Refs, kernel: BlockKernel, item: Index, here: Block, pages: Index) -> None:
         """Fold one block that needs a mask. It has ``pages`` pages, no more than the kernel's views have."""
         # In this order: the mask reads the positions that `prepare` stores, and scores read the mask.
-        kernel.prepare(refs, item, here, pages, is_masked=True)
+        kernel.prepare(refs, item, here, is_masked=True)
         kernel.find_visible(refs, item, here)
         kernel.score(refs, item, here, 0, 0, is_masked=True)
         self._fold(refs, kernel, item, here, here, is_masked=True)
