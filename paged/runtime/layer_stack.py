@@ -87,7 +87,8 @@ class LayerStack(eqx.Module):
             raise ValueError(f"A LayerStack needs a layer: got {len(keys)} keys, and {len(makers)} to make layers.")
         kinds = kinds_of(eqx.filter_eval_shape(make, keys[0]) for make in makers)
         segments = segments_of([kinds[i % len(makers)] for i in range(len(keys))])
-        pairs = [(makers[i % len(makers)], key) for i, key in enumerate(keys)]
+        # By index: JAX cannot iterate over typed keys inside of a trace that does not trace them.
+        pairs = [(makers[i % len(makers)], keys[i]) for i in range(len(keys))]
         return cls(tuple(made_together(*zip(*run, strict=True)) for run in _by_run(segments, pairs)), segments)
 
     @classmethod
