@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import paged
+from paged.lower import at_index
 from paged.runtime import LayerStack, PagedAttention, calibrate, pools_of
 from paged.runtime._pattern import places_of, segments_of
 from paged.testing import check_model
@@ -222,3 +223,12 @@ def test_error_texts(name):
     call, text = ERRORS[name]
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_at_index_is_an_index_and_differentiates(dtype):
+    x = jnp.arange(24.0).reshape(3, 2, 4).astype(dtype)
+    taken, gradient = jax.jit(lambda x, i: (at_index(x, i), jax.grad(lambda x: at_index(x, i).sum())(x)))(x, 1)
+    assert taken.dtype == gradient.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(taken.astype(jnp.float32), x[1].astype(jnp.float32))
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), np.eye(3)[1][:, None, None] * np.ones((3, 2, 4)))
