@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,18 @@ class TpuDecode(TpuLowering):
                 f"{call.slots} x {call.pages_per_seq} table entries: narrower tables need less"
             )
         return lines + copies_of_pages(layout, call.num_pages, program.scale)
+
+    def plan(
+        self, program: Program, schedule: DecodeSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> "DecodeLists | None":
+        """The work list of each kernel, and where new rows go; None where the scalar core finds them by itself."""
+        chip = self.target_chip
+        if intervals_of(program, layout, call, schedule, chip) is not None:
+            return None
+        launch = launch_of(program, layout, call, schedule, chip, self.interpret)
+        with jax.enable_x64(False):  # as all that kernels are given
+            works = tuple(_lists(launch, call.num_pages, seqs))
+            return DecodeLists(works, Targets.of(seqs, launch.views.query_rows, layout.page_size, call.num_pages))
 
     def run_state(
         self, program: Program, schedule: DecodeSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences
@@ -175,8 +187,10 @@ class TpuDecode(TpuLowering):
         if intervals is not None:
             work, targets = Tables(intervals, PageTables.of(seqs)), None
         else:
-            work = next(iter(_lists(launch, pages, seqs)))
-            targets = Targets.of(seqs, launch.views.query_rows, layout.page_size, pages.num_pages)
+            lists = _planned(seqs)
+            work = lists.works[0] if lists else next(iter(_lists(launch, pages.num_pages, seqs)))
+            rows, size = launch.views.query_rows, layout.page_size
+            targets = lists.targets if lists else Targets.of(seqs, rows, size, pages.num_pages)
         return _finished(launch, work, wanted, q, pages, sinks, seqs, New(targets, new_rows(k, v, pages)))
 
 
@@ -184,21 +198,38 @@ def _of_lists(
     launch: DecodeLaunch, wanted: Wanted, q: Array, pages: Pages, sinks: Array | None, seqs: Sequences
 ) -> Results:
     """The results by work lists, of which scalar memory may not hold all at once."""
-    lists = list(_lists(launch, pages, seqs))
+    lists = _planned(seqs).works if _planned(seqs) else tuple(_lists(launch, pages.num_pages, seqs))
     if len(lists) == 1:
         return _finished(launch, lists[0], wanted, q, pages, sinks, seqs)[0]
     states = [_own_rows(launch(work, q, pages, STATE)[0].state, work, launch.views.query_rows) for work in lists]
     return wanted.of(functools.reduce(merge, states), seqs, sinks)
 
 
-def _lists(launch: DecodeLaunch, pages: Pages, seqs: Sequences) -> Iterator[WorkList]:
+class DecodeLists(NamedTuple):
+    """What a step's calls share: the work list of each kernel, and where new rows go."""
+
+    works: tuple[WorkList, ...]
+    targets: Targets
+
+    def moved(self, first_page: Any) -> "DecodeLists":
+        """The lists for pages that lie ``first_page`` pages further on in the pool."""
+        works = tuple(work._replace(page=work.page + first_page) for work in self.works)
+        page = self.targets.page
+        return DecodeLists(works, self.targets._replace(page=jnp.where(page < 0, -1, page + first_page)))
+
+
+def _planned(seqs: Sequences) -> DecodeLists | None:
+    return seqs.planned if isinstance(seqs.planned, DecodeLists) else None
+
+
+def _lists(launch: DecodeLaunch, num_pages: int, seqs: Sequences) -> Iterator[WorkList]:
     """The work list of each kernel."""
     schedule, rows_per_slot = launch.schedule, launch.views.query_rows
     if launch.has_even_rows:
         # Slots that are not live have rows too, of which the kernel writes the results.
         starts = rows_per_slot * jnp.arange(seqs.starts.shape[0], dtype=jnp.int32)
         seqs = seqs._replace(starts=starts)
-    visited = TileVisits.of(launch.program, seqs, pages.layout.page_size, pages.num_pages)
+    visited = TileVisits.of(launch.program, seqs, launch.views.layout.page_size, num_pages)
     for rows, entries in kernel_slices(seqs.tables.shape, launch.chip, schedule.kv_splits):
         yield visited.work_list(
             rows,
