@@ -47,7 +47,7 @@ def test_even_starts_are_those_that_a_batch_would_state(name):
 
 
 def test_starts_that_a_batch_states_are_read():
-    """Though ``query_rows`` says otherwise: see `tests.tpu.test_edges` for what every row must then show."""
+    """Though ``query_rows`` says otherwise."""
     even = RaggedBatch.decode([9, 7], [[0, 1, 2], [3, 4, 5]], query_rows=2)
     stated = RaggedBatch(even.lengths, even.block_tables, [0, 1, 4], query_rows=2)
     assert Sequences.of(even, 4, 4).counts.tolist() == [2, 2]
