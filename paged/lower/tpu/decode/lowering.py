@@ -155,7 +155,7 @@ class TpuDecode(TpuLowering):
             return _of_lists(launch, wanted, q, pages, sinks, seqs)
         intervals = intervals_of(program, layout, of_slots, schedule, chip)
         if intervals is None:
-            work = next(iter(_lists(launch, pages, seqs)))
+            work = next(iter(_lists(launch, pages.num_pages, seqs)))
         else:
             work = Tables(intervals, PageTables.of(seqs, has_even_rows=False))
         return launch(work, q, pages, wanted, sinks)[0]
@@ -198,7 +198,8 @@ def _of_lists(
     launch: DecodeLaunch, wanted: Wanted, q: Array, pages: Pages, sinks: Array | None, seqs: Sequences
 ) -> Results:
     """The results by work lists, of which scalar memory may not hold all at once."""
-    lists = _planned(seqs).works if _planned(seqs) else tuple(_lists(launch, pages.num_pages, seqs))
+    planned = _planned(seqs)
+    lists = planned.works if planned else tuple(_lists(launch, pages.num_pages, seqs))
     if len(lists) == 1:
         return _finished(launch, lists[0], wanted, q, pages, sinks, seqs)[0]
     states = [_own_rows(launch(work, q, pages, STATE)[0].state, work, launch.views.query_rows) for work in lists]
