@@ -238,26 +238,30 @@ class LayerStack(eqx.Module):
     def _serve(self, step: Callable[[int, Any, Any, Any], Any], carry: Any) -> Any:
         """``carry = step(run, layer, place, carry)`` for every layer, where ``place`` counts the layers of its run.
 
-        The scans run over places, and each layer takes its arrays out of the stack by its place. Arrays that were
-        scanned over by an outer scan and an inner one would be copied by the outer one.
+        The loops count, and each layer takes its arrays out of the stack by its place. Arrays that were scanned over by
+        an outer scan and an inner one would be copied by the outer one.
         """
         arrays, static = self._parts()
 
-        def one_layer(run: int, carry: Any, place: Any) -> Any:
+        def one_layer(run: int, place: Any, carry: Any) -> Any:
+            place = jnp.asarray(place, jnp.int32)
             layer = jax.tree.map(lambda x: at_index(x, place), arrays[run])
             return step(run, eqx.combine(layer, static[run]), place, carry)
 
-        return self._walk(one_layer, carry, [jnp.arange(count, dtype=jnp.int32) for count in self._counts()])
+        for repeats, runs in self.segments:
+
+            def repetition(i: Any, carry: Any, runs: Any = runs) -> Any:
+                for run, length in runs:
+                    carry = _count(lambda j, carry, run=run, n=length: one_layer(run, i * n + j, carry), carry, length)
+                return carry
+
+            carry = _count(repetition, carry, repeats)
+        return carry
 
     def _parts(self) -> tuple[list[Any], list[Any]]:
         """Of every run, the arrays and what is not an array."""
         parts = [eqx.partition(run, eqx.is_array) for run in self.runs]
         return [arrays for arrays, _ in parts], [static for _, static in parts]
-
-    def _counts(self) -> list[int]:
-        """How many layers each run has."""
-        counts = {run: s.repeats * length for s in self.segments for run, length in s.runs}
-        return [counts[run] for run in sorted(counts)]
 
     def _walk(self, one_layer: Callable[[int, Any, Any], Any], carry: Any, xs_of_run: Sequence[Any]) -> Any:
         """``carry = one_layer(run, carry, x)`` for every layer, in order; ``x`` is from the leading axis of its run."""
@@ -277,6 +281,11 @@ def _split(xs: Any, *sizes: int) -> Any:
     """The leading axis as several, without axes of 1: XLA:CPU would lay out anew what has them."""
     sizes = tuple(size for size in sizes if size > 1)
     return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), xs)
+
+
+def _count(f: Callable[[Any, Any], Any], carry: Any, times: int) -> Any:
+    """``carry = f(i, carry)`` for each ``i`` below ``times``: a loop, if there is more than one."""
+    return f(0, carry) if times == 1 else jax.lax.fori_loop(0, times, f, carry)
 
 
 def _repeat(f: Callable[[Any, Any], Any], carry: Any, xs: Any, times: int) -> Any:
