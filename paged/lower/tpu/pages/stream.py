@@ -230,9 +230,8 @@ class Stream(Generic[Work]):
         """`fetch_next` as a function that fetches one piece of the block at each call.
 
         Call it with 0 to ``pieces - 1``, in order. It is for straight lines of code: whether there is a page to fetch
-        is decided page by page, and never by a branch around the whole block. It is for work lists, which have no holes.
+        is decided page by page, and never by a branch around the whole block.
         """
-        assert self.holes is None
         block = self.pages_per_block
         item, i = self.cursor[0], self.cursor[1]
         is_more = item < end
