@@ -79,7 +79,7 @@ def test_windows_slots_without_tokens_and_dead_slots(corner):
         _assert_nothing_is_seen(got, np.array([0, 2, 3]))
 
 
-@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("is_split", [pytest.param(False, marks=pytest.mark.kernels), True])
 def test_holes_in_every_phase_of_a_sequence_hide_their_tokens(is_split):
     """In the masked blocks at both ends, in blocks seen in full, two in one block, a whole block, and everywhere."""
     holes = [(0, 5), (1, 9), (1, 7), (2, 4), (2, 5), (3, 1), (3, 3), *((4, page) for page in range(2, 8))]
@@ -96,11 +96,13 @@ def test_holes_that_no_visible_key_needs_change_nothing():
     assert_equals_reference(_attend(), _with_tables(built, given_back))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("corner", [LONG, SPARSE], ids=["long", "sparse"])
 def test_splits_on_two_cores(corner):
     assert_equals_reference(_attend(SPLIT), _built(corner))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("scales", ["token", "head"])
 def test_holes_of_quantised_pages(scales):
     """Scales of a page that another sequence owns may be NaN."""

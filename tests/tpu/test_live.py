@@ -21,7 +21,7 @@ KERNELS = {
     "decode": ({"page_size": 8, "phase": "decode"}, SINGLE),
     "ragged": ({"page_size": 64}, RaggedSchedule(pages_per_block=4, rows_per_tile=16, buffers=2, single_rows=SINGLE)),
 }
-FAST = (("decode", "packed"), ("ragged", "joined"))
+FAST = (("decode", "packed"),)
 ROWS = [
     pytest.param(kernel, order, marks=[pytest.mark.kernels] * ((kernel, order) not in FAST))
     for kernel in KERNELS

@@ -95,6 +95,7 @@ def _written(target, **how):
     return jax.tree.leaves((pages_of(*args), jax.grad(loss, argnums=(0, 1, 2))(*args)))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("mode", [jax.enable_checks, jax.enable_x64, jax.debug_nans], ids=["checks", "x64", "nans"])
 def test_an_interpreted_kernel_has_the_values_and_gradients_of_xla(mode):
     expected = _written("xla")
@@ -119,6 +120,7 @@ def test_kernels_are_traced_inside_of_a_callers_shard_map(kernel):
     assert jax.eval_shape(value_and_gradient, *args)[1].shape == args[0].shape
 
 
+@pytest.mark.kernels
 def test_an_interpreted_kernel_inside_of_a_callers_shard_map_has_the_values_of_xla():
     _, k, v = _arrays(2)
     pages = LAYOUT.init(num_pages=3)

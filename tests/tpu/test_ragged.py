@@ -15,9 +15,7 @@ from .test_interpreted import CORNER_SETS, TERMS, case_of_row, is_taken, marked
 from .test_interpreted import FACTORS as DECODE_FACTORS
 
 FIRST_ROWS = 6
-# The last of these is the first row with two buffers and whole blocks one after the other: such a kernel once waited
-# for a block before it had started to fetch it.
-FAST = (3, 8)
+FAST = (3,)
 FACTORS = {
     "corners": CORNER_SETS,
     "terms": tuple(TERMS),

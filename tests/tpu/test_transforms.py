@@ -96,6 +96,7 @@ def test_checkpoint_lowers_for_a_tpu_and_runs_the_kernel_again_for_what_follows_
     assert saved == 2 * plain > 0
 
 
+@pytest.mark.kernels
 def test_derivatives_of_kernels_are_the_xla_lowerings():
     """Kernels compute the output; its derivatives, in both modes and of second order, are the XLA lowering's."""
     case, schedule = CASES["decode"]

@@ -122,7 +122,8 @@ def small_rings(monkeypatch):
     return lambda chip, **facts: dataclasses.replace(CHIPS[chip], **{"generation": f"{chip} of small rings", **facts})
 
 
-@pytest.mark.parametrize("mode", ["on_wait", pytest.param("eager", marks=pytest.mark.kernels)])
+@pytest.mark.kernels
+@pytest.mark.parametrize("mode", ["on_wait", "eager"])
 def test_every_batch_is_written_as_xla_writes_it(mode, small_rings):
     _assert_writes(_layout(), BATCHES, mode, small_rings("v5e"))
 
@@ -228,6 +229,7 @@ def test_every_row_is_in_one_granule_and_whole_granules_are_whole():
         assert dict(found) == want and len(found) == len(want)
 
 
+@pytest.mark.kernels
 def test_the_door_takes_a_target_and_gradients_are_those_of_xla():
     layout = _layout()
     pages, (k, v) = _pages(layout), _rows(layout)
