@@ -236,6 +236,6 @@ PREFILL = (
     ),
     _prefill(
         "results of the row before", method(PrefillLaunch, "results_of", _a_row_before),
-        "prefill, mixed", _EQUAL, "not finite",
+        "prefill, mixed", _EQUAL, "error",
     ),
 )  # fmt: skip

@@ -47,8 +47,12 @@ def table_of(points, fast, every):
 
 
 def marked(table, fast):
-    """The table's rows as parameters, `kernels` where they are not fast."""
-    return [pytest.param(*row, id="-".join(row), marks=[] if row in fast else [pytest.mark.kernels]) for row in table]
+    """The table's rows as parameters: where they are not fast, every third one is `kernels`, and the others `slow`."""
+
+    def mark(i, row):
+        return [] if row in fast else [pytest.mark.kernels if i % 3 == 0 else pytest.mark.slow]
+
+    return [pytest.param(*row, id="-".join(row), marks=mark(i, row)) for i, row in enumerate(table)]
 
 
 def abstract_call(

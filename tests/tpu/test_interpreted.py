@@ -1,7 +1,8 @@
 """The TPU decode kernel equals the reference, crossed in pairs, in an interpreter that sees races and unwritten memory.
 
 A row of the table is one kernel. It runs on a few corners of a batch's values, because most of the time is compiling.
-`make test` runs a few rows, and `make test-kernels` the others. The first rows hold every level of every factor.
+`make test` runs a few rows, `make test-kernels` half of them, and `make test-slow` all. The first rows hold every level
+of every factor.
 """
 
 import jax.numpy as jnp
@@ -92,15 +93,22 @@ def schedule_of_row(row) -> Schedule:
     return DecodeSchedule(**{name: row[name] for name in names})
 
 
-def marked(rows, fast):
-    """The table's rows as parameters, named by everything but their corners; those not in ``fast`` are `kernels`."""
+def marked(rows, fast, most):
+    """The table's rows as parameters, named by everything but their corners.
+
+    Those in ``fast`` always run. Of the others the first ``most`` are `kernels`, and the rest is `slow`.
+    """
     return [
-        pytest.param(row, id=named(row, "corners"), marks=[] if i in fast else [pytest.mark.kernels])
+        pytest.param(
+            row,
+            id=named(row, "corners"),
+            marks=[] if i in fast else [pytest.mark.kernels if i < most else pytest.mark.slow],
+        )
         for i, row in enumerate(rows)
     ]
 
 
-@pytest.mark.parametrize("row", marked(ROWS, FAST))
+@pytest.mark.parametrize("row", marked(ROWS, FAST, 26))
 def test_any_two_features_together_equal_the_reference(row):
     case = case_of_row(row)
     attend = interpreted(case, schedule_of_row(row), row["mode"])

@@ -14,7 +14,7 @@ from paged.lower import Call, DecodeSchedule
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.decode.plan import intervals_of
 from paged.lower.tpu.pages.stream import Stream
-from paged.spec import Prefix
+from paged.spec import Prefix, Window
 from paged.testing import Corner
 from tests.mutants.planting import all_of, method, nothing, planted
 from tests.support import Case, build, exact_state
@@ -127,3 +127,10 @@ def test_a_planted_bug_of_holes_is_seen(bug):
     exact_state(holed)  # by code without the bug
     with planted(BUGS[bug]), pytest.raises(AssertionError):
         assert_equals_reference(_attend(), holed)
+
+
+def test_scales_of_pages_that_a_block_lacks_are_not_read():
+    """The last visible page is not the sequence's last one, and the memory beside it holds what came before."""
+    spec = CASE.spec.replace(window=None, mask=~Window(20))
+    case = CASE.replace(spec=spec, dtype="int8", scales="token", corner=LONG)
+    assert_equals_reference(interpreted(case.replace(corner="mixed"), SCHEDULE), build(case))

@@ -19,9 +19,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.kernels] * (name == "ragged")) for name in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ragged")) for name in CASES])
 def test_a_plan_gives_what_its_batch_gives_bitwise(name):
     case, schedule = CASES[name]
     built, attend = build(case, hold_new=False), interpreted(case, schedule, generation="v5e")

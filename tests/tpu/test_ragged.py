@@ -1,7 +1,7 @@
 """The TPU lowering for prompts and mixed batches equals the reference, for any two features together.
 
 The table is made like that of `test_interpreted`. A row of it is one kernel, which runs on a few corners of a batch's
-values. `make test` runs a few rows, and `make test-kernels` the others. The first rows hold every level.
+values. `make test` runs a row, `make test-kernels` the first rows, which hold every level, and `make test-slow` all.
 """
 
 import pytest
@@ -49,7 +49,7 @@ def schedule_of_row(row) -> RaggedSchedule:
     )
 
 
-@pytest.mark.parametrize("row", marked(ROWS, FAST))
+@pytest.mark.parametrize("row", marked(ROWS, FAST, 14))
 def test_any_two_features_together_equal_the_reference(row):
     phase, rows = row["rows"]
     case = case_of_row(row, phase, rows or 1)

@@ -20,6 +20,7 @@ from paged.lower.tpu.write.partial import Slots, edges
 from paged.spec import PAGE_ORDERS, PageLayout, Pages, RaggedBatch
 
 from .interpreter import params, watched
+from .points import marked
 
 PAGE_SIZE, WIDTH, NUM_PAGES, TOKENS = 16, 5, 48, 128
 SLOTS = 8
@@ -312,7 +313,7 @@ COMPILED = [(name, generation) for name in LAYOUTS for generation in CHIPS]
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu")
 @pytest.mark.parametrize(
     ("name", "generation"),
-    [pytest.param(*point, marks=[pytest.mark.kernels] * (point not in FAST)) for point in COMPILED],
+    marked(COMPILED, FAST),
 )
 def test_compiles_in_place(name, generation):
     """The pool is written in place, and temporary memory is a few times the new rows: no part of the pool."""

@@ -291,8 +291,9 @@ class Decode:
             return Seen(p, j, visible, None)
         scales = [views.scales(buffer, block.stage) for buffer in refs.stream.transfers.buffers[-2:]]
         if is_masked:
-            # Past the length scales may be NaN. A key's is masked with its score; a value's would meet a weight of 0.
-            is_live = j[:1] < refs.work.length[item]
+            # Past the length, and where a block has no page, scales may be NaN. A key's is masked with its score; a
+            # value's would meet a weight of 0.
+            is_live = j[:1] < refs.work.end_of_keys(item, views.layout.page_size)
             is_live = is_live if present is None else is_live & present[:1]
             scales[1] = jnp.where(is_live, scales[1], 0.0)
         return Seen(p, j, visible, scales)

@@ -153,6 +153,11 @@ class IntervalWork:
         """The position of each column's key in an item's block ``i``. After the last page nothing is visible."""
         return views.positions_from(self.index_of(item, self.entry(item, i, block)))
 
+    def end_of_keys(self, item: Any, page_size: int) -> Any:
+        """The position after an item's last key. Its pages may end before its sequence does."""
+        end = self.index_of(item, self.facts.begin[item] + self.facts.count[item])
+        return jnp.minimum(self.length[item], end * page_size)
+
     def item_after(self, item: Any, is_done: Any) -> Any:
         """The next item with a page if this one is done, whose facts are then known; else this one."""
 

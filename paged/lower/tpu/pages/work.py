@@ -70,6 +70,11 @@ class WorkList(NamedTuple):
         first, pages = self.entry(item, i, block), self.count[item] - i * block
         return views.positions(lambda entry: jnp.where(entry < pages, self.index[first + entry], views.absent_index))
 
+    def end_of_keys(self, item: Any, page_size: int) -> Any:
+        """The position after an item's last key. `key_positions` are past it where an item has no page."""
+        del page_size
+        return self.length[item]
+
 
 class TileVisits(NamedTuple):
     """Tiles of query rows, and the pages that each tile visits.

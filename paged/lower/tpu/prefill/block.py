@@ -79,9 +79,10 @@ class BlockKernel:
         if scratch.token_scales is not None:
             heads = self.views.layout.num_kv_heads
             k_scale, v_scale = (self.views.scales(buffer, block.stage) for buffer in buffers[-2:])
-            # Scales past the length may be NaN. The mask replaces the scores of such keys. Their weights are 0, and 0
-            # times a value's scale of NaN would be NaN.
-            v_scale = jnp.where(j[:1] < work.length[item], v_scale, 0.0)
+            # Scales past the length, and where a block has no page, may be NaN. The mask replaces the scores of such
+            # keys. Their weights are 0, and 0 times a value's scale of NaN would be NaN.
+            end = work.end_of_keys(item, self.views.layout.page_size)
+            v_scale = jnp.where(j[:1] < end, v_scale, 0.0)
             scales = jnp.concatenate([k_scale, v_scale], axis=0)
             for row in range(2 * heads):
                 rows = pl.ds(row * SUBLANES, SUBLANES)
