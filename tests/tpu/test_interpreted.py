@@ -98,14 +98,11 @@ def marked(rows, fast, most):
 
     Those in ``fast`` always run. Of the others the first ``most`` are `kernels`, and the rest is `slow`.
     """
-    return [
-        pytest.param(
-            row,
-            id=named(row, "corners"),
-            marks=[] if i in fast else [pytest.mark.kernels if i < most else pytest.mark.slow],
-        )
-        for i, row in enumerate(rows)
-    ]
+
+    def mark(i):
+        return [] if i in fast else [pytest.mark.kernels if i < most else pytest.mark.slow]
+
+    return [pytest.param(row, id=named(row, "corners"), marks=mark(i)) for i, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize("row", marked(ROWS, FAST, 26))
