@@ -1,6 +1,7 @@
 """The real TPU compiler accepts the kernels: specs, shapes and schedules over five generations, without a TPU.
 
-The few points that always run are those of common models; `make test-kernels` runs the others.
+The few points that always run are those of common models; `make test-kernels` runs a third of the
+others, and `make test-slow` all.
 """
 
 import pytest

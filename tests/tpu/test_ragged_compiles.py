@@ -1,6 +1,7 @@
 """The real TPU compiler accepts the prefill kernel, and in mixed batches the decode kernel too. It needs no TPU.
 
-The few points that always run have few heads, so that they compile fast. `make test-kernels` runs the others.
+The few points that always run have few heads, so that they compile fast. `make test-kernels` runs a
+third of the others, and `make test-slow` all.
 """
 
 import dataclasses
