@@ -143,7 +143,7 @@ DECODE = (
     ),
     _decode(
         "no wait for results", method(Decode, "_result_copies", never_awaited),
-        "decode, early", "no races", in_every_run=True,
+        "decode, early", "no races",
     ),
     _decode(
         "one semaphore for all stages",

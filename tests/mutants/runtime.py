@@ -65,9 +65,12 @@ POOL = (
     ),
     Mutant(
         "pool", "tables outlive their slots", method(PagePool, "release", _with("block_tables")),
-        "pool", "block_tables",
+        "pool", "block_tables", in_every_run=False,
     ),
-    Mutant("pool", "lengths outlive their slots", method(PagePool, "release", _with("lengths")), "pool", "lengths"),
+    Mutant(
+        "pool", "lengths outlive their slots", method(PagePool, "release", _with("lengths")),
+        "pool", "lengths", in_every_run=False,
+    ),
     Mutant(
         "pool", "one free page too many",
         method(PagePool, "num_free", lambda num_free: lambda self: num_free(self) + 1), "pool", "num_free",

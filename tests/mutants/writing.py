@@ -66,7 +66,7 @@ WRITE = (
     _write("no wait for what blocks write", method(Whole, "_await_writes", nothing)),
     _write("no wait for partial granules", method(Partial, "_reads", never_awaited)),
     _write("no wait for what partial ones write", method(Partial, "_writes", never_awaited)),
-    _write("partial granules are not kept", method(Partial, "_put", _everything_is_new), in_every_run=True),
+    _write("partial granules are not kept", method(Partial, "_put", _everything_is_new)),
     _write("one token more", method(Partial, "_put", _one_token_more)),
     _write("neighbours at once", method(Partial, "_note", _never_shared), trial="write, neighbours"),
     _write("a buffer is read into too early", attribute(partial_module, "pipeline", _read_too_early)),
