@@ -46,11 +46,11 @@ def table_of(points, fast, every):
     return list(dict.fromkeys((*fast, *table)))
 
 
-def marked(table, fast):
-    """The table's rows as parameters: where they are not fast, every third one is `kernels`, and the others `slow`."""
+def marked(table, fast, every=3):
+    """The table's rows as parameters: where they are not fast, one in ``every`` is `kernels`, and the others `slow`."""
 
     def mark(i, row):
-        return [] if row in fast else [pytest.mark.kernels if i % 3 == 0 else pytest.mark.slow]
+        return [] if row in fast else [pytest.mark.kernels if i % every == 0 else pytest.mark.slow]
 
     return [pytest.param(*row, id="-".join(row), marks=mark(i, row)) for i, row in enumerate(table)]
 
