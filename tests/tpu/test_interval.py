@@ -130,7 +130,7 @@ def test_a_planted_bug_of_holes_is_seen(bug):
 
 
 def test_scales_of_pages_that_a_block_lacks_are_not_read():
-    """The last visible page is not the sequence's last one, and the memory beside it holds what came before."""
+    """The last visible page is not the sequence's last one. Beside it is memory that nothing has written yet."""
     spec = CASE.spec.replace(window=None, mask=~Window(20))
-    case = CASE.replace(spec=spec, dtype="int8", scales="token", corner=LONG)
+    case = CASE.replace(spec=spec, dtype="int8", scales="token", corner=Corner(((5, 2),) * 5, (1,) * 5))
     assert_equals_reference(interpreted(case.replace(corner="mixed"), SCHEDULE), build(case))
