@@ -198,7 +198,7 @@ DERIVATIVES = {
 @pytest.mark.parametrize(
     ("name", "order", "kinds"),
     [
-        ("causal", "split", tuple(DERIVATIVES)),
+        pytest.param("causal", "split", tuple(DERIVATIVES), marks=pytest.mark.kernels),
         ("window, cap, sinks", "packed", ("grad of grad",)),
         ("chunks, ALiBi", "interleaved", ("jvp of grad",)),
     ],

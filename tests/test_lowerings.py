@@ -74,7 +74,7 @@ def _is_fast(name, check):
     """XLA in full; of other runners what needs no program of its own; little of those that are much like another."""
     if name == "tpu-decode grid":
         return check == "equals the reference"
-    if name == "tpu-ragged" and check in WRITES:
+    if name == "tpu-ragged" and check in (*WRITES, *OF_NEIGHBOURS):
         return False
     if name in MESHES:
         return check in ("equals the reference", "holes are invisible", "bad values stay in their sequence")

@@ -111,6 +111,7 @@ print(count("attend", "packed"))
 """
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(CPUS < 2, reason="XLA:CPU splits nothing where it has one CPU")
 def test_decode_splits_no_gather_over_threads():
     """To fork and join threads at every block costs more than it gains; without a buffer for tiles XLA does it. In a

@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from .worker import WAYS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PATIENCE = 120.0  # seconds; on an idle core both processes take ten
 
 
+@pytest.mark.kernels
 def test_two_processes_equal_one_device():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -58,6 +58,7 @@ def serve(mask, chunk_size, prompts=(PROMPT,), max_new_tokens=4, **options):
 PREFIX = Causal() | Prefix(6)
 
 
+@pytest.mark.kernels
 def test_a_prompt_is_served_in_chunks_that_no_row_sees_past():
     """Under preemption too: what was drawn is prefilled again in chunks."""
     model, _ = two_layers(PREFIX)

@@ -17,7 +17,7 @@ from tests.support.specs import not_fifth, real
 from .interpreter import MODES, assert_equals_reference, interpreted
 
 FIRST_ROWS = 7
-FAST = (0, 2, 4)
+FAST = (0, 4)
 _SLOPES = jnp.linspace(-1.1, 0.9, 16)
 
 
