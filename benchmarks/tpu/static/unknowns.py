@@ -21,7 +21,7 @@ _WAITS = ("dma.done.wait", "vwait.ge")
 
 
 class Control(NamedTuple):
-    """What of a program's control depends on unknown data.
+    """Finds the branches and loops of a program that depend on unknown data.
 
     ``guesses`` has a sentence for each kind, and is empty where nothing is guessed. ``predicates`` are those of
     transfers that are made or not by unknown data.

@@ -51,7 +51,7 @@ def check_scores_of_zero(subject: Subject, phase: Phase) -> None:
     spec, built = subject.spec, subject.build(phase, "exact pages")
     lse = np.asarray(subject.run(built, q=jnp.zeros_like(built.q)).lse)
     sinks = -np.inf if built.sinks is None else np.asarray(sinks_per_head(spec, built.sinks))
-    # Of every row with every key, for all heads: the rows' own keys are picked afterwards.
+    # Scores of every row with every key, for all heads. The keys of a row's own sequence are picked afterwards.
     shape = (spec.num_q_heads, built.q.shape[0], built.batch.pages_per_seq * subject.layout.page_size)
     heads, keys = (jnp.arange(n)[at] for n, at in ((shape[0], np.s_[:, None, None]), (shape[2], np.s_[None, None])))
     positions = jnp.array([0 if owner is None else owner[1] for owner in built.row_of])[None, :, None]

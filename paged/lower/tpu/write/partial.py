@@ -63,7 +63,7 @@ class Noted(NamedTuple):
 class Scratch(NamedTuple):
     """Rings of new rows and of granules, two semaphores for each stage, and the granules that were noted.
 
-    ``row`` holds one token's rows of a `Part` in float32, from where a row of one head is read alone.
+    ``row`` holds one token's rows of a `Part` in float32. The row of a single head can be read from it.
     """
 
     new: tuple[Ref, ...]
