@@ -35,14 +35,6 @@ LATEST = {
     ("tpu-ragged", check)
     for check in ("holes are invisible", "scores of zero", "page order is invisible", "padding is nothing")
 }
-DEFECTS = {
-    (
-        name,
-        "hidden first pages",
-    ): "a page that an opaque mask hides whole is read by its table entry, and its values are "
-    "weighted by 0: where the entry names a page that holds NaN, the result is NaN"
-    for name in ("tpu-decode inline", "tpu-decode grid")
-}
 
 
 @functools.cache
@@ -87,7 +79,6 @@ def _rows():
             is_later = name in KERNELS and (name, check) not in LATEST
             later = pytest.mark.kernels if is_later else pytest.mark.slow
             marks = [needs_devices] * (name in MESHES)
-            marks += [pytest.mark.xfail(reason=DEFECTS[name, check])] if (name, check) in DEFECTS else []
             if _is_fast(name, check):
                 yield pytest.param(name, check, True, id=f"{name}-{check}", marks=marks)
             if not _is_fast(name, check) or name in KERNELS or name in MESHES:

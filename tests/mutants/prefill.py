@@ -171,7 +171,7 @@ PREFILL = (
         "prefill, early", "no races",
     ),
     _prefill(
-        "j <= length", method(BlockKernel, "find_visible", _one_too_long),
+        "j <= length", method(BlockKernel, "_find_visible", _one_too_long),
         "prefill, late", _EQUAL, "not finite",
     ),
     _prefill(

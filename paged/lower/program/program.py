@@ -114,6 +114,22 @@ class Program:
         """
         return page_intervals(self.coverage, page_size)
 
+    def may_visit_unseen(self, page_size: int) -> bool:
+        """Whether a page that `coverage` cannot rule out may still hold no visible key.
+
+        **Arguments:**
+
+        - `page_size`: tokens per page.
+
+        **Returns:** False for causal masks, windows, chunks and their intersections, whose coverage is exact. Else
+        True.
+
+        >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64, window=128)
+        >>> Program.from_spec(spec).may_visit_unseen(page_size=16)
+        False
+        """
+        return self.visibility.is_opaque or self.page_intervals(page_size) is None
+
     def __str__(self) -> str:
         heads = f"{self.num_q_heads} query heads over {self.num_kv_heads} KV heads ({self.group} to each)"
         lines = [f"attention of {heads}, head_dim {self.head_dim}", f"  s[j] = {self.scale:g} * <q, k[j]>"]

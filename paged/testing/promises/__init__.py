@@ -57,7 +57,7 @@ LOWERING_CHECKS = {
     "any shape": LoweringCheck(check_any_shape, once=True),
     "scores of zero": LoweringCheck(check_scores_of_zero, needs="state"),
     "huge scores": LoweringCheck(check_huge_scores),
-    "hidden first pages": LoweringCheck(check_hidden_first_pages, ("decode",), once=True),
+    "hidden first pages": LoweringCheck(check_hidden_first_pages, _MANY, once=True),
     "full pages end at the length": LoweringCheck(check_full_pages_end, _MANY, once=True),
     "a window of the whole is none": LoweringCheck(check_window_of_the_whole, once=True),
     "sums are float32": LoweringCheck(check_float32_sums, _MANY, needs="state", once=True),

@@ -75,12 +75,14 @@ class Decode:
     * ``has_even_rows``: every slot has rows, and they are those that follow the slot before. Then every row is written,
       also those of slots that are not live.
     * ``items_at_once``: items of one block that are worked on together, from 1 to `ITEMS_AT_ONCE`.
+    * ``hides_unseen``: whether a block that needs a mask may have pages that no row sees.
     """
 
     bodies: tuple[tuple[Views, Terms], ...]
     splits: int
     has_even_rows: bool
     items_at_once: int
+    hides_unseen: bool
 
     @property
     def views(self) -> Views:
@@ -286,6 +288,9 @@ class Decode:
             seen = terms.visible(tuple(ref[0] for ref in refs.inputs.arrays), p, j, refs.work.length[item])
             present = refs.stream.present(views, block.stage)
             seen = seen if present is None else seen & present
+            if self.hides_unseen:
+                # Before any product reads the values.
+                refs.stream.hide_unseen(item, block.i, block.stage, views.seen_pages(seen))
             visible = seen if visible is None else seen & visible
         if not self._has_token_scales:
             return Seen(p, j, visible, None)
@@ -295,6 +300,8 @@ class Decode:
             # value's would meet a weight of 0.
             is_live = j[:1] < refs.work.end_of_keys(item, views.layout.page_size)
             is_live = is_live if present is None else is_live & present[:1]
+            if self.hides_unseen:
+                is_live &= jnp.max(jnp.where(seen, 1.0, 0.0), axis=0, keepdims=True) > 0  # pyright: ignore
             scales[1] = jnp.where(is_live, scales[1], 0.0)
         return Seen(p, j, visible, scales)
 

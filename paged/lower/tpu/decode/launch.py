@@ -77,7 +77,8 @@ class DecodeLaunch:
         terms = tuple(
             (prefix, kernel_terms(self.program, prefix.tile_rows, prefix.columns)) for prefix in self.views.prefixes()
         )
-        decode = Decode(terms, self.schedule.kv_splits, self.has_even_rows, self.items_at_once)
+        hides_unseen = self.program.may_visit_unseen(self.views.layout.page_size)
+        decode = Decode(terms, self.schedule.kv_splits, self.has_even_rows, self.items_at_once, hides_unseen)
         arrays = self._arrays(terms[-1][1])
         per_row = self._head_scales(pages), self._sinks(sinks)
         inputs = Inputs(*per_row[0], per_row[1], arrays, self._queries(q), new.rows if new else (), _pools(pages))

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..references import Ref
 from .intervals import IntervalWork
 from .transfer import Transfers
-from .views import BITS, Views
+from .views import BITS, SeenPages, Views
 from .work import WorkList
 
 # Entries of a stage that one turn of a loop sets to 0.
@@ -207,6 +207,17 @@ class Stream(Generic[Work]):
             return None
         words = [holes.present[stage * holes.words + word] for word in range(holes.words)]
         return views.present([jnp.where(self.has_holes(stage), word, -1) for word in words])
+
+    def hide_unseen(self, item: Any, i: Any, stage: Any, seen: SeenPages) -> None:
+        """Set the values of pages that no query row sees to 0 in an item's block ``i``, which must have arrived.
+
+        Their table entries may hold anything. So such a page may be another sequence's, or memory that nobody wrote.
+        """
+
+        def hide(entry, _):
+            pl.when(jnp.logical_not(seen.has(entry)))(lambda: self.transfers.zero_values(stage, entry))
+
+        jax.lax.fori_loop(0, self.pages_of(item, i), hide, None)
 
     def fetch_whole_piecewise(self, item: Any, i: Any, stage: Any, pieces: int) -> Callable[[int], None]:
         """A function that starts to fetch a piece of an item's block ``i``, which must be a whole block.

@@ -34,7 +34,8 @@ that every head's keys and values can be read with a stride, as a tile for each 
 """
 
 import dataclasses
-from typing import Any, assert_never
+import functools
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ from ..references import Ref
 
 # Entries of a block that one word of scalar memory has a bit for.
 BITS = 32
+# Pages that one word of `SeenPages` has a bit for.
+_SEEN_BITS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +308,40 @@ class Views:
             pieces.append(jax.lax.shift_right_logical(jnp.full(lane.shape, words[word], jnp.int32), shifts) & 1)
         bits = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
         return bits != 0
+
+    def seen_pages(self, seen: Bool[Array, "rows columns"]) -> "SeenPages":
+        """The pages of the block with a column that some row sees."""
+        page_columns, pages = self.layout.page_size * self.columns_per_token, self.pages_per_block
+        lanes = -(-pages // LANES) * LANES
+        any_row = jnp.max(jnp.where(seen, 1.0, 0.0), axis=0, keepdims=True)
+        # A product counts each page's columns at once. Zeros and ones are exact in bfloat16.
+        any_row = jnp.broadcast_to(any_row, (16, self.columns)).astype(jnp.bfloat16)
+        column = jax.lax.broadcasted_iota(jnp.int32, (self.columns, lanes), 0)
+        page = jax.lax.broadcasted_iota(jnp.int32, (self.columns, lanes), 1)
+        is_of_page = jnp.where(jax.lax.div(column, page_columns) == page, 1.0, 0.0).astype(jnp.bfloat16)
+        count = dot(any_row, is_of_page, contract=0)[:1]
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        bit = jax.lax.shift_left(jnp.ones_like(lane), jax.lax.rem(lane, _SEEN_BITS)).astype(jnp.float32)
+        word_of_lane = jax.lax.div(lane, _SEEN_BITS)
+        return SeenPages(
+            [
+                jnp.sum(jnp.where((word_of_lane == word) & (count > 0), bit, 0.0)).astype(jnp.int32)
+                for word in range(-(-pages // _SEEN_BITS))
+            ]
+        )
+
+
+class SeenPages(NamedTuple):
+    """Which pages of a block hold a key that some query row sees, as bits: page ``i`` has bit ``i % 16`` of word
+    ``i // 16``. A float32 sum of so many powers of two is exact."""
+
+    words: list[Any]
+
+    def has(self, page: Any) -> Any:
+        """Whether a page of the block is seen."""
+        at = jax.lax.div(page, _SEEN_BITS)
+        word = functools.reduce(lambda word, w: jnp.where(at == w, self.words[w], word), range(len(self.words)), 0)
+        return jax.lax.shift_right_logical(word, jax.lax.rem(page, _SEEN_BITS)) & 1 != 0
 
 
 def dot(a: Any, b: Any, contract: int) -> Any:

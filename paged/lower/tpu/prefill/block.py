@@ -44,6 +44,7 @@ class BlockKernel:
     * ``scores``: the program's score operations for the rows of a strip group. Their results are in units of log 2.
     * ``mask``: the program's mask for ``mask_rows`` positions.
     * ``has_score_ops``: whether the program has any score operations.
+    * ``hides_unseen``: whether a block that needs a mask may have pages that no row sees.
     """
 
     shape: TileShape
@@ -52,6 +53,7 @@ class BlockKernel:
     mask: Terms
     mask_rows: int
     has_score_ops: bool
+    hides_unseen: bool
 
     @property
     def keys(self) -> int:
@@ -59,39 +61,52 @@ class BlockKernel:
         return self.views.columns
 
     def prepare(self, refs: Refs, item: Index, block: Block, is_masked: bool) -> None:
-        """Compute what all strip groups need of a block: positions and scales of keys, and heads laid apart.
+        """Compute what all strip groups need of a block: positions and scales of keys, the mask, and heads laid apart.
 
-        The block must have arrived. Everything goes to the block's own half of the double
-        buffers, because strip groups may still read the other half for the block before.
+        The block must have arrived. All but the mask goes to the block's own half of the double buffers, because strip
+        groups may still read the other half for the block before.
         """
-        scratch, work, buffers = refs.scratch, refs.stream.work, refs.stream.transfers.buffers
-        keys = pl.ds(0, self.keys)
+        scratch = refs.scratch
+        if is_masked or self.scores.scores_use_positions or scratch.token_scales is not None:
+            self._store_positions(refs, item, block, is_masked)
+        if is_masked:
+            self._find_visible(refs, item, block)
+        if scratch.token_scales is not None:
+            self._store_scales(refs, item, block, is_masked)
+        # At last, when values that must be 0 are 0.
         if scratch.deinterleaved is not None:
-            self.views.deinterleave(buffers, block.stage, scratch.deinterleaved.at[block.half])
-        if not (is_masked or self.scores.scores_use_positions or scratch.token_scales is not None):
-            return
+            self.views.deinterleave(refs.stream.transfers.buffers, block.stage, scratch.deinterleaved.at[block.half])
+
+    def _store_positions(self, refs: Refs, item: Index, block: Block, is_masked: bool) -> None:
+        """Store the positions of the block's keys."""
         # Places without a page get a position past every length, so that the mask hides them.
-        j = work.key_positions(self.views, item, block.i, refs.stream.pages_per_block)
+        j = refs.stream.work.key_positions(self.views, item, block.i, refs.stream.pages_per_block)
         present = refs.stream.present(self.views, block.stage) if is_masked else None
         if present is not None:
             j = jnp.where(present, j, self.views.absent_index * self.views.layout.page_size)
-        scratch.key_position[block.half, :, keys] = j
-        if scratch.token_scales is not None:
-            heads = self.views.layout.num_kv_heads
-            k_scale, v_scale = (self.views.scales(buffer, block.stage) for buffer in buffers[-2:])
-            # Scales past the length, and where a block has no page, may be NaN. The mask replaces the scores of such
-            # keys. Their weights are 0, and 0 times a value's scale of NaN would be NaN.
-            end = work.end_of_keys(item, self.views.layout.page_size)
-            v_scale = jnp.where(j[:1] < end, v_scale, 0.0)
-            scales = jnp.concatenate([k_scale, v_scale], axis=0)
-            for row in range(2 * heads):
-                rows = pl.ds(row * SUBLANES, SUBLANES)
-                scratch.token_scales[block.half, rows, keys] = jnp.broadcast_to(
-                    scales[row : row + 1], (SUBLANES, self.keys)
-                )
+        refs.scratch.key_position[block.half, :, pl.ds(0, self.keys)] = j
 
-    def find_visible(self, refs: Refs, item: Index, block: Block) -> None:
-        """Evaluate the mask for a prepared block, once for all heads.
+    def _store_scales(self, refs: Refs, item: Index, block: Block, is_masked: bool) -> None:
+        """Store the per-token scales of the block's keys and values.
+
+        Scales of keys that no row sees may be NaN. The mask replaces the scores of such keys. Their weights are 0, and
+        0 times a value's scale of NaN would be NaN.
+        """
+        work, heads, keys = refs.stream.work, self.views.layout.num_kv_heads, pl.ds(0, self.keys)
+        k_scale, v_scale = (self.views.scales(buffer, block.stage) for buffer in refs.stream.transfers.buffers[-2:])
+        end = work.end_of_keys(item, self.views.layout.page_size)
+        is_live = refs.scratch.key_position[block.half, pl.ds(0, 1), keys] < end
+        if is_masked and self.hides_unseen:
+            is_live &= self._seen_by_a_row(refs, item) > 0
+        scales = jnp.concatenate([k_scale, jnp.where(is_live, v_scale, 0.0)], axis=0)
+        for row in range(2 * heads):
+            refs.scratch.token_scales[block.half, pl.ds(row * SUBLANES, SUBLANES), keys] = jnp.broadcast_to(
+                scales[row : row + 1], (SUBLANES, self.keys)
+            )
+
+    def _find_visible(self, refs: Refs, item: Index, block: Block) -> None:
+        """Evaluate the mask for a block whose positions are stored, once for all heads. Values of pages that no row
+        sees become 0.
 
         There is one array of visible pairs. It is overwritten only when every strip group is done with the block
         before, so it needs no second half.
@@ -107,6 +122,22 @@ class BlockKernel:
             scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)] = visible.astype(jnp.int32)
 
         loop(self.shape.positions // self.mask_rows, find)
+        if self.hides_unseen:
+            seen = self.views.seen_pages(self._seen_by_a_row(refs, item) > 0)
+            refs.stream.hide_unseen(item, block.i, block.stage, seen)
+
+    def _seen_by_a_row(self, refs: Refs, item: Index) -> Any:
+        """1 for each key that a row of the item sees, and else 0: ``[1, keys]``. Rows past the item's do not count."""
+        shape = (self.mask_rows, self.keys)
+
+        def add(turn: Index, seen: Any) -> Any:
+            first = turn * self.mask_rows
+            is_row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < refs.stream.work.rows[item]
+            visible = refs.scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)]
+            return jnp.maximum(seen, jnp.where(is_row, visible, 0).astype(jnp.float32))
+
+        seen = jax.lax.fori_loop(0, self.shape.positions // self.mask_rows, add, jnp.zeros(shape, jnp.float32))
+        return jnp.max(seen, axis=0, keepdims=True)
 
     def score(self, refs: Refs, item: Index, block: Block, strip_group: Index, half: int, is_masked: bool) -> None:
         """Compute a strip group's scores into a half of the scratch memory, and the largest score of every lane.

@@ -145,11 +145,13 @@ class PrefillLaunch:
 
     def _tile(self, shape: TileShape) -> TileKernel:
         mask_rows = min(_MASK_ROWS, shape.positions)
+        has_score_ops = bool(self.program.score_ops)
+        hides_unseen = self.program.may_visit_unseen(self.views.layout.page_size)
         blocks = []
         for views in self._prefixes():
             scores = kernel_terms(self.program, shape.strip_group_rows, views.columns, unit=LOG2E)
             mask = kernel_terms(self.program, mask_rows, views.columns)
-            blocks.append(BlockKernel(shape, views, scores, mask, mask_rows, bool(self.program.score_ops)))
+            blocks.append(BlockKernel(shape, views, scores, mask, mask_rows, has_score_ops, hides_unseen))
         # Smaller tiles are for the last rows of a sequence. They take little time, and long lines take long to compile.
         unrolled = MOST_UNROLLED if shape.positions == self.schedule.rows_per_tile else MOST_UNROLLED // 4
         return TileKernel(

@@ -183,9 +183,8 @@ class TileKernel:
 
     def _fold_masked(self, refs: Refs, kernel: BlockKernel, item: Index, here: Block, pages: Index) -> None:
         """Fold one block that needs a mask. It has ``pages`` pages, no more than the kernel's views have."""
-        # In this order: the mask reads the positions that `prepare` stores, and scores read the mask.
+        # In this order: scores read the mask that `prepare` stores.
         kernel.prepare(refs, item, here, is_masked=True)
-        kernel.find_visible(refs, item, here)
         kernel.score(refs, item, here, 0, 0, is_masked=True)
         self._fold(refs, kernel, item, here, here, is_masked=True)
 
