@@ -1,7 +1,8 @@
 """The TPU lowering for prompts and mixed batches equals the reference, for any two features together.
 
 The table is made like that of `test_interpreted`. A row of it is one kernel, which runs on a few corners of a batch's
-values. `make test` runs a row, `make test-kernels` the first rows, which hold every level, and `make test-slow` all.
+values. `make test` runs one row. `make test-kernels` runs the first rows, which hold every level of every feature.
+`make test-slow` runs all rows.
 """
 
 import pytest

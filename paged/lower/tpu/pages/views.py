@@ -338,7 +338,7 @@ class SeenPages(NamedTuple):
     words: list[Any]
 
     def has(self, page: Any) -> Any:
-        """Whether a page of the block is seen."""
+        """Whether some query row sees a key of this page."""
         at = jax.lax.div(page, _SEEN_BITS)
         word = functools.reduce(lambda word, w: jnp.where(at == w, self.words[w], word), range(len(self.words)), 0)
         return jax.lax.shift_right_logical(word, jax.lax.rem(page, _SEEN_BITS)) & 1 != 0

@@ -127,7 +127,7 @@ class BlockKernel:
             refs.stream.hide_unseen(item, block.i, block.stage, seen)
 
     def _seen_by_a_row(self, refs: Refs, item: Index) -> Any:
-        """1 for each key that a row of the item sees, and else 0: ``[1, keys]``. Rows past the item's do not count."""
+        """A float32 array ``[1, keys]``: 1 where a row of the item sees the key, else 0. The tile's spare rows are left out."""
         shape = (self.mask_rows, self.keys)
 
         def add(turn: Index, seen: Any) -> Any:
