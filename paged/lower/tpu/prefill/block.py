@@ -127,7 +127,7 @@ class BlockKernel:
             refs.stream.hide_unseen(item, block.i, block.stage, seen)
 
     def _seen_by_a_row(self, refs: Refs, item: Index) -> Any:
-        """A float32 array ``[1, keys]``: 1 where a row of the item sees the key, else 0. The tile's spare rows are left out."""
+        """``[1, keys]``, float32: 1 where a row of the item sees the key, else 0. Spare rows of a tile do not count."""
         shape = (self.mask_rows, self.keys)
 
         def add(turn: Index, seen: Any) -> Any:
