@@ -47,6 +47,32 @@ class Bent(Own):
 
 
 @dataclasses.dataclass(frozen=True)
+class Joined(Own):
+    """Conditions whose "or" and "not" change alike, or that are the same for all pages; sums of several numbers."""
+
+    kind: str
+
+    def coverage(self, p0, p1, j0, j1):
+        some = {
+            "begins": lambda: ((j0 >= p0) & (p0 > 30)) | (j0 >= 40),
+            "ends": lambda: ((j0 <= p0) & (p0 > 30)) | (j0 <= 20),
+            "still or end": lambda: (p0 > 30) | (j0 < 20),
+            "still or begin": lambda: (j0 >= 20) | (p0 > 30),
+            "still or both": lambda: (p0 > 30) | ((j0 < 20) & (p1 > 9)),
+            "not still": lambda: ~(p0 < 20) & (j0 <= p1),
+            "not once": lambda: ~((j0 < p0) & (p0 > 30)),
+            "known": lambda: (j0 <= p1) & np.bool_(True) & (j0 // 3 <= 12),
+            "two that rise": lambda: j0 + 2 * j0 <= p1 + 0 * p0,
+            "two arguments": lambda: (j0 <= p0 + p1) & (j0 >= p0 - p1 + 9),
+        }
+        return Coverage(some[self.kind](), False)
+
+
+JOINED = ("begins", "ends", "still or end", "still or begin", "still or both", "not still", "not once", "known")
+JOINED += ("two that rise", "two arguments")
+
+
+@dataclasses.dataclass(frozen=True)
 class Apart(Own):
     """Pages that are no run, or that are not known to be one."""
 
@@ -59,8 +85,17 @@ class Apart(Own):
             "square": lambda: j0 * j0 <= p1,
             "float": lambda: j0.astype(jnp.float32) < p1.astype(jnp.float32),
             "shift": lambda: j0 >> 1 < p1,
+            "divisor": lambda: j0 // p1 < 3,
+            "not both": lambda: ~((j0 >= 8) & (j0 < 40)),
+            "fall and rise": lambda: j0 + -(j0 // 2) < p1,
+            "least of both": lambda: jnp.minimum(j0, -j0) < p1,
+            "both rise": lambda: j0 <= 2 * j0 - 20,
         }
         return Coverage(some[self.kind](), False)
+
+
+APART = ("inequality", "remainder", "square", "float", "shift", "divisor", "not both", "fall and rise")
+APART += ("least of both", "both rise")
 
 
 def even(p, j):
@@ -81,11 +116,12 @@ ONE_RUN = {
     "nothing": Nothing(),
     "slanted": Causal() & Slanted(),
     "bent": Bent(),
+    **{kind: Joined(kind) for kind in JOINED},
 }
 NOT_ONE_RUN = {
     "window and prefix": Causal() & (Window(4) | Prefix(3)),
     "other chunks": Causal() & ~Chunk(8),
-    **{kind: Apart(kind) for kind in ("inequality", "remainder", "square", "float", "shift")},
+    **{kind: Apart(kind) for kind in APART},
 }
 
 
@@ -110,7 +146,7 @@ def test_intervals_are_the_pages_of_coverage(name, page_size):
     program = _program(ONE_RUN[name])
     intervals = program.page_intervals(page_size)
     # With these the mask's own products wrap.
-    p0, p1, length = _rows(page_size, with_most=name not in ("slanted", "bent"))
+    p0, p1, length = _rows(page_size, with_most=name not in ("slanted", "bent", "two that rise", "two arguments"))
 
     def of_row(*row):
         first, end = intervals.visible(*row, WIDTH)
