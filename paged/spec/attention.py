@@ -1,10 +1,13 @@
 """`AttentionSpec`: the meaning of an attention, whatever the target, the page order and the shape of a batch."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
-from .masks import And, Causal, Everything, Mask, Window
+from .given import Value, terms_in, values_of
+from .mask import And, Mask
+from .masks import Causal, Everything, Window
 from .numbers import Flag, Real, as_bool, as_float, require_positive_int
 from .scores import ScoreOp, SoftCap
 
@@ -32,6 +35,7 @@ class AttentionSpec:
     - `mask`: any `Mask`. A query sees what ``causal``, ``window`` and ``mask`` all allow.
     - `scores`: score operations, in order.
 
+    Any number of a mask or a score operation, ``window`` and ``soft_cap`` too, may be a `Value` that the batch brings.
     Flags may be NumPy bools, and ``soft_cap`` and ``scale`` any real numbers of Python or NumPy; they become Python's.
 
     **Raises:** ``ValueError`` or ``TypeError``, naming the field, for a declaration that has no meaning.
@@ -47,8 +51,8 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     causal: Flag = True  # flags are bool after construction, and numbers float
-    window: int | None = None
-    soft_cap: Real | None = None
+    window: int | Value | None = None
+    soft_cap: Real | Value | None = None
     sinks: Flag = False
     scale: Real | None = None
     mask: Mask | None = None
@@ -83,6 +87,7 @@ class AttentionSpec:
         object.__setattr__(self, "scores", tuple(self.scores))
         for op in self.scores:
             op.bind(self.num_q_heads)
+        _ = self.visibility, self.values
 
     @property
     def group(self) -> int:
@@ -97,7 +102,18 @@ class AttentionSpec:
             terms.append(Window(self.window))
         if self.mask is not None:
             terms.append(self.mask)
-        return And(tuple(terms)) if len(terms) > 1 else terms[0] if terms else Everything()
+        whole = And(tuple(terms)) if len(terms) > 1 else terms[0] if terms else Everything()
+        return whole.bind(self.num_q_heads) if any(term.has_heads for term in terms_in(whole)) else whole
+
+    @functools.cached_property
+    def values(self) -> tuple[Value, ...]:
+        """The values that calls must bring, by name: those that the mask and the score operations name."""
+        return values_of(self.visibility, self.score_ops)
+
+    @functools.cached_property
+    def has_ancestors(self) -> bool:
+        """Whether calls must bring ancestors: the mask has a `Tree`."""
+        return any(term.has_ancestors for term in terms_in(self.visibility))
 
     @property
     def score_ops(self) -> tuple[ScoreOp, ...]:

@@ -1,5 +1,7 @@
 """A user's function as a term of a spec: what it must be, and how it prints."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +9,19 @@ from typing import Any
 def function_name(fn: Callable[..., Any]) -> str:
     """The name of a user's function in a printed program: its own, or that of its class."""
     return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+@functools.lru_cache(maxsize=1024)
+def required_arguments(fn: Callable[..., Any]) -> int | None:
+    """How many positional arguments a function needs; None where its signature does not say."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in kinds and parameter.default is parameter.empty for parameter in parameters)
 
 
 def require_hashable_function(owner: str, fn: Any, signature: str) -> None:

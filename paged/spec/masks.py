@@ -1,95 +1,18 @@
-"""Masks: which key positions ``j`` a query at position ``p`` sees. Masks combine by ``&``, ``|`` and ``~``."""
+"""The masks that there are: all, none, the past, a window, a prefix, a chunk, and a predicate of a user's own."""
 
-import abc
+import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from .coverage import PARTIAL, Coverage
-from .functions import function_name, require_elementwise, require_hashable_function
+from .functions import function_name, require_elementwise, require_hashable_function, required_arguments
+from .given import Value, require_value
+from .mask import Mask
 from .numbers import require_size
-
-Position = Any  # an int, or an integer array; shapes broadcast
-
-
-class Mask(abc.ABC):
-    """A predicate over absolute positions. A mask is hashable, holds no arrays, and combines by ``&``, ``|`` and ``~``.
-
-    A new mask is one frozen dataclass with `__call__` and `coverage`. Every lowering then evaluates the mask, and skips
-    the pages that the mask hides. With `implies`, programs that use the mask become simpler; ``__str__`` is how they
-    print it. `docs/extending.md` walks through an example.
-
-    >>> local = Causal() & (Window(4) | Prefix(1))
-    >>> [j for j in range(9) if local(8, j)]
-    [0, 5, 6, 7, 8]
-    >>> str(local.coverage(p0=100, p1=110, j0=16, j1=32))
-    'empty'
-    """
-
-    # Whether the mask may close over arrays. Lowerings carry such arrays to where the mask is evaluated.
-    is_opaque: bool = True
-    # The place of the mask among others in a normal form: by rank, and by text among masks of one rank.
-    rank: int = 4
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        if "is_opaque" not in vars(cls):  # A subclass of a built-in mask may compute anything.
-            cls.is_opaque = True
-
-    @abc.abstractmethod
-    def __call__(self, p: Position, j: Position) -> Any:
-        """Whether the query at position ``p`` sees the key at position ``j``.
-
-        **Arguments:**
-
-        - `p`, `j`: integers, or integer arrays that broadcast against each other. Positions may be negative.
-
-        **Returns:** a bool, or a bool array of the broadcast shape.
-        """
-
-    @abc.abstractmethod
-    def coverage(self, p0: Position, p1: Position, j0: Position, j1: Position) -> Coverage:
-        """What is certain about the pairs of the rectangle ``[p0, p1) x [j0, j1)``.
-
-        **Arguments:**
-
-        - `p0`, `p1`: the query positions ``p0 .. p1 - 1``, of which there is at least one.
-        - `j0`, `j1`: the key positions ``j0 .. j1 - 1``, of which there is at least one. All four are integers, or
-          integer arrays that broadcast, for many rectangles at once.
-
-        **Returns:** a `Coverage`. *Empty* and *full* must never be wrong, because lowerings then skip the keys or the
-        mask. *Partial* is always allowed.
-        """
-
-    def implies(self, other: "Mask") -> bool:
-        """Whether every pair that is visible in this mask is certainly visible in ``other``.
-
-        True must never be wrong. False is always allowed. Programs use the answer to drop terms: in ``a & b``, ``b`` is
-        dropped when ``a`` implies ``b``.
-
-        >>> Window(4).implies(Window(8)), Window(8).implies(Window(4))
-        (True, False)
-        """
-        return self == other
-
-    def __and__(self, other: "Mask") -> "Mask":
-        return And((self, other)) if isinstance(other, Mask) else NotImplemented
-
-    def __or__(self, other: "Mask") -> "Mask":
-        return Or((self, other)) if isinstance(other, Mask) else NotImplemented
-
-    def __invert__(self) -> "Mask":
-        return Not(self)
-
-    def __bool__(self) -> bool:
-        raise TypeError(_NO_TRUTH_VALUE)
-
-
-_NO_TRUTH_VALUE = """A mask has no truth value, so `and`, `or`, `not` and chained comparisons do not work on it.
-    wrong: Causal() and Window(128)
-    right: Causal() & Window(128)        also: |  ~"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,19 +76,23 @@ class Window(Mask):
 
     **Arguments:**
 
-    - `width`: tokens that a query sees of the past, its own included. At least 1.
+    - `width`: tokens that a query sees of the past, its own included. At least 1. Or a `Value` that the batch brings.
 
-    **Raises:** ``TypeError`` unless ``width`` is a Python int; ``ValueError`` below 1 and above ``2**31 - 1``.
+    **Raises:** ``TypeError`` unless ``width`` is a Python int or such a value; ``ValueError`` below 1 and above ``2**31 - 1``.
 
     >>> [j for j in range(9) if (Causal() & Window(3))(6, j)]
     [4, 5, 6]
     """
 
     is_opaque, rank = False, 1
+    least = {"width": 1}
 
-    width: int
+    width: int | Value
 
     def __post_init__(self):
+        if isinstance(self.width, Value):
+            require_value("Window", "width", self.width, "int32")
+            return
         require_size("Window", "width", self.width)
         if self.width < 1:
             raise ValueError(
@@ -194,19 +121,23 @@ class Prefix(Mask):
 
     **Arguments:**
 
-    - `size`: tokens at the beginning of a sequence. At least 1.
+    - `size`: tokens at the beginning of a sequence. At least 1. Or a `Value` that the batch brings, which may be 0.
 
-    **Raises:** ``TypeError`` unless ``size`` is a Python int; ``ValueError`` below 1 and above ``2**31 - 1``.
+    **Raises:** ``TypeError`` unless ``size`` is a Python int or such a value; ``ValueError`` below 1 and above ``2**31 - 1``.
 
     >>> [j for j in range(9) if (Causal() | Prefix(3))(1, j)]
     [0, 1, 2]
     """
 
     is_opaque, rank = False, 3
+    least = {"size": 0}
 
-    size: int
+    size: int | Value
 
     def __post_init__(self):
+        if isinstance(self.size, Value):
+            require_value("Prefix", "size", self.size, "int32")
+            return
         require_size("Prefix", "size", self.size)
         if self.size < 1:
             raise ValueError(f"Prefix({self.size}) has no tokens: the smallest is Prefix(1). For none, leave it out.")
@@ -230,19 +161,23 @@ class Chunk(Mask):
 
     **Arguments:**
 
-    - `size`: tokens per chunk. At least 1. The first chunk begins at position 0.
+    - `size`: tokens per chunk. At least 1. The first chunk begins at position 0. Or a `Value` that the batch brings.
 
-    **Raises:** ``TypeError`` unless ``size`` is a Python int; ``ValueError`` below 1 and above ``2**31 - 1``.
+    **Raises:** ``TypeError`` unless ``size`` is a Python int or such a value; ``ValueError`` below 1 and above ``2**31 - 1``.
 
     >>> [j for j in range(9) if (Causal() & Chunk(4))(6, j)]
     [4, 5, 6]
     """
 
     is_opaque, rank = False, 2
+    least = {"size": 1}
 
-    size: int
+    size: int | Value
 
     def __post_init__(self):
+        if isinstance(self.size, Value):
+            require_value("Chunk", "size", self.size, "int32")
+            return
         require_size("Chunk", "size", self.size)
         if self.size < 1:
             raise ValueError(f"Chunk({self.size}) has no tokens: the smallest chunk is Chunk(1).")
@@ -260,7 +195,9 @@ class Chunk(Mask):
     def implies(self, other):
         if isinstance(other, Window):
             return self.size <= other.width
-        return isinstance(other, Chunk) and other.size % self.size == 0
+        if not isinstance(other, Chunk) or isinstance(self.size, Value) or isinstance(other.size, Value):
+            return self == other
+        return other.size % self.size == 0
 
     def __str__(self):
         return f"j // {self.size} == p // {self.size}"
@@ -274,28 +211,53 @@ class Where(Mask):
 
     **Arguments:**
 
-    - `fn`: ``fn(p, j) -> bool``. It receives integer arrays that broadcast against each other, works on them
+    - `fn`: ``fn(p, j) -> bool``, or ``fn(p, j, h) -> bool`` where it differs by query head ``h``; then one argument
+      more for each of ``values``. It receives integer arrays that broadcast against each other, works on them
       elementwise (``&``, and not ``and``), and returns a bool array. It may close over arrays, traced ones included.
       Two masks are equal when they have the same function object. Keep that object: a new lambda in every call makes a
       new spec, which JAX traces again.
+    - `values`: what the batch brings for the function, each a `Value`. One with a size arrives as a tuple.
 
     **Raises:** ``TypeError`` unless ``fn`` is a callable with a hash, and when its result is not boolean.
 
     >>> even = Where(lambda p, j: j % 2 == 0)
     >>> [j for j in range(9) if (Causal() & even)(6, j)]
     [0, 2, 4, 6]
+    >>> str(Where(lambda p, j, start: j >= start, values=(Value("start"),)))
+    '<lambda>(p, j, start)'
     """
 
-    fn: Callable[[Any, Any], Any]
+    fn: Callable[..., Any]
+    values: tuple[Value, ...] = ()
+
+    _head: ClassVar[Any] = None  # of an instance, once it is given
 
     def __post_init__(self):
         require_hashable_function("Where", self.fn, "fn(p, j) -> bool")
+        if not isinstance(self.values, tuple) or not all(isinstance(value, Value) for value in self.values):
+            raise TypeError(f'Where needs values as a tuple, such as (Value("start"),); got {self.values!r}.')
+
+    @property
+    def has_heads(self) -> bool:
+        return required_arguments(self.fn) == 3 + len(self.values)
+
+    def given(self, given):
+        new = super().given(given)
+        if self.has_heads and given.head is not None:
+            new = copy.copy(new)
+            object.__setattr__(new, "_head", given.head)
+        return new
 
     def __call__(self, p, j):
-        shape = jnp.broadcast_shapes(jnp.shape(p), jnp.shape(j))
-        value = jnp.asarray(self.fn(p, j))
+        arguments = (p, j)
+        if self.has_heads:
+            if self._head is None:
+                raise TypeError(f"{self} differs by query head, and none is given: mask.given(Given(head=h))(p, j).")
+            arguments = (p, j, self._head)
+        shape = jnp.broadcast_shapes(*map(jnp.shape, arguments), *map(jnp.shape, jax.tree.leaves(self.values)))
+        value = jnp.asarray(self.fn(*arguments, *self.values))
         if value.dtype != bool:
-            raise TypeError(f"Where needs fn(p, j) to return booleans; {self} returned {value.dtype}.")
+            raise TypeError(f"Where needs {self} to return booleans; it returned {value.dtype}.")
         require_elementwise("Where", self, value.shape, shape)
         return jnp.broadcast_to(value, shape)
 
@@ -303,94 +265,5 @@ class Where(Mask):
         return PARTIAL
 
     def __str__(self):
-        return f"{function_name(self.fn)}(p, j)"
-
-
-@dataclasses.dataclass(frozen=True)
-class And(Mask):
-    """``a & b``: visible where every one of ``terms`` is visible."""
-
-    terms: tuple[Mask, ...]
-
-    def __post_init__(self):
-        _require_terms("And", self.terms)
-
-    @property
-    def is_opaque(self) -> bool:
-        return any(term.is_opaque for term in self.terms)
-
-    def __call__(self, p, j):
-        value = self.terms[0](p, j)
-        for term in self.terms[1:]:
-            value = value & term(p, j)
-        return value
-
-    def coverage(self, p0, p1, j0, j1):
-        value = self.terms[0].coverage(p0, p1, j0, j1)
-        for term in self.terms[1:]:
-            value = value & term.coverage(p0, p1, j0, j1)
-        return value
-
-    def __str__(self):
-        return " & ".join(f"({term})" for term in self.terms)
-
-
-@dataclasses.dataclass(frozen=True)
-class Or(Mask):
-    """``a | b``: visible where at least one of ``terms`` is visible."""
-
-    terms: tuple[Mask, ...]
-
-    def __post_init__(self):
-        _require_terms("Or", self.terms)
-
-    @property
-    def is_opaque(self) -> bool:
-        return any(term.is_opaque for term in self.terms)
-
-    def __call__(self, p, j):
-        value = self.terms[0](p, j)
-        for term in self.terms[1:]:
-            value = value | term(p, j)
-        return value
-
-    def coverage(self, p0, p1, j0, j1):
-        value = self.terms[0].coverage(p0, p1, j0, j1)
-        for term in self.terms[1:]:
-            value = value | term.coverage(p0, p1, j0, j1)
-        return value
-
-    def __str__(self):
-        return " | ".join(f"({term})" for term in self.terms)
-
-
-@dataclasses.dataclass(frozen=True)
-class Not(Mask):
-    """``~a``: visible where ``term`` is not visible."""
-
-    term: Mask
-
-    def __post_init__(self):
-        _require_terms("Not", (self.term,))
-
-    @property
-    def is_opaque(self) -> bool:
-        return self.term.is_opaque
-
-    @property
-    def rank(self) -> int:
-        return self.term.rank
-
-    def __call__(self, p, j):
-        return jnp.logical_not(self.term(p, j))
-
-    def coverage(self, p0, p1, j0, j1):
-        return ~self.term.coverage(p0, p1, j0, j1)
-
-    def __str__(self):
-        return f"~({self.term})"
-
-
-def _require_terms(owner: str, terms: Any) -> None:
-    if not isinstance(terms, tuple) or not terms or not all(isinstance(term, Mask) for term in terms):
-        raise TypeError(f"{owner} is made of masks, such as Causal() & Window(128); got {terms!r}.")
+        names = ["p", "j", *["h"] * self.has_heads, *map(str, self.values)]
+        return f"{function_name(self.fn)}({', '.join(names)})"

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .functions import function_name, require_elementwise, require_hashable_function
+from .given import Term, Value, require_value
 from .numbers import LARGEST_FLOAT32, SMALLEST_FLOAT32, Real, as_float
 
 
-class ScoreOp(abc.ABC):
+class ScoreOp(Term, abc.ABC):
     """An elementwise operation on float32 scores. It is hashable, holds no arrays, and means the same on every target.
 
     A new score operation is a frozen dataclass with `__call__`. Every target then evaluates it, as long as it uses
@@ -66,7 +68,7 @@ class SoftCap(ScoreOp):
 
     **Arguments:**
 
-    - `cap`: the bound, positive and finite.
+    - `cap`: the bound, positive and finite. Or a `Value` of dtype "float32" that the batch brings.
 
     **Raises:** ``ValueError`` for any other ``cap``.
 
@@ -75,10 +77,14 @@ class SoftCap(ScoreOp):
     """
 
     is_opaque = False
+    least = {"cap": SMALLEST_FLOAT32}
 
-    cap: Real  # a float after construction
+    cap: Real | Value  # a float, or a value, after construction
 
     def __post_init__(self):
+        if isinstance(self.cap, Value):
+            require_value("SoftCap", "cap", self.cap, "float32")
+            return
         is_number = isinstance(self.cap, numbers.Real) and not isinstance(self.cap, bool)
         if is_number and not SMALLEST_FLOAT32 <= self.cap <= LARGEST_FLOAT32:
             raise ValueError(
@@ -101,7 +107,7 @@ class ALiBi(ScoreOp):
     **Arguments:**
 
     - `slopes`: one float per query head. By default the paper's geometric sequence for the spec's number of query
-      heads, see `alibi_slopes`; `bind` fills it in.
+      heads, see `alibi_slopes`; `bind` fills it in. Or a `Value` of dtype "float32" with a size, one for each head.
 
     **Raises:** ``TypeError`` for slopes that are no list of numbers, ``ValueError`` for slopes that are not finite in
     float32, where a spec has another number of query heads, and when called before it is bound.
@@ -112,22 +118,33 @@ class ALiBi(ScoreOp):
 
     is_opaque = False
 
-    slopes: Any = None  # a tuple of floats after construction, or None
+    slopes: Any = None  # a tuple of floats after construction, or a value, or None
 
     def __post_init__(self):
-        if self.slopes is not None:
+        if isinstance(self.slopes, Value):
+            require_value("ALiBi", "slopes", self.slopes, "float32", has_size=True)
+        elif self.slopes is not None:
             object.__setattr__(self, "slopes", _as_slopes(self.slopes))
 
     def bind(self, num_q_heads: int) -> "ALiBi":
         slopes = alibi_slopes(num_q_heads) if self.slopes is None else self.slopes
-        if len(slopes) != num_q_heads:
-            raise ValueError(f"ALiBi needs one slope per query head: the spec has {num_q_heads}, got {len(slopes)}.")
+        count = slopes.size if isinstance(slopes, Value) else len(slopes)
+        if count != num_q_heads:
+            raise ValueError(f"ALiBi needs one slope per query head: the spec has {num_q_heads}, got {count}.")
         return ALiBi(slopes)
 
     def __call__(self, s, p, j, h):
         if self.slopes is None:
             raise ValueError("ALiBi() has no slopes before it is bound: call `ALiBi().bind(num_q_heads)` first.")
-        return s + jnp.asarray(self.slopes, s.dtype)[h] * jnp.asarray(j - p, s.dtype)
+        if all(isinstance(slope, float) for slope in self.slopes):
+            slope = jnp.asarray(self.slopes, s.dtype)[h]
+        else:  # traced numbers: kernels select, where they have no rule for a gather
+            slope = functools.reduce(
+                lambda found, i: jnp.where(h == i, self.slopes[i], found),
+                range(len(self.slopes)),
+                jnp.zeros((), s.dtype),
+            )
+        return s + slope * jnp.asarray(j - p, s.dtype)
 
     def __str__(self):
         return "s + slope[h] * (j - p)"
@@ -145,6 +162,8 @@ class Bias(ScoreOp):
       elementwise, and returns a float array. It may close over arrays, and gradients flow to them: inside a loss,
       ``Bias(lambda p, j, h: table[h, bucket(p - j)])`` trains ``table``. Two biases are equal when they have the same
       function object, so keep that object, as for `Where`.
+    - `values`: what the batch brings for the function, each a `Value`: one argument more for each, after ``h``. One with
+      a size arrives as a tuple. No gradient flows to them.
 
     **Raises:** ``TypeError`` unless ``fn`` is a callable with a hash, and where its result is no real number;
     ``ValueError`` where its result does not broadcast to the scores' shape.
@@ -154,13 +173,16 @@ class Bias(ScoreOp):
     [0.5, 0.0]
     """
 
-    fn: Callable[[Any, Any, Any], Any]
+    fn: Callable[..., Any]
+    values: tuple[Value, ...] = ()
 
     def __post_init__(self):
         require_hashable_function("Bias", self.fn, "fn(p, j, h) -> float")
+        if not isinstance(self.values, tuple) or not all(isinstance(value, Value) for value in self.values):
+            raise TypeError(f'Bias needs values as a tuple, such as (Value("slope"),); got {self.values!r}.')
 
     def __call__(self, s, p, j, h):
-        bias = jnp.asarray(self.fn(p, j, h))
+        bias = jnp.asarray(self.fn(p, j, h, *self.values))
         if not (jnp.issubdtype(bias.dtype, jnp.floating) or jnp.issubdtype(bias.dtype, jnp.integer)):
             raise TypeError(
                 f"Bias needs fn(p, j, h) to return real numbers; {self} returned {bias.dtype}. A predicate is a mask: "
@@ -170,7 +192,8 @@ class Bias(ScoreOp):
         return s + bias.astype(s.dtype)
 
     def __str__(self):
-        return f"s + {function_name(self.fn)}(p, j, h)"
+        names = ["p", "j", "h", *map(str, self.values)]
+        return f"s + {function_name(self.fn)}({', '.join(names)})"
 
 
 def _as_slopes(slopes: Any) -> tuple[float, ...]:
