@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .attention import AttentionSpec
 from .batch import RaggedBatch
+from .given import Given
 from .layout import Pages
 from .sinks import Sinks, require_sinks, sinks_per_head
 from .state import AttentionState, add_sinks
@@ -69,16 +70,20 @@ def reference_state(
     row = _rows(batch, tokens)
     j, keys, values, is_stored = _sequence_keys(pages, batch, row, dtype)
 
-    p, j, h = row.position[:, None, None], j[None, None], jnp.arange(spec.num_q_heads, dtype=jnp.int32)[None, :, None]
-    is_visible = spec.visibility(p, j) & is_stored[:, None, :] & row.is_live[:, None, None]
+    p, h = row.position[:, None, None], jnp.arange(spec.num_q_heads, dtype=jnp.int32)[None, :, None]
+    given, j = _given(spec, batch, row, j), _key_positions(batch, row, j)[:, None]
+    mask: Any = spec.visibility.given(given._replace(head=h))
+    is_visible = mask(p, j) & is_stored[:, None, :] & row.is_live[:, None, None]
     # An old table entry may lead to another sequence's NaN, and a weight of 0 times NaN is NaN: select, and then weigh.
-    keys, values = (jnp.where(is_visible[:, 0, :, None, None], x, 0) for x in (keys, values))
+    is_needed = is_visible.any(axis=1)[:, :, None, None]
+    keys, values = (jnp.where(is_needed, x, 0) for x in (keys, values))
 
     grouped = q.astype(dtype).reshape(tokens, spec.num_kv_heads, spec.group, -1)
     s = jnp.einsum("thgd,tjhd->thgj", grouped, keys, precision="highest") * spec.softmax_scale
     s = s.reshape(tokens, spec.num_q_heads, -1)
     for op in spec.score_ops:
-        s = op(s, p, j, h).astype(s.dtype)
+        with_numbers: Any = op.given(given)
+        s = with_numbers(s, p, j, h).astype(s.dtype)
     s = jnp.where(is_visible, s, -jnp.inf)
 
     top = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)
@@ -96,12 +101,19 @@ def reference_state(
 
 
 class _Rows(NamedTuple):
-    """For each query row: whether a live sequence owns it, that sequence's slot and length, and the row's position."""
+    """For each query row: whether a live sequence owns it, and that sequence's slot and length.
+
+    ``place`` is the row's place in the sequence, ``position`` what masks and scores see, and ``first`` and ``place0``
+    are the first row of the sequence and its place.
+    """
 
     is_live: Bool[Array, " tokens"]
     seq: Int[Array, " tokens"]
     length: Int[Array, " tokens"]
+    place: Int[Array, " tokens"]
     position: Int[Array, " tokens"]
+    first: Int[Array, " tokens"]
+    place0: Int[Array, " tokens"]
 
 
 def _rows(batch: RaggedBatch, tokens: int) -> _Rows:
@@ -112,8 +124,39 @@ def _rows(batch: RaggedBatch, tokens: int) -> _Rows:
     owns = (row >= start[None]) & (row < stop[None]) & is_live_slot[None]  # [tokens, seqs]
     seq = jax.lax.argmax(owns, axis=1, index_dtype=jnp.int32)
     length = jnp.maximum(batch.lengths, 0)[seq]
-    position = length - (stop - start)[seq] + row[:, 0] - start[seq]
-    return _Rows(owns.any(axis=1), seq, length, position)
+    place0 = length - (stop - start)[seq]
+    place = place0 + row[:, 0] - start[seq]
+    position = place if batch.positions is None else batch.positions
+    return _Rows(owns.any(axis=1), seq, length, place, position, start[seq], place0)
+
+
+def _own_row(row: _Rows, j: Int[Array, " positions"]) -> Array:
+    """For each row and key, the number of the step's own row that the key is; negative before the step's own."""
+    return j[None] - row.place0[:, None]
+
+
+def _key_positions(batch: RaggedBatch, row: _Rows, j: Int[Array, " positions"]) -> Array:
+    """What masks and scores see of each key of each row's sequence."""
+    if batch.positions is None:
+        return j[None]
+    own = _own_row(row, j)
+    at = jnp.clip(row.first[:, None] + own, 0, batch.positions.shape[0] - 1)
+    return jnp.where((own >= 0) & (j[None] < row.length[:, None]), batch.positions[at], j[None])
+
+
+def _given(spec: AttentionSpec, batch: RaggedBatch, row: _Rows, j: Int[Array, " positions"]) -> Given:
+    """What the batch brings for each row, to broadcast against [tokens, heads, positions]."""
+    numbers: dict[str, Any] = {}
+    for value in spec.values:
+        x = batch.values[value.name][row.seq][:, None, None]
+        numbers[value.name] = x if value.size is None else tuple(x[..., i] for i in range(value.size))
+    if not spec.has_ancestors or batch.ancestors is None:
+        return Given(numbers)
+    own, words = _own_row(row, j), batch.ancestors
+    word = jnp.take_along_axis(words, jnp.clip(own // 32, 0, words.shape[1] - 1), axis=1)
+    has_bit = ((jax.lax.shift_right_logical(word, own % 32) & 1) == 1) & (own < 32 * words.shape[1])
+    is_ancestor = (own < 0) | (own == (row.place - row.place0)[:, None]) | has_bit
+    return Given(numbers, is_ancestor=is_ancestor[:, None])
 
 
 def _sequence_keys(pages: Pages, batch: RaggedBatch, row: _Rows, dtype: Any) -> tuple[Array, Array, Array, Array]:

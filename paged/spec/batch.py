@@ -1,7 +1,7 @@
 """`RaggedBatch`: the sequences of one step, where their tokens are stored, and which query rows belong to them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from .masks import Mask
+from .mask import Mask
 from .numbers import LARGEST_INT32, SMALLEST_INT32
 
 
@@ -29,6 +29,15 @@ class RaggedBatch(eqx.Module):
     - `query_starts` i32[S + 1]: slot ``s`` owns the query rows ``query_starts[s] : query_starts[s + 1]``. Row ``i`` of
       ``n`` is at position ``lengths[s] - n + i``.
     - `num_seqs` i32[]: the first ``num_seqs`` slots are live, by default all. Values of the others are never used.
+    - `values`: numbers of each sequence that the spec names by `Value`: a dict from names to i32[S] or f32[S], or
+      [S, size] for a value with a size. A whole number below the least that its term allows counts as the least.
+    - `positions` i32[tokens]: the position of each query row, for masks, scores and rotary embeddings; None for
+      ``lengths[s] - n + i``. Where rows are stored does not change: row ``i`` is still the sequence's token
+      ``lengths[s] - n + i``. As a key, a token of this step has its row's position. Tokens before it have their place
+      in the sequence as position.
+    - `ancestors` i32[tokens, words]: for a mask with a `Tree`, which rows of its own sequence a row descends from. Row
+      ``i`` of the sequence has bit ``i % 32`` of word ``i // 32``. A row sees itself, whatever its bits. Given as
+      [tokens] where 32 rows suffice; uint32 is read as bits.
     - `query_rows`, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
       Lowerings rely on it: it must agree with ``query_starts``.
     - `has_even_starts`, static: whether ``query_starts`` are known to be the multiples of ``query_rows``. `decode` and
@@ -58,6 +67,9 @@ class RaggedBatch(eqx.Module):
     query_rows: int | None = eqx.field(static=True)
     checked_for: tuple[int, int, int, Mask] | None = eqx.field(static=True)
     has_even_starts: bool = eqx.field(static=True)
+    values: dict[str, Array]
+    positions: Int[Array, " tokens"] | None
+    ancestors: Int[Array, "tokens words"] | None
 
     def __init__(
         self,
@@ -69,6 +81,9 @@ class RaggedBatch(eqx.Module):
         query_rows: int | np.integer | None = None,
         checked_for: tuple[int, int, int, Mask] | None = None,
         has_even_starts: bool = False,
+        values: Mapping[str, Any] | None = None,
+        positions: Any = None,
+        ancestors: Any = None,
     ):
         self.lengths = _as_int32("lengths", lengths, 1)
         self.block_tables = _as_int32("block_tables", block_tables, 2)
@@ -87,6 +102,9 @@ class RaggedBatch(eqx.Module):
         self.query_rows = query_rows if query_rows is None else _as_rows(query_rows)
         self.checked_for = checked_for
         self.has_even_starts = has_even_starts
+        self.values = {name: _as_numbers(name, x, slots) for name, x in (values or {}).items()}
+        self.positions = None if positions is None else _as_int32("positions", positions, 1)
+        self.ancestors = None if ancestors is None else _as_words(ancestors)
         if has_even_starts and query_rows is None:
             raise ValueError("has_even_starts needs query_rows, whose multiples the starts are; got query_rows=None.")
         if self.block_tables.shape[0] != slots or self.block_tables.shape[1] < 1:
@@ -101,13 +119,21 @@ class RaggedBatch(eqx.Module):
 
     @classmethod
     def decode(
-        cls, lengths: Any, block_tables: Any, num_seqs: Any = None, *, query_rows: int | np.integer = 1
+        cls,
+        lengths: Any,
+        block_tables: Any,
+        num_seqs: Any = None,
+        *,
+        query_rows: int | np.integer = 1,
+        values: Mapping[str, Any] | None = None,
+        positions: Any = None,
+        ancestors: Any = None,
     ) -> "RaggedBatch":
         """A step in which every slot has the same number of query rows.
 
         **Arguments:**
 
-        - `lengths`, `block_tables`, `num_seqs`: as in `RaggedBatch`.
+        - `lengths`, `block_tables`, `num_seqs`, `values`, `positions`, `ancestors`: as in `RaggedBatch`.
         - `query_rows`: rows per slot: 1 to decode, more to score drafted tokens.
 
         >>> RaggedBatch.decode(lengths=[5, 9], block_tables=[[3], [1]], query_rows=2).query_starts.tolist()
@@ -120,10 +146,19 @@ class RaggedBatch(eqx.Module):
         starts = (
             np.arange(slots + 1, dtype=np.int64) * rows if is_known else jnp.arange(slots + 1, dtype=jnp.int32) * rows
         )
-        return cls(lengths, block_tables, starts, num_seqs, query_rows=rows, has_even_starts=True)
+        brought: dict[str, Any] = {"values": values, "positions": positions, "ancestors": ancestors}
+        return cls(lengths, block_tables, starts, num_seqs, query_rows=rows, has_even_starts=True, **brought)
 
     @classmethod
-    def prefill(cls, length: Any, block_table: Any, query_rows: int | np.integer) -> "RaggedBatch":
+    def prefill(
+        cls,
+        length: Any,
+        block_table: Any,
+        query_rows: int | np.integer,
+        *,
+        values: Mapping[str, Any] | None = None,
+        positions: Any = None,
+    ) -> "RaggedBatch":
         """A step of one sequence: a prompt, or a chunk of it.
 
         **Arguments:**
@@ -131,6 +166,7 @@ class RaggedBatch(eqx.Module):
         - `length`: tokens of the sequence, those of this step included.
         - `block_table` i32[pages_per_seq]: the sequence's pages.
         - `query_rows`: rows of this step: the last tokens of the sequence.
+        - `values`, `positions`: as in `RaggedBatch`; a value is one number, or a row of them, and not an array of one.
 
         >>> RaggedBatch.prefill(length=6, block_table=[4, 2], query_rows=3).lengths.tolist()
         [6]
@@ -139,7 +175,9 @@ class RaggedBatch(eqx.Module):
         if length.size != 1:
             raise ValueError(f"length must be one number; got shape {tuple(length.shape)}.")
         table, rows = _as_int32("block_table", block_table, 1), _as_rows(query_rows)
-        return cls(length.reshape(1), table[None], [0, rows], query_rows=rows, has_even_starts=True)
+        numbers = {name: x[None] if isinstance(x, jax.Array) else [x] for name, x in (values or {}).items()}
+        facts: dict[str, Any] = {"query_rows": rows, "has_even_starts": True, "positions": positions}
+        return cls(length.reshape(1), table[None], [0, rows], values=numbers, **facts)
 
     @classmethod
     def stack(cls, batches: "Sequence[RaggedBatch]") -> "RaggedBatch":
@@ -166,7 +204,10 @@ class RaggedBatch(eqx.Module):
             "checked_for": checked.pop() if len(checked) == 1 else None,
         }
         facts["has_even_starts"] = facts["query_rows"] is not None and all(b.has_even_starts for b in batches)
-        same = [cls(b.lengths, b.block_tables, b.query_starts, b.num_seqs, **facts) for b in batches]
+        same = [dataclasses.replace(b, **facts) for b in batches]
+        structures = {jax.tree.structure(b) for b in same}
+        if len(structures) > 1:
+            raise ValueError("stack needs batches that bring the same values, and positions and ancestors alike.")
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
 
     def for_layer(self, layer: Any, num_pages: Any, num_layers: int) -> "RaggedBatch":
@@ -243,6 +284,34 @@ def _as_rows(query_rows: Any) -> int:
     if isinstance(query_rows, bool) or not isinstance(query_rows, int | np.integer) or query_rows < 0:
         raise TypeError(f"query_rows must be a whole number of rows, or None where it varies; got {query_rows!r}.")
     return int(query_rows)
+
+
+def _as_numbers(name: str, value: Any, slots: Any) -> Any:
+    """Numbers of a `Value`, [seqs] or [seqs, size]: float32 where they are floats, else int32."""
+    if not isinstance(value, jax.Array | jax.ShapeDtypeStruct):
+        value = _as_numpy(f"values[{name!r}]", value)
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        is_done = isinstance(value, jax.ShapeDtypeStruct) or value.dtype == jnp.float32
+        value = value if is_done and not isinstance(value, np.ndarray) else jnp.asarray(value, jnp.float32)
+    else:
+        value = _as_int32(f"values[{name!r}]", value, value.ndim)
+    if value.ndim not in (1, 2) or value.shape[0] != slots:
+        raise ValueError(
+            f"values[{name!r}] must be [seqs] = [{slots}], or [seqs, size] for a Value with a size; got {value.shape}."
+        )
+    return value
+
+
+def _as_words(ancestors: Any) -> Any:
+    """Bits of ancestors as i32[tokens, words]."""
+    if not isinstance(ancestors, jax.Array | jax.ShapeDtypeStruct):
+        ancestors = _as_numpy("ancestors", ancestors)
+    if ancestors.dtype == np.uint32 and not isinstance(ancestors, jax.ShapeDtypeStruct):
+        is_traced = isinstance(ancestors, jax.Array)
+        ancestors = jax.lax.bitcast_convert_type(ancestors, jnp.int32) if is_traced else ancestors.view(np.int32)
+    if ancestors.ndim == 1 and not isinstance(ancestors, jax.ShapeDtypeStruct):
+        ancestors = ancestors[:, None]
+    return _as_int32("ancestors", ancestors, 2)
 
 
 def _as_int32(name: str, value: Any, rank: int) -> Any:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +47,6 @@ class Value:
         if self.dtype not in _DTYPES:
             raise ValueError(f"A Value's dtype must be one of {_DTYPES}; got {self.dtype!r}.")
 
-    def __le__(self, other: Any) -> bool:
-        """Whether it is certainly at most ``other``, whatever the batch brings: where they are the same value."""
-        return self == other
-
-    def __ge__(self, other: Any) -> bool:
-        """Whether it is certainly at least ``other``: where they are the same value."""
-        return self == other
-
     def __str__(self) -> str:
         return self.name
 
@@ -95,7 +87,7 @@ class Term:
     has_heads: bool = False
     has_ancestors: bool = False
 
-    def given(self, given: Given) -> Self:
+    def given(self, given: Given) -> "Term":
         """This term with everything that it names in place of the names.
 
         It then computes with what the batch brings, traced numbers included: it has no hash any more. A term of yours
@@ -110,6 +102,11 @@ class Term:
                 field = jax.tree.map(lambda x, least=self.least[name]: jnp.maximum(x, least), field)
             object.__setattr__(new, name, field)
         return new
+
+
+def is_at_most(a: Any, b: Any) -> bool:
+    """Whether one number is certainly at most another one, whatever a batch brings for those that are values."""
+    return a == b if isinstance(a, Value) or isinstance(b, Value) else a <= b
 
 
 def fields_of(term: Any) -> list[tuple[str, Any]]:

@@ -16,7 +16,8 @@ class Mask(Term, abc.ABC):
     """A predicate over absolute positions. A mask is hashable, holds no arrays, and combines by ``&``, ``|`` and ``~``.
 
     A new mask is one frozen dataclass with `__call__` and `coverage`. Every lowering then evaluates the mask, and skips
-    the pages that the mask hides. A field may hold a `Value` in place of a number, which the batch brings. With `implies`, programs that use the mask become simpler; ``__str__`` is how they
+    the pages that the mask hides. A field may hold a `Value`, a number that the batch
+    brings. With `implies`, programs that use the mask become simpler; ``__str__`` is how they
     print it. `docs/extending.md` walks through an example.
 
     >>> local = Causal() & (Window(4) | Prefix(1))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .coverage import PARTIAL, Coverage
 from .functions import function_name, require_elementwise, require_hashable_function, required_arguments
-from .given import Value, require_value
+from .given import Value, is_at_most, require_value
 from .mask import Mask
 from .numbers import require_size
 
@@ -78,14 +78,15 @@ class Window(Mask):
 
     - `width`: tokens that a query sees of the past, its own included. At least 1. Or a `Value` that the batch brings.
 
-    **Raises:** ``TypeError`` unless ``width`` is a Python int or such a value; ``ValueError`` below 1 and above ``2**31 - 1``.
+    **Raises:** ``TypeError`` unless ``width`` is a Python int or such a value; ``ValueError`` below 1 and above
+    ``2**31 - 1``.
 
     >>> [j for j in range(9) if (Causal() & Window(3))(6, j)]
     [4, 5, 6]
     """
 
     is_opaque, rank = False, 1
-    least = {"width": 1}
+    least: ClassVar = {"width": 1}
 
     width: int | Value
 
@@ -107,7 +108,7 @@ class Window(Mask):
         return Coverage(some=p0 - (j1 - 1) < self.width, full=(p1 - 1) - j0 < self.width)
 
     def implies(self, other):
-        return isinstance(other, Window) and self.width <= other.width
+        return isinstance(other, Window) and is_at_most(self.width, other.width)
 
     def __str__(self):
         return f"p - j < {self.width}"
@@ -123,14 +124,15 @@ class Prefix(Mask):
 
     - `size`: tokens at the beginning of a sequence. At least 1. Or a `Value` that the batch brings, which may be 0.
 
-    **Raises:** ``TypeError`` unless ``size`` is a Python int or such a value; ``ValueError`` below 1 and above ``2**31 - 1``.
+    **Raises:** ``TypeError`` unless ``size`` is a Python int or such a value; ``ValueError`` below 1 and above
+    ``2**31 - 1``.
 
     >>> [j for j in range(9) if (Causal() | Prefix(3))(1, j)]
     [0, 1, 2]
     """
 
     is_opaque, rank = False, 3
-    least = {"size": 0}
+    least: ClassVar = {"size": 0}
 
     size: int | Value
 
@@ -149,7 +151,7 @@ class Prefix(Mask):
         return Coverage(some=j0 < self.size, full=j1 <= self.size)
 
     def implies(self, other):
-        return isinstance(other, Prefix) and self.size <= other.size
+        return isinstance(other, Prefix) and is_at_most(self.size, other.size)
 
     def __str__(self):
         return f"j < {self.size}"
@@ -163,14 +165,15 @@ class Chunk(Mask):
 
     - `size`: tokens per chunk. At least 1. The first chunk begins at position 0. Or a `Value` that the batch brings.
 
-    **Raises:** ``TypeError`` unless ``size`` is a Python int or such a value; ``ValueError`` below 1 and above ``2**31 - 1``.
+    **Raises:** ``TypeError`` unless ``size`` is a Python int or such a value; ``ValueError`` below 1 and above
+    ``2**31 - 1``.
 
     >>> [j for j in range(9) if (Causal() & Chunk(4))(6, j)]
     [4, 5, 6]
     """
 
     is_opaque, rank = False, 2
-    least = {"size": 1}
+    least: ClassVar = {"size": 1}
 
     size: int | Value
 
@@ -194,7 +197,7 @@ class Chunk(Mask):
 
     def implies(self, other):
         if isinstance(other, Window):
-            return self.size <= other.width
+            return is_at_most(self.size, other.width)
         if not isinstance(other, Chunk) or isinstance(self.size, Value) or isinstance(other.size, Value):
             return self == other
         return other.size % self.size == 0
@@ -250,6 +253,8 @@ class Where(Mask):
 
     def __call__(self, p, j):
         arguments = (p, j)
+        if any(isinstance(value, Value) for value in self.values):
+            raise TypeError(f"{self} needs what a batch brings: mask.given(Given(numbers={{...}}))(p, j).")
         if self.has_heads:
             if self._head is None:
                 raise TypeError(f"{self} differs by query head, and none is given: mask.given(Given(head=h))(p, j).")

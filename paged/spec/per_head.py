@@ -17,9 +17,9 @@ class PerHead(Mask):
 
     **Arguments:**
 
-    - `masks`: ``n`` masks. A spec of ``num_q_heads`` query heads, a multiple of ``n``, gives the first mask to its first
-      ``num_q_heads // n`` heads, and so on. So ``num_q_heads`` masks are one for each head, and ``num_kv_heads`` masks
-      one for each group.
+    - `masks`: ``n`` masks. A spec of ``num_q_heads`` query heads, a multiple of ``n``, gives the first mask to its
+      first ``num_q_heads // n`` heads, and so on. So ``num_q_heads`` masks are one for each head, and ``num_kv_heads``
+      masks one for each group.
     - `num_q_heads`: filled in by the spec, see `bind`.
 
     **Raises:** ``TypeError`` unless they are masks; ``ValueError`` in a spec whose heads they do not divide.

@@ -2,11 +2,10 @@
 
 import abc
 import dataclasses
-import functools
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.core
@@ -77,7 +76,7 @@ class SoftCap(ScoreOp):
     """
 
     is_opaque = False
-    least = {"cap": SMALLEST_FLOAT32}
+    least: ClassVar = {"cap": SMALLEST_FLOAT32}
 
     cap: Real | Value  # a float, or a value, after construction
 
@@ -138,12 +137,10 @@ class ALiBi(ScoreOp):
             raise ValueError("ALiBi() has no slopes before it is bound: call `ALiBi().bind(num_q_heads)` first.")
         if all(isinstance(slope, float) for slope in self.slopes):
             slope = jnp.asarray(self.slopes, s.dtype)[h]
-        else:  # traced numbers: kernels select, where they have no rule for a gather
-            slope = functools.reduce(
-                lambda found, i: jnp.where(h == i, self.slopes[i], found),
-                range(len(self.slopes)),
-                jnp.zeros((), s.dtype),
-            )
+        else:  # a batch's numbers: kernels have no rule for a gather from these
+            slope = jnp.zeros((), s.dtype)
+            for head, own in enumerate(self.slopes):
+                slope = jnp.where(h == head, own, slope)
         return s + slope * jnp.asarray(j - p, s.dtype)
 
     def __str__(self):
@@ -162,8 +159,8 @@ class Bias(ScoreOp):
       elementwise, and returns a float array. It may close over arrays, and gradients flow to them: inside a loss,
       ``Bias(lambda p, j, h: table[h, bucket(p - j)])`` trains ``table``. Two biases are equal when they have the same
       function object, so keep that object, as for `Where`.
-    - `values`: what the batch brings for the function, each a `Value`: one argument more for each, after ``h``. One with
-      a size arrives as a tuple. No gradient flows to them.
+    - `values`: what the batch brings for the function, each a `Value`: one argument more for each, after ``h``. One
+      with a size arrives as a tuple. No gradient flows to them.
 
     **Raises:** ``TypeError`` unless ``fn`` is a callable with a hash, and where its result is no real number;
     ``ValueError`` where its result does not broadcast to the scores' shape.
