@@ -77,9 +77,9 @@ def _count_pages(program: Program, size: int, call: Call, batch: RaggedBatch) ->
     """How many pages of ``size`` tokens the live sequences may see, and how many their tokens fill."""
     seqs = Sequences.of(batch, call.tokens, size)
 
-    def count(first, rows, length, table):
-        return jnp.sum(page_coverage(program, first, first + rows, length, table, size, call.num_pages).some)
+    def count(rows, table):
+        return jnp.sum(page_coverage(program, rows, table, size, call.num_pages).some)
 
-    visited = jax.vmap(count)(seqs.positions, seqs.counts, seqs.lengths, seqs.tables)
+    visited = jax.vmap(count)(seqs.query_rows(), seqs.tables)
     held = jnp.where(seqs.counts > 0, -(-seqs.lengths // size), 0)
     return int(np.sum(visited)), int(np.sum(held))

@@ -30,6 +30,8 @@ from .masks import Nothing as Nothing
 from .masks import Prefix as Prefix
 from .masks import Where as Where
 from .masks import Window as Window
+from .numbers import LARGEST_INT32 as LARGEST_INT32
+from .numbers import SMALLEST_INT32 as SMALLEST_INT32
 from .numbers import Flag as Flag
 from .numbers import as_bool as as_bool
 from .numbers import as_float as as_float

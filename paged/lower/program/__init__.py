@@ -1,5 +1,11 @@
 """What lowerings read: the `Program` of a spec, and the parts of a call that every target computes alike."""
 
+from .brought import OwnRows as OwnRows
+from .brought import QueryRows as QueryRows
+from .brought import by_name as by_name
+from .brought import dtypes_of as dtypes_of
+from .brought import in_order as in_order
+from .brought import is_ancestor as is_ancestor
 from .call import COMMON as COMMON
 from .call import Call as Call
 from .call import at_most as at_most
@@ -10,6 +16,7 @@ from .results import Results as Results
 from .results import Wanted as Wanted
 from .sequences import Sequences as Sequences
 from .sequences import count_up_to as count_up_to
+from .sequences import position_range as position_range
 from .simplify import implies as implies
 from .simplify import normal_form as normal_form
 from .softmax import Running as Running

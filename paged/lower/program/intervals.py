@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from paged.spec import Coverage
+from paged.spec import Coverage, Value
 
+from .brought import by_name, dtypes_of
 from .monotone import Condition, Point, conditions_of, greater, lesser
 
 
@@ -34,29 +35,38 @@ class PageIntervals(NamedTuple):
         """Whether the rows that see a page, or see it in full, see all pages before it alike."""
         return self.some.begin is None and (self.full is None or self.full.begin is None)
 
-    def visible(self, p0: Any, p1: Any, length: Any, width: int) -> tuple[Any, Any]:
+    def visible(self, p0: Any, p1: Any, length: Any, width: int, numbers: tuple[Any, ...] = ()) -> tuple[Any, Any]:
         """The first page that the rows at ``[p0, p1)`` may see, and the page after the last one.
 
         ``length`` is the number of keys, and ``width`` the number of pages that there are. The two are equal where
         nothing is visible.
         """
-        return _interval(self.some, Point(None, p0, p1, length, width, self.page_size), 0, width)
+        return _interval(self.some, Point(None, p0, p1, length, width, self.page_size, numbers), 0, width)
 
-    def visible_in_full(self, p0: Any, p1: Any, length: Any, width: int, first: Any, end: Any) -> tuple[Any, Any]:
+    def visible_in_full(
+        self, p0: Any, p1: Any, length: Any, width: int, first: Any, end: Any, numbers: tuple[Any, ...] = ()
+    ) -> tuple[Any, Any]:
         """Of the visible pages ``[first, end)``, the interval of those of which the rows see every key."""
         if self.full is None:
             return first, first
-        return _interval(self.full, Point(None, p0, p1, length, width, self.page_size), first, end)
+        return _interval(self.full, Point(None, p0, p1, length, width, self.page_size, numbers), first, end)
 
 
-def page_intervals(coverage: Callable[..., Coverage], page_size: int) -> PageIntervals | None:
-    """The page intervals of a program's ``coverage(p0, p1, j0, j1, length)``, or None where they are not proven."""
+def page_intervals(
+    coverage: Callable[..., Coverage], values: tuple[Value, ...], page_size: int
+) -> PageIntervals | None:
+    """The page intervals of a program's ``coverage(p0, p1, j0, j1, length, numbers)``, None where they are not proven.
 
-    def of_page(j0: Any, p0: Any, p1: Any, length: Any) -> tuple[Any, Any]:
-        return tuple(coverage(p0, p1, j0, j0 + page_size, length))  # pyright: ignore
+    ``values`` are the numbers that a batch brings. Intervals are then asked for with these numbers in order, those of a
+    value with a size one by one.
+    """
+
+    def of_page(j0: Any, p0: Any, p1: Any, length: Any, *numbers: Any) -> tuple[Any, Any]:
+        return tuple(coverage(p0, p1, j0, j0 + page_size, length, by_name(values, numbers)))  # pyright: ignore
 
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    some, full = conditions_of(jax.make_jaxpr(of_page)(scalar, scalar, scalar, scalar), page_size)
+    numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in dtypes_of(values)]
+    some, full = conditions_of(jax.make_jaxpr(of_page)(*[scalar] * 4, *numbers), page_size)
     return None if some is None else PageIntervals(page_size, some, full)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from .integers import MOST, Integer
+from .integers import LEAST, MOST, Integer
 
 _NESTED = ("jit", "pjit", "closed_call", "core_call")
 # A page number past every table's end.
@@ -30,6 +30,7 @@ class Point(NamedTuple):
     * ``j0``: the first key of a page; None where no page is meant.
     * ``p0``, ``p1``, ``length``: as in `Program.coverage`.
     * ``width``: the number of pages that there are, of ``page_size`` tokens each.
+    * ``numbers``: what a batch brings.
     """
 
     j0: Any
@@ -38,6 +39,7 @@ class Point(NamedTuple):
     length: Any
     width: int
     page_size: int
+    numbers: tuple[Any, ...] = ()
 
 
 Edge = Callable[[Point], Any]
@@ -76,11 +78,12 @@ class Number(NamedTuple):
 
 
 def conditions_of(closed: Any, page_size: int) -> list[Condition | None]:
-    """The results of a trace of ``(j0, p0, p1, length)``, each as a condition, or None where it is not known to be one.
+    """The results of a trace of ``(j0, p0, p1, length, *numbers)``, each as a condition, or None where it is not known.
 
     ``j0`` takes the multiples of ``page_size``.
     """
     inputs = [_first_key(page_size), *(_argument(name) for name in ("p0", "p1", "length"))]
+    inputs += [_number(i, var.aval.dtype) for i, var in enumerate(closed.jaxpr.invars[len(inputs) :])]
     results = _evaluate(closed.jaxpr, [*map(_constant, closed.consts), *inputs])
     return [x if isinstance(x, Condition) else None for x in results]
 
@@ -108,6 +111,13 @@ def _first_key(page_size: int) -> Number:
 def _argument(name: str) -> Number:
     low = 0 if name == "length" else LEAST_POSITION
     return Number(lambda at: Integer(getattr(at, name), low, MOST), 0)
+
+
+def _number(i: int, dtype: Any) -> Number | None:
+    """A number that a batch brings; None for a float, which no coverage compares."""
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return None
+    return Number(lambda at: Integer(at.numbers[i], LEAST, MOST), 0)
 
 
 def _constant(x: Any) -> Number | Condition | None:

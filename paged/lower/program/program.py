@@ -1,9 +1,23 @@
 """`Program`: the normal form of a spec. Every lowering reads it, on every target."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
-from paged.spec import And, AttentionSpec, Coverage, Everything, Mask, ScoreOp
+from paged.spec import (
+    NOTHING_GIVEN,
+    And,
+    AttentionSpec,
+    Coverage,
+    Everything,
+    Given,
+    Mask,
+    ScoreOp,
+    Value,
+    terms_in,
+    values_of,
+)
 
 from .intervals import PageIntervals, page_intervals
 from .simplify import normal_form
@@ -57,33 +71,58 @@ class Program:
         """Query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
 
-    def apply_scores(self, s: Any, p: Any, j: Any, h: Any) -> Any:
+    @functools.cached_property
+    def values(self) -> tuple[Value, ...]:
+        """The values that a batch must bring, by name."""
+        return values_of(self.visibility, self.score_ops)
+
+    @functools.cached_property
+    def has_heads(self) -> bool:
+        """Whether visibility differs by query head."""
+        return any(term.has_heads for term in terms_in(self.visibility))
+
+    @functools.cached_property
+    def has_ancestors(self) -> bool:
+        """Whether visibility asks which rows are a row's ancestors."""
+        return any(term.has_ancestors for term in terms_in(self.visibility))
+
+    def _visibility(self, given: Given) -> Any:
+        """The mask with what is given in place of names. Most masks name nothing, and stay as they are."""
+        is_asking = self.values or self.has_heads or self.has_ancestors
+        return self.visibility.given(given) if is_asking else self.visibility
+
+    def apply_scores(self, s: Any, p: Any, j: Any, h: Any, given: Given = NOTHING_GIVEN) -> Any:
         """Apply every score operation, in order.
 
         **Arguments:**
 
         - `s`: scaled products of queries and keys, float32.
         - `p`, `j`, `h`: query positions, key positions and query heads; they broadcast against ``s``.
+        - `given`: what the batch brings for these pairs.
 
         **Returns:** scores in the shape of ``s``, before the mask.
         """
         for op in self.score_ops:
-            s = op(s, p, j, h).astype(s.dtype)
+            own: Any = op.given(given) if self.values else op
+            s = own(s, p, j, h).astype(s.dtype)
         return s
 
-    def visible(self, p: Any, j: Any, length: Any) -> Any:
+    def visible(self, p: Any, j: Any, length: Any, given: Given = NOTHING_GIVEN) -> Any:
         """Tell which pairs of a query and a key are visible: ``visibility``, and ``j < length``.
 
         **Arguments:**
 
         - `p`, `j`: query positions and key positions, which broadcast against each other.
         - `length`: the number of keys of the sequence.
+        - `given`: what the batch brings for these pairs, and their heads if visibility differs by head.
 
         **Returns:** booleans in the broadcast shape.
         """
-        return self.visibility(p, j) & (j < length)
+        return self._visibility(given)(p, j) & (j < length)
 
-    def coverage(self, p0: Any, p1: Any, j0: Any, j1: Any, length: Any) -> Coverage:
+    def coverage(
+        self, p0: Any, p1: Any, j0: Any, j1: Any, length: Any, numbers: Mapping[str, Any] = NOTHING_GIVEN.numbers
+    ) -> Coverage:
         """Tell what is certain about visibility in the rectangle ``[p0, p1) x [j0, j1)``.
 
         **Arguments:**
@@ -91,10 +130,18 @@ class Program:
         - `p0`, `p1`: the range of query positions, not empty.
         - `j0`, `j1`: the range of key positions, not empty.
         - `length`: the number of keys of the sequence: the true one, not a padded one.
+        - `numbers`: the sequence's numbers, by name.
 
-        **Returns:** a `Coverage`. "empty" and "full" are never wrong; "partial" may be either.
+        **Returns:** a `Coverage`. "empty" and "full" are never wrong; "partial" may be either. It is of all query heads
+        together. Where visibility asks for ancestors, the keys must be before the step's own tokens.
         """
-        return self.visibility.coverage(p0, p1, j0, j1) & Coverage(some=j0 < length, full=j1 <= length)
+        visibility = self._visibility(Given(numbers, is_ancestor=True))
+        return visibility.coverage(p0, p1, j0, j1) & Coverage(some=j0 < length, full=j1 <= length)
+
+    def any_numbers(self) -> dict[str, Any]:
+        """Numbers for questions that come before any batch: so large that a window or a prefix shows everything."""
+        one = {"int32": 2**30, "float32": 1.0}
+        return {v.name: one[v.dtype] if v.size is None else (one[v.dtype],) * v.size for v in self.values}
 
     def page_intervals(self, page_size: int) -> PageIntervals | None:
         """The pages that query rows see, as intervals, where `coverage` proves that these pages are one run.
@@ -112,7 +159,7 @@ class Program:
         >>> [int(page) for page in intervals.visible(p0=199, p1=200, length=200, width=64)]
         [4, 13]
         """
-        return page_intervals(self.coverage, page_size)
+        return page_intervals(self.coverage, self.values, page_size)
 
     def may_visit_unseen(self, page_size: int) -> bool:
         """Whether a page that `coverage` cannot rule out may still hold no visible key.
@@ -128,7 +175,8 @@ class Program:
         >>> Program.from_spec(spec).may_visit_unseen(page_size=16)
         False
         """
-        return self.visibility.is_opaque or self.page_intervals(page_size) is None
+        has_exact_coverage = not (self.visibility.is_opaque or self.has_heads or self.has_ancestors)
+        return not has_exact_coverage or self.page_intervals(page_size) is None
 
     def __str__(self) -> str:
         heads = f"{self.num_q_heads} query heads over {self.num_kv_heads} KV heads ({self.group} to each)"

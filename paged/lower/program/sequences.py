@@ -1,5 +1,6 @@
 """A batch made safe to read: every start, count and length clamped, dead slots without rows."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from paged.spec import RaggedBatch
+from paged.spec import LARGEST_INT32, SMALLEST_INT32, RaggedBatch
+
+from .brought import OwnRows, QueryRows
 
 
 class Sequences(NamedTuple):
@@ -19,6 +22,10 @@ class Sequences(NamedTuple):
     keys that exist: those that have an entry in the table. A row at ``lengths[s]`` or beyond has no place to be
     written to.
 
+    ``numbers`` are those that the batch brings, by name: of each an array [seqs], or a tuple of arrays for a value with
+    a size. ``own`` is what the batch brings for its rows, None if it brings neither positions nor ancestors: then a
+    row's position is its place, as above.
+
     ``planned`` is what a lowering has computed from the other fields for one step, see `Lowering.plan`, or None. Other
     sequences have other lists: who replaces a field sets it to None.
     """
@@ -28,6 +35,8 @@ class Sequences(NamedTuple):
     positions: Int[Array, " seqs"]
     lengths: Int[Array, " seqs"]
     tables: Int[Array, "seqs pages_per_seq"]
+    numbers: Mapping[str, Any] = {}
+    own: OwnRows | None = None
     planned: Any = None
 
     @classmethod
@@ -44,7 +53,12 @@ class Sequences(NamedTuple):
         counts = jnp.where(slot[:-1] < live, bounds[1:] - bounds[:-1], 0)
         lengths = jnp.where(slot[:-1] < live, jnp.maximum(batch.lengths, 0), 0)
         stored = jnp.minimum(lengths, batch.pages_per_seq * page_size)
-        return cls(jnp.asarray(bounds[:-1]), counts, lengths - counts, stored, batch.block_tables)
+        first = jnp.asarray(bounds[:-1])
+        seqs = cls(first, counts, lengths - counts, stored, batch.block_tables, _numbers(batch))
+        if batch.positions is None and batch.ancestors is None:
+            return seqs
+        positions = seqs.rows(tokens)[1] if batch.positions is None else batch.positions
+        return seqs._replace(own=OwnRows(positions, batch.ancestors))
 
     def owner(self, tokens: int) -> tuple[Int[Array, " tokens"], Bool[Array, " tokens"]]:
         """Each query row's slot, and whether it has one; the slot of a row without is any valid one."""
@@ -54,11 +68,42 @@ class Sequences(NamedTuple):
         is_owned = (row >= self.starts[slot]) & (row < self.starts[slot] + self.counts[slot])
         return slot, is_owned
 
+    def numbers_of(self, slot: Any) -> dict[str, Any]:
+        """The numbers of the sequence in a slot, or of those in several slots, by name."""
+        return jax.tree.map(lambda x: x[slot], dict(self.numbers))
+
+    def query_rows(self) -> QueryRows:
+        """The rows of every sequence, as coverage sees them."""
+        p0, p1, own = self.positions, self.positions + self.counts, None
+        if self.own is not None:
+            tokens = self.own.positions.shape[0]
+            slot, is_owned = self.owner(tokens)
+            is_row = is_owned & (slot == jnp.arange(self.starts.shape[0], dtype=jnp.int32)[:, None])
+            p0, p1, own = *position_range(self.own.positions, is_row), self.positions
+        return QueryRows(p0, p1, self.lengths, dict(self.numbers), own)
+
     def rows(self, tokens: int) -> tuple[Int[Array, " tokens"], Int[Array, " tokens"], Bool[Array, " tokens"]]:
         """Each query row's slot and absolute position, and whether a slot owns it and its position is not negative."""
         slot, is_owned = self.owner(tokens)
         position = self.positions[slot] + jnp.arange(tokens, dtype=jnp.int32) - self.starts[slot]
         return slot, position, is_owned & (position >= 0)
+
+
+def position_range(positions: Int[Array, "*shape rows"], is_row: Bool[Array, "*shape rows"]) -> tuple[Any, Any]:
+    """The half-open range of the positions of some rows; an empty one where there is none."""
+    first = jnp.min(jnp.where(is_row, positions, LARGEST_INT32), axis=-1)
+    last = jnp.max(jnp.where(is_row, positions, SMALLEST_INT32), axis=-1)
+    return jnp.where(first <= last, first, 0), jnp.where(first <= last, jnp.minimum(last, LARGEST_INT32 - 1) + 1, 0)
+
+
+def _numbers(batch: RaggedBatch) -> dict[str, Any]:
+    """A batch's numbers by name. No gradient flows to them."""
+
+    def of_value(x: Array) -> Any:
+        x = jax.lax.stop_gradient(x)
+        return x if x.ndim == 1 else tuple(x[:, i] for i in range(x.shape[1]))
+
+    return {name: of_value(x) for name, x in batch.values.items()}
 
 
 def count_up_to(ends: Int[Array, " seqs"], x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:

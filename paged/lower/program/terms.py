@@ -17,7 +17,10 @@ import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array
 
+from paged.spec import Given
+
 from ..jax_version import shape_like, vary_alike
+from .brought import by_name, dtypes_of
 from .factors import merge_factors, variables
 from .program import Program
 
@@ -36,12 +39,13 @@ class Terms(NamedTuple):
     """A program's scores and visibility at one shape of tile.
 
     * ``early(*heads)`` gives the arrays that the other two functions need. Call it once, before any tile.
-    * ``scores(arrays, s, p, j, *heads)`` gives a tile's scores. ``s`` is ``factor`` times the products of queries and
-      keys.
-    * ``visible(arrays, p, j, length)`` tells which pairs of a tile are visible: `Program.visible`.
+    * ``scores(arrays, given, s, p, j, *heads)`` gives a tile's scores. ``s`` is ``factor`` times the products of
+      queries and keys.
+    * ``visible(arrays, given, p, j, length, *heads)`` tells which pairs of a tile are visible: `Program.visible`.
     * ``scores_use_positions`` is False where scores depend on the products and the head alone.
 
-    The query heads are an argument of ``early`` in `kernel_terms`, and of ``scores`` in `plain_terms`.
+    ``given`` is what the batch brings for the tile: the numbers of its sequence, and ``is_ancestor`` where the program
+    asks for it. The query heads are an argument of ``early`` in `kernel_terms`, and of the others in `plain_terms`.
     """
 
     factor: float
@@ -69,13 +73,22 @@ def plain_terms(program: Program, heads: int, rows: int, keys: int, like: Any = 
     ``h [heads, rows, 1]``; each varies over a mesh as ``like`` does. A program of built-in terms closes over nothing:
     its functions are called as they are.
     """
+
+    def scores_of(given: Given, s: Any, p: Any, j: Any, h: Any) -> Any:
+        return program.apply_scores(s, p, j, h, given)
+
+    def visible_of(given: Given, p: Any, j: Any, length: Any, h: Any) -> Any:
+        return program.visible(p, j, length, given._replace(head=h if program.has_heads else None))
+
     if not (program.visibility.is_opaque or any(op.is_opaque for op in program.score_ops)):
-        scores = _Cut(lambda: (), lambda _, *tile: program.apply_scores(*tile))
-        return _terms(scores, _Cut(lambda: (), lambda _, *tile: program.visible(*tile)), 0)
+        plain = [_Cut(lambda: (), lambda _, *tile, fn=fn: fn(*tile)) for fn in (scores_of, visible_of)]
+        return _terms(*plain, 0)
     s = shape_like(like, (heads, rows, keys), jnp.float32)
     shapes = ((1, rows, 1), (1, 1, keys), (heads, rows, 1), ())
     p, j, h, length = (shape_like(like, shape, jnp.int32) for shape in shapes)
-    scores, visible = _close(program.apply_scores, s, p, j, h), _close(program.visible, p, j, length)
+    given = _given_shapes(program, lambda shape, dtype: shape_like(like, shape, dtype), (1, rows, keys))
+    scores = _close(scores_of, given._replace(is_ancestor=None), s, p, j, h)
+    visible = _close(visible_of, given, p, j, length, h)
     return _terms(scores, visible, len(scores.early()))
 
 
@@ -100,19 +113,25 @@ def _terms(scores: _Cut, visible: _Cut, num_scores: int) -> Terms:
     """Both functions as one, with the arrays of scores, ``num_scores`` of them, before those of visibility."""
     return Terms(
         factor=scores.factor,
-        early=lambda *heads: (*scores.early(*heads), *visible.early()),
+        early=lambda *heads: (*scores.early(*heads), *visible.early(*heads)),
         scores=lambda arrays, *tile: scores.late(arrays[:num_scores], *tile),
         visible=lambda arrays, *tile: visible.late(arrays[num_scores:], *tile),
-        scores_use_positions=any(scores.used[1:]),
+        scores_use_positions=any(scores.used[1:3]),
     )
+
+
+def _given_shapes(program: Program, shape: Callable[[tuple[int, ...], Any], Any], tile: tuple[int, ...]) -> Given:
+    """The shapes of what a batch brings for a tile: numbers of its sequence, and which keys are ancestors'."""
+    numbers = by_name(program.values, (shape((), dtype) for dtype in dtypes_of(program.values)))
+    return Given(numbers, is_ancestor=shape(tile, jnp.bool_) if program.has_ancestors else None)
 
 
 def _close(fn: Callable[..., Array], *tile: Any) -> _Cut:
     """``fn`` with only the arrays that it closes over early. Nested functions keep their own rules for gradients."""
     closed = jax.make_jaxpr(fn)(*tile)
 
-    def late(arrays: tuple[Array, ...], *tile: Array) -> Array:
-        (value,) = jax.core.eval_jaxpr(closed.jaxpr, arrays, *vary_alike(*tile))
+    def late(arrays: tuple[Array, ...], *tile: Any) -> Array:
+        (value,) = jax.core.eval_jaxpr(closed.jaxpr, arrays, *jax.tree.leaves(vary_alike(*tile)))
         return value
 
     return _Cut(lambda: tuple(jnp.asarray(constant) for constant in closed.consts), late)
@@ -123,12 +142,18 @@ def _cuts(program: Program, rows: int, keys: int, unit: float = 1.0) -> tuple[_C
     position = jax.ShapeDtypeStruct((rows, keys), jnp.int32)
     head = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
 
-    def scores_of(h: Any, products: Any, p: Any, j: Any) -> Any:
-        scores = program.apply_scores(products * program.scale, p, j, h)
+    given = _given_shapes(program, jax.ShapeDtypeStruct, (rows, keys))
+
+    def scores_of(h: Any, products: Any, p: Any, j: Any, given: Given) -> Any:
+        scores = program.apply_scores(products * program.scale, p, j, h, given)
         return scores if unit == 1 else scores * unit
 
-    scores = _cut(scores_of, (head,), (s, position, position), merges=True)
-    return scores, _cut(program.visible, (), (position, position, _LENGTH))
+    def visible_of(h: Any, given: Given, p: Any, j: Any, length: Any) -> Any:
+        return program.visible(p, j, length, given._replace(head=h if program.has_heads else None))
+
+    scores = _cut(scores_of, (head,), (s, position, position, given._replace(is_ancestor=None)), merges=True)
+    scores = scores._replace(late=lambda arrays, given, s, p, j, late=scores.late: late(arrays, s, p, j, given))
+    return scores, _cut(visible_of, (head,), (given, position, position, _LENGTH))
 
 
 def _cut(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, ...], merges: bool = False) -> _Cut:
@@ -158,14 +183,19 @@ def _cut(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, .
         _evaluate(early, env)
         return tuple(jnp.asarray(env[v]) for v in crossing)
 
-    def run_late(arrays: tuple[Array, ...], *args: Array) -> Array:
+    def run_late(arrays: tuple[Array, ...], *args: Any) -> Array:
         # Kernels hold Booleans as numbers.
         arrays = tuple(x != 0 if v.aval.dtype == bool else x for v, x in zip(crossing, arrays, strict=True))
-        env = dict(zip(crossing, arrays, strict=True)) | dict(zip(unknowns, args, strict=True))
+        env = dict(zip(crossing, arrays, strict=True)) | dict(zip(unknowns, _leaves(args), strict=True))
         _evaluate(late, env)
         return _read(env, jaxpr.outvars[0])
 
     return _Cut(run_early, run_late, factor, tuple(v in reads for v in unknowns), tuple(_refused(late)))
+
+
+def _leaves(args: Any) -> list[Any]:
+    """Leaves of a tile's arguments, with None in the place of positions that nobody reads."""
+    return [x for arg in args for x in ([arg] if arg is None else jax.tree.leaves(arg))]
 
 
 def _evaluate(eqns: Any, env: dict[Any, Any]) -> None:

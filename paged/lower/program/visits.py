@@ -1,6 +1,6 @@
 """Which pages a range of query rows visits: those in which the program cannot rule out a visible key."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from paged.spec import Coverage
 
+from .brought import QueryRows
 from .call import Call
 from .program import Program
 
@@ -31,14 +32,14 @@ class Visits(NamedTuple):
 
 
 def visits_by_scatter(
-    program: Program, p0: Any, p1: Any, length: Any, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
+    program: Program, rows: QueryRows, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
 ) -> Visits:
-    """The pages that the query positions ``[p0, p1)`` may see in a sequence of ``length`` tokens.
+    """The pages that query rows may see in their sequence.
 
     Every page computes its place in the list and is scattered there. A table entry outside the pool is a hole: its page
     is never visited, so its tokens are invisible.
     """
-    some, full = page_coverage(program, p0, p1, length, table, page_size, num_pages)
+    some, full = page_coverage(program, rows, table, page_size, num_pages)
     num_full, count = jnp.sum(full, dtype=jnp.int32), jnp.sum(some, dtype=jnp.int32)
     partial = some & ~full
     of_full, of_partial = (jnp.cumsum(pages, dtype=jnp.int32) - 1 for pages in (full, partial))
@@ -50,20 +51,14 @@ def visits_by_scatter(
 
 
 def visits_by_sort(
-    program: Program,
-    p0: Int[Array, " tiles"],
-    p1: Int[Array, " tiles"],
-    lengths: Int[Array, " tiles"],
-    tables: Int[Array, "tiles pages_per_seq"],
-    page_size: int,
-    num_pages: int,
+    program: Program, rows: QueryRows, tables: Int[Array, "tiles pages_per_seq"], page_size: int, num_pages: int
 ) -> Visits:
-    """`visits_by_scatter` for many tiles of query positions at once, by one sort: a TPU has no fast scatter."""
+    """`visits_by_scatter` for many tiles of query rows at once, by one sort: a TPU has no fast scatter."""
 
-    def coverage(p0, p1, length, table):
-        return page_coverage(program, p0, p1, length, table, page_size, num_pages)
+    def coverage(rows, table):
+        return page_coverage(program, rows, table, page_size, num_pages)
 
-    some, full = jax.vmap(coverage)(p0, p1, lengths, tables)
+    some, full = jax.vmap(coverage)(rows, tables)
     width = tables.shape[1]
     index = jnp.arange(width, dtype=jnp.int32)[None]
     # Full pages sort before all partial ones, and these before all others; within each kind the index decides.
@@ -75,12 +70,19 @@ def visits_by_sort(
 
 
 def page_coverage(
-    program: Program, p0: Any, p1: Any, length: Any, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
+    program: Program, rows: QueryRows, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
 ) -> Coverage:
-    """For each page of the table, what is certain about the query positions ``[p0, p1)``. A hole is empty."""
+    """For each page of the table, what is certain about some query rows. A hole is empty."""
+    p0, p1, length, numbers, own = rows
     j0 = jnp.arange(table.shape[0], dtype=jnp.int32) * page_size
+    j1 = j0 + page_size
     is_there = (p0 < p1) & (table >= 0) & (table < num_pages)
-    return program.coverage(p0, p1, j0, j0 + page_size, length) & Coverage(is_there, is_there)
+    coverage = program.coverage(p0, p1, j0, j1, length, numbers)
+    if own is not None:
+        # Nothing is known of pages that hold the step's own tokens.
+        is_own = (j1 > own) & (j0 < length)
+        coverage = Coverage(coverage.some | is_own, coverage.full & ~is_own)
+    return coverage & Coverage(is_there, is_there)
 
 
 def most_pages_seen(program: Program, page_size: int, call: Call) -> int:
@@ -89,5 +91,5 @@ def most_pages_seen(program: Program, page_size: int, call: Call) -> int:
     lengths = np.unique(np.concatenate([np.linspace(1, capacity, 16).astype(int), capacity - np.arange(page_size)]))
     first = np.arange(call.pages_per_seq) * page_size
     length = np.maximum(lengths, 1)[:, None]
-    some = program.coverage(length - rows, length, first, first + page_size, length).some
+    some = program.coverage(length - rows, length, first, first + page_size, length, program.any_numbers()).some
     return max(1, int(np.max(np.sum(np.broadcast_to(some, (len(lengths), len(first))), axis=1))))

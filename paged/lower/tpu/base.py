@@ -187,6 +187,8 @@ class TpuLowering(Lowering):
         """The pages with new rows written: by kernels in place, or by XLA if the kernels refuse the layout."""
         if self.refuses_write(pages.layout) is not None:
             return XLA_BLOCKS.write(k, v, pages, seqs, query_rows)
+        # Where rows are written follows from their places alone.
+        seqs = seqs._replace(numbers={}, own=None)
         return write_rows(self.target_chip, self.interpret, query_rows, k, v, pages, seqs)
 
 

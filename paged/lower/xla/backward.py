@@ -51,11 +51,12 @@ def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, sta
     visits, p = walk.visits(row_block, operands), walk.positions(row_block)
 
     def scores(q, k, moved, j):
-        return walk.scores(q, k, Parts(None, (), moved).put_constants(operands.constants), p, j)
+        constants = Parts(None, (), moved).put_constants(operands.constants)
+        return walk.scores(q, k, constants, p, j, row_block.numbers)
 
     def step(i, carry, is_masked):
         q_gradient, pools, constants = carry
-        page_block = walk.page_block(i, visits, operands.pages.layout.page_size)
+        page_block = walk.page_block(i, visits, row_block, operands.pages.layout.page_size)
         k, v = tiles.gather(operands.pages, page_block.ids, i)
         if is_masked:
             is_visible = walk.visible(page_block, row_block, operands.constants)

@@ -1,18 +1,40 @@
 """Row blocks: how the query rows of a ragged batch are cut into pieces of one sequence each."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from ..program import Sequences, Visits, count_up_to
+from ..program import QueryRows, Sequences, Visits, count_up_to, position_range
+
+
+class OwnOfBlock(NamedTuple):
+    """What the batch brings for the rows of a row block, and where their sequence's rows of this step are.
+
+    * ``number``: which of the sequence's rows in this step each row is.
+    * ``start``, ``place``: the batch's row that is the first of these, and the place of its token in the sequence.
+    * ``positions``: of all rows of the batch.
+    * ``words``: the bits of each row's ancestors, None where no term asks.
+    """
+
+    number: Int[Array, " rows"]
+    start: Int[Array, ""]
+    place: Int[Array, ""]
+    positions: Int[Array, " tokens"]
+    words: Int[Array, "rows words"] | None
+
+    def number_of(self, place: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        """Which of the sequence's rows in this step a key is, by its place; negative before the step's own tokens."""
+        return place - self.place
 
 
 class RowBlock(NamedTuple):
     """Up to ``rows`` consecutive query rows of one sequence of ``length`` keys.
 
-    Row ``i`` is the batch's row ``row[i]``, at position ``position[i]``. Where ``is_row`` is False the sequence has no
+    Row ``i`` is the batch's row ``row[i]``, at position ``position[i]``. ``numbers`` are the sequence's, by name; ``own``
+    is what the batch brings for the rows, if it brings anything. Where ``is_row`` is False the sequence has no
     such row: the batch's row 0 is read instead, and nothing is written. ``visits`` are the pages that the rows see, if
     they have been listed before.
     """
@@ -22,13 +44,18 @@ class RowBlock(NamedTuple):
     position: Int[Array, " rows"]
     is_row: Bool[Array, " rows"]
     length: Int[Array, ""]
+    numbers: Mapping[str, Any]
+    own: OwnOfBlock | None
     visits: Visits | None
 
     @property
-    def position_range(self) -> tuple[Any, Any]:
-        """The half-open range of the rows' positions."""
+    def query_rows(self) -> QueryRows:
+        """The rows, as coverage sees them."""
+        if self.own is not None:
+            own_range = position_range(self.position, self.is_row)
+            return QueryRows(*own_range, self.length, self.numbers, self.own.place)
         first = self.position[0]
-        return first, first + jnp.sum(self.is_row, dtype=jnp.int32)
+        return QueryRows(first, first + jnp.sum(self.is_row, dtype=jnp.int32), self.length, self.numbers)
 
 
 class RowBlocks(NamedTuple):
@@ -63,6 +90,10 @@ class RowBlocks(NamedTuple):
         offset = (which - self.first[seq]) * rows + jnp.arange(rows, dtype=jnp.int32)
         is_row = (offset < seqs.counts[seq]) & (which < self.count)
         row = jnp.where(is_row, seqs.starts[seq] + offset, 0)
-        position = seqs.positions[seq] + offset
+        position, own = seqs.positions[seq] + offset, None
+        if seqs.own is not None:
+            words = None if seqs.own.ancestors is None else seqs.own.ancestors[row]
+            own = OwnOfBlock(offset, seqs.starts[seq], seqs.positions[seq], seqs.own.positions, words)
+            position = seqs.own.positions[row]
         visits = jax.tree.map(lambda x: x[which], self.visits)
-        return RowBlock(seq, row, position, is_row, seqs.lengths[seq], visits)
+        return RowBlock(seq, row, position, is_row, seqs.lengths[seq], seqs.numbers_of(seq), own, visits)

@@ -70,14 +70,14 @@ def _attend_row_block(
     visits, p = walk.visits(row_block, operands), walk.positions(row_block)
 
     def scores(i: Array, buffers: Buffers, is_masked: bool) -> tuple[Array, Buffers]:
-        page_block = walk.page_block(i, visits, size)
+        page_block = walk.page_block(i, visits, row_block, size)
         k, buffers = tiles.keys(pages, page_block.ids, i, buffers)
-        s = walk.scores(q, k, constants, p, page_block.j, dot_products_keys_left)
+        s = walk.scores(q, k, constants, p, page_block.j, row_block.numbers, dot_products_keys_left)
         s = jnp.where(walk.visible(page_block, row_block, constants), s, -jnp.inf) if is_masked else s
         return s, buffers
 
     def values(i: Array, buffers: Buffers, is_masked: bool) -> tuple[Array, Buffers]:
-        page_block = walk.page_block(i, visits, size)
+        page_block = walk.page_block(i, visits, row_block, size)
         is_visible = walk.visible(page_block, row_block, constants) if is_masked else None
         return tiles.values(pages, page_block.ids, i, buffers, is_visible)
 

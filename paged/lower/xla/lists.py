@@ -27,8 +27,7 @@ class XlaLists(NamedTuple):
 
 def visits_of(program: Program, row_block: RowBlock, seqs: Sequences, page_size: int, num_pages: int) -> Visits:
     """The pages that a row block visits."""
-    p0, p1 = row_block.position_range
-    return visits_by_scatter(program, p0, p1, row_block.length, seqs.tables[row_block.seq], page_size, num_pages)
+    return visits_by_scatter(program, row_block.query_rows, seqs.tables[row_block.seq], page_size, num_pages)
 
 
 def with_visits(

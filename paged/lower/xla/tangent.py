@@ -47,7 +47,7 @@ def _row_block_tangent(walk: Walk, row_block: RowBlock, operands: Operands, stat
 
     def step(i, carry, is_masked):
         out_change, lse_change = carry
-        page_block = walk.page_block(i, visits, operands.pages.layout.page_size)
+        page_block = walk.page_block(i, visits, row_block, operands.pages.layout.page_size)
         k, v = tiles.gather(operands.pages, page_block.ids, i)
         k_move = v_move = None
         if along.arrays:
@@ -59,7 +59,7 @@ def _row_block_tangent(walk: Walk, row_block: RowBlock, operands: Operands, stat
 
         def scores(at):
             constants = Parts(None, (), at["constants"]).put_constants(operands.constants)
-            return walk.scores(at.get("q", q), at.get("k", k), constants, p, page_block.j)
+            return walk.scores(at.get("q", q), at.get("k", k), constants, p, page_block.j, row_block.numbers)
 
         step_moves = moves if k_move is None else {**moves, "k": k_move}
         own = Parts.of(operands).constants

@@ -5,16 +5,16 @@ A tile is one row block, of one sequence, against one page block: some of the pa
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from paged.spec import Pages
+from paged.spec import LARGEST_INT32, Given, Pages
 
-from ..program import Program, Sequences, Terms, Visits
+from ..program import Program, Sequences, Terms, Visits, is_ancestor
 from .blocks import RowBlock, RowBlocks
 from .lists import visits_of
 
@@ -75,12 +75,15 @@ class Parts(NamedTuple):
 
 
 class PageBlock(NamedTuple):
-    """Pages that one row block visits: where they lie in the pool, and the position of each key.
+    """Pages that one row block visits: where they lie in the pool, and each key's place and position.
+
+    The two are equal but for tokens of this step, where the batch brings positions.
 
     The last page block is filled up by repeating a page; ``is_visit`` is False there.
     """
 
     ids: Int[Array, " pages_per_block"]
+    place: Int[Array, "1 1 keys"]
     j: Int[Array, "1 1 keys"]
     is_visit: Bool[Array, "1 1 keys"]
 
@@ -137,18 +140,34 @@ class Walk:
         carry = jax.lax.fori_loop(first, masked, functools.partial(step, is_masked=False), start)
         return jax.lax.fori_loop(masked, last, functools.partial(step, is_masked=True), carry)
 
-    def page_block(self, which: Any, visits: Visits, page_size: int) -> PageBlock:
+    def page_block(self, which: Any, visits: Visits, row_block: RowBlock, page_size: int) -> PageBlock:
         """Page block number ``which`` of the visited pages."""
         entry = which * self.pages_per_block + jnp.arange(self.pages_per_block, dtype=jnp.int32)
         is_visit = entry < visits.count
         entry = jnp.minimum(entry, jnp.maximum(visits.count - 1, 0))
-        j = visits.index[entry][:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None]
-        return PageBlock(visits.page[entry], j.reshape(1, 1, -1), jnp.repeat(is_visit, page_size).reshape(1, 1, -1))
+        place = visits.index[entry][:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None]
+        place, own = place.reshape(1, 1, -1), row_block.own
+        j = place
+        if own is not None:
+            row = jnp.clip(own.start + own.number_of(place), 0, own.positions.shape[0] - 1)
+            j = jnp.where((own.number_of(place) >= 0) & (place < row_block.length), own.positions[row], place)
+        return PageBlock(visits.page[entry], place, j, jnp.repeat(is_visit, page_size).reshape(1, 1, -1))
 
-    def visible(self, page_block: PageBlock, row_block: RowBlock, constants: Any) -> Bool[Array, "1 group_rows keys"]:
-        """Which pairs of the tile are visible."""
-        p, is_row = self.positions(row_block), jnp.tile(row_block.is_row, self.program.group).reshape(1, -1, 1)
-        return self.terms.visible(constants, p, page_block.j, row_block.length) & page_block.is_visit & is_row
+    def visible(
+        self, page_block: PageBlock, row_block: RowBlock, constants: Any
+    ) -> Bool[Array, "heads group_rows keys"]:
+        """Which pairs of the tile are visible: for every KV head alike, or for each where visibility differs by head."""
+        p, is_row = self.positions(row_block), self._of_rows(row_block.is_row)
+        given, length, own = Given(row_block.numbers), row_block.length, row_block.own
+        exists = page_block.is_visit & is_row
+        if own is not None:
+            # Positions may be any numbers: whether a key exists is told by its place.
+            exists, length = exists & (page_block.place < length), jnp.int32(LARGEST_INT32)
+            if self.program.has_ancestors and own.words is not None:
+                words = [self._of_rows(own.words[:, i]) for i in range(own.words.shape[1])]
+                of_row = is_ancestor(words, self._of_rows(own.number), own.number_of(page_block.place))
+                given = given._replace(is_ancestor=of_row)
+        return self.terms.visible(constants, given, p, page_block.j, length, self.heads) & exists
 
     def scores(
         self,
@@ -157,14 +176,18 @@ class Walk:
         constants: Any,
         p: Int[Array, "1 group_rows 1"],
         j: Int[Array, "1 1 keys"],
+        numbers: Mapping[str, Any],
         product: Callable[[Array, Array], Array] = dot_products,
     ) -> Float[Array, "kv_heads group_rows keys"]:
         """The tile's scores before the mask, from folded queries and the tile's keys, both float32."""
-        return self.terms.scores(constants, product(q * self.program.scale, k), p, j, self.heads)
+        return self.terms.scores(constants, Given(numbers), product(q * self.program.scale, k), p, j, self.heads)
 
     def positions(self, row_block: RowBlock) -> Int[Array, "1 group_rows 1"]:
         """The position of each row of a tile."""
-        return jnp.tile(row_block.position, self.program.group).reshape(1, -1, 1)
+        return self._of_rows(row_block.position)
+
+    def _of_rows(self, x: Shaped[Array, " rows"]) -> Shaped[Array, "1 group_rows 1"]:
+        return jnp.tile(x, self.program.group).reshape(1, -1, 1)
 
     @property
     def heads(self) -> Int[Array, "kv_heads group_rows 1"]:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from paged.spec import NOTHING_GIVEN
+
 from ...program import Running, Terms
 from ..chips import LANES
 from ..pages import Views, dot
@@ -285,7 +287,9 @@ class Decode:
             j = refs.work.key_positions(views, item, block.i, self.views.pages_per_block)
         visible, present = views.is_own_key(), None
         if is_masked:
-            seen = terms.visible(tuple(ref[0] for ref in refs.inputs.arrays), p, j, refs.work.length[item])
+            seen = terms.visible(
+                tuple(ref[0] for ref in refs.inputs.arrays), NOTHING_GIVEN, p, j, refs.work.length[item]
+            )
             present = refs.stream.present(views, block.stage)
             seen = seen if present is None else seen & present
             if self.hides_unseen:
@@ -308,7 +312,7 @@ class Decode:
     def _weigh(self, refs: Refs, block: Block, tile: int, product: Any, seen: Seen, terms: Terms) -> Any:
         """The first half of a step of the softmax for one tile, from its products: a `Running`, and the weights."""
         s = self._scaled(refs, tile, product * terms.factor, seen.scales)
-        s = terms.scores(tuple(ref[tile] for ref in refs.inputs.arrays), s, seen.p, seen.j)
+        s = terms.scores(tuple(ref[tile] for ref in refs.inputs.arrays), NOTHING_GIVEN, s, seen.p, seen.j)
         s = s if seen.visible is None else jnp.where(seen.visible, s, -jnp.inf)
         return Running.first(s, self.views.result_lanes) if block.running is None else block.running[tile].weigh(s)
 

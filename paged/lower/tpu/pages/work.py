@@ -88,8 +88,7 @@ class TileVisits(NamedTuple):
     @classmethod
     def of(cls, program: Program, tiles: Sequences, page_size: int, num_pages: int) -> "TileVisits":
         """The pages that the program cannot rule out for any row of a tile."""
-        starts, ends = tiles.positions, tiles.positions + tiles.counts
-        return cls(tiles, visits_by_sort(program, starts, ends, tiles.lengths, tiles.tables, page_size, num_pages))
+        return cls(tiles, visits_by_sort(program, tiles.query_rows(), tiles.tables, page_size, num_pages))
 
     def sliced(self, first: Any, tiles: int) -> "TileVisits":
         """So many tiles from tile ``first`` on, which may be traced."""

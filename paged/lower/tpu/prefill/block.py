@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from paged.spec import NOTHING_GIVEN
+
 from ...program import Terms, update_maximum
 from ..chips import LANES, SUBLANES
 from ..pages import Views, dot
@@ -118,7 +120,7 @@ class BlockKernel:
         def find(turn: Index) -> None:
             first = turn * self.mask_rows
             p = work.position[item] + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            visible = self.mask.visible(arrays, p, j, work.length[item])
+            visible = self.mask.visible(arrays, NOTHING_GIVEN, p, j, work.length[item])
             scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)] = visible.astype(jnp.int32)
 
         loop(self.shape.positions // self.mask_rows, find)
@@ -160,7 +162,7 @@ class BlockKernel:
                 j = scratch.key_position[block.half, pl.ds(0, 1), pl.ds(0, keys)]
                 j = jnp.broadcast_to(j, (rows, keys))
             heads = [self.shape.q_head_of(strip) for strip in self.shape.strips_of(strip_group)]
-            s = self.scores.scores(_of_heads(refs.inputs.arrays, self.scores, heads, rows), s, p, j)
+            s = self.scores.scores(_of_heads(refs.inputs.arrays, self.scores, heads, rows), NOTHING_GIVEN, s, p, j)
         if is_masked:
             s = jnp.where(self._visible(refs, strip_group), s, -jnp.inf)
         scratch.block_top[half, pl.ds(0, rows)] = functools.reduce(jnp.maximum, _lane_groups(s))
