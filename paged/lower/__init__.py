@@ -35,6 +35,7 @@ from .mesh import require_mesh as require_mesh
 from .plan import Plan as Plan
 from .program import Call as Call
 from .program import Program as Program
+from .program import QueryRows as QueryRows
 from .program import Sequences as Sequences
 from .program import normal_form as normal_form
 from .program import page_coverage as page_coverage

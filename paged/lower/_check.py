@@ -1,5 +1,6 @@
 """`check`: the values of a batch, looked at when it runs. `require` is for shapes and dtypes, when it is traced."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from paged.spec import AttentionSpec, Mask, Pages, RaggedBatch
+from paged.spec import AttentionSpec, Given, Mask, Pages, RaggedBatch, values_in
 
 from ._ahead import first_rows, may_cut, seen_ahead
 from .program import implies, normal_form
@@ -36,6 +37,7 @@ def check(
     - ``num_seqs`` is in ``[0, seqs]``;
     - ``query_starts`` begins at 0, does not decrease, and ends within ``tokens``;
     - ``lengths`` is in ``[0, pages_per_seq * page_size]``, and at least the number of query rows;
+    - no number of its ``values`` is less than the least that its mask allows;
     - every page that holds a visible token, or one that this step writes, is in ``[0, num_pages)``;
     - no place in the pages is written by two tokens;
     - with ``final_lengths``, no row up to the end of this step sees a key that a later step writes, as a prefix longer
@@ -67,20 +69,19 @@ def check_values(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: 
     facts = _Facts(page_size, num_pages, tokens, normal_form(mask))
     if _is_checked(batch, facts):
         return batch
-    values = (batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs)
-    if any(isinstance(value, jax.core.Tracer) for value in values):
+    values, changes = _Values.of(batch), {}
+    if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values)):
 
-        def raise_on_fault(*arrays: Any) -> np.ndarray:
-            _raise_on_fault(_Values(*map(np.asarray, arrays)), facts)
+        def raise_on_fault(values: _Values) -> np.ndarray:
+            _raise_on_fault(jax.tree.map(np.asarray, values), facts)
             return np.zeros((), np.int32)
 
-        zero = jax.pure_callback(raise_on_fault, jax.ShapeDtypeStruct((), jnp.int32), *values, vmap_method="sequential")
+        zero = jax.pure_callback(raise_on_fault, jax.ShapeDtypeStruct((), jnp.int32), values, vmap_method="sequential")
         # Everything that reads the batch now waits for the verdict.
-        values = (values[0] + zero, values[1], values[2] + zero, values[3])
+        changes = {"lengths": batch.lengths + zero, "query_starts": batch.query_starts + zero}
     else:
-        _raise_on_fault(_Values(*map(np.asarray, values)), facts)
-    static = {"query_rows": batch.query_rows, "has_even_starts": batch.has_even_starts}
-    return RaggedBatch(*values, **static, checked_for=(*facts[:-1], facts.mask))
+        _raise_on_fault(jax.tree.map(np.asarray, values), facts)
+    return dataclasses.replace(batch, **changes, checked_for=(*facts[:-1], facts.mask))
 
 
 def require_checked(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask) -> None:
@@ -105,6 +106,25 @@ class _Values(NamedTuple):
     tables: np.ndarray
     starts: np.ndarray
     num_seqs: np.ndarray
+    numbers: dict[str, Any]
+    positions: np.ndarray | None
+
+    @classmethod
+    def of(cls, batch: RaggedBatch) -> "_Values":
+        return cls(batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs, batch.values, batch.positions)  # pyright: ignore
+
+    def given(self, s: int) -> Given:
+        """What the batch brings for sequence ``s``, for questions about the tokens before the step's own."""
+        numbers = {name: int(x[s]) if x.ndim == 1 else tuple(map(int, x[s])) for name, x in self.numbers.items()}
+        return Given(numbers, is_ancestor=True)
+
+    def row_range(self, s: int) -> tuple[int, int]:
+        """The half-open range of the positions of the rows of sequence ``s``."""
+        start, stop, length = int(self.starts[s]), int(self.starts[s + 1]), int(self.lengths[s])
+        if self.positions is None or stop <= start:
+            return length - (stop - start), length
+        own = self.positions[start:stop]
+        return int(own.min()), int(own.max()) + 1
 
 
 class _Facts(NamedTuple):
@@ -115,7 +135,7 @@ class _Facts(NamedTuple):
 
 
 def _raise_on_fault(values: _Values, facts: _Facts) -> None:
-    lengths, tables, starts, num_seqs = values
+    lengths, tables, starts, num_seqs, *_ = values
     page_size = facts.page_size
     slots, capacity, live = tables.shape[0], tables.shape[1] * page_size, int(num_seqs)
     if not 0 <= live <= slots:
@@ -138,15 +158,27 @@ def _raise_on_fault(values: _Values, facts: _Facts) -> None:
                 f"lengths[{s}] = {length} (sequence {s}) is less than its {stop - start} query rows: lengths count "
                 "this step's own tokens."
             )
-        _require_pages_in_pool(s, length, stop - start, tables[s], facts)
+        _require_numbers(s, values, facts.mask)
+        _require_pages_in_pool(s, length, stop - start, values, facts)
     _require_distinct_slots(lengths[:live], tables[:live], np.diff(starts[: live + 1]), page_size)
 
 
-def _require_pages_in_pool(s: int, length: int, rows: int, table: np.ndarray, facts: _Facts) -> None:
+def _require_numbers(s: int, values: _Values, mask: Mask) -> None:
+    """No number of sequence ``s`` may be less than the least that its term allows."""
+    for value, least in values_in(mask):
+        number = values.numbers[value.name][s]
+        if least is not None and np.min(number) < least:
+            raise ValueError(
+                f"values[{value.name!r}][{s}] = {number} (sequence {s}) must be at least {least}, for {mask}."
+            )
+
+
+def _require_pages_in_pool(s: int, length: int, rows: int, values: _Values, facts: _Facts) -> None:
     """Every page that holds a token which sequence ``s`` may see or writes must be in the pool."""
-    page_size, num_pages = facts.page_size, facts.num_pages
+    page_size, num_pages, table = facts.page_size, facts.num_pages, values.tables[s]
     first = np.arange(-(-length // page_size)) * page_size
-    some = facts.mask.coverage(length - rows, length, first, first + page_size).some
+    mask: Any = facts.mask.given(values.given(s))
+    some = mask.coverage(*values.row_range(s), first, first + page_size).some
     is_needed = (some | (first + page_size > length - rows)) & (rows > 0)
     entry = table[: len(first)]
     for i in np.flatnonzero(is_needed & ((entry < 0) | (entry >= num_pages))):
@@ -179,13 +211,14 @@ def _require_steps_end_at_cuts(batch: RaggedBatch, final_lengths: Any, mask: Mas
     if any(isinstance(value, jax.core.Tracer) for value in values):
         raise TypeError("final_lengths are compared on the host, so the batch and they must be concrete, not traced.")
     lengths, starts, num_seqs, final = map(np.asarray, values)
+    brought = jax.tree.map(np.asarray, _Values.of(batch))
     if not np.issubdtype(final.dtype, np.integer) or final.shape != lengths.shape:
         raise TypeError(f"final_lengths must be int32[{len(lengths)}]; got {final.dtype.name} of shape {final.shape}.")
     for s in np.flatnonzero(np.diff(starts)[: int(num_seqs)] > 0):
         length, tokens = int(lengths[s]), int(final[s])
         if tokens < length:
             raise ValueError(f"final_lengths[{s}] = {tokens} (sequence {s}) is less than lengths[{s}] = {length}.")
-        first = first_rows(mask, tokens)
+        first = first_rows(mask.given(brought.given(int(s))), tokens)  # pyright: ignore
         cuts = may_cut(first)
         if not cuts[length]:
             row, key = seen_ahead(first, length)

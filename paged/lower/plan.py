@@ -130,7 +130,7 @@ def make_plan(program: Program, layout: PageLayout, choice: Choice, call: Call, 
     if not batch.has_rows(call.tokens):
         return Plan(batch, None, jnp.zeros(call.tokens, jnp.int32), facts)
     seqs = Sequences.of(batch, call.tokens, layout.page_size)
-    _, positions, _ = seqs.rows(call.tokens)
+    positions = seqs.rows(call.tokens)[1] if batch.positions is None else batch.positions
     planned = choice.lowering.plan(program, choice.schedule, call, layout, seqs)
     return Plan(batch, seqs._replace(planned=planned), positions, facts)
 

@@ -43,6 +43,40 @@ def require_queries(spec: AttentionSpec, q: Any, batch: RaggedBatch) -> None:
             f"q must have {expected} rows, {batch.query_rows} for each of the batch's {batch.num_slots} slots; got "
             f"{q.shape[0]}. For rows of varying number build RaggedBatch(lengths, block_tables, query_starts)."
         )
+    require_brought(spec, batch, q.shape[0])
+
+
+def require_brought(spec: AttentionSpec, batch: RaggedBatch, tokens: Any) -> None:
+    """Raise unless the batch brings the values that the spec names, and no others; and one number for each row."""
+    if spec.values or batch.values:
+        _require_values(spec, batch)
+    if spec.has_ancestors != (batch.ancestors is not None):
+        raise ValueError(
+            "The mask has a Tree(), so the batch must bring ancestors: RaggedBatch(..., ancestors=i32[tokens])."
+            if spec.has_ancestors
+            else "The batch brings ancestors, and the mask has no Tree() that would ask for them: add it with &."
+        )
+    for name in ("positions", "ancestors"):
+        array = getattr(batch, name)
+        if array is not None and array.shape[0] != tokens:
+            raise ValueError(f"{name} must have one entry for each of the {tokens} query rows; got {array.shape}.")
+
+
+def _require_values(spec: AttentionSpec, batch: RaggedBatch) -> None:
+    named = {value.name: value for value in spec.values}
+    missing, unknown = [x for x in named if x not in batch.values], [x for x in batch.values if x not in named]
+    if missing:
+        raise ValueError(f"The spec names {missing}, which the batch must bring: RaggedBatch(..., values={{...}}).")
+    if unknown:
+        raise ValueError(f"The batch brings values {unknown}, which the spec does not name; it names {sorted(named)}.")
+    for name, value in named.items():
+        array, slots = batch.values[name], batch.num_slots
+        shape = (slots,) if value.size is None else (slots, value.size)
+        if array.shape != shape or array.dtype != value.dtype:
+            raise ValueError(
+                f"values[{name!r}] must be {value.dtype}{list(shape)}, as {value!r} says; got {array.dtype.name}"
+                f"{list(array.shape)}."
+            )
 
 
 def require_pages(layout: PageLayout | None, pages: Any) -> None:

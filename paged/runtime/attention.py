@@ -213,6 +213,8 @@ class PagedAttention(eqx.Module):
     def _positions(self, tokens: int, batch: RaggedBatch | Plan) -> Int[Array, " tokens"]:
         if isinstance(batch, Plan):
             return batch.positions
+        if batch.positions is not None:
+            return batch.positions
         return Sequences.of(batch, tokens, self.layout.page_size).rows(tokens)[1]
 
     def _project(self, x: Array, positions: Int[Array, " tokens"]) -> tuple[Array, Array, Array]:

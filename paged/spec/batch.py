@@ -64,12 +64,12 @@ class RaggedBatch(eqx.Module):
     block_tables: Int[Array, "seqs pages_per_seq"]
     query_starts: Int[Array, " seqs_plus_1"]
     num_seqs: Int[Array, ""]
-    query_rows: int | None = eqx.field(static=True)
-    checked_for: tuple[int, int, int, Mask] | None = eqx.field(static=True)
-    has_even_starts: bool = eqx.field(static=True)
     values: dict[str, Array]
     positions: Int[Array, " tokens"] | None
     ancestors: Int[Array, "tokens words"] | None
+    query_rows: int | None = eqx.field(static=True)
+    checked_for: tuple[int, int, int, Mask] | None = eqx.field(static=True)
+    has_even_starts: bool = eqx.field(static=True)
 
     def __init__(
         self,

@@ -82,7 +82,7 @@ class Term:
     the least; `paged.check` finds it.
     """
 
-    least: ClassVar[Mapping[str, int]] = {}
+    least: ClassVar[Mapping[str, float]] = {}
     # Whether the term itself differs by query head, or asks which rows are a row's ancestors.
     has_heads: bool = False
     has_ancestors: bool = False

@@ -93,7 +93,8 @@ class SoftCap(ScoreOp):
         object.__setattr__(self, "cap", as_float("SoftCap's cap (soft_cap)", self.cap))
 
     def __call__(self, s, p, j, h):
-        return self.cap * jnp.tanh(s / self.cap)
+        cap: Any = self.cap
+        return cap * jnp.tanh(s / cap)
 
     def __str__(self):
         return f"{self.cap:g} * tanh(s / {self.cap:g})"

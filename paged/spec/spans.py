@@ -40,15 +40,20 @@ class Spans(Mask):
             raise ValueError(f"Spans needs as many starts as ends; got {sizes[0]} and {sizes[1]}.")
 
     def __call__(self, p, j):
-        pairs = zip(self.starts, self.ends, strict=True)  # pyright: ignore
-        seen = [(start <= p) & (p < end) & (start <= j) & (j < end) for start, end in pairs]
-        return _any(seen)
+        return _any([(start <= p) & (p < end) & (start <= j) & (j < end) for start, end in self._spans])
 
     def coverage(self, p0, p1, j0, j1):
-        spans = list(zip(self.starts, self.ends, strict=True))  # pyright: ignore
+        spans = self._spans
         some = [(start < end) & (p0 < end) & (start < p1) & (j0 < end) & (start < j1) for start, end in spans]
         full = [(start <= p0) & (p1 <= end) & (start <= j0) & (j1 <= end) for start, end in spans]
         return Coverage(_any(some), _any(full))
+
+    @property
+    def _spans(self) -> list[tuple[Any, Any]]:
+        starts, ends = self.starts, self.ends
+        if isinstance(starts, Value) or isinstance(ends, Value):
+            raise TypeError(f"{self} needs what a batch brings: mask.given(Given(numbers={{...}}))(p, j).")
+        return list(zip(starts, ends, strict=True))
 
     def __str__(self):
         return f"p and j in one of [{self.starts}, {self.ends})"
@@ -89,7 +94,7 @@ class Segments(Mask):
         """The number of the segment of a position: how many segments have started up to there."""
         number = 0 * position
         for start in self.starts:  # pyright: ignore
-            number = number + (position >= start) * 1
+            number = number + _one_if(position >= start)
         return number
 
     def __str__(self):
@@ -106,6 +111,10 @@ def _require_numbers(owner: str, name: str, numbers: Any) -> int:
     for number in numbers:
         require_int(f"Each of {owner}'s {name}", number)
     return len(numbers)
+
+
+def _one_if(condition: Any) -> Any:
+    return int(condition) if isinstance(condition, bool) else condition.astype("int32")
 
 
 def _any(conditions: list[Any]) -> Any:

@@ -52,7 +52,7 @@ class Built:
         names = ("lengths", "block_tables", "query_starts", "num_seqs")
         values = {name: changes.get(name, getattr(self.batch, name)) for name in names}
         is_even = self.batch.has_even_starts and "query_starts" not in changes
-        batch = RaggedBatch(**values, query_rows=self.batch.query_rows, has_even_starts=is_even)
+        batch = dataclasses.replace(self.batch, **values, has_even_starts=is_even, checked_for=None)
         largest = np.broadcast_to(self.error_unit.max(axis=(0, 2), keepdims=True), self.error_unit.shape)
         return dataclasses.replace(self, batch=batch, error_unit=largest)
 

@@ -1,5 +1,6 @@
 """Pages as tests need them: poison where no live token lies, another physical order, and what a step touched."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -81,8 +82,7 @@ def shuffle_pages(pages: Pages, batch: RaggedBatch, seed: int = 0) -> tuple[Page
     if layout.scales == "token":
         k_scale, v_scale = k_scale[order], v_scale[order]
     shuffled = Pages(tuple(jnp.take(x, order, axis) for x in pages.arrays), k_scale, v_scale, layout)
-    facts = {name: getattr(batch, name) for name in ("query_rows", "checked_for", "has_even_starts")}
-    return shuffled, RaggedBatch(batch.lengths, jnp.asarray(moved), batch.query_starts, batch.num_seqs, **facts)
+    return shuffled, dataclasses.replace(batch, block_tables=jnp.asarray(moved))
 
 
 def assert_no_leak(before: Pages, after: Pages, batch: RaggedBatch) -> None:

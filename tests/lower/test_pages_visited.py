@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.lower import Program, page_coverage, visits_by_scatter
+from paged.lower import Program, QueryRows, page_coverage, visits_by_scatter
 from paged.spec import AttentionSpec, Chunk, Prefix, RaggedBatch, Where, Window
 
 SPEC = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
@@ -71,8 +71,10 @@ def test_visible_pages_are_those_of_brute_force(window, mask, rows):
     """
     spec = SPEC.replace(window=window, mask=mask)
     program, table = Program.from_spec(spec), jnp.arange(5) + 7
-    visits_of = jax.jit(lambda length: visits_by_scatter(program, length - rows, length, length, table, 4, 100))
-    cover = jax.jit(lambda length: page_coverage(program, length - rows, length, length, table, 4, 100))
+    visits_of = jax.jit(
+        lambda length: visits_by_scatter(program, QueryRows(length - rows, length, length), table, 4, 100)
+    )
+    cover = jax.jit(lambda length: page_coverage(program, QueryRows(length - rows, length, length), table, 4, 100))
     p, j = np.arange(-3, 20)[:, None], np.arange(20)[None, :]
     values = np.asarray(spec.visibility(jnp.asarray(p), jnp.asarray(j)))
     for length in range(21):

@@ -71,7 +71,7 @@ MASKS = (
     ),
     Mutant(
         "masks", "an or of fewer terms",
-        method("spec.masks.Or", "__call__", lambda _: lambda self, p, j: self.terms[0](p, j)),
+        method("spec.mask.Or", "__call__", lambda _: lambda self, p, j: self.terms[0](p, j)),
         "Causal() & (Window(4) | Prefix(3))", "coverage",
     ),
     Mutant(

@@ -101,14 +101,14 @@ VISITS = (
     Mutant(
         "visits", "full ignores the length",
         _coverage(
-            lambda self, p0, p1, j0, j1, n: self.visibility.coverage(p0, p1, j0, j1) & Coverage(j0 < n, j1 == j1)
+            lambda self, p0, p1, j0, j1, n, *_: self.visibility.coverage(p0, p1, j0, j1) & Coverage(j0 < n, j1 == j1)
         ),
         "xla, decode, no mask", "equals the reference",
     ),
     Mutant(
         "visits", "pages end a page early",
         _coverage(
-            lambda self, p0, p1, j0, j1, n: self.visibility.coverage(p0, p1, j0, j1) & Coverage(j1 <= n, j1 <= n)
+            lambda self, p0, p1, j0, j1, n, *_: self.visibility.coverage(p0, p1, j0, j1) & Coverage(j1 <= n, j1 <= n)
         ),
         "xla, decode", "equals the reference",
     ),

@@ -11,7 +11,7 @@ import pytest
 import paged
 from paged.lower import Program
 from paged.lower.program import kernel_terms
-from paged.spec import SoftCap
+from paged.spec import NOTHING_GIVEN, SoftCap
 from tests.support import real
 
 ROWS, KEYS, UNIT = 8, 128, math.log2(math.e)
@@ -58,7 +58,7 @@ def _of_products(program: Program, products: np.ndarray) -> tuple[np.ndarray, li
     arrays = terms.early(jnp.zeros((ROWS, 1), jnp.int32))
 
     def scores(s):
-        return terms.scores(arrays, s, p, j)
+        return terms.scores(arrays, NOTHING_GIVEN, s, p, j)
 
     operations = [eqn.primitive.name for eqn in jax.make_jaxpr(scores)(products).eqns]
     return np.asarray(scores(products * np.float32(terms.factor))), operations, terms.factor
@@ -110,8 +110,8 @@ def test_what_comes_of_positions_is_left_as_it_is():
         eqns = jax.make_jaxpr(fn)(*args).eqns
         return [float(eqn.invars[1].val) for eqn in eqns if eqn.primitive.name == "div"]
 
-    assert divisors(lambda s, p, j: terms.scores((), s, p, j), real(p), p, j) == [41.0]
-    assert divisors(lambda p, j: terms.visible((), p, j, 1), p, j) == [41.0, 41.0]
+    assert divisors(lambda s, p, j: terms.scores((), NOTHING_GIVEN, s, p, j), real(p), p, j) == [41.0]
+    assert divisors(lambda p, j: terms.visible((), NOTHING_GIVEN, p, j, 1), p, j) == [41.0, 41.0]
 
 
 def test_booleans_of_a_head_are_numbers_in_a_kernel_and_booleans_in_the_term():
@@ -124,4 +124,4 @@ def test_booleans_of_a_head_are_numbers_in_a_kernel_and_booleans_in_the_term():
     s, p, j = jnp.zeros((1, KEYS)), jnp.full((1, KEYS), KEYS - 1), jnp.arange(KEYS)[None]
     for head, expected in ((0, 2.0), (1, 0.0)):
         numbers = tuple(x.astype(jnp.int32) for x in terms.early(jnp.full((1, 1), head)))
-        assert float(terms.scores(numbers, s, p, j).max()) == expected
+        assert float(terms.scores(numbers, NOTHING_GIVEN, s, p, j).max()) == expected

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from paged.spec import AttentionSpec, PageLayout, Pages, ScoreOp, SoftCap
+from paged.spec import AttentionSpec, Coverage, Given, Mask, PageLayout, Pages, ScoreOp, SoftCap, terms_in
 
 from ..jax_version import on_devices
 from .axes import Axes, Names
@@ -35,6 +35,34 @@ class WithGlobalHeads(ScoreOp):
         return str(self.op)
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskOfGlobalHeads(Mask):
+    """A mask that differs by head, for a device that has ``heads`` of the query heads: see `WithGlobalHeads`."""
+
+    has_heads = True
+
+    mask: Mask
+    heads: int
+    axes: Names
+
+    @property
+    def is_opaque(self) -> bool:
+        return self.mask.is_opaque
+
+    def given(self, given: Given) -> Any:
+        first = 0 if self.axes is None else jax.lax.axis_index(self.axes) * self.heads
+        return self.mask.given(given if given.head is None else given._replace(head=given.head + first))
+
+    def __call__(self, p: Any, j: Any) -> Any:
+        return self.mask(p, j)
+
+    def coverage(self, p0: Any, p1: Any, j0: Any, j1: Any) -> Coverage:
+        return self.mask.coverage(p0, p1, j0, j1)
+
+    def __str__(self) -> str:
+        return str(self.mask)
+
+
 def repeats_of(spec: AttentionSpec, shares: int) -> int:
     """How many copies of each KV head the cache needs, so that every device holds the same number, at least one.
 
@@ -56,12 +84,14 @@ def share_of(spec: AttentionSpec, layout: PageLayout, shares: int, axes: Names) 
     ``layout`` is the whole cache's, with KV heads repeated.
     """
     kv_heads, heads = layout.num_kv_heads // shares, spec.num_q_heads // shares
-    scores = spec.scores
+    scores, mask = spec.scores, spec.mask
+    if shares > 1 and mask is not None and any(term.has_heads for term in terms_in(mask)):
+        mask = MaskOfGlobalHeads(mask.bind(spec.num_q_heads), heads, axes)
     if shares > 1:
         ops = [op.bind(spec.num_q_heads) for op in spec.scores]
         scores = tuple(op if isinstance(op, SoftCap) else WithGlobalHeads(op, heads, axes) for op in ops)
     return (
-        spec.replace(num_q_heads=heads, num_kv_heads=kv_heads, scores=scores),
+        spec.replace(num_q_heads=heads, num_kv_heads=kv_heads, mask=mask, scores=scores),
         layout.replace(num_kv_heads=kv_heads),
     )
 

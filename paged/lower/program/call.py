@@ -19,6 +19,7 @@ class Call:
     * ``query_rows``: the number of rows that every slot has; None where it varies.
     * ``q_dtype``: the dtype of the queries.
     * ``has_even_starts``: whether the rows of every slot are known to be those that follow the slot before.
+    * ``has_own_rows``: whether the batch brings positions or ancestors of its rows.
     * ``has_holes``: whether most table entries may be holes, as in a context whose pages several devices share.
     """
 
@@ -29,6 +30,7 @@ class Call:
     query_rows: int | None
     q_dtype: Any
     has_even_starts: bool = True
+    has_own_rows: bool = False
     has_holes: bool = False
 
     @property
@@ -47,6 +49,7 @@ class Call:
             query_rows=batch.query_rows,
             q_dtype=jnp.dtype(q.dtype),
             has_even_starts=batch.has_even_starts,
+            has_own_rows=batch.positions is not None or batch.ancestors is not None,
             has_holes=has_holes,
         )
 

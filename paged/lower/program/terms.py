@@ -81,8 +81,8 @@ def plain_terms(program: Program, heads: int, rows: int, keys: int, like: Any = 
         return program.visible(p, j, length, given._replace(head=h if program.has_heads else None))
 
     if not (program.visibility.is_opaque or any(op.is_opaque for op in program.score_ops)):
-        plain = [_Cut(lambda: (), lambda _, *tile, fn=fn: fn(*tile)) for fn in (scores_of, visible_of)]
-        return _terms(*plain, 0)
+        scores, visible = (_Cut(lambda: (), lambda _, *tile, fn=fn: fn(*tile)) for fn in (scores_of, visible_of))
+        return _terms(scores, visible, 0)
     s = shape_like(like, (heads, rows, keys), jnp.float32)
     shapes = ((1, rows, 1), (1, 1, keys), (heads, rows, 1), ())
     p, j, h, length = (shape_like(like, shape, jnp.int32) for shape in shapes)

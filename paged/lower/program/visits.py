@@ -1,6 +1,6 @@
 """Which pages a range of query rows visits: those in which the program cannot rule out a visible key."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,11 @@ def visits_by_scatter(
     Every page computes its place in the list and is scattered there. A table entry outside the pool is a hole: its page
     is never visited, so its tokens are invisible.
     """
-    some, full = page_coverage(program, rows, table, page_size, num_pages)
-    num_full, count = jnp.sum(full, dtype=jnp.int32), jnp.sum(some, dtype=jnp.int32)
+    (some, full), num_full = _visits(program, rows, table, page_size, num_pages)
+    count = jnp.sum(some, dtype=jnp.int32)
     partial = some & ~full
     of_full, of_partial = (jnp.cumsum(pages, dtype=jnp.int32) - 1 for pages in (full, partial))
-    rank = jnp.where(full, of_full, num_full + of_partial)
+    rank = jnp.where(full, of_full, of_full[-1:] + 1 + of_partial)
     width = table.shape[0]
     column = jnp.arange(width, dtype=jnp.int32)
     index = jnp.zeros(width, jnp.int32).at[jnp.where(some, rank, width)].set(column, mode="drop")
@@ -55,34 +55,48 @@ def visits_by_sort(
 ) -> Visits:
     """`visits_by_scatter` for many tiles of query rows at once, by one sort: a TPU has no fast scatter."""
 
-    def coverage(rows, table):
-        return page_coverage(program, rows, table, page_size, num_pages)
+    def visits(rows, table):
+        return _visits(program, rows, table, page_size, num_pages)
 
-    some, full = jax.vmap(coverage)(rows, tables)
+    (some, full), num_full = jax.vmap(visits)(rows, tables)
     width = tables.shape[1]
     index = jnp.arange(width, dtype=jnp.int32)[None]
     # Full pages sort before all partial ones, and these before all others; within each kind the index decides.
     key = index + jnp.where(full, 0, jnp.where(some, width, 2 * width))
     key, page = jax.lax.sort((key, tables), dimension=1, num_keys=1)
     index = jax.lax.rem(key, width)
-    num_full, count = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (full, some))
-    return Visits(index, page, num_full, count)
+    return Visits(index, page, num_full, jnp.sum(some, axis=1, dtype=jnp.int32))
 
 
 def page_coverage(
     program: Program, rows: QueryRows, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int
 ) -> Coverage:
-    """For each page of the table, what is certain about some query rows. A hole is empty."""
+    (some, full), is_own = _by_place(program, rows, table, page_size, num_pages)
+    return Coverage(some, full if is_own is None else full & ~is_own)
+
+
+def _visits(program: Program, rows: QueryRows, table: Any, page_size: int, num_pages: int) -> tuple[Coverage, Any]:
+    """The pages to visit, and those that come first; and how many of these need no mask.
+
+    Pages of the step's own tokens come where they would if the batch brought nothing for its rows. So what it brings
+    changes no result where it says the same.
+    """
+    (some, full), is_own = _by_place(program, rows, table, page_size, num_pages)
+    return Coverage(some, full), jnp.sum(full if is_own is None else full & ~is_own, dtype=jnp.int32)
+
+
+def _by_place(program: Program, rows: QueryRows, table: Any, page_size: int, num_pages: int) -> tuple[Coverage, Any]:
+    """Coverage by the places of keys, where pages of the step's own tokens are visited in any case; and which these
+    are, if the batch brings anything for its rows: then nothing more is known of them."""
     p0, p1, length, numbers, own = rows
     j0 = jnp.arange(table.shape[0], dtype=jnp.int32) * page_size
-    j1 = j0 + page_size
+    j1, is_own = j0 + page_size, None
     is_there = (p0 < p1) & (table >= 0) & (table < num_pages)
-    coverage = program.coverage(p0, p1, j0, j1, length, numbers)
+    some, full = program.coverage(p0, p1, j0, j1, length, numbers)
     if own is not None:
-        # Nothing is known of pages that hold the step's own tokens.
         is_own = (j1 > own) & (j0 < length)
-        coverage = Coverage(coverage.some | is_own, coverage.full & ~is_own)
-    return coverage & Coverage(is_there, is_there)
+        some = some | is_own
+    return Coverage(some, full) & Coverage(is_there, is_there), is_own
 
 
 def most_pages_seen(program: Program, page_size: int, call: Call) -> int:

@@ -155,8 +155,8 @@ class Walk:
 
     def visible(
         self, page_block: PageBlock, row_block: RowBlock, constants: Any
-    ) -> Bool[Array, "heads group_rows keys"]:
-        """Which pairs of the tile are visible: for every KV head alike, or for each where visibility differs by head."""
+    ) -> Bool[Array, "kv_heads_or_1 group_rows keys"]:
+        """Which pairs of the tile are visible: the same for every KV head, unless visibility differs by query head."""
         p, is_row = self.positions(row_block), self._of_rows(row_block.is_row)
         given, length, own = Given(row_block.numbers), row_block.length, row_block.own
         exists = page_block.is_visit & is_row
