@@ -127,7 +127,7 @@ def terms_in(term: Any) -> Iterator[Term]:
             yield from terms_in(field)
 
 
-def values_in(term: Any) -> Iterator[tuple[Value, int | None]]:
+def values_in(term: Any) -> Iterator[tuple[Value, float | None]]:
     """The values that a term, or a tuple of terms, names; with the least number that each may be, if there is one."""
     for inner in terms_in(term):
         for name, field in fields_of(inner):

@@ -22,7 +22,7 @@ def _last_page_dropped(original):
     return visits_by_scatter
 
 
-def _reversed_scores(program, s, p, j, h):
+def _reversed_scores(program, s, p, j, h, given):
     for op in reversed(program.score_ops):
         s = op(s, p, j, h)
     return s
