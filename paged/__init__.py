@@ -31,6 +31,7 @@ from .lower import check as check
 from .lower import compile_for as compile_for
 from .lower import dense_attention as dense_attention
 from .lower import schedules as schedules
+from .lower import tree as tree
 from .lower import tune as tune
 from .lower import write as write
 from .spec import ALiBi as ALiBi

@@ -8,6 +8,7 @@ import inspect
 import sys
 import types
 
+from . import tree as tree
 from ._ahead import first_rows as first_rows
 from ._ahead import may_cut as may_cut
 from ._ahead import seen_ahead as seen_ahead

@@ -1,5 +1,6 @@
 """`PagedAttention`: an attention layer with projections, rotary embedding, and pages in Equinox state."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -189,7 +190,13 @@ class PagedAttention(eqx.Module):
         attend = self.cache.attend
         return pages.plan(attend, q, batch) if isinstance(pages, CalibratingPages) else attend.plan(q, pages, batch)
 
-    def dense(self, x: Float[Array, "batch tokens embed_dim"]) -> Float[Array, "batch tokens embed_dim"]:
+    def dense(
+        self,
+        x: Float[Array, "batch tokens embed_dim"],
+        *,
+        segments: Int[Array, "batch tokens"] | None = None,
+        values: Mapping[str, Any] | None = None,
+    ) -> Float[Array, "batch tokens embed_dim"]:
         """Attend over whole sequences without pages, for training: differentiable.
 
         Equals serving the same tokens, up to rounding and up to what the pages' dtype rounds of keys and values, where
@@ -199,6 +206,8 @@ class PagedAttention(eqx.Module):
         **Arguments:**
 
         - `x`: features of whole sequences, whose tokens are at positions ``0 .. tokens - 1``.
+        - `segments`, `values`: as in `paged.dense_attention`: documents that are packed into one row, and the numbers
+          that the spec names. A rotary embedding turns by positions in the row: only differences matter to it.
 
         **Returns:** the output, in the shape of ``x``.
 
@@ -207,7 +216,7 @@ class PagedAttention(eqx.Module):
         self._require_features(x, "[batch, tokens, embed_dim]", 3)
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         q, k, v = jax.vmap(lambda row: self._project(row, positions))(x)
-        out = dense_attention(self.spec, q, k, v, self.sinks)
+        out = dense_attention(self.spec, q, k, v, self.sinks, segments=segments, values=values)
         return jax.vmap(jax.vmap(self.output_proj))(out.reshape(*x.shape[:2], -1))
 
     def _positions(self, tokens: int, batch: RaggedBatch | Plan) -> Int[Array, " tokens"]:

@@ -7,6 +7,7 @@ from .linear import linear as linear
 from .lowering import XLA_BLOCKS as XLA_BLOCKS
 from .places import Places as Places
 from .schedule import XlaSchedule as XlaSchedule
+from .write import stored_at as stored_at
 from .write import stored_rows as stored_rows
 from .write import token_rows as token_rows
 from .write import write_scales as write_scales

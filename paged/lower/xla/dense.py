@@ -1,9 +1,13 @@
 """Attention over dense keys and values, from the same program: for training, and for prompts that need no cache."""
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from collections.abc import Mapping
+from typing import Any
 
-from paged.spec import AttentionSpec, AttentionState, Sinks, add_sinks, require_sinks, sinks_per_head
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from paged.spec import AttentionSpec, AttentionState, Given, Sinks, add_sinks, require_sinks, sinks_per_head
 
 from ..program import Program
 
@@ -14,6 +18,9 @@ def dense_attention(
     k: Float[Array, "batch length kv_heads head_dim"],
     v: Float[Array, "batch length kv_heads value_dim"],
     sinks: Sinks | None = None,
+    *,
+    segments: Int[Array, "batch length"] | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> Float[Array, "batch tokens q_heads value_dim"]:
     """The spec's attention without pages: for training, and for prompts that need no cache.
 
@@ -25,6 +32,10 @@ def dense_attention(
     - `q`: queries. Row ``i`` of ``n`` has the position ``length - n + i``: the last rows of the sequence.
     - `k`, `v`: keys and values of all positions, from 0 on.
     - `sinks`: one logit per query head, or several; needed if and only if the spec has ``sinks=True``.
+    - `segments`: the document of each position, for documents that are packed into one row: any numbers, equal for the
+      tokens of a document, which lie side by side. A token sees its own document alone, and masks and scores count
+      positions from the document's first token. So the result is that of the documents apart.
+    - `values`: what the spec names by `Value`: for each name [batch], or [batch, size] for a value with a size.
 
     **Returns:** the output in the dtype of ``q``, 0 in rows that see no key. Gradients are finite there too. The
     softmax is in float32.
@@ -40,14 +51,16 @@ def dense_attention(
     """
     _require_dense(spec, q, k, v)
     require_sinks(spec, sinks)
+    _require_brought(spec, k, segments, values)
     program = Program.from_spec(spec)
     batch, tokens, length = *q.shape[:2], k.shape[1]
     grouped = q.astype(jnp.float32).reshape(batch, tokens, spec.num_kv_heads, spec.group, spec.head_dim)
     s = program.scale * jnp.einsum("bthgd,bjhd->bhgtj", grouped, k.astype(jnp.float32), precision="highest")
-    p = jnp.reshape(length - tokens + jnp.arange(tokens, dtype=jnp.int32), (1, 1, 1, -1, 1))
-    j = jnp.reshape(jnp.arange(length, dtype=jnp.int32), (1, 1, 1, 1, -1))
+    p, j, is_seen = _positions(tokens, length, segments)
     head = jnp.arange(spec.num_q_heads, dtype=jnp.int32).reshape(1, spec.num_kv_heads, spec.group, 1, 1)
-    s = jnp.where(program.visible(p, j, length), program.apply_scores(s, p, j, head), -jnp.inf)
+    given = Given(_numbers(spec, values or {}))
+    is_seen &= program.visible(p, j, length, given._replace(head=head if program.has_heads else None))
+    s = jnp.where(is_seen, program.apply_scores(s, p, j, head, given), -jnp.inf)
     top = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)
     weights = jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -60,6 +73,49 @@ def dense_attention(
         lse = jnp.moveaxis(lse.reshape(batch, spec.num_q_heads, tokens), 1, 2)
         out = add_sinks(AttentionState(out, lse), sinks_per_head(spec, sinks)).out
     return out.astype(q.dtype)
+
+
+def _positions(tokens: int, length: int, segments: Array | None) -> tuple[Array, Array, Array]:
+    """Positions of queries and of keys, and which pairs are of one document; to broadcast against the scores."""
+    j = jnp.arange(length, dtype=jnp.int32)[None]
+    of_key = jnp.zeros_like(j)
+    if segments is not None:
+        is_first = jnp.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+        first = jax.lax.cummax(jnp.where(is_first, j, 0), axis=1)
+        of_key, j = jnp.cumsum(is_first, axis=1, dtype=jnp.int32), j - first
+    p, of_query = j[:, length - tokens :], of_key[:, length - tokens :]
+    p, j, of_query, of_key = (
+        x[:, None, None, :, None] if is_query else x[:, None, None, None, :]
+        for x, is_query in ((p, True), (j, False), (of_query, True), (of_key, False))
+    )
+    return p, j, of_query == of_key
+
+
+def _numbers(spec: AttentionSpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of each sequence, to broadcast against the scores. No gradient flows to them."""
+    numbers: dict[str, Any] = {}
+    for value in spec.values:
+        x = jax.lax.stop_gradient(jnp.asarray(values[value.name], value.dtype))[:, None, None, None, None]
+        numbers[value.name] = x if value.size is None else tuple(x[..., i] for i in range(value.size))
+    return numbers
+
+
+def _require_brought(spec: AttentionSpec, k: Array, segments: Any, values: Mapping[str, Any] | None) -> None:
+    if spec.has_ancestors:
+        raise ValueError("A Tree() is for the drafted tokens of a step over pages; a dense attention has none.")
+    given, named = values or {}, {value.name: value for value in spec.values}
+    if set(given) != set(named):
+        raise ValueError(f"values must be {sorted(named)}, which the spec names; got {sorted(given)}.")
+    for name, value in named.items():
+        shape = (k.shape[0],) if value.size is None else (k.shape[0], value.size)
+        if jnp.shape(given[name]) != shape:
+            raise ValueError(
+                f"values[{name!r}] must be [batch] or [batch, size] = {shape}; got {jnp.shape(given[name])}."
+            )
+    if segments is not None and (segments.shape != k.shape[:2] or not jnp.issubdtype(segments.dtype, jnp.integer)):
+        raise ValueError(
+            f"segments must be integers [batch, length] = {k.shape[:2]}; got {segments.dtype.name}{segments.shape}."
+        )
 
 
 def _require_dense(spec: AttentionSpec, q: Array, k: Array, v: Array) -> None:

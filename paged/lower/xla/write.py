@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from paged.spec import PageLayout, Pages
 
@@ -42,6 +42,26 @@ def token_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
     """Each row as the pages store it: its part of every array, then its key's and value's scales if it has its own."""
     (k, v), scales = stored_rows(k, v, pages)
     return (*pages.layout.stack(k, v), *scales)
+
+
+def stored_at(
+    pages: Pages, page: Int[Array, " tokens"], offset: Int[Array, " tokens"]
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """The keys and values at some places, as the pages store them; and their scales if each has its own, else none."""
+    layout = pages.layout
+
+    def rows(pool: Array, axes: tuple[int, int]) -> Array:
+        return jnp.moveaxis(pool[_index(axes, page, offset)], _token_axis(axes), 0)
+
+    k, v = layout.unstack(tuple(rows(pool, (layout.page_axis, layout.offset_axis)) for pool in pages.arrays))
+    scales, names = (pages.k_scale, pages.v_scale), layout.scale_axes
+    if names is None or "offset" not in names:
+        return k, v, ()
+    return (
+        k,
+        v,
+        tuple(rows(scale, (names.index("page"), names.index("offset"))) for scale in scales if scale is not None),
+    )
 
 
 def stored_rows(k: Array, v: Array, pages: Pages) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
