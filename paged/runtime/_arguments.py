@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paged.spec import AttentionSpec, values_in, values_of
+
 _LARGEST = np.iinfo(np.int32).max
 
 
@@ -68,6 +70,30 @@ def limits_of(max_new_tokens: Any, num_prompts: int) -> list[int]:
             f"{name} must be one int, or one for each of {num_prompts} prompts; got {len(max_new_tokens)}."
         )
     return [integer(f"{name}[{i}]", limit, least=1) for i, limit in enumerate(max_new_tokens)]
+
+
+def values_of_prompts(
+    values: Mapping[str, Any] | None, specs: Sequence[AttentionSpec], num_prompts: int
+) -> dict[str, np.ndarray]:
+    """The numbers of every prompt, by the names in a model's specs: [prompts], or [prompts, size]."""
+    named = {value.name: value for value in values_of(tuple((*s.score_ops, s.visibility) for s in specs))}
+    given = {} if values is None else dict(values)
+    # A model whose attentions cannot be found may name anything.
+    if set(named) - set(given) or (specs and set(given) - set(named)):
+        raise ValueError(f"values must be {sorted(named)}, which the model's specs name; got {sorted(given)}.")
+    found = {}
+    for name, x in given.items():
+        found[name] = np.asarray(x)
+        if name in named:
+            value, shape = named[name], (num_prompts,) if named[name].size is None else (num_prompts, named[name].size)
+            if found[name].shape != shape or found[name].dtype.kind not in {"int32": "iu", "float32": "f"}[value.dtype]:
+                got = f"{found[name].dtype.name}{list(found[name].shape)}"
+                raise ValueError(f"values[{name!r}] must be {value.dtype}{list(shape)}, one row a prompt; got {got}.")
+            found[name] = found[name].astype(value.dtype)
+    for value, least in values_in(tuple(s.visibility for s in specs)):
+        if least is not None and np.any(found[value.name] < least):
+            raise ValueError(f"values[{value.name!r}] must be at least {least}; got {found[value.name].tolist()}.")
+    return found
 
 
 def end_ids(eos: Any) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """`generate`: serve a batch of unequal prompts by continuous batching, over one page pool."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import equinox as eqx
@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from jaxtyping import Integer as AnyInt
 
-from paged.spec import as_bool
+from paged.spec import AttentionSpec, as_bool
 
-from ._arguments import end_ids, integer, limits_of, prompts_of
-from ._masks import masks_of, require_chunks
+from ._arguments import end_ids, integer, limits_of, prompts_of, values_of_prompts
+from ._masks import require_cuts, specs_of
 from ._scheduler import Request, Scheduler
 from ._serve import Model, Serve, StepReport
 from .pool import PagePool
@@ -65,7 +65,7 @@ def generate(
     num_pages: Integer | None = None, page_size: Integer | None = None, pages_per_seq: Integer | None = None,
     chunk_size: Integer = 64, sampler: Sampler | None = None, key: PRNGKeyArray | None = None,
     eos: Integer | Iterable[Integer] | None = None, donate_state: Literal[False] = False,
-    on_step: Callable[[StepReport], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None, values: Mapping[str, Any] | None = None,
 ) -> list[Generation]: ...
 @overload
 def generate(
@@ -73,7 +73,7 @@ def generate(
     num_pages: Integer | None = None, page_size: Integer | None = None, pages_per_seq: Integer | None = None,
     chunk_size: Integer = 64, sampler: Sampler | None = None, key: PRNGKeyArray | None = None,
     eos: Integer | Iterable[Integer] | None = None, donate_state: Literal[True],
-    on_step: Callable[[StepReport], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None, values: Mapping[str, Any] | None = None,
 ) -> tuple[list[Generation], eqx.nn.State]: ...
 # fmt: on
 def generate(
@@ -92,6 +92,7 @@ def generate(
     eos: Integer | Iterable[Integer] | None = None,
     donate_state: bool | np.bool_ = False,
     on_step: Callable[[StepReport], None] | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> list[Generation] | tuple[list[Generation], eqx.nn.State]:
     """Generate from a list of prompts of any lengths, by continuous batching over one page pool.
 
@@ -119,6 +120,8 @@ def generate(
     - `donate_state`: whether the memory of ``state`` is used for the steps, after which ``state`` is gone, and the new
       state is returned. By default the state is copied, so that there are two caches.
     - `on_step`: called after each step with a `StepReport`.
+    - `values`: numbers of each prompt that the model's specs name by `Value`: for each name [prompts], or
+      [prompts, size]. None where they name nothing.
 
     **Returns:** one `Generation` per prompt, in order; no prompts give an empty list. With ``donate_state`` a pair:
     this list, and the state, to be used again. What its pages hold means nothing to another call.
@@ -150,9 +153,10 @@ def generate(
     num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
     donate_state, ends = as_bool("donate_state", donate_state), end_ids(eos)
     num_pages, page_size = _pool_size(state, num_pages, page_size)
-    requests = _requests(prompts, max_new_tokens)
+    specs = specs_of(model)
+    requests = _requests(prompts, max_new_tokens, values, specs)
     pages_per_seq = _table_width(requests, num_pages, page_size, pages_per_seq)
-    require_chunks(masks_of(model), requests, chunk_size)
+    require_cuts([spec.visibility for spec in specs], requests, chunk_size)
     scheduler = Scheduler(PagePool.init(num_pages, num_slots, pages_per_seq, page_size), requests)
     serve = Serve(model, state, scheduler, sampler, key, ends, chunk_size, on_step)
     if requests:
@@ -207,13 +211,15 @@ def _pool_size(state: eqx.nn.State, num_pages: Any, page_size: Any) -> tuple[int
     return num_pages, page_size
 
 
-def _requests(prompts: Any, max_new_tokens: Any) -> list[Request]:
+def _requests(prompts: Any, max_new_tokens: Any, values: Any, specs: Sequence[AttentionSpec]) -> list[Request]:
     ids = prompts_of(prompts)
+    numbers = values_of_prompts(values, specs, len(ids))
     for index, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"prompts[{index}] is empty, so no token can follow it: begin it with a bos token.")
     limits = limits_of(max_new_tokens, len(ids))
-    return [Request(i, ids[i], limits[i], list(ids[i])) for i in range(len(ids))]
+    own = [{name: x[i] for name, x in numbers.items()} for i in range(len(ids))]
+    return [Request(i, ids[i], limits[i], list(ids[i]), values=own[i]) for i in range(len(ids))]
 
 
 def _table_width(requests: Sequence[Request], num_pages: int, page_size: int, pages_per_seq: Any) -> int:

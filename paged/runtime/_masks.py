@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from paged.lower import Attend, ShardedAttend, first_rows, may_cut, seen_ahead
-from paged.spec import Mask
+from paged.spec import AttentionSpec, Given, Mask, values_of
 
 from ._scheduler import Request
 
 
-def masks_of(model: Any) -> list[Mask]:
-    """The masks of all lowered attentions that a model holds.
+def specs_of(model: Any) -> list[AttentionSpec]:
+    """The specs of all lowered attentions that a model holds.
 
     Looks into fields, static ones too, into containers, partial functions, bound methods, closures and what a
     decorator has wrapped. It does not look into global variables of functions.
     """
-    masks: dict[Mask, None] = {}
+    specs: dict[AttentionSpec, None] = {}
     seen: dict[int, Any] = {}
     waiting = [model]
     while waiting:
@@ -29,10 +29,10 @@ def masks_of(model: Any) -> list[Mask]:
             continue
         seen[id(part)] = part
         if isinstance(part, Attend | ShardedAttend):
-            masks[part.spec.visibility] = None
+            specs[part.spec] = None
         else:
             waiting.extend(_parts(part))
-    return list(masks)
+    return list(specs)
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -52,49 +52,58 @@ def _parts(value: Any) -> Iterable[Any]:
     return [*parts, *getattr(value, "__dict__", {}).values()]
 
 
-def require_chunks(masks: Sequence[Mask], requests: Sequence[Request], chunk_size: int) -> None:
-    """Raise ``ValueError`` where a mask sees past a chunk of a prompt, or from before sees a token that is generated.
+def require_cuts(masks: Sequence[Mask], requests: Sequence[Request], chunk_size: int) -> None:
+    """Set each request's ``cuts``: where its tokens may be cut, so that no row sees what a later step writes.
 
     Then every row sees in its step all that it would see if the whole sequence were computed at once; so chunks and
-    preemption change nothing.
+    preemption change nothing. Raises ``ValueError`` where a mask needs a larger chunk, or sees from before a token that
+    is generated.
     """
     longest = max((request.most_cached for request in requests), default=0)
-    for mask in masks:
-        first = first_rows(mask, longest)
-        if np.array_equal(first, np.arange(longest)):
+    for mask in dict.fromkeys(masks):
+        is_static = not values_of(mask)
+        first = first_rows(mask, longest) if is_static else np.zeros(0, int)
+        if is_static and np.array_equal(first, np.arange(longest)):
             continue
-        cuts = [may_cut(first[: request.most_cached]) for request in requests]
-        for request, may in zip(requests, cuts, strict=True):
-            prompt, end = len(request.prompt), request.most_cached
-            steps = [*range(chunk_size, prompt, chunk_size), *range(prompt, end)]
-            cut = next((step for step in steps if not may[step]), None)
-            if cut is not None:
-                row, key = seen_ahead(first[:end], cut)
-                raise ValueError(_sees_ahead(mask, request, requests, cuts, chunk_size, cut, row, key))
+        for request in requests:
+            end = request.most_cached
+            own = first[:end] if is_static else first_rows(_mask_of(mask, request), end)
+            _require_decoding(mask, request, own)
+            may = may_cut(own)
+            request.cuts = may if request.cuts is None else request.cuts & may
+            start, needed = _longest_step(request)
+            if needed > chunk_size:
+                cut = start + chunk_size
+                row, key = seen_ahead(own, cut)
+                enough = max([needed, *(_longest_step(other)[1] for other in requests if other.cuts is not None)])
+                raise ValueError(
+                    f"chunk_size={chunk_size} cuts prompts[{request.index}] after {cut} tokens, and the mask {mask} of "
+                    f"a layer sees ahead: token {row} sees token {key}, which a later chunk writes. Pass "
+                    f"chunk_size={enough}."
+                )
 
 
-def _sees_ahead(
-    mask: Mask,
-    request: Request,
-    requests: Sequence[Request],
-    cuts: Sequence[np.ndarray],
-    chunk_size: int,
-    cut: int,
-    row: int,
-    key: int,
-) -> str:
-    prompt = f"prompts[{request.index}]"
-    if key >= len(request.prompt):
-        return (
-            f"{prompt} has {len(request.prompt)} tokens, and the mask {mask} of a layer sees ahead: token {row} sees "
-            f"token {key}, which is generated when token {row} has been computed already. Let the mask hide generated "
-            "tokens from those before them, shorten a prefix to the prompt, or pass max_new_tokens=1."
+def _mask_of(mask: Mask, request: Request) -> Any:
+    numbers = {name: tuple(x.tolist()) if np.ndim(x) else x.item() for name, x in request.values.items()}
+    return mask.given(Given(numbers))
+
+
+def _require_decoding(mask: Mask, request: Request, first: np.ndarray) -> None:
+    """Every generated token is a step of its own, so that no row before it may see it."""
+    prompt, may = len(request.prompt), may_cut(first)
+    cut = next((step for step in range(prompt, request.most_cached) if not may[step]), None)
+    if cut is not None:
+        row, key = seen_ahead(first, cut)
+        raise ValueError(
+            f"prompts[{request.index}] has {prompt} tokens, and the mask {mask} of a layer sees ahead: token {row} "
+            f"sees token {key}, which is generated when token {row} has been computed already. Let the mask hide "
+            "generated tokens from those before them, shorten a prefix to the prompt, or pass max_new_tokens=1."
         )
-    is_bad = np.zeros(max(len(other.prompt) for other in requests), bool)
-    for other, may in zip(requests, cuts, strict=True):
-        is_bad[: len(other.prompt)] |= ~may[: len(other.prompt)]
-    enough = next(size for size in range(chunk_size + 1, len(is_bad) + 1) if not is_bad[size::size].any())
-    return (
-        f"chunk_size={chunk_size} cuts {prompt} after {cut} tokens, and the mask {mask} of a layer sees ahead: token "
-        f"{row} sees token {key}, which a later chunk writes. Pass chunk_size={enough}."
-    )
+
+
+def _longest_step(request: Request) -> tuple[int, int]:
+    """The longest piece of a prompt that may not be cut: where it starts, and its tokens."""
+    assert request.cuts is not None
+    cuts = np.append(np.flatnonzero(request.cuts[: len(request.prompt)]), len(request.prompt))
+    longest = int(np.argmax(np.diff(cuts)))
+    return int(cuts[longest]), int(cuts[longest + 1] - cuts[longest])

@@ -2,8 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ class Request:
     * ``known``: the prompt and every token drawn so far.
     * ``cached``: how many of the known tokens have their keys and values in pages.
     * ``preemptions``: how often the sequence gave up its pages.
+    * ``values``: the prompt's numbers, by name, that the model's specs name by `Value`.
+    * ``cuts`` bool[most_cached + 1]: where its tokens may be cut into steps; None for everywhere.
     * ``finish_reason``: why the sequence ended, None while it has not.
 
     A running sequence that lacks one known token decodes: that token is its row, and the next token its result. A
@@ -44,6 +46,8 @@ class Request:
     known: list[int]
     cached: int = 0
     preemptions: int = 0
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cuts: np.ndarray | None = None
     finish_reason: Literal["eos", "length", "no_token"] | None = None
 
     @property
@@ -55,6 +59,13 @@ class Request:
     def num_generated(self) -> int:
         """How many tokens have been drawn."""
         return len(self.known) - len(self.prompt)
+
+    def chunk_after_cached(self, most: int) -> int:
+        """How many of the next known tokens to put into pages, at most ``most``: up to where they may be cut."""
+        tokens = min(len(self.known) - self.cached, most)
+        if self.cuts is None:
+            return tokens
+        return int(np.flatnonzero(self.cuts[self.cached + 1 : self.cached + tokens + 1])[-1]) + 1
 
     @property
     def is_decoding(self) -> bool:
@@ -75,6 +86,8 @@ class Scheduler:
         self.pool = pool
         self.waiting = collections.deque(requests)
         self.running: dict[int, Request] = {}  # by slot, in order of admission
+        # What a slot without a request brings: numbers that nobody reads.
+        self.examples = requests[0].values if requests else {}
 
     def admit(self) -> None:
         """Start waiting requests, in order, until one does not fit."""
@@ -117,11 +130,21 @@ class Scheduler:
     def prefill_batch(self, slot: int, rows: int) -> RaggedBatch:
         """A step of the last ``rows`` cached tokens of a slot."""
         # As arrays: Python ints would be static, and every slot and every length would compile a program.
-        return _prefill_batch(self.pool, jnp.asarray(slot), jnp.asarray(rows))
+        batch = _prefill_batch(self.pool, jnp.asarray(slot), jnp.asarray(rows))
+        return self._with_values(batch, [self.running.get(slot)])
 
     def decode_batch(self, slots: Sequence[int]) -> RaggedBatch:
         """A step of one row for every slot, of which those in ``slots`` are live."""
-        return _decode_batch(self.pool, self._is_in(slots))
+        batch = _decode_batch(self.pool, self._is_in(slots))
+        return self._with_values(batch, [self.running.get(slot) for slot in range(self.pool.num_slots)])
+
+    def _with_values(self, batch: RaggedBatch, requests: Sequence[Request | None]) -> RaggedBatch:
+        """A batch with the numbers of each slot's request; any numbers for a slot without."""
+        if not self.examples:
+            return batch
+        rows = [self.examples if request is None else request.values for request in requests]
+        values = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in self.examples}
+        return dataclasses.replace(batch, values=values)
 
     def release(self, slots: Sequence[int]) -> None:
         """The sequences in these slots are done: free their pages and slots."""

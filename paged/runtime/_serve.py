@@ -79,7 +79,7 @@ class Serve:
         """One chunk of one sequence, padded to the chunk size."""
         scheduler, request = self.scheduler, self.scheduler.running[slot]
         start = request.cached
-        chunk = request.known[start : start + self.chunk_size]
+        chunk = request.known[start : start + request.chunk_after_cached(self.chunk_size)]
         scheduler.extend_prefill(slot, len(chunk))
         tokens = np.zeros(self.chunk_size, np.int32)
         tokens[: len(chunk)] = chunk

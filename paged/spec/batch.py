@@ -1,7 +1,7 @@
 """`RaggedBatch`: the sequences of one step, where their tokens are stored, and which query rows belong to them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -239,6 +239,16 @@ class RaggedBatch(eqx.Module):
             is_same = checked_pages == num_pages
             checked = (page_size, num_layers * num_pages, tokens, mask) if is_same else None
         return dataclasses.replace(self, block_tables=tables, checked_for=checked)
+
+    def naming(self, names: Iterable[str]) -> "RaggedBatch":
+        """This batch with the values of these names alone: a model brings what any of its layers names.
+
+        **Arguments:**
+
+        - `names`: of values. A name that the batch lacks is left out.
+        """
+        values = {name: self.values[name] for name in names if name in self.values}
+        return self if len(values) == len(self.values) else dataclasses.replace(self, values=values)
 
     def has_rows(self, tokens: Any) -> bool:
         """Whether this batch and a step of ``tokens`` query rows have room for a row of a sequence, by their shapes."""

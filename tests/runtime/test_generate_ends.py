@@ -10,7 +10,7 @@ import pytest
 
 import paged
 from paged.runtime import PagedAttention, PartialGenerations, generate
-from paged.runtime._masks import masks_of
+from paged.runtime._masks import specs_of
 from paged.spec import Causal, Chunk, Everything, Prefix, Where, Window
 
 from .tiny import EMBED, LAYOUT, VOCAB, greedy_ref, random_layer
@@ -74,10 +74,9 @@ CUT = r"chunk_size={} cuts prompts\[0\] after {} tokens, and the mask .* of a la
 REFUSED = [
     (PREFIX, 4, CUT.format(4, 4, 0, 4) + ".*Pass chunk_size=6"),
     (PREFIX, 1, CUT.format(1, 1, 0, 1) + ".*Pass chunk_size=6"),
-    (Causal() | (Chunk(4) & ~Prefix(4) & Prefix(8)), 3, CUT.format(3, 6, 4, 6) + ".*Pass chunk_size=4"),
-    (Causal() | (Chunk(4) & ~Prefix(4) & Prefix(8)), 5, CUT.format(5, 5, 4, 5) + ".*Pass chunk_size=8"),
-    (Where(lambda p, j: j <= p + (p == 7)), 8, CUT.format(8, 8, 7, 8) + ".*Pass chunk_size=9"),
-    (Everything(), 4, CUT.format(4, 4, 0, 4) + ".*Pass chunk_size=11"),
+    (Causal() | (Chunk(4) & ~Prefix(4) & Prefix(8)), 3, CUT.format(3, 7, 4, 7) + ".*Pass chunk_size=4"),
+    (Where(lambda p, j: j <= p + (p == 7)), 1, CUT.format(1, 8, 7, 8) + ".*Pass chunk_size=2"),
+    (Everything(), 4, r"token 0 sees token 11, which is generated"),  # no chunk_size would do
     (Everything(), 16, r"token 0 sees token 11, which is generated .*max_new_tokens=1"),
     (Window(2), 16, r"token 0 sees token 11, which is generated"),
     (Causal() | Prefix(12), 16, r"prompts\[0\] has 11 tokens.*token 0 sees token 11, which is generated"),
@@ -90,6 +89,34 @@ def test_a_chunk_that_a_row_sees_past_is_refused(mask, chunk_size, text, monkeyp
     monkeypatch.setattr("paged.runtime._serve.Serve.run", lambda _: pytest.fail("nothing may run"))
     with pytest.raises(ValueError, match=text):
         serve(mask, chunk_size)
+
+
+def test_each_prompt_brings_its_own_prefix():
+    """In chunks that end where the prompt's prefix does, as if each were served with a static prefix."""
+    mask, prompts, prefixes = Causal() | Prefix(paged.Value("prefix")), [PROMPT, PROMPT[:7], PROMPT[3:]], [6, 0, 3]
+    reports = []
+    results = serve(mask, 6, prompts, 2, values={"prefix": prefixes}, on_step=reports.append, num_slots=1)
+    for prompt, prefix, result in zip(prompts, prefixes, results, strict=True):
+        (alone,) = serve(Causal() | Prefix(prefix) if prefix else Causal(), 6, [prompt], 2)
+        assert result.tokens == alone.tokens
+    assert [r.tokens for r in reports if r.kind == "prefill"] == [6, 5, 6, 6, 2]
+    with pytest.raises(ValueError, match=CUT.format(4, 4, 0, 4) + ".*Pass chunk_size=6"):
+        serve(mask, 4, prompts, 2, values={"prefix": prefixes})
+    with pytest.raises(ValueError, match=r"values must be \['prefix'\], which the model's specs name; got \[\]"):
+        serve(mask, 6, prompts, 2)
+    with pytest.raises(ValueError, match=r"values\['prefix'\] must be at least 0"):
+        serve(mask, 6, prompts, 2, values={"prefix": [6, -1, 3]})
+
+
+def test_a_chunk_ends_before_a_span_that_it_would_cut():
+    spans = Causal() | paged.Spans(paged.Value("starts", 2), paged.Value("ends", 2))
+    values, reports = {"starts": [[1, 4], [4, 9]], "ends": [[4, 8], [7, 9]]}, []
+    results = serve(spans, 5, [PROMPT, PROMPT[:8]], 2, values=values, on_step=reports.append, num_slots=1)
+    assert [r.tokens for r in reports if r.kind == "prefill"] == [4, 5, 2, 4, 4]
+    for i, prompt in enumerate([PROMPT, PROMPT[:8]]):
+        static = Causal() | paged.Spans(*(tuple(values[name][i]) for name in ("starts", "ends")))
+        (alone,) = serve(static, 16, [prompt], 2)
+        assert results[i].tokens == alone.tokens
 
 
 def test_a_mask_that_sees_all_serves_one_token_in_one_chunk(monkeypatch):
@@ -124,8 +151,8 @@ def test_masks_are_found_wherever_a_model_keeps_its_attention():
     holders = [attend, layer, layer.__call__, layer.cache, Plain({"a": (attend,)}), Callable(), Callable().__call__]
     holders += [closure, jax.jit(closure), eqx.filter_jit(closure), functools.partial(print, attend), lambda: closure()]
     for holder in holders:
-        assert masks_of(holder) == [PREFIX], holder
-    assert masks_of(two_layers(PREFIX)[0]) == [PREFIX, Causal()] and masks_of(print) == []
+        assert [spec.mask for spec in specs_of(holder)] == [PREFIX], holder
+    assert [spec.mask for spec in specs_of(two_layers(PREFIX)[0])] == [PREFIX, None] and specs_of(print) == []
 
 
 class Counter(eqx.Module):

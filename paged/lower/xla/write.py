@@ -51,7 +51,9 @@ def stored_at(
     layout = pages.layout
 
     def rows(pool: Array, axes: tuple[int, int]) -> Array:
-        # Whole pages first: for a gather by page and offset at once, a TPU lays out the whole pool anew if it is int8.
+        if pool.dtype.itemsize > 1:
+            return jnp.moveaxis(pool[_index(axes, page, offset)], _token_axis(axes), 0)
+        # Whole pages first: for a gather by page and offset at once, a TPU lays out a whole pool of bytes anew.
         pages = jnp.moveaxis(jnp.take(pool, page, axis=axes[0], mode="clip"), axes[0], 0)
         at = axes[1] + (axes[1] < axes[0])
         index = jnp.expand_dims(offset, tuple(range(1, pages.ndim)))
