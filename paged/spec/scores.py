@@ -93,7 +93,7 @@ class SoftCap(ScoreOp):
         object.__setattr__(self, "cap", as_float("SoftCap's cap (soft_cap)", self.cap))
 
     def __call__(self, s, p, j, h):
-        cap: Any = self.cap
+        cap: Any = self.cap if isinstance(self.cap, float) else jnp.asarray(self.cap, s.dtype)
         return cap * jnp.tanh(s / cap)
 
     def __str__(self):
@@ -141,7 +141,7 @@ class ALiBi(ScoreOp):
         else:  # a batch's numbers: kernels have no rule for a gather from these
             slope = jnp.zeros((), s.dtype)
             for head, own in enumerate(self.slopes):
-                slope = jnp.where(h == head, own, slope)
+                slope = jnp.where(h == head, jnp.asarray(own, s.dtype), slope)
         return s + slope * jnp.asarray(j - p, s.dtype)
 
     def __str__(self):

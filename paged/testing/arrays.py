@@ -1,24 +1,19 @@
 """`build`: a case's arrays, in which every offset of every page that holds no live token is poison."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged.spec import AttentionSpec, Pages, RaggedBatch
+from paged.spec import Pages, RaggedBatch
 
+from .brought import Brought, Pairs, batch_arrays
 from .cases import Case
 
 SPREAD = 3.0  # inputs are about 3 x normal: scores then reach +-30, and a softmax is nowhere near uniform
 _GARBAGE = (-1, -9, 10**6, -(2**31), 2**31 - 1)
-
-
-# Positions before the first token that rows may have: more rows than tokens, in the longest chunk of a test. As many
-# may lie past the table.
-_BEFORE = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,8 +21,9 @@ class Built:
     """A case's arrays for a lowering, and what is known of them.
 
     ``k`` and ``v`` are this step's own tokens, for `update`. ``is_held[page, offset]`` says where pages hold a live
-    token. ``visible[row]`` lists the key positions that a row sees by brute force, None for padding rows, and
-    ``row_of[row]`` is its sequence and position. ``error_unit[row]`` is, for each head, the largest
+    token. ``visible[row]`` lists the tokens that a head of a row sees by brute force, None for padding rows, and
+    ``by_head[row]`` says for each head which of these. ``row_of[row]`` is a row's sequence and its place there.
+    ``pairs`` is what masks and scores see of rows and keys. ``error_unit[row]`` is, for each head, the largest
     ``scale * sum_d |q_d k_d|`` over the visible keys, and the largest ``|v|``.
     """
 
@@ -40,8 +36,10 @@ class Built:
     sinks: jax.Array | None
     is_held: np.ndarray
     visible: list[np.ndarray | None]
+    by_head: list[np.ndarray | None]
     error_unit: np.ndarray
     row_of: list[tuple[int, int] | None]
+    pairs: Pairs
 
     def with_batch(self, **changes: Any) -> "Built":
         """These arrays with some values of the batch changed, such as ``lengths``.
@@ -49,12 +47,15 @@ class Built:
         Each row may then see what any row saw: its ``error_unit`` is the largest of all. ``visible`` and ``row_of``
         stay.
         """
-        names = ("lengths", "block_tables", "query_starts", "num_seqs")
-        values = {name: changes.get(name, getattr(self.batch, name)) for name in names}
         is_even = self.batch.has_even_starts and "query_starts" not in changes
-        batch = dataclasses.replace(self.batch, **values, has_even_starts=is_even, checked_for=None)
+        batch = dataclasses.replace(self.batch, **{"has_even_starts": is_even, "checked_for": None, **changes})
         largest = np.broadcast_to(self.error_unit.max(axis=(0, 2), keepdims=True), self.error_unit.shape)
         return dataclasses.replace(self, batch=batch, error_unit=largest)
+
+    def rows_first(self, rows: np.ndarray) -> dict[str, Any]:
+        """What the batch brings for these rows, moved to the first rows; garbage in the rows after them."""
+        brought = {name: getattr(self.batch, name) for name in ("positions", "ancestors")}
+        return {name: jnp.full_like(x, -7).at[: len(rows)].set(x[rows]) for name, x in brought.items() if x is not None}
 
 
 def build(
@@ -89,15 +90,19 @@ def build(
 
     pool = _Pool.empty(case, np.random.default_rng([case.seed, 7, physical_seed]))
     tables = pool.garbage_tables()
+    brought = [Brought.draw(case, s, lengths[s], rows[s], s in changed) for s in range(live)]
+    pairs = Pairs.of(case, brought, starts, tokens)
+    sees = pairs.visible(case.spec)
     visible: list[np.ndarray | None] = [None] * tokens
+    by_head: list[np.ndarray | None] = [None] * tokens
     row_of: list[tuple[int, int] | None] = [None] * tokens
     for s in range(live):
-        positions = np.arange(lengths[s] - rows[s], lengths[s])
-        seen = _brute_force(case.spec, case.capacity)[_BEFORE + positions, : lengths[s]]
-        for i, p in enumerate(positions):
-            visible[starts[s] + i], row_of[starts[s] + i] = np.flatnonzero(seen[i]), (s, int(p))
+        own = sees[starts[s] : starts[s] + rows[s], :, : lengths[s]]
+        for i in range(rows[s]):
+            visible[starts[s] + i], row_of[starts[s] + i] = np.flatnonzero(own[i].any(0)), (s, lengths[s] - rows[s] + i)
+            by_head[starts[s] + i] = own[i][:, own[i].any(0)]
         written = np.arange(max(0, lengths[s] - rows[s]), min(lengths[s], case.capacity))
-        needed = np.union1d(np.flatnonzero(seen.any(axis=0)), written) // case.page_size
+        needed = np.union1d(np.flatnonzero(own.any(axis=(0, 1))), written) // case.page_size
         held = np.arange(min(lengths[s] if hold_new else max(0, lengths[s] - rows[s]), case.capacity))
         pool.store(s, np.unique(needed), held, drawn[s], tables)
     pages, k_live, v_live = pool.pages()
@@ -110,42 +115,43 @@ def build(
         None if w is None or j is None else (tables[w[0], j // case.page_size], j % case.page_size)
         for w, j in zip(row_of, visible, strict=True)
     ]
-    error_unit = np.array([_error_unit(case, q[i], where, k_live, v_live) for i, where in enumerate(at)])
-    batch = _batch(case, lengths, rows, live, tables)
+    error_unit = np.array([_error_unit(case, q[i], where, by_head[i], k_live, v_live) for i, where in enumerate(at)])
+    more = batch_arrays(case, brought, starts, int(tokens), np.random.default_rng([case.seed, 8, physical_seed]))
+    batch = _batch(case, lengths, rows, live, tables, more)
     q, k, v = (jnp.asarray(x, jnp.dtype(case.q_dtype)) for x in (q, k, v))
-    return Built(case, q, k, v, pages, batch, _sinks(case), pool.is_held, visible, error_unit, row_of)
+    return Built(case, q, k, v, pages, batch, _sinks(case), pool.is_held, visible, by_head, error_unit, row_of, pairs)
 
 
-def _error_unit(case: Case, q: np.ndarray, where: tuple | None, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _error_unit(
+    case: Case, q: np.ndarray, where: tuple | None, by_head: np.ndarray | None, k: np.ndarray, v: np.ndarray
+) -> np.ndarray:
     """For each head of a row, see `Built.error_unit`; 1 where nothing is visible."""
     heads, group = case.spec.num_q_heads, case.spec.group
-    if where is None or not len(where[0]):
+    if where is None or by_head is None or not len(where[0]):
         return np.ones((2, heads))
+    is_seen = np.broadcast_to(by_head, (heads, len(where[0]))).T
     k, v = (np.abs(np.repeat(x[where[0], :, where[1]], group, axis=1)) for x in (k, v))
-    condition = case.spec.softmax_scale * np.einsum("hd,jhd->jh", np.abs(q), k).max(axis=0)
-    return np.stack([np.nan_to_num(condition, nan=1.0), np.nan_to_num(v.max(axis=(0, 2)), nan=1.0)])
+    condition = np.where(is_seen, case.spec.softmax_scale * np.einsum("hd,jhd->jh", np.abs(q), k), 0).max(axis=0)
+    largest = np.where(is_seen[..., None], v, 0).max(axis=(0, 2))
+    none = ~is_seen.any(axis=0)
+    return np.where(none, 1.0, np.stack([np.nan_to_num(condition, nan=1.0), np.nan_to_num(largest, nan=1.0)]))
 
 
-def _batch(case: Case, lengths: list[int], rows: list[int], live: int, tables: np.ndarray) -> RaggedBatch:
+def _batch(
+    case: Case, lengths: list[int], rows: list[int], live: int, tables: np.ndarray, more: dict[str, Any]
+) -> RaggedBatch:
     """The batch, with garbage in everything that dead slots own."""
     known = np.array(lengths)
     known[live:] = np.resize([9, -7, 10**6, -(2**31), 2**31 - 1], case.slots)[: case.slots - live]
     if case.phase == "prefill":
         even = RaggedBatch.prefill(known[0], tables[0], case.rows)
-        return RaggedBatch(known, tables, even.query_starts, live, query_rows=case.rows, has_even_starts=True)
+        return RaggedBatch(known, tables, even.query_starts, live, query_rows=case.rows, has_even_starts=True, **more)
     if case.phase == "decode":
-        return RaggedBatch.decode(known, tables, live, query_rows=case.rows)
+        return RaggedBatch.decode(known, tables, live, query_rows=case.rows, **more)
     starts = np.concatenate([[0], np.cumsum(rows)])
     # The first dead slot claims every padding row, in plausible numbers; those after it are nonsense.
     starts[live + 1 :] = np.resize([case.tokens, 10**6, -4, 2, -(2**31)], case.slots)[: case.slots - live]
-    return RaggedBatch(known, tables, starts, live)
-
-
-@functools.cache
-def _brute_force(spec: AttentionSpec, capacity: int) -> np.ndarray:
-    """Whether each position ``p`` sees ``j``, as ``[p + _BEFORE, j]``: the mask's value at every pair, once a spec."""
-    p, j = jnp.arange(-_BEFORE, capacity + _BEFORE)[:, None], jnp.arange(capacity)[None, :]
-    return np.broadcast_to(np.asarray(spec.visibility(p, j)), (capacity + 2 * _BEFORE, capacity))
+    return RaggedBatch(known, tables, starts, live, **more)
 
 
 def _normal(case: Case, stream: int, shape: tuple[int, ...]) -> np.ndarray:

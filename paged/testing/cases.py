@@ -49,7 +49,9 @@ class Case:
 
     ``corner`` is a name in `CORNERS`, or a corner of the test's own. ``rows`` is what every slot has in a decode batch,
     and the chunk in a prefill; a ragged batch takes them from its corner and has ``tokens`` rows in all. ``sink_shape``
-    is the shape that sinks are given in.
+    is the shape that sinks are given in. The batch brings the values and ancestors that the spec asks for.
+    ``has_positions`` says whether it brings positions too: None for a spec with a `Tree` alone, whose rows then are at
+    their depths.
     """
 
     spec: AttentionSpec
@@ -65,6 +67,7 @@ class Case:
     tokens: int = 16
     pages_per_seq: int = 4
     sink_shape: tuple[int, ...] | None = None
+    has_positions: bool | None = None
     seed: int = 0
 
     @property
@@ -79,6 +82,11 @@ class Case:
             value_dim=self.value_dim,
             scales=self.scales,  # pyright: ignore
         )
+
+    @property
+    def brings_positions(self) -> bool:
+        """Whether the batch says the positions of its rows."""
+        return self.spec.has_ancestors if self.has_positions is None else self.has_positions
 
     @property
     def slots(self) -> int:

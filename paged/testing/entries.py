@@ -64,6 +64,7 @@ class EntryPoint:
             "quantised pages; this adaptor passes no scales": layout.is_quantised,
             f"value_dim {layout.value_dim} beside head_dim {layout.head_dim}": layout.value_dim != layout.head_dim,
             "a mask of its own": spec.mask is not None,
+            "numbers that a batch brings": bool(spec.values),
             "score operations": bool(spec.scores),
             "sinks": spec.sinks and not self.takes_sinks,
             "attention that is not causal": not spec.causal and not self.writes,

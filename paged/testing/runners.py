@@ -18,7 +18,7 @@ from .interpreter import interpreted
 from .lowerings import Checked, check_lowering
 from .on_mesh import OnMesh
 from .promises import LOWERING_CHECKS, ROWS, Attention, LowerFn
-from .specs import PLAIN, SPECS
+from .specs import BROUGHT, PLAIN, SPECS
 
 # Sequences of several tiles of query rows, beside single rows; batches of 64 rows hold it.
 LONG = Corner(((4, 0), (0, 1), (4, -1), (2, 0), (3, 1)), (17, 1, 33, 1, 4))
@@ -35,7 +35,7 @@ class Runner:
     * ``lower``: ``lower(spec, layout)``, for `check_lowering`. A ``ValueError`` is a refusal.
     * ``layout``: the smallest layout that it accepts for its specs.
     * ``phases``: the phases that it runs.
-    * ``specs``: the attentions that it is tried on, by name.
+    * ``specs``: the attentions that it is tried on, by name. One that it refuses is left out.
     * ``rows``, ``corners``: see `check_lowering`.
     * ``without``: the names of checks that it cannot pass, with the reason for each.
     """
@@ -44,7 +44,7 @@ class Runner:
     lower: LowerFn
     layout: PageLayout
     phases: tuple[Phase, ...]
-    specs: Mapping[str, AttentionSpec] = dataclasses.field(default_factory=lambda: SPECS)
+    specs: Mapping[str, AttentionSpec] = dataclasses.field(default_factory=lambda: {**SPECS, **BROUGHT})
     rows: Mapping[Phase, int] = dataclasses.field(default_factory=lambda: ROWS)
     corners: tuple[str | Corner, ...] = tuple(CORNERS)
     without: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -133,11 +133,12 @@ def _entry(name: str, entry: EntryPoint) -> Runner:
     return Runner(name, lower_entry, _layout(4, entry.order), entry.phases, specs, without=without)
 
 
+_ALL = {**SPECS, **BROUGHT}
 # The window hides some first pages of a long prompt.
-_SPECS_OF_PROMPTS = {"window": PLAIN.replace(window=100), **SPECS}
+_SPECS_OF_PROMPTS = {"window": PLAIN.replace(window=100), **_ALL}
 _KERNELS: Iterable[tuple[str, LowerFn, int, tuple[Phase, ...], Mapping, Mapping[Phase, int], tuple[Corner, ...]]] = (
-    ("tpu-decode inline", functools.partial(_decode, "inline"), 8, ("decode",), SPECS, {"decode": 2}, ()),
-    ("tpu-decode grid", functools.partial(_decode, "grid"), 8, ("decode",), SPECS, {"decode": 2}, ()),
+    ("tpu-decode inline", functools.partial(_decode, "inline"), 8, ("decode",), _ALL, {"decode": 2}, ()),
+    ("tpu-decode grid", functools.partial(_decode, "grid"), 8, ("decode",), _ALL, {"decode": 2}, ()),
     ("tpu-ragged", _ragged, 64, ("ragged", "prefill"), _SPECS_OF_PROMPTS, {"ragged": 64, "prefill": 20}, (LONG,)),
 )
 
@@ -165,7 +166,8 @@ def mesh_runner(mesh: Mesh, axes: Axes) -> Runner:
     **Returns:** the runner, on XLA.
 
     >>> mesh = jax.make_mesh((1,), ("model",), devices=jax.devices()[:1])
-    >>> len(mesh_runner(mesh, paged.Axes(kv_heads="model")).check(phases=["decode"], checks=["holes are invisible"])[0])
+    >>> runner = mesh_runner(mesh, paged.Axes(kv_heads="model"))
+    >>> len(runner.check(specs=[runner.specs["plain"]], checks=["holes are invisible"]).passed)
     3
     """
     if axes.sequences is not None:

@@ -90,12 +90,13 @@ def assert_state_close(got: AttentionState, built: Built, weights: float = 0.0) 
     if built.sinks is not None:
         sinks = np.asarray(sinks_per_head(case.spec, built.sinks))
     out, lse = np.asarray(got.out, np.float64), np.asarray(got.lse)
-    for row, seen in enumerate(built.visible):
+    for row, (seen, by_head) in enumerate(zip(built.visible, built.by_head, strict=True)):
         if seen is None:
             assert not out[row].any() and np.isneginf(lse[row]).all(), f"padding row {row} is not (0, -inf)"
-        elif not len(seen):
-            assert not out[row].any(), f"empty row {row} is not 0"
-            np.testing.assert_array_equal(lse[row], sinks, f"lse of empty row {row}")
+            continue
+        empty = ~np.broadcast_to(by_head, (len(sinks), len(seen))).any(axis=1)  # pyright: ignore
+        assert not out[row][empty].any(), f"empty row {row} is not 0"
+        np.testing.assert_array_equal(lse[row][empty], sinks[empty], f"lse of empty row {row}")
 
 
 def assert_output(got: Any, built: Built, weights: float = 0.0) -> None:

@@ -104,5 +104,7 @@ def check_starts_that_lie(subject: Subject, phase: Phase) -> None:
 def _with_all_keys(subject: Subject, phase: Phase, corner: str) -> Built:
     """Arrays of a case whose pages hold every key before each sequence's length, seen or not."""
     spec = subject.spec.replace(causal=False, window=None, mask=None)
-    built = build(subject.case(phase, corner=corner).replace(spec=spec))
-    return dataclasses.replace(built, case=subject.case(phase, corner=corner))
+    case = subject.case(phase, corner=corner)
+    own, built = build(case), build(case.replace(spec=spec))
+    brought = {name: getattr(own.batch, name) for name in ("values", "positions", "ancestors")}
+    return dataclasses.replace(built.with_batch(**brought), case=case)

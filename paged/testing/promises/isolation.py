@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,8 @@ def check_sequences_alone(subject: Subject, phase: Phase) -> None:
             rows = np.flatnonzero(owned(built, s))
             starts = np.where(np.arange(built.batch.num_slots + 1) > s, len(rows), 0)
             q = jnp.full_like(built.q, jnp.nan).at[: len(rows)].set(built.q[rows])
-            alone = subject.run(built.with_batch(query_starts=jnp.asarray(starts, jnp.int32)), q=q)
+            own = {"query_starts": jnp.asarray(starts, jnp.int32), **built.rows_first(rows)}
+            alone = subject.run(built.with_batch(**own), q=q)
             first = [x[: len(rows)] for x in leaves(alone)]
             want = [x[rows] for x in leaves(together)]
             assert_same(first, want, np.arange(len(rows)), f"sequence {s} alone differs")
@@ -63,7 +65,9 @@ def check_order_of_sequences(subject: Subject, phase: Phase) -> None:
 def _assert_order_is_invisible(subject: Subject, built: Built, order: tuple[int, ...]) -> None:
     batch = built.batch
     rows = np.concatenate([np.flatnonzero(owned(built, s)) for s in order])
-    moved = {"lengths": batch.lengths[jnp.array(order)], "block_tables": batch.block_tables[jnp.array(order)]}
+    at = jnp.array(order)
+    moved: dict[str, Any] = {"lengths": batch.lengths[at], "block_tables": batch.block_tables[at]}
+    moved |= {"values": {name: x[at] for name, x in batch.values.items()}, **built.rows_first(rows)}
     if built.case.phase == "ragged":
         counts = np.diff(np.asarray(batch.query_starts))[list(order)]
         moved["query_starts"] = jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32)

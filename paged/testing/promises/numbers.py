@@ -10,6 +10,7 @@ import numpy as np
 from paged.spec import AttentionState, Bias, Where, sinks_per_head
 
 from ..arrays import Built
+from ..brought import ops_of
 from ..cases import Phase
 from ..tolerances import assert_output, assert_state_close, exact_state
 from .subject import LeftOut, Subject, in_words, leaves
@@ -52,18 +53,21 @@ def check_scores_of_zero(subject: Subject, phase: Phase) -> None:
     lse = np.asarray(subject.run(built, q=jnp.zeros_like(built.q)).lse)
     sinks = -np.inf if built.sinks is None else np.asarray(sinks_per_head(spec, built.sinks))
     # Scores of every row with every key, for all heads. The keys of a row's own sequence are picked afterwards.
-    shape = (spec.num_q_heads, built.q.shape[0], built.batch.pages_per_seq * subject.layout.page_size)
-    heads, keys = (jnp.arange(n)[at] for n, at in ((shape[0], np.s_[:, None, None]), (shape[2], np.s_[None, None])))
-    positions = jnp.array([0 if owner is None else owner[1] for owner in built.row_of])[None, :, None]
-    scores = jnp.zeros(shape, jnp.float32)
-    for op in spec.scores:
-        scores = op.bind(spec.num_q_heads)(scores, positions, keys, heads)
-    for row, seen in enumerate(built.visible):
-        if seen is not None and len(seen):
-            own = np.asarray(scores, np.float64)[:, row, seen]
-            want = np.logaddexp(np.log(np.exp(own).sum(axis=1)), sinks)
-            error = np.abs(lse[row] - want).max()
-            assert error <= 1e-5 * max(1.0, np.abs(want).max()), f"lse of row {row}: {lse[row]}, and not {want}"
+    p, j = jnp.asarray(built.pairs.p), jnp.asarray(built.pairs.j)
+    heads = jnp.arange(spec.num_q_heads, dtype=jnp.int32)[None, :, None]
+    scores = jnp.zeros((len(p), spec.num_q_heads, j.shape[2]), jnp.float32)
+    for op in ops_of(spec, built.pairs.numbers):
+        scores = op(scores, p, j, heads)
+    for row, (seen, by_head) in enumerate(zip(built.visible, built.by_head, strict=True)):
+        if seen is not None and by_head is not None and len(seen):
+            own = np.asarray(scores, np.float64)[row][:, seen]
+            with np.errstate(divide="ignore"):
+                want = np.logaddexp(np.log(np.where(by_head, np.exp(own), 0).sum(axis=1)), sinks)
+            is_some = np.isfinite(want)
+            assert np.array_equal(is_some, np.isfinite(lse[row])), f"heads that see nothing in row {row}"
+            error = np.abs(lse[row] - want, where=is_some, out=np.zeros_like(want)).max()
+            size = np.abs(want[is_some]).max(initial=1.0)
+            assert error <= 1e-5 * size, f"lse of row {row}: {lse[row]}, and not {want}"
 
 
 def check_huge_scores(subject: Subject, phase: Phase) -> None:
@@ -127,11 +131,15 @@ def check_float32_sums(subject: Subject, phase: Phase) -> None:
     spec = subject.spec.replace(scores=(Bias(_first_counts),), sinks=False)
     other = subject.other(spec, subject.layout.replace(dtype=jnp.bfloat16, scales=None))
     built = other.build(phase, "exact pages")
-    counts = [(row, len(seen)) for row, seen in enumerate(built.visible) if seen is not None and 0 in seen]
     lse = np.asarray(other.run(built, q=jnp.zeros_like(built.q)).lse)
-    for row, count in counts:
-        want = np.log1p((count - 1) * np.exp(-9.0))
-        assert np.abs(lse[row] - want).max() <= 1e-3 * want + 1e-6, f"lse of row {row}: {lse[row]}, and not {want}"
+    for row, (seen, by_head) in enumerate(zip(built.visible, built.by_head, strict=True)):
+        if seen is None or by_head is None or 0 not in seen:
+            continue
+        by_head = np.broadcast_to(by_head, (spec.num_q_heads, len(seen)))
+        heads = by_head[:, seen.tolist().index(0)]
+        want = np.log1p((by_head.sum(axis=1) - 1)[heads] * np.exp(-9.0))
+        error = np.abs(lse[row][heads] - want)
+        assert (error <= 1e-3 * want + 1e-6).all(), f"lse of row {row}: {lse[row]}, and not {want}"
 
 
 def check_output_dtype(subject: Subject, phase: Phase) -> None:

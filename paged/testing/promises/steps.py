@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged.spec import AttentionSpec, AttentionState, Pages, add_sinks, merge, sinks_per_head
+from paged.spec import AttentionState, Pages, add_sinks, merge, sinks_per_head
 
 from ..arrays import Built
 from ..cases import PAST_THE_TABLE, Corner, Phase
@@ -49,10 +49,12 @@ def _steps(rows: np.ndarray) -> list[list[np.ndarray]]:
 
 def check_chunks(subject: Subject, phase: Phase) -> None:
     """The rows of all sequences in one step, or in several that cut them elsewhere: the same rows, the same pages."""
-    if _sees_ahead(subject.spec):
-        raise LeftOut("rows see tokens that a later step writes")
     for corner in ("no rows in the middle", *subject.own_corners):
         built = subject.build(phase, corner, hold_new=not subject.can_update)
+        if built.batch.positions is not None or built.batch.ancestors is not None:
+            raise LeftOut("positions and ancestors are of a step's own tokens")
+        if _sees_ahead(built):
+            raise LeftOut("rows see tokens that a later step writes")
         held = subject.build(phase, corner)
         rows = np.diff(np.asarray(built.batch.query_starts)[: built.batch.num_slots + 1])
         for steps in _steps(rows):
@@ -88,10 +90,10 @@ def _first_rows(x: jax.Array, rows: np.ndarray) -> jax.Array:
     return jnp.full(x.shape, jnp.nan, x.dtype).at[: len(rows)].set(x[rows])
 
 
-def _sees_ahead(spec: AttentionSpec) -> bool:
+def _sees_ahead(built: Built) -> bool:
     """Whether a row sees later tokens. Then the rows of a chunk miss tokens that are not written yet."""
-    p, j = np.arange(32)[:, None], np.arange(32)[None, :]
-    return bool((np.asarray(spec.visibility(p, j)) & (j > p)).any())
+    rows = zip(built.visible, built.row_of, strict=True)
+    return any(len(seen) and seen[-1] > owner[1] for seen, owner in rows if seen is not None and owner is not None)
 
 
 def check_one_trace(subject: Subject, phase: Phase) -> None:
