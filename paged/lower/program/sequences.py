@@ -78,8 +78,8 @@ class Sequences(NamedTuple):
         if self.own is not None:
             tokens = self.own.positions.shape[0]
             slot, is_owned = self.owner(tokens)
-            is_row = is_owned & (slot == jnp.arange(self.starts.shape[0], dtype=jnp.int32)[:, None])
-            p0, p1, own = *position_range(self.own.positions, is_row), self.positions
+            is_row = is_owned[None] & (slot[None] == jnp.arange(self.starts.shape[0], dtype=jnp.int32)[:, None])
+            p0, p1, own = *position_range(self.own.positions[None], is_row), self.positions
         return QueryRows(p0, p1, self.lengths, dict(self.numbers), own)
 
     def rows(self, tokens: int) -> tuple[Int[Array, " tokens"], Int[Array, " tokens"], Bool[Array, " tokens"]]:
