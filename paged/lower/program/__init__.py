@@ -1,5 +1,6 @@
 """What lowerings read: the `Program` of a spec, and the parts of a call that every target computes alike."""
 
+from .brought import WORD as WORD
 from .brought import OwnRows as OwnRows
 from .brought import QueryRows as QueryRows
 from .brought import by_name as by_name
@@ -11,6 +12,7 @@ from .call import Call as Call
 from .call import at_most as at_most
 from .integers import floor_div as floor_div
 from .intervals import PageIntervals as PageIntervals
+from .monotone import LEAST_POSITION as LEAST_POSITION
 from .program import Program as Program
 from .results import Results as Results
 from .results import Wanted as Wanted

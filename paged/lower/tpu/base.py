@@ -50,10 +50,13 @@ class TpuLowering(Lowering):
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
         """Why this lowering refuses the program, the layout or the call; None if it accepts them."""
-        reason = refuses_program(program, layout)
-        if reason is None and call is not None and call.has_own_rows:
-            return "the batch brings positions or ancestors of its rows"
+        reason = refuses_program(program, layout) or self._refuses_brought(program, call)
         return reason if reason is not None or call is None else self._refuses_call(program, layout, call)
+
+    def _refuses_brought(self, program: Program, call: Call | None) -> str | None:
+        """Why this lowering refuses what a batch brings, or masks that differ by head; None if it accepts them."""
+        del program, call
+        return None
 
     @abc.abstractmethod
     def _refuses_call(self, program: Program, layout: PageLayout, call: Call) -> str | None:
@@ -218,8 +221,6 @@ def refuses_program(program: Program, layout: PageLayout) -> str | None:
         return 'scales="token" with order="interleaved" would have to be transposed: use order="packed" or "split"'
     if layout.num_kv_heads > LANES:
         return f"{layout.num_kv_heads} KV heads are more than the {LANES} lanes that log-sum-exps are kept in"
-    if program.values or program.has_heads or program.has_ancestors:
-        return "a mask or score operation names what the batch brings, or differs by head"
     operations = refused_operations(program)
     if operations:
         return (

@@ -14,20 +14,19 @@ that the steps of one fill the waits of the other.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged.spec import NOTHING_GIVEN
-
 from ...program import Running, Terms
 from ..chips import LANES
 from ..pages import Views, dot
 from ..references import Copies
 from .refs import Refs
+from .sight import Block, Seen, Sight
 
 # Tiles whose scores are held at once: their products overlap, and the scores of more would not fit the registers.
 _TILES_AT_ONCE = 8
@@ -40,33 +39,6 @@ _QUERIES_AHEAD = ROWS_IN_FLIGHT - ITEMS_AT_ONCE
 _SCORES_TOGETHER = 32 * 1024
 
 
-class Block(NamedTuple):
-    """Block ``i`` of an item, which has arrived in a stage of the stream, with the item's queries for every tile.
-
-    ``running`` is the softmax of the blocks before, for every tile; None if the item has only this block.
-    """
-
-    item: Any
-    i: Any
-    stage: Any
-    q: list
-    running: tuple[Running, ...] | None
-
-
-class Seen(NamedTuple):
-    """What the scores of a block need beside products.
-
-    * ``p``, ``j``: positions of query rows and of keys; None if neither scores nor a mask need them.
-    * ``visible``: which pairs are visible; None if all are.
-    * ``scales``: per-token scales of keys and of values; None if there are none.
-    """
-
-    p: Any
-    j: Any
-    visible: Any
-    scales: list | None
-
-
 @dataclasses.dataclass(frozen=True)
 class Decode:
     """The kernel's static facts.
@@ -77,14 +49,14 @@ class Decode:
     * ``has_even_rows``: every slot has rows, and they are those that follow the slot before. Then every row is written,
       also those of slots that are not live.
     * ``items_at_once``: items of one block that are worked on together, from 1 to `ITEMS_AT_ONCE`.
-    * ``hides_unseen``: whether a block that needs a mask may have pages that no row sees.
+    * ``sight``: what the scores of a block need beside products.
     """
 
     bodies: tuple[tuple[Views, Terms], ...]
     splits: int
     has_even_rows: bool
     items_at_once: int
-    hides_unseen: bool
+    sight: Sight
 
     @property
     def views(self) -> Views:
@@ -257,7 +229,7 @@ class Decode:
         """
         body = body or self.bodies[-1]
         views, buffers = body[0], refs.stream.transfers.buffers
-        seen = [self._seen(refs, block, is_masked, body) for block in blocks]
+        seen = [self.sight.of_block(refs, block, is_masked, body) for block in blocks]
         new: list[list[Running]] = [[] for _ in blocks]
         # All products, then all weights, then all values: the compiler keeps this order, and within each line nothing
         # waits for anything else.
@@ -277,43 +249,12 @@ class Decode:
                 new[b].append(running.add(weights, v, self._product(seen[b].scales, tile)))
         return [tuple(of_block) for of_block in new]
 
-    def _seen(self, refs: Refs, block: Block, is_masked: bool, body: tuple[Views, Terms]) -> Seen:
-        """Positions, visibility and scales of a block. All tiles share them."""
-        (views, terms), item = body, block.item
-        p: Any = None
-        j: Any = None
-        if is_masked or terms.scores_use_positions:
-            p = refs.work.position[item] + views.query_row()
-            j = refs.work.key_positions(views, item, block.i, self.views.pages_per_block)
-        visible, present = views.is_own_key(), None
-        if is_masked:
-            seen = terms.visible(
-                tuple(ref[0] for ref in refs.inputs.arrays), NOTHING_GIVEN, p, j, refs.work.length[item]
-            )
-            present = refs.stream.present(views, block.stage)
-            seen = seen if present is None else seen & present
-            if self.hides_unseen:
-                # Before any product reads the values.
-                refs.stream.hide_unseen(item, block.i, block.stage, views.seen_pages(seen))
-            visible = seen if visible is None else seen & visible
-        if not self._has_token_scales:
-            return Seen(p, j, visible, None)
-        scales = [views.scales(buffer, block.stage) for buffer in refs.stream.transfers.buffers[-2:]]
-        if is_masked:
-            # Past the length, and where a block has no page, scales may be NaN. A key's is masked with its score; a
-            # value's would meet a weight of 0.
-            is_live = j[:1] < refs.work.end_of_keys(item, views.layout.page_size)
-            is_live = is_live if present is None else is_live & present[:1]
-            if self.hides_unseen:
-                is_live &= jnp.max(jnp.where(seen, 1.0, 0.0), axis=0, keepdims=True) > 0  # pyright: ignore
-            scales[1] = jnp.where(is_live, scales[1], 0.0)
-        return Seen(p, j, visible, scales)
-
     def _weigh(self, refs: Refs, block: Block, tile: int, product: Any, seen: Seen, terms: Terms) -> Any:
         """The first half of a step of the softmax for one tile, from its products: a `Running`, and the weights."""
         s = self._scaled(refs, tile, product * terms.factor, seen.scales)
-        s = terms.scores(tuple(ref[tile] for ref in refs.inputs.arrays), NOTHING_GIVEN, s, seen.p, seen.j)
-        s = s if seen.visible is None else jnp.where(seen.visible, s, -jnp.inf)
+        s = terms.scores(tuple(ref[tile] for ref in refs.inputs.arrays), seen.given, s, seen.p, seen.j)
+        visible = seen.visible_in(tile)
+        s = s if visible is None else jnp.where(visible, s, -jnp.inf)
         return Running.first(s, self.views.result_lanes) if block.running is None else block.running[tile].weigh(s)
 
     def _scaled(self, refs: Refs, tile: int, s: Any, scales: Any) -> Any:
@@ -394,7 +335,3 @@ class Decode:
                         act(pltpu.make_async_copy(buffer.at[row_stage, row], target, scratch.out_left.at[row_stage]))
 
         return Copies(each)
-
-    @property
-    def _has_token_scales(self) -> bool:
-        return self.views.layout.scales == "token"

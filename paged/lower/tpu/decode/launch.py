@@ -20,6 +20,7 @@ from ..references import call_kernel
 from .kernel import ROWS_IN_FLIGHT, Decode
 from .refs import Inputs, Outputs, Refs, Scalars, Scratch
 from .schedule import DecodeSchedule
+from .sight import Sight
 from .update import Targets, Write, WriteRefs, targets_of_tables
 
 
@@ -77,16 +78,20 @@ class DecodeLaunch:
         terms = tuple(
             (prefix, kernel_terms(self.program, prefix.tile_rows, prefix.columns)) for prefix in self.views.prefixes()
         )
-        hides_unseen = self.program.may_visit_unseen(self.views.layout.page_size)
-        decode = Decode(terms, self.schedule.kv_splits, self.has_even_rows, self.items_at_once, hides_unseen)
+        intervals = work.intervals if isinstance(work, Tables) else None
+        given = work.given if isinstance(work, Tables) else work
+        has_own_rows = given.brought.positions is not None
+        # Pages of the step's own tokens are visited, whether some row sees them or not.
+        hides_unseen = has_own_rows or self.program.may_visit_unseen(self.views.layout.page_size)
+        sight = Sight(self.program, self.views.pages_per_block, hides_unseen)
+        decode = Decode(terms, self.schedule.kv_splits, self.has_even_rows, self.items_at_once, sight)
         arrays = self._arrays(terms[-1][1])
         per_row = self._head_scales(pages), self._sinks(sinks)
         inputs = Inputs(*per_row[0], per_row[1], arrays, self._queries(q), new.rows if new else (), _pools(pages))
         hbm: Any = pltpu.HBM
         in_memory = tuple(pltpu.SMEM if x.ndim == 1 else pltpu.VMEM for x in arrays)
-        intervals = work.intervals if isinstance(work, Tables) else None
-        given = work.given if isinstance(work, Tables) else work
         items = given.position.shape[0] * (self.schedule.kv_splits if intervals else 1)
+        facts = None if intervals is None else Facts.scratch(items, intervals, has_own_rows)
         # The number of a core's items is known only when the kernel runs. So each core has a step for every item, and
         # does nothing in the steps past its own items.
         cores = self.schedule.cores
@@ -100,7 +105,7 @@ class DecodeLaunch:
             inputs=inputs,
             memory=Inputs(pltpu.VMEM, pltpu.VMEM, pltpu.VMEM, in_memory, q=hbm, new=hbm, pools=hbm),
             outputs=self._outputs(q.shape[0], wanted, inputs.pools if new else ()),
-            scratch=self._scratch(inputs, wanted, items, intervals),
+            scratch=self._scratch(inputs, wanted, facts),
             in_place=(lambda tree: tree.pools) if new else None,
         )
         return self._results(results.out, results.lse), _with_pools(pages, results.pools) if new else pages
@@ -150,7 +155,7 @@ class DecodeLaunch:
         assert scratch.facts is not None
         width, rows = scalars.work.pages.shape[0] // scalars.work.position.shape[0], self.views.query_rows
         division = self.schedule.kv_splits, self.schedule.pages_per_block, self.schedule.cores
-        return IntervalWork(intervals, scalars.work, scratch.facts, width, rows, *division)
+        return IntervalWork(intervals, scalars.work, scratch.facts, self.program.values, width, rows, *division)
 
     def _arrays(self, terms: Any) -> tuple[Array, ...]:
         """What the scores and the mask need of each query row of a tile, such as the slopes of ALiBi."""
@@ -180,7 +185,7 @@ class DecodeLaunch:
         padding[3] = (0, self.views.key_lanes - q.shape[-1])
         return jnp.pad(grouped, padding)
 
-    def _scratch(self, inputs: Inputs, wanted: Wanted, items: int, intervals: PageIntervals | None) -> Scratch:
+    def _scratch(self, inputs: Inputs, wanted: Wanted, facts: Facts | None) -> Scratch:
         dma, stages, block = pltpu.SemaphoreType.DMA, self.schedule.buffers, self.schedule.pages_per_block
         pages, (q, out, lse) = _vmem_scratch(self.views, stages, inputs.q.dtype, _stored(wanted.dtype))
         write = Write.of(self.views.layout, self.views.query_rows, inputs.new)
@@ -194,8 +199,8 @@ class DecodeLaunch:
             out_left=dma((ROWS_IN_FLIGHT,)),
             cursor=pltpu.SMEM((2,), jnp.int32),
             filled=pltpu.SMEM((stages,), jnp.int32),
-            facts=Facts.scratch(items, intervals) if intervals else None,
-            holes=Holes.scratch(stages, block) if intervals else None,
+            facts=facts,
+            holes=None if facts is None else Holes.scratch(stages, block),
             next_stage=pltpu.SMEM((1,), jnp.int32),
             staging=write.scratch() if inputs.new else None,
         )

@@ -14,7 +14,7 @@ from paged.spec import AttentionState, PageLayout, Pages, merge
 from ...base import Schedule
 from ...program import Call, Program, Results, Sequences, Wanted
 from ..base import STATE, TpuLowering
-from ..pages import PageTables, TileVisits, WorkList, copies_of_pages, kernel_slices
+from ..pages import Brought, PageTables, TileVisits, WorkList, copies_of_pages, kernel_slices
 from .launch import DecodeLaunch, New, Tables
 from .plan import (
     alternatives,
@@ -124,11 +124,11 @@ class TpuDecode(TpuLowering):
         intervals = intervals_of(program, layout, call, schedule, chip)
         if intervals is None:
             return _of_lists(launch, wanted, q, pages, sinks, seqs)
-        parts, slots, rows = [], slots_per_kernel(call, schedule, chip), launch.views.query_rows
+        parts, slots, rows = [], slots_per_kernel(program, call, schedule, chip), launch.views.query_rows
         # Usually one kernel, and nothing is cut or joined.
         for first in range(0, call.slots, slots):
-            part: Sequences = jax.tree.map(lambda x, first=first: x[first : first + slots], seqs)
-            q_part, work = q[first * rows : (first + slots) * rows], Tables(intervals, PageTables.of(part))
+            part, q_part = _slots(seqs, first, slots, rows), q[first * rows : (first + slots) * rows]
+            work = Tables(intervals, PageTables.of(part, Brought.of(program, part, rows, are_even=True)))
             parts.append(_finished(launch, work, wanted, q_part, pages, sinks, part)[0])
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
@@ -157,7 +157,8 @@ class TpuDecode(TpuLowering):
         if intervals is None:
             work = next(iter(_lists(launch, pages.num_pages, seqs)))
         else:
-            work = Tables(intervals, PageTables.of(seqs, has_even_rows=False))
+            brought = Brought.of(program, seqs, 1, are_even=False)
+            work = Tables(intervals, PageTables.of(seqs, brought, has_even_rows=False))
         return launch(work, q, pages, wanted, sinks)[0]
 
     def run_update_results(
@@ -185,13 +186,26 @@ class TpuDecode(TpuLowering):
             return self.run_results(program, schedule, call, wanted, q, pages, sinks, seqs), pages
         intervals = intervals_of(program, layout, call, schedule, chip)
         if intervals is not None:
-            work, targets = Tables(intervals, PageTables.of(seqs)), None
+            brought = Brought.of(program, seqs, launch.views.query_rows, are_even=True)
+            work, targets = Tables(intervals, PageTables.of(seqs, brought)), None
         else:
             lists = _planned(seqs)
             work = lists.works[0] if lists else next(iter(_lists(launch, pages.num_pages, seqs)))
             rows, size = launch.views.query_rows, layout.page_size
             targets = lists.targets if lists else Targets.of(seqs, rows, size, pages.num_pages)
         return _finished(launch, work, wanted, q, pages, sinks, seqs, New(targets, new_rows(k, v, pages)))
+
+
+def _slots(seqs: Sequences, first: int, slots: int, rows: int) -> Sequences:
+    """The sequences in so many slots from slot ``first`` on, and their rows, ``rows`` of each, as those of a batch."""
+
+    def of_slots(sequences: Any, per_slot: int = 1) -> Any:
+        return jax.tree.map(lambda x: x[first * per_slot : (first + slots) * per_slot], sequences)
+
+    if first == 0 and slots >= seqs.starts.shape[0]:
+        return seqs
+    part = of_slots(seqs._replace(own=None, planned=None))
+    return part._replace(starts=part.starts - first * rows, own=of_slots(seqs.own, rows))
 
 
 def _of_lists(
@@ -225,13 +239,14 @@ def _planned(seqs: Sequences) -> DecodeLists | None:
 
 def _lists(launch: DecodeLaunch, num_pages: int, seqs: Sequences) -> Iterator[WorkList]:
     """The work list of each kernel."""
-    schedule, rows_per_slot = launch.schedule, launch.views.query_rows
+    program, schedule, rows_per_slot = launch.program, launch.schedule, launch.views.query_rows
+    brought = Brought.of(program, seqs, rows_per_slot, launch.has_even_rows)
     if launch.has_even_rows:
         # Slots that are not live have rows too, of which the kernel writes the results.
         starts = rows_per_slot * jnp.arange(seqs.starts.shape[0], dtype=jnp.int32)
         seqs = seqs._replace(starts=starts)
-    visited = TileVisits.of(launch.program, seqs, launch.views.layout.page_size, num_pages)
-    for rows, entries in kernel_slices(seqs.tables.shape, launch.chip, schedule.kv_splits):
+    visited = TileVisits.of(program, seqs, launch.views.layout.page_size, num_pages, brought)
+    for rows, entries in kernel_slices(seqs.tables.shape, launch.chip, schedule.kv_splits, brought.per_seq):
         yield visited.work_list(
             rows,
             entries,

@@ -10,7 +10,7 @@ from paged.spec import PageLayout
 from ...program import COMMON, Call, PageIntervals, Program, most_pages_seen
 from ...schedule import around, grid, halvings
 from ..chips import LANES, SUBLANES, Chip
-from ..pages import Facts, Views, compute_dtype, kernel_slices
+from ..pages import Facts, Views, compute_dtype, kernel_slices, most_brought
 from .kernel import ITEMS_AT_ONCE
 from .launch import DecodeLaunch
 from .schedule import DecodeSchedule
@@ -49,22 +49,32 @@ def intervals_of(
     It does where visible pages are not proven to be one run, where most of that run may be holes, where rows are not
     even, and where scalar memory cannot hold the block table of one sequence.
     """
-    if not call.has_even_rows or call.has_holes or not call.num_pages or not slots_per_kernel(call, schedule, chip):
+    if not call.has_even_rows or call.has_holes or not call.num_pages:
+        return None
+    if not slots_per_kernel(program, call, schedule, chip):
         return None
     return program.page_intervals(layout.page_size)
 
 
-def slots_per_kernel(call: Call, schedule: DecodeSchedule, chip: Chip) -> int:
-    """How many sequences' block tables, and what is known of their items, scalar memory holds."""
-    per_slot = 4 * call.pages_per_seq + 8 + 4 * len(Facts._fields) * schedule.kv_splits
+def slots_per_kernel(program: Program, call: Call, schedule: DecodeSchedule, chip: Chip) -> int:
+    """How many sequences' block tables, with what their batch brings and what is known of their items, scalar memory
+    holds."""
+    per_slot = 4 * call.pages_per_seq + 8 + 4 * Facts.per_item(call.has_own_rows) * schedule.kv_splits
+    per_slot += 4 * brought_of(program, call)
     return min(call.slots, chip.smem_for_lists // per_slot)
+
+
+def brought_of(program: Program, call: Call) -> int:
+    """How many numbers the batch brings for each sequence."""
+    return most_brought(program, call.query_rows or 1, call.has_own_rows)
 
 
 def kernels_of(program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule, chip: Chip) -> int:
     """The number of kernels of a call."""
     if intervals_of(program, layout, call, schedule, chip) is not None:
-        return -(-call.slots // slots_per_kernel(call, schedule, chip))
-    return len(list(kernel_slices((call.slots, call.pages_per_seq), chip, schedule.kv_splits)))
+        return -(-call.slots // slots_per_kernel(program, call, schedule, chip))
+    brought = brought_of(program, call)
+    return len(list(kernel_slices((call.slots, call.pages_per_seq), chip, schedule.kv_splits, brought)))
 
 
 def plan_schedule(program: Program, layout: PageLayout, call: Call | None, chip: Chip) -> DecodeSchedule:

@@ -1,5 +1,7 @@
 """Pages as kernels meet them: work lists, copies of pages, the stream of page blocks, and how a block is read."""
 
+from .brought import Brought as Brought
+from .brought import most_brought as most_brought
 from .copies import copies_of_pages as copies_of_pages
 from .intervals import Facts as Facts
 from .intervals import IntervalWork as IntervalWork

@@ -20,8 +20,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from ...program import PageIntervals, Sequences, floor_div
+from paged.spec import LARGEST_INT32, Value
+
+from ...program import LEAST_POSITION, PageIntervals, Sequences, floor_div
 from ..references import Ref
+from .brought import Brought, BroughtFor, least_and_most
 from .views import Views
 
 # The position of the first row of a slot without rows. Nothing is visible from there.
@@ -34,17 +37,19 @@ class PageTables(NamedTuple):
     * ``pages`` i32[seqs * pages_per_seq]: the block tables, one after the other: scalar memory pads rows of a matrix.
     * ``position`` i32[seqs]: the position of each sequence's first query row, or `NO_ROWS`.
     * ``row`` i32[seqs]: each sequence's first query row. None where the rows of every slot follow the slot before.
+    * ``brought``: what the batch brings for the sequences, flat.
     """
 
     pages: Int[Array, " entries"]
     position: Int[Array, " seqs"]
     row: Int[Array, " seqs"] | None
+    brought: Brought = Brought()
 
     @classmethod
-    def of(cls, seqs: Sequences, has_even_rows: bool = True) -> "PageTables":
+    def of(cls, seqs: Sequences, brought: Brought, has_even_rows: bool = True) -> "PageTables":
         """The tables of a batch in which the slots have as many rows each, or none."""
         position = jnp.where(seqs.counts > 0, seqs.positions, NO_ROWS)
-        return cls(seqs.tables.reshape(-1), position, None if has_even_rows else seqs.starts)
+        return cls(seqs.tables.reshape(-1), position, None if has_even_rows else seqs.starts, brought.flat())
 
 
 class Facts(NamedTuple):
@@ -54,18 +59,29 @@ class Facts(NamedTuple):
     * ``count``: its pages.
     * ``num_full``: so many of its pages, in whole blocks, are worked on first and need no mask.
     * ``masked``: the blocks before these, which need one; None where there are none in any item.
+    * ``leading``: so many pages, in whole blocks, are worked on before those: ``num_full``, and the pages of the step's
+      own tokens that would be among them if the batch brought nothing for its rows. So what it brings changes no result
+      where it says the same. None where both numbers are equal.
     """
 
     begin: Ref
     count: Ref
     num_full: Ref
     masked: Ref | None
+    leading: Ref | None = None
 
     @classmethod
-    def scratch(cls, items: int, intervals: PageIntervals) -> "Facts":
+    def scratch(cls, items: int, intervals: PageIntervals, has_own_rows: bool) -> "Facts":
         """Memory for the facts."""
         memory = pltpu.SMEM((items,), jnp.int32)
-        return cls(memory, memory, memory, None if intervals.begin_at_0 else memory)
+        if intervals.begin_at_0:
+            return cls(memory, memory, memory, None)
+        return cls(memory, memory, memory, memory, memory if has_own_rows else None)
+
+    @staticmethod
+    def per_item(has_own_rows: bool) -> int:
+        """The most facts of an item."""
+        return len(Facts._fields) - (0 if has_own_rows else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +98,7 @@ class Computed:
 class IntervalWork:
     """The work on page intervals, as a `WorkList` has it.
 
+    * ``values``: the numbers that the batch brings.
     * ``width``: pages of a block table.
     * ``query_rows``: rows of each sequence.
     * ``splits``, ``pages_per_block``, ``cores``: as in `TileVisits.work_list`.
@@ -90,6 +107,7 @@ class IntervalWork:
     intervals: PageIntervals
     tables: PageTables
     facts: Facts
+    values: tuple[Value, ...]
     width: int
     query_rows: int
     splits: int
@@ -126,6 +144,10 @@ class IntervalWork:
         """The number of keys of an item's sequence that exist."""
         return Computed(lambda item: self._length(self.position[item]))
 
+    def brought_for(self, item: Any) -> BroughtFor:
+        """What the batch brings for an item."""
+        return BroughtFor(self.tables.brought, lambda: self._seq(item), self.tables.position.shape[0])
+
     @property
     def row(self) -> Computed:
         """An item's first query row."""
@@ -145,7 +167,8 @@ class IntervalWork:
         """The entry of the first page of an item's block ``i``, of ``block`` pages, in the order of work."""
         begin, masked = self.facts.begin[item], self.facts.masked
         if masked is not None:
-            whole, before = floor_div(self.facts.num_full[item], block), masked[item]
+            leading = self.facts.num_full if self.facts.leading is None else self.facts.leading
+            whole, before = floor_div(leading[item], block), masked[item]
             i = jnp.where(i < whole, i + before, jnp.where(i < whole + before, i - whole, i))
         return begin + i * block
 
@@ -200,26 +223,61 @@ class IntervalWork:
         facts.begin[item] = self._base(item) + first
         facts.count[item] = count
         if facts.masked is None:
+            if self._has_own_rows:
+                end_full = jnp.minimum(end_full, self._first_own(item))
             facts.num_full[item] = jnp.clip(end_full - first, 0, count)
             return count
         masked = floor_div(jnp.clip(first_full - first, 0, count) + block - 1, block)
         whole = floor_div(jnp.clip(end_full - first, 0, count), block) - masked
         facts.masked[item] = masked
-        facts.num_full[item] = jnp.maximum(whole, 0) * block
+        leading = facts.num_full if facts.leading is None else facts.leading
+        leading[item] = jnp.maximum(whole, 0) * block
+        if facts.leading is not None:
+            whole = jnp.minimum(whole, floor_div(self._first_own(item) - first, block) - masked)
+            facts.num_full[item] = jnp.maximum(whole, 0) * block
         return count
 
     def _pages(self, item: Any) -> tuple[Any, Any, Any, Any]:
-        """The first page of an item and its number of pages, and the interval of pages that are visible in full."""
-        p0 = self.position[item]
-        rows = p0, p0 + self.query_rows, self._length(p0), self.width
-        first, end = self.intervals.visible(*rows)
-        full = self.intervals.visible_in_full(*rows, first, end)
+        """The first page of an item and its number of pages, and the interval of pages that are visible in full.
+
+        Of the step's own tokens nothing is known if the batch brings positions or ancestors of its rows. Their pages
+        are visited, and are in the interval where they would be without.
+        """
+        numbers, p0 = self.brought_for(item).in_order(self.values), self.position[item]
+        if self._has_own_rows:
+            first, end, *full = self._with_own(item, numbers)
+        else:
+            rows = p0, p0 + self.query_rows, self._length(p0), self.width
+            first, end = self.intervals.visible(*rows, numbers)
+            full = self.intervals.visible_in_full(*rows, first, end, numbers)
         if self.splits == 1:
             return first, end - first, *full
         blocks = floor_div(end - first + self.pages_per_block - 1, self.pages_per_block)
         per_split = floor_div(blocks + self.splits - 1, self.splits) * self.pages_per_block
         begin = first + jax.lax.rem(item, self.splits) * per_split
         return begin, jnp.clip(end - begin, 0, per_split), *full
+
+    def _with_own(self, item: Any, numbers: tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
+        """The pages that rows at positions of their own see of the tokens before them, up to the last own token's."""
+        place, intervals = self.position[item], self.intervals
+        length = self._length(place)
+        p0, last = least_and_most(self.brought_for(item).positions())
+        rows, first_own = (p0, jnp.minimum(last, LARGEST_INT32 - 1) + 1), self._first_own(item)
+        seen, end_seen = intervals.visible(*rows, jnp.clip(place, 0, length), self.width, numbers)
+        first, end = jnp.where(seen < end_seen, seen, first_own), _pages_up_to(length, intervals.page_size)
+        full, end_full = intervals.visible_in_full(*rows, length, self.width, first, end, numbers)
+        # Edges are not known of such positions: every page is visited, with a mask.
+        is_known = p0 >= LEAST_POSITION
+        return jnp.where(is_known, first, 0), end, full, jnp.where(is_known, end_full, full)
+
+    def _first_own(self, item: Any) -> Any:
+        """The page of the first of the step's own tokens. All pages before hold none."""
+        place = self.position[item]
+        return floor_div(jnp.clip(place, 0, self._length(place)), self.intervals.page_size, low=0)
+
+    @property
+    def _has_own_rows(self) -> bool:
+        return self.tables.brought.positions is not None
 
     def _length(self, p0: Any) -> Any:
         return jnp.clip(p0 + self.query_rows, 0, self.width * self.intervals.page_size)
@@ -230,3 +288,7 @@ class IntervalWork:
 
     def _seq(self, item: Any) -> Any:
         return item if self.splits == 1 else jax.lax.div(item, self.splits)
+
+
+def _pages_up_to(length: Any, page_size: int) -> Any:
+    return floor_div(length + page_size - 1, page_size, low=0)

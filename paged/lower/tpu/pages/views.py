@@ -172,6 +172,14 @@ class Views:
         row = jax.lax.broadcasted_iota(jnp.int32, (self.tile_rows, self.columns), 0)
         return jax.lax.div(row, self.heads_per_tile * self.group)
 
+    def by_row(self, numbers: list[Any]) -> Array:
+        """A number of each query row of the sequence, in every row of a tile that is it, ``[tile_rows, columns]``."""
+        row = self.query_row()
+        x = jnp.full(row.shape, numbers[0])
+        for i, number in enumerate(numbers[1:], 1):
+            x = jnp.where(row == i, number, x)
+        return x
+
     def queries(self, ref: Ref, tile: int) -> Float[Array, "tile_rows dim"]:
         """The rows that meet a tile, from ``[query_rows, kv_heads, group, dim]``."""
         if self.query_rows == 1 and self.heads_per_tile == 1:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from ...program import Program, Sequences, Visits, visits_by_sort
 from ..chips import Chip
+from .brought import Brought, BroughtFor
 from .views import Views
 
 # Bytes of scalar memory for each entry of a list of pages, and for each item.
@@ -32,6 +33,7 @@ class WorkList(NamedTuple):
     * ``row``, ``rows`` i32[items]: the item's first query row, and the number of its rows (0 for an unused slot).
     * ``busy`` i32[items + 1]: the first item from ``i`` on that has a page; ``items`` if none has.
     * ``bounds`` i32[cores + 1]: core ``c`` does the items from ``bounds[c]`` to ``bounds[c + 1]``.
+    * ``brought``: what the batch brings for each item, flat.
 
     A kernel reads it by the methods, which `IntervalWork` has too.
     """
@@ -47,6 +49,7 @@ class WorkList(NamedTuple):
     rows: Int[Array, " items"]
     busy: Int[Array, " items_plus_1"]
     bounds: Int[Array, " cores_plus_1"]
+    brought: Brought = Brought()
 
     def bounds_of(self, core: Any) -> tuple[Any, Any]:
         """The first item of a core, and the one after its last."""
@@ -75,20 +78,33 @@ class WorkList(NamedTuple):
         del page_size
         return self.length[item]
 
+    def brought_for(self, item: Any) -> BroughtFor:
+        """What the batch brings for an item."""
+        return BroughtFor(self.brought, lambda: item, self.begin.shape[0])
+
 
 class TileVisits(NamedTuple):
     """Tiles of query rows, and the pages that each tile visits.
 
     A tile is some consecutive query rows of one sequence: all of its rows in decode, or what `Sequences.cut` gives.
+    ``brought`` has a row for each tile.
     """
 
     tiles: Sequences
     visits: Visits
+    brought: Brought = Brought()
 
     @classmethod
-    def of(cls, program: Program, tiles: Sequences, page_size: int, num_pages: int) -> "TileVisits":
-        """The pages that the program cannot rule out for any row of a tile."""
-        return cls(tiles, visits_by_sort(program, tiles.query_rows(), tiles.tables, page_size, num_pages))
+    def of(
+        cls, program: Program, tiles: Sequences, page_size: int, num_pages: int, brought: Brought | None = None
+    ) -> "TileVisits":
+        """The pages that the program cannot rule out for any row of a tile.
+
+        ``brought`` is what the batch brings for each tile: the numbers of its sequence, if nothing else is given.
+        """
+        visits = visits_by_sort(program, tiles.query_rows(), tiles.tables, page_size, num_pages)
+        brought = Brought.of_numbers(program, tiles) if brought is None else brought
+        return cls(tiles._replace(numbers={}, own=None), visits, brought)
 
     def sliced(self, first: Any, tiles: int) -> "TileVisits":
         """So many tiles from tile ``first`` on, which may be traced."""
@@ -101,7 +117,8 @@ class TileVisits(NamedTuple):
         """
 
         def for_items(x: Array) -> Array:
-            return jnp.repeat(x[rows], splits, total_repeat_length=x[rows].shape[0] * splits) if splits > 1 else x[rows]
+            length = x[rows].shape[0] * splits
+            return jnp.repeat(x[rows], splits, axis=0, total_repeat_length=length) if splits > 1 else x[rows]
 
         visits, width = self.visits, entries.stop - entries.start
         count, num_full = (jnp.clip(for_items(x) - entries.start, 0, width) for x in (visits.count, visits.num_full))
@@ -123,6 +140,7 @@ class TileVisits(NamedTuple):
             rows=for_items(self.tiles.counts),
             busy=_next_busy(item_count),
             bounds=_bounds(_ceil_div(item_count, pages_per_block), cores),
+            brought=jax.tree.map(for_items, self.brought).flat(),
         )
 
 
@@ -145,12 +163,15 @@ def _bounds(blocks: Int[Array, " items"], cores: int) -> Int[Array, " cores_plus
     return jnp.stack([jnp.int32(0), *cuts, jnp.int32(items)])
 
 
-def kernel_slices(tables: tuple[int, ...], chip: Chip, splits: int = 1) -> Iterator[tuple[slice, slice]]:
+def kernel_slices(
+    tables: tuple[int, ...], chip: Chip, splits: int = 1, brought: int = 0
+) -> Iterator[tuple[slice, slice]]:
     """The block tables of each kernel, and the entries of these: usually one kernel has all of them.
 
-    There are several kernels where scalar memory cannot hold the work list.
+    There are several kernels where scalar memory cannot hold the work list. ``brought`` are the numbers that the batch
+    brings for each table.
     """
-    rows, entries = rows_and_entries((tables[0], tables[1]), chip, splits)
+    rows, entries = rows_and_entries((tables[0], tables[1]), chip, splits, brought)
     for first_row in range(0, tables[0], rows):
         for first_entry in range(0, tables[1], entries):
             yield (
@@ -159,10 +180,10 @@ def kernel_slices(tables: tuple[int, ...], chip: Chip, splits: int = 1) -> Itera
             )
 
 
-def rows_and_entries(tables: tuple[int, int], chip: Chip, splits: int = 1) -> tuple[int, int]:
+def rows_and_entries(tables: tuple[int, int], chip: Chip, splits: int = 1, brought: int = 0) -> tuple[int, int]:
     """How many block tables one kernel can list in scalar memory, and how many entries of each."""
     num_tables, width = tables
     budget = chip.smem_for_lists
-    per_item = _BYTES_PER_ITEM * splits
+    per_item = (_BYTES_PER_ITEM + 4 * brought) * splits
     entries = max(1, min(width, (budget - per_item) // _BYTES_PER_ENTRY))
     return max(1, min(num_tables, budget // (entries * _BYTES_PER_ENTRY + per_item))), entries

@@ -37,6 +37,13 @@ class TpuRagged(TpuLowering):
 
     schedule_type: ClassVar[type[Schedule]] = RaggedSchedule
 
+    def _refuses_brought(self, program: Program, call: Call | None) -> str | None:
+        if program.values or program.has_heads or program.has_ancestors:
+            return "a mask or score operation names what the batch brings, or differs by head"
+        if call is not None and call.has_own_rows:
+            return "the batch brings positions or ancestors of its rows"
+        return None
+
     def _refuses_call(self, program: Program, layout: PageLayout, call: Call) -> str | None:
         return refuses_call(program, layout, call, self.target_chip)
 
