@@ -7,7 +7,6 @@ Slots without a token lie between others, and the last slot is dead or full.
 import dataclasses
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,7 +24,6 @@ from paged.spec import (
     Prefix,
     Segments,
     Spans,
-    Tree,
     Value,
     Where,
     Window,

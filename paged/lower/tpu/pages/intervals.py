@@ -71,7 +71,7 @@ class Facts(NamedTuple):
     leading: Ref | None = None
 
     @classmethod
-    def scratch(cls, items: int, intervals: PageIntervals, has_own_rows: bool) -> "Facts":
+    def scratch(cls, items: int, intervals: PageIntervals, has_own_rows: bool = False) -> "Facts":
         """Memory for the facts."""
         memory = pltpu.SMEM((items,), jnp.int32)
         if intervals.begin_at_0:
@@ -79,7 +79,7 @@ class Facts(NamedTuple):
         return cls(memory, memory, memory, memory, memory if has_own_rows else None)
 
     @staticmethod
-    def per_item(has_own_rows: bool) -> int:
+    def per_item(has_own_rows: bool = False) -> int:
         """The most facts of an item."""
         return len(Facts._fields) - (0 if has_own_rows else 1)
 
@@ -144,9 +144,14 @@ class IntervalWork:
         """The number of keys of an item's sequence that exist."""
         return Computed(lambda item: self._length(self.position[item]))
 
+    @property
+    def brought(self) -> Brought:
+        """What the batch brings, flat."""
+        return self.tables.brought
+
     def brought_for(self, item: Any) -> BroughtFor:
         """What the batch brings for an item."""
-        return BroughtFor(self.tables.brought, lambda: self._seq(item), self.tables.position.shape[0])
+        return BroughtFor(self.brought, lambda: self._seq(item), self.tables.position.shape[0])
 
     @property
     def row(self) -> Computed:
@@ -277,7 +282,7 @@ class IntervalWork:
 
     @property
     def _has_own_rows(self) -> bool:
-        return self.tables.brought.positions is not None
+        return self.brought.positions is not None
 
     def _length(self, p0: Any) -> Any:
         return jnp.clip(p0 + self.query_rows, 0, self.width * self.intervals.page_size)

@@ -12,7 +12,7 @@ from paged.spec import PageLayout
 
 from ...program import Call, PageIntervals, Program, Sequences, floor_div
 from ..chips import Chip
-from ..pages import Facts, IntervalWork
+from ..pages import Brought, Facts, IntervalWork
 from ..references import Ref
 from .tiles import most_tiles
 
@@ -107,6 +107,11 @@ class TileWork(IntervalWork):
         """The query rows of a tile."""
         return self.tiles.rows
 
+    @property
+    def brought(self) -> Brought:
+        """Nothing."""
+        return Brought()
+
     def cut(self, least_rows: int, tokens: int) -> None:
         """Cut the batch into tiles, as `tiles.cut` does. Nothing is known of any item before."""
         batch: Any = self.tables
@@ -152,7 +157,7 @@ def intervals_of(program: Program, layout: PageLayout, call: Call, rows: int, ch
     It does where visible pages are not proven to be one run, where most of that run may be holes, and where scalar
     memory cannot hold the block tables.
     """
-    per_tile = 4 * (len(Tiles._fields) - 1 + len(Facts._fields))
+    per_tile = 4 * (len(Tiles._fields) - 1 + Facts.per_item())
     taken = 4 * call.slots * (call.pages_per_seq + len(Batch._fields) - 1)
     taken += per_tile * most_tiles(call.tokens, call.slots, rows)
     if call.has_holes or not call.num_pages or taken > chip.smem_for_lists:

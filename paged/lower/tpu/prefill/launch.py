@@ -127,7 +127,7 @@ class PrefillLaunch:
         assert scratch.facts is not None and scratch.tiles is not None
         width, schedule = batch.pages.shape[0] // batch.starts.shape[0], self.schedule
         division = schedule.rows_per_tile, 1, schedule.pages_per_block, schedule.cores
-        return TileWork(intervals, batch, scratch.facts, width, *division, scratch.tiles)
+        return TileWork(intervals, batch, scratch.facts, self.program.values, width, *division, scratch.tiles)
 
     def rows(self, tokens: int) -> Rows:
         """The shapes of the kernel's results for so many query rows."""
