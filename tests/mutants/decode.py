@@ -167,6 +167,10 @@ DECODE = (
         "decode, late", _EQUAL, "not finite",
     ),
     _decode(
+        "values of hidden pages not zeroed", method(Stream, "hide_unseen", nothing),
+        "decode, hidden pages", _EQUAL, "not finite",
+    ),
+    _decode(
         "a page too few in the list", method(TileVisits, "of", page_too_few),
         "decode, listed", _EQUAL, "error",
     ),

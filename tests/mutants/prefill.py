@@ -21,7 +21,18 @@ from paged.lower.tpu.prefill.shape import TileShape
 from paged.lower.tpu.prefill.tile import TileKernel
 
 from .base import Mutant
-from .planting import Shifted, all_full, all_of, attribute, method, never_awaited, none_filled, nothing, page_too_few
+from .planting import (
+    Instead,
+    Shifted,
+    all_full,
+    all_of,
+    attribute,
+    method,
+    never_awaited,
+    none_filled,
+    nothing,
+    page_too_few,
+)
 
 
 def _not_waiting_before_results(original):
@@ -51,9 +62,17 @@ def _one_too_long(original):
     def find_visible(self, refs, *args):
         work = refs.stream.work
         work = dataclasses.replace(work, tiles=work.tiles._replace(length=Shifted(work.tiles.length, 1)))
-        original(self, refs._replace(stream=dataclasses.replace(refs.stream, work=work)), *args)
+        return original(self, refs._replace(stream=dataclasses.replace(refs.stream, work=work)), *args)
 
     return find_visible
+
+
+def _spare_rows_see(original):
+    def seen_by_a_row(self, refs, item):
+        work = Instead(refs.stream.work, rows=Shifted(refs.stream.work.rows, self.shape.positions))
+        return original(self, refs._replace(stream=dataclasses.replace(refs.stream, work=work)), item)
+
+    return seen_by_a_row
 
 
 def _in_the_first_half(original):
@@ -185,6 +204,14 @@ PREFILL = (
     _prefill(
         "values of places without a page not zeroed", method(Stream, "zero_dead_values", none_filled),
         "prefill, half blocks", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "values of hidden pages not zeroed", method(Stream, "hide_unseen", nothing),
+        "prefill, hidden pages", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "spare rows of a tile see pages", method(BlockKernel, "_seen_by_a_row", _spare_rows_see),
+        "prefill, hidden pages", _EQUAL, "not finite",
     ),
     _prefill(
         "a page too few", method(TileWork, "_pages", _shorter),

@@ -14,7 +14,7 @@ import paged
 from paged.lower import LOWERINGS, DecodeSchedule, RaggedSchedule, Schedule, Sequences
 from paged.lower.tpu.write import plan as write_plan
 from paged.runtime import PagedAttention, PagePool, Rotary
-from paged.spec import ALiBi, Causal, Chunk, PageLayout, Prefix, SoftCap, Window
+from paged.spec import ALiBi, Causal, Chunk, PageLayout, Prefix, SoftCap, Where, Window
 from paged.testing import (
     Case,
     Corner,
@@ -108,6 +108,15 @@ def _ragged(pages_per_block: int = 1, buffers: int = 3) -> RaggedSchedule:
     return RaggedSchedule(pages_per_block=pages_per_block, rows_per_tile=16, buffers=buffers, single_rows=single_rows)
 
 
+def _late(least: int) -> Where:
+    """An opaque mask, under which later rows see more of the first keys. So the first pages may be hidden whole."""
+    return Where(functools.partial(_is_late, least))
+
+
+def _is_late(least: int, p: Any, j: Any) -> Any:
+    return p + j >= least
+
+
 _MHA = PLAIN.replace(num_q_heads=2)
 # Two strip groups per tile, and two tiles per sequence, of 16 rows and of one.
 _TILES = Case(
@@ -116,8 +125,11 @@ _TILES = Case(
 )  # fmt: skip
 _OPEN_TILES = _TILES.replace(spec=_MHA.replace(causal=False))
 _LISTED_TILES = _TILES.replace(spec=_MHA.replace(causal=False, mask=Listed()))
+# The first page of one sequence is hidden from its rows, and not from the spare rows of its last tile.
+_HIDDEN_TILES = _TILES.replace(spec=_MHA.replace(causal=False, mask=_late(640)), seed=3)
 _MASKED_FIRST = case_of("plain", "decode", page_size=8, corner="first page masked")
 _OPEN_DECODE = Case(spec=OPEN, page_size=8, phase="decode")
+_HIDDEN_DECODE = _OPEN_DECODE.replace(spec=OPEN.replace(mask=_late(48)))
 _LISTED_DECODE = _OPEN_DECODE.replace(spec=OPEN.replace(mask=Listed()))
 # Masked blocks at both ends of a window, and blocks between that are seen in full.
 _WINDOW_DECODE = _OPEN_DECODE.replace(
@@ -155,6 +167,7 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "layer": _layer,
     "decode, late": _kernel(_OPEN_DECODE, _decode(2, 3), "on_wait"),
     "decode, listed": _kernel(_LISTED_DECODE, _decode(2, 3), "on_wait"),
+    "decode, hidden pages": _kernel(_HIDDEN_DECODE, _decode(2, 3), "on_wait"),
     "decode, window": _kernel(_WINDOW_DECODE, _decode(2, 3), "on_wait"),
     "decode, early": _kernel(_MASKED_FIRST, _decode(1), "eager"),
     "decode, late, one page per block": _kernel(_MASKED_FIRST, _decode(1, 3), "on_wait"),
@@ -170,6 +183,7 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "decode, update": _update,
     "prefill, late": _kernel(_OPEN_TILES, _ragged(), "on_wait"),
     "prefill, listed": _kernel(_LISTED_TILES, _ragged(), "on_wait"),
+    "prefill, hidden pages": _kernel(_HIDDEN_TILES, _ragged(), "on_wait"),
     "prefill, early": _kernel(_TILES, _ragged(), "eager"),
     "prefill, half blocks": _kernel(_OPEN_TILES.replace(page_size=64), _ragged(2), "on_wait"),
     "prefill, interleaved": _kernel(_TILES.replace(order="interleaved"), _ragged(), "on_wait"),

@@ -71,10 +71,9 @@ class BlockKernel:
         scratch = refs.scratch
         if is_masked or self.scores.scores_use_positions or scratch.token_scales is not None:
             self._store_positions(refs, item, block, is_masked)
-        if is_masked:
-            self._find_visible(refs, item, block)
+        seen = self._find_visible(refs, item, block) if is_masked else None
         if scratch.token_scales is not None:
-            self._store_scales(refs, item, block, is_masked)
+            self._store_scales(refs, item, block, seen)
         # At last, when values that must be 0 are 0.
         if scratch.deinterleaved is not None:
             self.views.deinterleave(refs.stream.transfers.buffers, block.stage, scratch.deinterleaved.at[block.half])
@@ -88,8 +87,8 @@ class BlockKernel:
             j = jnp.where(present, j, self.views.absent_index * self.views.layout.page_size)
         refs.scratch.key_position[block.half, :, pl.ds(0, self.keys)] = j
 
-    def _store_scales(self, refs: Refs, item: Index, block: Block, is_masked: bool) -> None:
-        """Store the per-token scales of the block's keys and values.
+    def _store_scales(self, refs: Refs, item: Index, block: Block, seen: Any) -> None:
+        """Store the per-token scales of the block's keys and values. ``seen`` is what `_find_visible` returned.
 
         Scales of keys that no row sees may be NaN. The mask replaces the scores of such keys. Their weights are 0, and
         0 times a value's scale of NaN would be NaN.
@@ -98,17 +97,19 @@ class BlockKernel:
         k_scale, v_scale = (self.views.scales(buffer, block.stage) for buffer in refs.stream.transfers.buffers[-2:])
         end = work.end_of_keys(item, self.views.layout.page_size)
         is_live = refs.scratch.key_position[block.half, pl.ds(0, 1), keys] < end
-        if is_masked and self.hides_unseen:
-            is_live &= self._seen_by_a_row(refs, item) > 0
+        if seen is not None:
+            is_live &= seen
         scales = jnp.concatenate([k_scale, jnp.where(is_live, v_scale, 0.0)], axis=0)
         for row in range(2 * heads):
             refs.scratch.token_scales[block.half, pl.ds(row * SUBLANES, SUBLANES), keys] = jnp.broadcast_to(
                 scales[row : row + 1], (SUBLANES, self.keys)
             )
 
-    def _find_visible(self, refs: Refs, item: Index, block: Block) -> None:
+    def _find_visible(self, refs: Refs, item: Index, block: Block) -> Any:
         """Evaluate the mask for a block whose positions are stored, once for all heads. Values of pages that no row
         sees become 0.
+
+        Returns which keys some row sees, bool[1, keys]; None if the block has no page that no row sees.
 
         There is one array of visible pairs. It is overwritten only when every strip group is done with the block
         before, so it needs no second half.
@@ -124,12 +125,14 @@ class BlockKernel:
             scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)] = visible.astype(jnp.int32)
 
         loop(self.shape.positions // self.mask_rows, find)
-        if self.hides_unseen:
-            seen = self.views.seen_pages(self._seen_by_a_row(refs, item) > 0)
-            refs.stream.hide_unseen(item, block.i, block.stage, seen)
+        if not self.hides_unseen:
+            return None
+        seen = self._seen_by_a_row(refs, item)
+        refs.stream.hide_unseen(item, block.i, block.stage, self.views.seen_pages(seen))
+        return seen
 
     def _seen_by_a_row(self, refs: Refs, item: Index) -> Any:
-        """``[1, keys]``, float32: 1 where a row of the item sees the key, else 0. Spare rows of a tile do not count."""
+        """bool[1, keys]: whether a row of the item sees the key. Spare rows of a tile do not count."""
         shape = (self.mask_rows, self.keys)
 
         def add(turn: Index, seen: Any) -> Any:
@@ -139,7 +142,7 @@ class BlockKernel:
             return jnp.maximum(seen, jnp.where(is_row, visible, 0).astype(jnp.float32))
 
         seen = jax.lax.fori_loop(0, self.shape.positions // self.mask_rows, add, jnp.zeros(shape, jnp.float32))
-        return jnp.max(seen, axis=0, keepdims=True)
+        return jnp.max(seen, axis=0, keepdims=True) > 0
 
     def score(self, refs: Refs, item: Index, block: Block, strip_group: Index, half: int, is_masked: bool) -> None:
         """Compute a strip group's scores into a half of the scratch memory, and the largest score of every lane.
