@@ -8,6 +8,8 @@ from .intervals import IntervalWork as IntervalWork
 from .intervals import PageTables as PageTables
 from .stream import Holes as Holes
 from .stream import Stream as Stream
+from .stream import for_each as for_each
+from .stream import hole_sign as hole_sign
 from .transfer import Pool as Pool
 from .transfer import Transfers as Transfers
 from .transfer import pools_of as pools_of

@@ -130,7 +130,7 @@ class Stream(Generic[Work]):
 
             @pl.when(pages < block)
             def _():
-                self._note_holes(stage, _for_each(pages, fetch, self._none_seen))
+                self._note_holes(stage, for_each(pages, fetch, self._none_seen))
 
             self.move_cursor(item, i)
 
@@ -142,7 +142,7 @@ class Stream(Generic[Work]):
         """
         page = self.work.page[first + entry]
         if self.holes is not None:
-            is_hole = _sign(page, self.transfers.num_pages)
+            is_hole = hole_sign(page, self.transfers.num_pages)
             seen, page = seen | is_hole, jnp.where(is_hole < 0, 0, page)
         self.transfers.start(page, stage, entry)
         return seen
@@ -191,7 +191,7 @@ class Stream(Generic[Work]):
                 holes.present[stage * holes.words + word] = -1
 
             def hide(entry, _):
-                @pl.when(_sign(self.work.page[first + entry], self.transfers.num_pages) < 0)
+                @pl.when(hole_sign(self.work.page[first + entry], self.transfers.num_pages) < 0)
                 def _():
                     self.transfers.zero_values(stage, entry)
                     word = stage * holes.words + jax.lax.div(entry, BITS)
@@ -248,24 +248,23 @@ class Stream(Generic[Work]):
         is_more = item < end
         # At the end of the stream the cursor is past the last item, whose entries can still be looked up.
         looked_up = jnp.minimum(item, end - 1)
-        first, seen = self.work.entry(looked_up, i, block), self._none_seen
+        first, last = self.work.entry(looked_up, i, block), self.work.page.shape[0] - 1
+        if self.holes is not None:
+            # Between products there is no time to look for holes. So a block that may have one is fetched now.
+            work: Any = self.work
+            has_holes = work.has_holes(looked_up)
+            self.holes.seen[stage] = 0
+            pl.when(is_more & has_holes)(lambda: self.fetch_next(end, stage))
+            is_more &= jnp.logical_not(has_holes)
         pages = jnp.where(is_more, self.work.count[looked_up] - i * block, 0)
-        last = self.work.page.shape[0] - 1
         # Here and not between the pieces: to find the next item may take a loop, which would break the straight line.
         pl.when(is_more)(lambda: self.move_cursor(item, i))
 
         def fetch(piece):
-            nonlocal seen
             for entry in range(piece * block // pieces, (piece + 1) * block // pieces):
                 # Outside of the condition, so that there is no branch: another page is looked up where there is none.
                 page = self.work.page[jnp.minimum(first + entry, last)]
-                if self.holes is not None:
-                    is_hole = _sign(page, self.transfers.num_pages)
-                    seen = seen | jnp.where(entry < pages, is_hole, 0)
-                    page = jnp.where(is_hole < 0, 0, page)
                 pl.when(entry < pages)(functools.partial(self.transfers.start, page, stage, entry))
-            if piece == pieces - 1:
-                self._note_holes(stage, seen)
 
         return fetch
 
@@ -318,12 +317,12 @@ class Stream(Generic[Work]):
         self.filled[stage] = pages
 
 
-def _sign(page: Any, num_pages: int) -> Any:
+def hole_sign(page: Any, num_pages: int) -> Any:
     """A number that is negative where a page is not in the pool: one of both is, or overflows to a negative one."""
     return page | (num_pages - 1 - page)
 
 
-def _for_each(count: Any, act: Callable[[Any, Any], Any], start: Any) -> Any:
+def for_each(count: Any, act: Callable[[Any, Any], Any], start: Any) -> Any:
     """``act(i, carry)`` for every ``i < count``, four in each turn of a loop while there are four. ``start`` is the
     first carry, and the last one is returned."""
 

@@ -12,7 +12,7 @@ from paged.spec import PageLayout
 
 from ...program import Call, PageIntervals, Program, Sequences, floor_div
 from ..chips import Chip
-from ..pages import Brought, Facts, IntervalWork
+from ..pages import Brought, Facts, IntervalWork, for_each, hole_sign
 from ..references import Ref
 from .tiles import most_tiles
 
@@ -55,6 +55,7 @@ class Tiles(NamedTuple):
     * ``row``, ``rows``: the first query row, and the number of query rows.
     * ``position``: the position of the first query row.
     * ``length``: the length of the sequence; 0 for rows of no sequence.
+    * ``holes``: negative if the sequence has a hole among the pages that its rows see.
     * ``number`` i32[1]: the number of tiles.
     """
 
@@ -63,13 +64,14 @@ class Tiles(NamedTuple):
     rows: Ref
     position: Ref
     length: Ref
+    holes: Ref
     number: Ref
 
     @classmethod
     def scratch(cls, most: int) -> "Tiles":
         """Memory for at most so many tiles."""
         memory = pltpu.SMEM((most,), jnp.int32)
-        return cls(memory, memory, memory, memory, memory, pltpu.SMEM((1,), jnp.int32))
+        return cls(memory, memory, memory, memory, memory, memory, pltpu.SMEM((1,), jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +114,22 @@ class TileWork(IntervalWork):
         """Nothing."""
         return Brought()
 
-    def cut(self, least_rows: int, tokens: int) -> None:
-        """Cut the batch into tiles, as `tiles.cut` does. Nothing is known of any item before."""
+    def has_holes(self, item: Any) -> Any:
+        """Whether a page of a tile may be a hole."""
+        return self.tiles.holes[item] < 0
+
+    def cut(self, least_rows: int, tokens: int, num_pages: int) -> None:
+        """Cut the batch into tiles, as `tiles.cut` does. Nothing is known of any item before.
+
+        Pages outside of the pool, which has ``num_pages``, are holes.
+        """
         batch: Any = self.tables
         tiles, most = self.tiles, self.query_rows
 
-        def add(n: Any, base: Any, start: Any, count: Any, position: Any, length: Any) -> Any:
+        def add(n: Any, base: Any, start: Any, count: Any, position: Any, length: Any, holes: Any) -> Any:
             def tile(t: Any, n: Any) -> Any:
                 first = t * most
-                tiles.base[n], tiles.length[n] = base, length
+                tiles.base[n], tiles.length[n], tiles.holes[n] = base, length, holes
                 tiles.row[n], tiles.position[n] = start + first, position + first
                 tiles.rows[n] = jnp.minimum(count - first, most)
                 return n + 1
@@ -131,15 +140,29 @@ class TileWork(IntervalWork):
             n, end = carry
             start, count = batch.starts[seq], batch.counts[seq]
             tiled = jnp.where(count >= least_rows, count, 0)
-            n = add(n, seq * self.width, start, tiled, batch.positions[seq], batch.lengths[seq])
+            base, position, length = seq * self.width, batch.positions[seq], batch.lengths[seq]
+            n = add(n, base, start, tiled, position, length, self._holes(base, position, tiled, length, num_pages))
             # Slots of dead sequences say anything of where their rows would begin.
             return n, jnp.where(count > 0, start + count, end)
 
         n, end = jax.lax.fori_loop(0, batch.starts.shape[0], of_seq, (jnp.int32(0), jnp.int32(0)))
         # Rows of no sequence are those before the first sequence's and those after the last one's.
         zero = jnp.int32(0)
-        n = add(n, zero, zero, jnp.minimum(batch.starts[0], end), zero, zero)
-        tiles.number[0] = add(n, zero, end, tokens - end, zero, zero)
+        n = add(n, zero, zero, jnp.minimum(batch.starts[0], end), zero, zero, zero)
+        tiles.number[0] = add(n, zero, end, tokens - end, zero, zero, zero)
+
+    def _holes(self, base: Any, position: Any, rows: Any, length: Any, num_pages: int) -> Any:
+        """A number that is negative if a page that these rows of a sequence see is a hole.
+
+        The pages of a sequence are looked at once, and not by each of its tiles. A test of each page between the
+        products of a tile would take four times as long (modelled, with four tiles).
+        """
+        first, end = self.intervals.visible(position, position + rows, length, self.width)
+
+        def look(page: Any, holes: Any) -> Any:
+            return holes | hole_sign(self.page[base + first + page], num_pages)
+
+        return for_each(jnp.where(rows > 0, end - first, 0), look, jnp.int32(0))
 
     def _base(self, item: Any) -> Any:
         return self.tiles.base[item]
@@ -148,7 +171,9 @@ class TileWork(IntervalWork):
         p0 = self.tiles.position[item]
         rows = p0, p0 + self.tiles.rows[item], self.tiles.length[item], self.width
         first, end = self.intervals.visible(*rows)
-        return first, end - first, *self.intervals.visible_in_full(*rows, first, end)
+        first_full, end_full = self.intervals.visible_in_full(*rows, first, end)
+        # A block with a hole needs a mask. Which block has one is not known before it is fetched.
+        return first, end - first, first_full, jnp.where(self.has_holes(item), first, end_full)
 
 
 def intervals_of(program: Program, layout: PageLayout, call: Call, rows: int, chip: Chip) -> PageIntervals | None:

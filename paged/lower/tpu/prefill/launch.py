@@ -104,7 +104,7 @@ class PrefillLaunch:
             own = scalars
             if isinstance(work, Uncut):
                 own = self._tile_work(work.intervals, scalars, scratch)
-                own.cut(work.least_rows, q.shape[0])
+                own.cut(work.least_rows, q.shape[0], transfers.num_pages)
             stream = Stream(own, transfers, scratch.cursor, scratch.filled, scratch.holes)  # pyright: ignore
             kernel.run_items(Refs(stream, inputs, outputs, scratch), *stream.work.bounds_of(pl.program_id(0)))
 

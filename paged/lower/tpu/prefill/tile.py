@@ -118,21 +118,14 @@ class TileKernel:
         def block_at(i: Index, stage: Index) -> Block:
             return Block(stage, jax.lax.rem(i, 2), i)
 
-        def is_whole(i: Index, stage: Index) -> Index:
-            # A block with a hole needs a mask, and so do all blocks after it, which is simpler than to begin anew.
-            return (i < whole) & jnp.logical_not(stream.has_holes(stage))
-
-        def fold_whole(state: tuple[Index, Index, Index]) -> tuple[Index, Index, Index]:
-            _, i, stage = state
+        def fold_whole(i: Index, stage: Index) -> Index:
             # The stage before this one is free: its block was the last one that was folded.
             fetch = self._fetch(stream, end, stream.before(stage))
-            # After the fetch: in a ring of two stages it is the following block that is fetched.
-            goes_on = is_whole(i + 1, stream.after(stage))
-            here, following, is_last = block_at(i, stage), block_at(i + 1, stream.after(stage)), ~goes_on
+            here, following, is_last = block_at(i, stage), block_at(i + 1, stream.after(stage)), i + 1 == whole
 
             # The first scores of the following block are computed at the end of this fold. So that block must have
             # arrived and be prepared before the fold begins: inside, a wait would be a branch in the straight line.
-            @pl.when(goes_on)
+            @pl.when(jnp.logical_not(is_last))
             def _():
                 stream.wait_whole(stream.after(stage))
                 kernel.prepare(refs, item, following, is_masked=False)
@@ -141,7 +134,7 @@ class TileKernel:
             # the scores of this block again, which are not read: the next stage may still be filled.
             following = _choose(is_last, here, following)
             self._fold(refs, kernel, item, here, following, is_masked=False, beside=fetch)
-            return goes_on, i + 1, stream.after(stage)
+            return stream.after(stage)
 
         def fold_other(i: Index, stage: Index) -> Index:
             stream.fetch_next(end, stream.before(stage))
@@ -156,16 +149,14 @@ class TileKernel:
             return stream.after(stage)
 
         # The pipeline's first step. There are no weights yet that could be computed beside these scores.
-        begins = is_whole(jnp.int32(0), stage)
-
-        @pl.when(begins)
+        @pl.when(whole > 0)
         def _():
             stream.wait_whole(stage)
             kernel.prepare(refs, item, block_at(0, stage), is_masked=False)
             kernel.score(refs, item, block_at(0, stage), 0, 0, is_masked=False)
 
-        _, done, stage = jax.lax.while_loop(lambda state: state[0], fold_whole, (begins, jnp.int32(0), stage))
-        return jax.lax.fori_loop(done, total, fold_other, stage)
+        stage = jax.lax.fori_loop(0, whole, fold_whole, stage)
+        return jax.lax.fori_loop(whole, total, fold_other, stage)
 
     def _fetch(self, stream: Stream, end: Index, stage: Index) -> Callable[[int], None] | None:
         """Fetch the next block of the stream into ``stage``, now or beside products.
