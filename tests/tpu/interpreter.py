@@ -1,5 +1,6 @@
 """Runs cases on TPU kernels, interpreted and watched: see `paged.testing.interpreter`."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -43,3 +44,12 @@ def assert_equals_reference(attend: Attend, built: Built, **watch: float) -> Att
     is_narrow = compute_dtype(built.pages.layout, built.q.dtype) == jax.numpy.bfloat16
     assert_state_close(got, built, weights=ROUNDED_WEIGHTS if is_narrow else 0.0)
     return got
+
+
+def without_page(built, rows, page):
+    """Built arrays in which the rows do not see a page of their sequence, because its table entry is a hole."""
+    visible, by_head = list(built.visible), list(built.by_head)
+    for row in rows:
+        stays = visible[row] // built.case.page_size != page
+        visible[row], by_head[row] = visible[row][stays], by_head[row][:, stays]
+    return dataclasses.replace(built, visible=visible, by_head=by_head)

@@ -21,7 +21,7 @@ from tests.support import Case, build, exact_state
 from tests.support.listed import Listed
 from tests.support.specs import PLAIN
 
-from .interpreter import assert_equals_reference, interpreted
+from .interpreter import assert_equals_reference, interpreted, without_page
 
 # Windows that begin in the middle of a page: 44 of at most 80 tokens.
 CASE = Case(spec=PLAIN.replace(window=44), page_size=8, phase="decode", pages_per_seq=10)
@@ -50,11 +50,11 @@ def _assert_nothing_is_seen(state, rows):
 
 def _with_holes(built, holes):
     """Built arrays with holes in the tables, ``holes`` of a sequence and a page, and what is visible then."""
-    table, visible, size = built.batch.block_tables, list(built.visible), CASE.page_size
+    table = built.batch.block_tables
     for i, (seq, page) in enumerate(holes):
         table = table.at[seq, page].set([-1, built.pages.num_pages, 2**31 - 1, -(2**31)][i % 4])
-        visible[seq] = visible[seq][visible[seq] // size != page]
-    return dataclasses.replace(_with_tables(built, table), visible=visible)
+        built = without_page(built, [seq], page)
+    return _with_tables(built, table)
 
 
 def test_the_kernel_of_this_file_has_no_lists():

@@ -22,7 +22,7 @@ from .edges import (
     items_of_launches,
     with_scalar_memory,
 )
-from .interpreter import assert_equals_reference, interpreted
+from .interpreter import assert_equals_reference, interpreted, without_page
 
 
 def _schedule(**choices):
@@ -73,12 +73,11 @@ def test_whole_blocks_visible_in_full(corner):
 def test_holes_in_blocks_that_are_seen_in_full_hide_their_tokens(buffers):
     """The first block, one in the middle, the last one, two in turn, and all. The whole sequence is masked then."""
     built = build(WHOLE.replace(corner=Corner(((6, 0), (6, 3), (4, 0), (5, -1), (3, 0)), (17,) * 5)))
-    table, visible = built.batch.block_tables, list(built.visible)
+    table = built.batch.block_tables
     for i, (s, page) in enumerate([(0, 0), (0, 3), (1, 5), (2, 1), (2, 2), *((3, page) for page in range(5))]):
         table = table.at[s, page].set([-1, built.pages.num_pages, 2**31 - 1, -(2**31)][i % 4])
-        visible[17 * s : 17 * s + 17] = [seen[seen // 128 != page] for seen in visible[17 * s : 17 * s + 17]]
-    holed = eqx.tree_at(lambda batch: batch.block_tables, built.batch, table)
-    holed = dataclasses.replace(built, batch=holed, visible=visible)
+        built = without_page(built, range(17 * s, 17 * s + 17), page)
+    holed = dataclasses.replace(built, batch=eqx.tree_at(lambda batch: batch.block_tables, built.batch, table))
     got = assert_equals_reference(interpreted(WHOLE, _schedule(pages_per_block=1, buffers=buffers)), holed)
     assert not got.out[3 * 17 : 4 * 17].any()
 
