@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._step_plans import StepPlans
 from .stacked_state import StackedState, pools_of, with_pools, without_pools
 
 
@@ -72,15 +73,16 @@ def kind_of(layer: Any) -> Any:
     return _kind(layer), _abstract(_initial_states(layer))
 
 
-def serve_one(layer: Any, place: Any, x: Any, batch: Any, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
-    """``layer(x, batch, state)`` at a place in its run, with the state of the run."""
+def serve_one(layer: Any, place: Any, x: Any, plans: StepPlans, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
+    """``layer(x, step, state)`` at a place in its run, with the state of the run."""
     pools = pools_of(state)
     if pools:
         held = next(x for x in jax.tree.leaves(state, is_leaf=_is_stacked) if _is_stacked(x))
-        batch = batch.for_layer(place, pools[0].num_pages, held.num_layers)
+        plans = plans.for_layer(place, pools[0].num_pages, held.num_layers)
     seen = jax.tree.map(lambda x: x.view(place), state, is_leaf=_is_stacked)
     given = jax.tree.map(lambda x: x, seen)  # the layer's own, because a state that is set cannot be read again
-    x, new = layer(x, batch, given)
+    with plans.shared():
+        x, new = layer(x, plans.step, given)
     put = jax.tree.map(lambda x, seen, new: x.put(place, seen, new), state, seen, new, is_leaf=_is_stacked)
     return x, put
 

@@ -14,6 +14,7 @@ from paged.lower import check_values
 from paged.spec import Everything, RaggedBatch
 
 from ._scheduler import Request, Scheduler
+from ._step_plans import StepPlans
 from .sampling import Sampler, sample
 
 Model = Callable[[Int[Array, " tokens"], RaggedBatch, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
@@ -141,7 +142,8 @@ class Serve:
 @eqx.filter_jit
 def _apply(model: Model, tokens: Any, batch: RaggedBatch, state: eqx.nn.State) -> Any:
     """The model, with a jit of its own: what was traced to learn its shapes is not traced again for the first step."""
-    return model(tokens, batch, state)
+    with StepPlans.of(batch).shared():  # by several stacks, and by layers in a list
+        return model(tokens, batch, state)
 
 
 # All but the state are one argument, because Equinox donates either every argument or all but the first: the state is

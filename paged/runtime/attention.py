@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from paged.lower import Plan, Schedule, Sequences, dense_attention
 from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, as_bool, as_float, require_positive_int
 
+from ._step_plans import planned_positions
 from .cache import PagedCache
 from .calibration import CalibratingPages
 from .rotary import Rotary
@@ -224,7 +225,9 @@ class PagedAttention(eqx.Module):
             return batch.positions
         if batch.positions is not None:
             return batch.positions
-        return Sequences.of(batch, tokens, self.layout.page_size).rows(tokens)[1]
+        page_size = self.layout.page_size
+        planned = planned_positions(batch, tokens, page_size)
+        return Sequences.of(batch, tokens, page_size).rows(tokens)[1] if planned is None else planned
 
     def _project(self, x: Array, positions: Int[Array, " tokens"]) -> tuple[Array, Array, Array]:
         spec, tokens = self.spec, x.shape[0]

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from paged.lower import Attend, Plan, Schedule, lower
 from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, Sinks
 
+from ._step_plans import planned
 from .calibration import CalibratingPages
 
 
@@ -106,4 +107,4 @@ class PagedCache(eqx.Module):
             batch = batch.naming(value.name for value in self.attend.spec.values)
         if isinstance(pages, CalibratingPages):
             return pages.update(self.attend, q, k, v, batch, sinks)
-        return self.attend.update(q, k, v, pages, batch, sinks)
+        return self.attend.update(q, k, v, pages, planned(self.attend, q, pages, batch), sinks)

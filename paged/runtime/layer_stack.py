@@ -14,6 +14,7 @@ from paged.spec import RaggedBatch
 
 from ._pattern import Segment, places_of, segments_of
 from ._run import kinds_of, layer_of, made_together, replaced, serve_one, stacked
+from ._step_plans import StepPlans
 from .cache import PagedCache
 from .stacked_state import pools_of
 
@@ -26,6 +27,8 @@ class LayerStack(eqx.Module):
     Like layers have their parameters stacked on a leading axis and their pages in one pool, and ``jax.lax.scan`` runs
     them. The pool is carried from layer to layer and written in place. Each layer sees the block tables shifted to its
     own pages, see `RaggedBatch.for_layer`. So a deep model compiles as fast as a shallow one, and no page is copied.
+    What attentions of one mask compute from the batch alone is computed once for each mask, before the scan, see
+    `paged.Plan`: for every `PagedAttention` and `PagedCache` that is called with the batch that its layer was given.
 
     * ``y, state = stack(x, batch, state)`` serves: each layer is called as ``x, state = layer(x, batch, state)``.
     * ``stack.dense(x)`` trains: each layer is called as ``x = layer.dense(x)``.
@@ -142,7 +145,7 @@ class LayerStack(eqx.Module):
         - `x`: what the first layer takes, such as float[tokens, embed_dim]: an array, or a pytree of arrays with rows
           first. Every layer returns it in the shapes and dtypes that it got.
         - `batch`: whose rows these are, and where the tokens of their sequences lie. Its page numbers are those of a
-          pool for one layer. Or the step's plan, where all layers have one mask: `PagedAttention.plan` makes it.
+          pool for one layer. Or a plan that there is already, where all layers have one mask.
         - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
 
         **Returns:** what the last layer gives, and the new state. Raises what the layers raise. The values of a batch
@@ -150,13 +153,18 @@ class LayerStack(eqx.Module):
         """
         if not isinstance(batch, Plan):  # whose batch was checked when it was made
             batch = self._checked(batch, jax.tree.leaves(x)[0].shape[0], state)
+        plans = StepPlans.of(batch)
 
         def step(run: int, layer: Any, place: Any, carry: Any) -> Any:
             x, states = carry
-            x, new = serve_one(layer, place, x, batch, states[run])
+            x, new = serve_one(layer, place, x, plans, states[run])
             return x, (*states[:run], new, *states[run + 1 :])
 
-        x, states = self._serve(step, (x, tuple(state.substate(run) for run in self.runs)))
+        carry = x, tuple(state.substate(run) for run in self.runs)
+        # Traced once without a result, because the layers' calls say which plans they need: made before the loop.
+        jax.eval_shape(lambda carry: self._serve(step, carry), carry)
+        plans.make_asked()
+        x, states = self._serve(step, carry)
         for new in states:
             state = state.update(new)
         return x, state

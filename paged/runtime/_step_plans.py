@@ -1,0 +1,152 @@
+"""`StepPlans`: the plans of one step, which the attentions of a model share while it is traced."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional
+
+import jax
+from jax.extend.core import get_opaque_trace_state
+from jaxtyping import Array, Int
+
+from paged.lower import Attend, Call, Lowering, Plan, Schedule
+from paged.spec import Mask, PageLayout, Pages, RaggedBatch
+
+
+class _Key(NamedTuple):
+    """What is equal in the calls that share a plan."""
+
+    mask: Mask
+    layout: PageLayout
+    call: Call
+    lowering: Lowering
+    schedule: Schedule
+    check: bool
+
+
+class _Asked(NamedTuple):
+    """A call as `Attend.plan` needs it: of queries and pages only shapes and dtypes."""
+
+    attend: Attend
+    q: Any
+    pages: Pages
+
+    def key(self, batch: RaggedBatch) -> _Key:
+        call = Call.of(self.q, self.pages, batch)
+        lowering, schedule, _ = self.attend.choice(call)
+        return _Key(self.attend.spec.visibility, self.attend.layout, call, lowering, schedule, self.attend.check)
+
+    def with_pages(self, num_pages: int) -> "_Asked":
+        layout = self.attend.layout
+        arrays = tuple(jax.ShapeDtypeStruct(shape, layout.dtype) for shape in layout.array_shapes(num_pages))
+        return self._replace(pages=dataclasses.replace(self.pages, arrays=arrays))
+
+
+class StepPlans:
+    """A step, and the plans that its calls share.
+
+    Inside of `shared`, a call of `PagedCache` that is given the arrays of this very batch uses a plan in its place. The
+    first call of each mask, layout and call shape makes the plan. A call with other arrays uses them: those of a layer
+    that changes the batch, or hands it to a function that JAX traces on its own.
+
+    - `step`: the batch. Or a plan, which is used as it is.
+    """
+
+    def __init__(self, step: RaggedBatch | Plan):
+        self.step = step
+        self._plans: dict[_Key, Plan] = {}
+        self._trace = get_opaque_trace_state()
+        self._asked: list[_Asked] = []  # by the layers, for the pages of one layer
+        self._above: tuple[StepPlans, int] | None = None  # whose layer this is, and the pages of one layer
+
+    @classmethod
+    def of(cls, step: RaggedBatch | Plan) -> "StepPlans":
+        """New ones, with those plans that the caller's surroundings share already for this step."""
+        own, around = cls(step), _around(step)
+        if around is not None:
+            if around._trace == own._trace:
+                return around
+            own._plans |= around._plans
+        return own
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """A context in which calls find these plans."""
+        token = _SHARED.set((self, *_SHARED.get()))
+        try:
+            yield
+        finally:
+            _SHARED.reset(token)
+
+    def for_layer(self, layer: Any, num_pages: int, num_layers: int) -> "StepPlans":
+        """The step for one of several layers whose pages lie in one pool, see `Plan.for_layer`."""
+        own = StepPlans(self.step.for_layer(layer, num_pages, num_layers))
+        own._above = self, num_pages
+        for key, plan in self._plans.items():
+            if key.call.num_pages == num_pages:
+                moved = plan.for_layer(layer, num_pages, num_layers)
+                own._plans[key._replace(call=moved.facts.call)] = moved
+        return own
+
+    def make_asked(self) -> None:
+        """Make the plans that layers have asked for: before the loop in which they will ask again."""
+        for asked in self._asked:
+            self.plan_for(asked)
+        self._asked.clear()
+
+    def plan_for(self, asked: _Asked) -> RaggedBatch | Plan:
+        """The plan for a call, made if there is none.
+
+        Inside of a function with a trace of its own no plan is made, because it could not be used outside: the step is
+        returned as it is.
+        """
+        if isinstance(self.step, Plan):
+            return self.step
+        key = asked.key(self.step)
+        if key not in self._plans:
+            if self._trace != get_opaque_trace_state():
+                return self.step
+            self._plans[key] = asked.attend.plan(asked.q, asked.pages, self.step)
+            if self._above is not None:
+                above, num_pages = self._above
+                above._asked.append(asked.with_pages(num_pages))
+        return self._plans[key]
+
+    def positions(self, tokens: int, page_size: int) -> Int[Array, " tokens"] | None:
+        """The position of each query row, if a plan has them."""
+        for key, plan in self._plans.items():
+            if (key.call.tokens, key.layout.page_size) == (tokens, page_size):
+                return plan.positions
+        return None
+
+
+# Innermost first.
+_SHARED: contextvars.ContextVar[tuple[StepPlans, ...]] = contextvars.ContextVar("paged.step_plans", default=())
+
+
+def planned(attend: Attend, q: Array, pages: Pages, step: RaggedBatch | Plan) -> RaggedBatch | Plan:
+    """The plan that a call shares with others of its step. Where none are shared, the step as it is."""
+    around = _around(step)
+    if around is None:
+        return step
+    q_shape, page_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, pages))
+    return around.plan_for(_Asked(attend, q_shape, page_shapes))
+
+
+def planned_positions(batch: RaggedBatch, tokens: int, page_size: int) -> Int[Array, " tokens"] | None:
+    """The position of each query row of a step, if a plan that its calls share has them."""
+    around = _around(batch)
+    return None if around is None else around.positions(tokens, page_size)
+
+
+def _around(step: RaggedBatch | Plan) -> Optional["StepPlans"]:
+    """What is shared around this call for this step, by the identity of its arrays."""
+    return next((plans for plans in _SHARED.get() if _is_same(plans.step, step)), None)
+
+
+def _is_same(one: RaggedBatch | Plan, other: RaggedBatch | Plan) -> bool:
+    if not (isinstance(one, RaggedBatch) and isinstance(other, RaggedBatch)):
+        return False
+    (own, structure), (given, given_structure) = jax.tree.flatten(one), jax.tree.flatten(other)
+    return structure == given_structure and all(x is y for x, y in zip(own, given, strict=True))
