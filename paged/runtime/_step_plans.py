@@ -23,6 +23,7 @@ class _Key(NamedTuple):
     lowering: Lowering
     schedule: Schedule
     check: bool
+    values: tuple[str, ...]  # names
 
 
 class _Asked(NamedTuple):
@@ -35,7 +36,12 @@ class _Asked(NamedTuple):
     def key(self, batch: RaggedBatch) -> _Key:
         call = Call.of(self.q, self.pages, batch)
         lowering, schedule, _ = self.attend.choice(call)
-        return _Key(self.attend.spec.visibility, self.attend.layout, call, lowering, schedule, self.attend.check)
+        spec, layout = self.attend.spec, self.attend.layout
+        return _Key(spec.visibility, layout, call, lowering, schedule, self.attend.check, self.values)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        return tuple(value.name for value in self.attend.spec.values)
 
     def with_pages(self, num_pages: int) -> "_Asked":
         layout = self.attend.layout
@@ -107,7 +113,7 @@ class StepPlans:
         if key not in self._plans:
             if self._trace != get_opaque_trace_state():
                 return self.step
-            self._plans[key] = asked.attend.plan(asked.q, asked.pages, self.step)
+            self._plans[key] = asked.attend.plan(asked.q, asked.pages, self.step.naming(asked.values))
             if self._above is not None:
                 above, num_pages = self._above
                 above._asked.append(asked.with_pages(num_pages))

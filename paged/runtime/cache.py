@@ -103,8 +103,10 @@ class PagedCache(eqx.Module):
         For a loop over many layers see `PagedAttention.attend_pages`. Otherwise this is ``cache.attend.update``,
         argument for argument. While `calibrate` runs, the pages are its own.
         """
-        if not isinstance(batch, Plan) and batch.values:
-            batch = batch.naming(value.name for value in self.attend.spec.values)
-        if isinstance(pages, CalibratingPages):
-            return pages.update(self.attend, q, k, v, batch, sinks)
-        return self.attend.update(q, k, v, pages, planned(self.attend, q, pages, batch), sinks)
+        is_calibrating = isinstance(pages, CalibratingPages)
+        step = batch if is_calibrating else planned(self.attend, q, pages, batch)
+        if not isinstance(step, Plan) and step.values:
+            step = step.naming(value.name for value in self.attend.spec.values)
+        if is_calibrating:
+            return pages.update(self.attend, q, k, v, step, sinks)
+        return self.attend.update(q, k, v, pages, step, sinks)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import paged
-from paged.runtime import LayerStack
+from paged.runtime import LayerStack, cache
 from paged.runtime._serve import _apply
-from paged.runtime._step_plans import StepPlans
 from tests.support.jaxprs import primitives
 
 from .test_layer_stack import NUM_PAGES, Block, blocks, keys_of, model_of
@@ -33,7 +32,7 @@ class Changing(Block):
 
 
 def _unplanned(monkeypatch):
-    monkeypatch.setattr(StepPlans, "plan_for", lambda self, asked: self.step)
+    monkeypatch.setattr(cache, "planned", lambda attend, q, pages, step: step)
 
 
 def _assert_bitwise(one, other):
