@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from jax import export
 import paged
 from paged.lower._compile_for import compile_on
 from paged.lower.tpu import CHIPS
-from paged.runtime import PagePool
+from paged.runtime import LayerStack, PagePool
 from tests.runtime.tiny import EMBED, GLOBAL, LAYOUT, random_layer
 from tests.support import assert_bitwise, assert_state_close, build, case_of, every_lowering, lowered, state_of
 from tests.tpu.points import needs_libtpu
@@ -116,6 +117,28 @@ def test_a_layer_and_its_pool_are_one_program():
         np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
         assert got[1].lengths.tolist() == want[1].lengths.tolist()
         args = (args[0], *got[1:])
+
+
+def test_a_stack_of_layers_is_one_program_for_any_number_of_sequences():
+    """The state goes in and out as its arrays, because `eqx.nn.State` cannot be written down."""
+    make = lambda key: random_layer(GLOBAL, 8, key, check=False)
+    stack, state = eqx.nn.make_with_state(LayerStack.make)(make, jax.random.split(jax.random.key(0), 2))
+    arrays, tree = jax.tree.flatten(state)
+
+    def step(x, lengths, tables, arrays):
+        y, state = stack(x, paged.RaggedBatch.decode(lengths, tables), jax.tree.unflatten(tree, arrays))
+        return y, jax.tree.leaves(state)
+
+    s, w = export.symbolic_shape("s, w")
+    shapes = [
+        jax.ShapeDtypeStruct((s, EMBED), jnp.float32),
+        *(jax.ShapeDtypeStruct(x, jnp.int32) for x in ((s,), (s, w))),
+    ]
+    again = _read_back(jax.jit(step), *shapes, arrays)
+    for tables in ([[7, 2]], [[7, 2, 1], [4, 3, -1]]):
+        args = jnp.ones((len(tables), EMBED)), jnp.array([6, 8])[: len(tables)], jnp.array(tables), arrays
+        for a, b in zip(*map(jax.tree.leaves, (again.call(*args), jax.jit(step)(*args))), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_one_program_for_two_platforms():

@@ -119,7 +119,7 @@ class StepPlans:
                 above._asked.append(asked.with_pages(num_pages))
         return self._plans[key]
 
-    def positions(self, tokens: int, page_size: int) -> Int[Array, " tokens"] | None:
+    def positions(self, tokens: Any, page_size: int) -> Int[Array, " tokens"] | None:
         """The position of each query row, if a plan has them."""
         for key, plan in self._plans.items():
             if (key.call.tokens, key.layout.page_size) == (tokens, page_size):
@@ -140,7 +140,7 @@ def planned(attend: Attend, q: Array, pages: Pages, step: RaggedBatch | Plan) ->
     return around.plan_for(_Asked(attend, q_shape, page_shapes))
 
 
-def planned_positions(batch: RaggedBatch, tokens: int, page_size: int) -> Int[Array, " tokens"] | None:
+def planned_positions(batch: RaggedBatch, tokens: Any, page_size: int) -> Int[Array, " tokens"] | None:
     """The position of each query row of a step, if a plan that its calls share has them."""
     around = _around(batch)
     return None if around is None else around.positions(tokens, page_size)

@@ -220,7 +220,7 @@ class PagedAttention(eqx.Module):
         out = dense_attention(self.spec, q, k, v, self.sinks, segments=segments, values=values)
         return jax.vmap(jax.vmap(self.output_proj))(out.reshape(*x.shape[:2], -1))
 
-    def _positions(self, tokens: int, batch: RaggedBatch | Plan) -> Int[Array, " tokens"]:
+    def _positions(self, tokens: Any, batch: RaggedBatch | Plan) -> Int[Array, " tokens"]:
         if isinstance(batch, Plan):
             return batch.positions
         if batch.positions is not None:

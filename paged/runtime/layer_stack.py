@@ -232,7 +232,7 @@ class LayerStack(eqx.Module):
         runs = tuple(replaced(run, members) for run, members in zip(self.runs, numbered, strict=True))
         return LayerStack(runs, self.segments)
 
-    def _checked(self, batch: RaggedBatch, tokens: int, state: eqx.nn.State) -> RaggedBatch:
+    def _checked(self, batch: RaggedBatch, tokens: Any, state: eqx.nn.State) -> RaggedBatch:
         """The batch, with its values checked for every cache of the layers that asks for it."""
         for run in self.runs:
             sizes = [pool.num_pages for pool in pools_of(state.substate(run))]

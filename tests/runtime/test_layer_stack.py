@@ -173,6 +173,20 @@ def test_int8_pages_of_a_stack_are_calibrated_layer_by_layer():
         x = layer.dense(x[None])[0]
 
 
+def test_interpreted_kernels_of_a_stack_equal_xla():
+    """In a loop, a layer whose kernel needs no lists, and one whose lists are made before the loop."""
+    specs = [paged.AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=16, mask=m) for m in (None, ~paged.Prefix(3))]
+    layout = paged.PageLayout(page_size=8, num_kv_heads=1, head_dim=16, dtype=jnp.float32)
+    batch, x, results = paged.RaggedBatch.decode([12], [[1, 2]]), jnp.ones((1, EMBED)), []
+    for options in ({"target": "xla"}, {"target": "tpu", "interpret": True}):
+        make = lambda spec, key, how=options: PagedAttention(spec, layout, 3, EMBED, check=False, key=key, **how)
+        makers = [functools.partial(make, spec) for spec in specs]
+        stack, state = eqx.nn.make_with_state(LayerStack.make)(makers, keys_of(4))
+        results.append(jax.tree.leaves(jax.jit(lambda *args, s=stack: s(*args))(x, batch, state)))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_an_entry_that_is_no_page_of_the_layer_is_no_page_of_another():
     outside = [-1, 4, 7, 2**31 - 1, -(2**31)]
     batch = paged.RaggedBatch.decode([3, 3], [[0, 3, *outside[:3]], [2, *outside[1:]]])

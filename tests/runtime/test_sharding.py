@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import paged
+from paged.runtime import LayerStack
 
 from .tiny import EMBED, GLOBAL, random_layer
 
@@ -48,6 +49,22 @@ def test_a_layer_and_its_state_on_two_devices_serve_and_train_as_on_one():
     gradient = eqx.filter_jit(eqx.filter_grad(lambda layer, x: (layer.dense(x[None]) ** 2).sum()))
     for a, b in zip(*(jax.tree.leaves(gradient(m, x)) for m in (placed, layer)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stack_whose_pool_is_shared_out_by_kv_heads_serves_as_on_one_and_keeps_it_so():
+    """The layers' pages are one array [layers * pages, 2, kv_heads, page_size, head_dim], carried by the loop."""
+    make = lambda key: random_layer(GLOBAL, 8, key, check=False)
+    stack, state = eqx.nn.make_with_state(LayerStack.make)(make, jax.random.split(jax.random.key(0), 2))
+    step, x = eqx.filter_jit(lambda *args: args[0](args[1], BATCH, args[2])), jnp.ones((5, EMBED))
+    y, after = step(stack, x, state)
+
+    placed = lambda tree: jax.tree.map(lambda x: _on_two(None, None, "model") if x.ndim == 5 else _on_two(), tree)
+    stack, x = eqx.filter_shard((stack, x), _on_two())
+    got, then = step(stack, x, jax.device_put(state, placed(state)))
+    np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-5)
+    (pool,), (want,) = jax.tree.leaves(then), jax.tree.leaves(after)
+    np.testing.assert_allclose(pool, want, rtol=1e-5, atol=1e-5)
+    assert pool.shape[0] == 16 and pool.sharding.shard_shape(pool.shape)[2] == 1 and _devices((got, then)) == {2}
 
 
 def test_a_cache_whose_kv_heads_are_shared_out_inside_of_jit_stays_so():
