@@ -28,7 +28,7 @@ LAYERS = {
 ROOMS = {
     "paged/lower": (
         "jax_version", "_around", "program", "base", "schedule", "require", "_ahead", "_check", "plan", "xla", "tpu",
-        "registry", "tree", "_explain", "attend", "_compile_for", "tuning", "mesh", "door",
+        "registry", "tree", "_explain", "run", "attend", "_compile_for", "tuning", "mesh", "door",
     ),
     "paged/lower/tpu": ("chips", "references", "pages", "transforms", "write", "base", "decode", "prefill"),
 }  # fmt: skip

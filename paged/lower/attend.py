@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from paged.spec import (
     RaggedBatch,
     Sinks,
     require_sinks,
-    sinks_per_head,
 )
 
 from ._check import check, require_checked
@@ -24,13 +22,12 @@ from ._explain import Explanation, explain
 from .base import Lowering, Schedule
 from .jax_version import on_whole_arrays
 from .plan import Plan, batch_of, make_plan
-from .program import Call, Program, Results, Sequences, Wanted
+from .program import Call, Program, Results
 from .registry import device_kinds
 from .require import require_new_tokens, require_pages, require_queries, require_whole_call
+from .run import choice_of, run_state, run_update
 from .schedule import EXPLICIT, NO_ADVICE, Advice, Choice, choose, choose_for_any_call
 from .tpu import Chip
-
-Merge = Callable[[AttentionState], AttentionState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,12 +292,14 @@ class Attend:
         if q is None or pages is None or batch is None:
             return explain(self.program, self.layout, self.choice())
         call = Call.of(q, pages, batch_of(batch))
-        return explain(self.program, self.layout, _choice(self, self.program, call, batch), call, batch_of(batch))
+        program = self.program.for_batch(batch_of(batch))
+        return explain(program, self.layout, choice_of(self, program, call, batch), call, batch_of(batch))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _plan(attend: Attend, call: Call, batch: RaggedBatch) -> Plan:
-    run = functools.partial(make_plan, attend.program, attend.layout, attend.choice(call), call)
+    program = attend.program.for_batch(batch)
+    run = functools.partial(make_plan, program, attend.layout, attend.choice(call), call)
     return on_whole_arrays(run, batch=batch)
 
 
@@ -325,76 +324,3 @@ def _update(
 ) -> tuple[Results, Pages]:
     run = functools.partial(run_update, attend, attend.program, has_lse)
     return on_whole_arrays(run, q=q, k=k, v=v, pages=pages, batch=batch, sinks=sinks)
-
-
-def run_state(
-    attend: Attend,
-    program: Program,
-    has_lse: bool,
-    q: Array,
-    pages: Pages,
-    batch: RaggedBatch | Plan,
-    sinks: Array | None,
-    merge: Merge | None = None,
-) -> Results:
-    """Choose a lowering and its schedule, and run ``program``.
-
-    On one device ``program`` is the attention's own. On a mesh it is the program of this device's heads, and ``merge``
-    makes the states of all devices one, if there is anything to merge.
-    """
-    if not batch_of(batch).has_rows(q.shape[0]):
-        return _no_rows(attend, program, has_lse, q)
-    call, (lowering, schedule, _), seqs = _resolve(attend, program, q, pages, batch, has_holes=merge is not None)
-    wanted, sinks = Wanted(q.dtype, has_lse), None if sinks is None else sinks_per_head(attend.spec, sinks)
-    if merge is None:
-        return lowering.results(program, schedule, call, wanted, q, pages, sinks, seqs)
-    # Sinks enter once, after the merge: a sink in each device's state would count once per device.
-    return wanted.of(merge(lowering.state(program, schedule, call, q, pages, seqs)), seqs, sinks)
-
-
-def run_update(
-    attend: Attend,
-    program: Program,
-    has_lse: bool,
-    q: Array,
-    k: Array,
-    v: Array,
-    pages: Pages,
-    batch: RaggedBatch | Plan,
-    sinks: Array | None,
-    merge: Merge | None = None,
-) -> tuple[Results, Pages]:
-    """`run_state` after a write of this step's keys and values."""
-    if not batch_of(batch).has_rows(q.shape[0]):
-        return _no_rows(attend, program, has_lse, q), pages
-    call, (lowering, schedule, _), seqs = _resolve(attend, program, q, pages, batch, has_holes=merge is not None)
-    wanted, sinks = Wanted(q.dtype, has_lse), None if sinks is None else sinks_per_head(attend.spec, sinks)
-    if merge is None:
-        return lowering.update_results(program, schedule, call, wanted, q, k, v, pages, sinks, seqs)
-    state, pages = lowering.update(program, schedule, call, q, k, v, pages, seqs)
-    return wanted.of(merge(state), seqs, sinks), pages
-
-
-def _resolve(
-    attend: Attend, program: Program, q: Array, pages: Pages, step: RaggedBatch | Plan, has_holes: bool
-) -> tuple[Call, Choice, Sequences]:
-    """The call, what runs it, and its sequences: with what was planned for the step, if it was.
-
-    Where states are merged over devices, the other devices' pages are holes in this device's tables.
-    """
-    call = Call.of(q, pages, batch_of(step), has_holes)
-    choice = _choice(attend, program, call, step)
-    if isinstance(step, Plan) and step.seqs is not None:
-        return call, choice, step.seqs
-    return call, choice, Sequences.of(batch_of(step), q.shape[0], pages.layout.page_size)
-
-
-def _choice(attend: Attend, program: Program, call: Call, step: RaggedBatch | Plan) -> Choice:
-    if isinstance(step, Plan):
-        return step.choice(program, attend.layout, attend.lowerings, attend.pinned, call)
-    return attend.choice(call)
-
-
-def _no_rows(attend: Attend, program: Program, has_lse: bool, q: Array) -> Results:
-    empty = AttentionState.empty(q.shape[0], program.num_q_heads, attend.layout.value_dim, q.dtype)
-    return Results(empty.out, empty.lse if has_lse else None)

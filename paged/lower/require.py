@@ -50,11 +50,9 @@ def require_brought(spec: AttentionSpec, batch: RaggedBatch, tokens: Any) -> Non
     """Raise unless the batch brings the values that the spec names, and no others; and one number for each row."""
     if spec.values or batch.values:
         _require_values(spec, batch)
-    if spec.has_ancestors != (batch.ancestors is not None):
+    if batch.ancestors is not None and not spec.has_ancestors:
         raise ValueError(
-            "The mask has a Tree(), so the batch must bring ancestors: RaggedBatch(..., ancestors=i32[tokens])."
-            if spec.has_ancestors
-            else "The batch brings ancestors, and the mask has no Tree() that would ask for them: add it with &."
+            "The batch brings ancestors, and the mask has no Tree() that would ask for them: add it with &."
         )
     for name in ("positions", "ancestors"):
         array = getattr(batch, name)

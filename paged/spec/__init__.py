@@ -11,6 +11,7 @@ from .given import NOTHING_GIVEN as NOTHING_GIVEN
 from .given import Given as Given
 from .given import Term as Term
 from .given import Value as Value
+from .given import fields_of as fields_of
 from .given import terms_in as terms_in
 from .given import values_in as values_in
 from .given import values_of as values_of

@@ -151,7 +151,7 @@ def _given(spec: AttentionSpec, batch: RaggedBatch, row: _Rows, j: Int[Array, " 
         x = batch.values[value.name][row.seq][:, None, None]
         numbers[value.name] = x if value.size is None else tuple(x[..., i] for i in range(value.size))
     if not spec.has_ancestors or batch.ancestors is None:
-        return Given(numbers)
+        return Given(numbers, is_ancestor=True)
     own, words = _own_row(row, j), batch.ancestors
     word = jnp.take_along_axis(words, jnp.clip(own // 32, 0, words.shape[1] - 1), axis=1)
     has_bit = ((jax.lax.shift_right_logical(word, own % 32) & 1) == 1) & (own < 32 * words.shape[1])

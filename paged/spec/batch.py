@@ -37,7 +37,8 @@ class RaggedBatch(eqx.Module):
       in the sequence as position.
     - `ancestors` i32[tokens, words]: for a mask with a `Tree`, which rows of its own sequence a row descends from. Row
       ``i`` of the sequence has bit ``i % 32`` of word ``i // 32``. A row sees itself, whatever its bits. Given as
-      [tokens] where 32 rows suffice; uint32 is read as bits.
+      [tokens] where 32 rows suffice; uint32 is read as bits. None where rows follow one another, as in a prompt: each
+      descends from all before it.
     - `query_rows`, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
       Lowerings rely on it: it must agree with ``query_starts``.
     - `has_even_starts`, static: whether ``query_starts`` are known to be the multiples of ``query_rows``. `decode` and

@@ -14,7 +14,8 @@ class Tree(Mask):
 
     The batch says which rows are a row's ancestors, see ``ancestors`` of `RaggedBatch`. So a tree of drafted tokens is
     scored in one step (Miao et al., SpecInfer, arXiv:2305.09781). Give the rows' depths as ``positions`` too. Other
-    terms then see a path of the tree as they would see it alone: ``Causal() & Window(128) & Tree()``.
+    terms then see a path of the tree as they would see it alone: ``Causal() & Window(128) & Tree()``. Where a batch
+    brings no ancestors, rows follow one another and descend from all before them. So the same spec serves prompts.
 
     >>> print(Causal() & Tree())
     (j <= p) & (j is an ancestor of the row)

@@ -254,3 +254,16 @@ def test_a_new_number_does_not_trace_again_and_gradients_flow():
 
     first, second = jax.grad(loss)(q, ints(3, 1, 2, 9, 4)), jax.grad(loss)(q, ints(2, 2, 2, 2, 2))
     assert len(traces) == 1 and np.isfinite(first).all() and not np.array_equal(first, second)
+
+
+def test_a_batch_without_ancestors_is_a_chain():
+    q, pages, tables, starts = arrays()
+    spec = AttentionSpec(**HEADS, window=6)
+    for mask, want in ((Tree(), spec), (Prefix(3) & Tree(), spec.replace(mask=Prefix(3))), (~Tree(), None)):
+        attend, batch = paged.lower(spec.replace(mask=mask), LAYOUT, "xla"), batch_of(tables, starts)
+        got = attend.state(q, pages, batch)
+        if want is not None:
+            np.testing.assert_array_equal(got.out, paged.lower(want, LAYOUT, "xla")(q, pages, batch))
+            plan = attend.plan(q, pages, batch)
+            np.testing.assert_array_equal(got.out, attend(q, pages, plan))
+        np.testing.assert_allclose(got.out, reference_state(attend.spec, q, pages, batch).out, atol=2e-5)

@@ -36,9 +36,7 @@ def test_decoding_goes_on_from_the_accepted_path_as_if_it_had_been_decoded():
     step = eqx.filter_jit(lambda stack, x, batch, state: stack(x, batch, state))
     prompts = dict(lengths=[5, 3], block_tables=tables, query_starts=[0, 5, 8])
     rows = jnp.concatenate([x[0, :5], x[1, :3]])
-    # A prompt is a chain: every row descends from all before it.
-    chain = [2 ** (i + 1) - 1 for i in (*range(5), *range(3))]
-    _, state = step(drafted, rows, RaggedBatch(**prompts, ancestors=chain), state)
+    _, state = step(drafted, rows, RaggedBatch(**prompts), state)
     _, other = step(plain, rows, RaggedBatch(**prompts), other)
 
     batch = tree.batch([5 + 7, 3 + 7], tables, drafts)
@@ -49,5 +47,5 @@ def test_decoding_goes_on_from_the_accepted_path_as_if_it_had_been_decoded():
     accepted = jnp.concatenate([x[0, 5:12][paths[0]], x[1, 5:12][paths[1, :2]]])
     _, other = step(plain, accepted, RaggedBatch([8, 5], tables, [0, 3, 5]), other)
     want, _ = step(plain, x[:, 12], RaggedBatch.decode([9, 6], tables), other)
-    got, _ = step(drafted, x[:, 12], RaggedBatch.decode([9, 6], tables, ancestors=[1, 1]), state)
+    got, _ = step(drafted, x[:, 12], RaggedBatch.decode([9, 6], tables), state)
     np.testing.assert_allclose(got, want, atol=1e-5)

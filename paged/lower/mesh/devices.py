@@ -11,10 +11,10 @@ from jaxtyping import Array
 from paged.spec import Pages, RaggedBatch
 
 from .._check import check_values
-from ..attend import run_state, run_update
 from ..jax_version import on_devices
 from ..plan import Plan, make_plan, stacked_plan
 from ..program import Call, Results
+from ..run import run_state, run_update
 from .context import with_own_pages
 from .heads import select_own_heads
 
@@ -73,7 +73,7 @@ def plan(attend: Any, call: Call, batch: RaggedBatch) -> Plan:
     def on_device(batch: RaggedBatch) -> Plan:
         own = _own_batch(attend, batch, call.tokens, call.num_pages)
         one = attend.first_device
-        made = make_plan(attend.program_per_device, one.layout, one.choice(call), call, own)
+        made = make_plan(attend.program_per_device.for_batch(own), one.layout, one.choice(call), call, own)
         return stacked_plan(made, attend.placement)
 
     return on_devices(on_device, attend.mesh, (attend.specs.batch,), P(attend.axes.pages))(batch)

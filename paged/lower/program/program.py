@@ -13,8 +13,11 @@ from paged.spec import (
     Everything,
     Given,
     Mask,
+    RaggedBatch,
     ScoreOp,
+    Tree,
     Value,
+    fields_of,
     terms_in,
     values_of,
 )
@@ -85,6 +88,20 @@ class Program:
     def has_ancestors(self) -> bool:
         """Whether visibility asks which rows are a row's ancestors."""
         return any(term.has_ancestors for term in terms_in(self.visibility))
+
+    @functools.cached_property
+    def of_chains(self) -> "Program":
+        """The program of a step whose rows follow one another: a row descends from every row before it.
+
+        Where a batch brings no ancestors that is so, and a mask with a `Tree` is what its other terms are.
+        """
+        if not self.has_ancestors:
+            return self
+        return dataclasses.replace(self, visibility=normal_form(_without_trees(self.visibility)))
+
+    def for_batch(self, batch: RaggedBatch) -> "Program":
+        """The program of a step with this batch."""
+        return self if batch.ancestors is not None else self.of_chains
 
     def _visibility(self, given: Given) -> Any:
         """The mask with what is given in place of names. Most masks name nothing, and stay as they are."""
@@ -188,3 +205,15 @@ class Program:
         sink = " + exp(sink[h])" if self.sinks else ""
         total = f"(sum_j exp(s[j]){sink})" if sink else "sum_j exp(s[j])"
         return "\n".join([*lines, f"  o = sum_j exp(s[j]) v[j] / {total}"])
+
+
+def _without_trees(term: Any) -> Any:
+    """A mask, or a tuple of masks, with everything visible in the place of each `Tree`."""
+    if isinstance(term, tuple):
+        return tuple(map(_without_trees, term))
+    if not isinstance(term, Mask) or not any(inner.has_ancestors for inner in terms_in(term)):
+        return term
+    if isinstance(term, Tree):
+        return Everything()
+    changes: dict[str, Any] = {name: _without_trees(field) for name, field in fields_of(term)}
+    return dataclasses.replace(term, **changes)  # pyright: ignore

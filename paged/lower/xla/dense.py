@@ -52,7 +52,7 @@ def dense_attention(
     _require_dense(spec, q, k, v)
     require_sinks(spec, sinks)
     _require_brought(spec, k, segments, values)
-    program = Program.from_spec(spec)
+    program = Program.from_spec(spec).of_chains  # whole sequences have no drafts
     batch, tokens, length = *q.shape[:2], k.shape[1]
     grouped = q.astype(jnp.float32).reshape(batch, tokens, spec.num_kv_heads, spec.group, spec.head_dim)
     s = program.scale * jnp.einsum("bthgd,bjhd->bhgtj", grouped, k.astype(jnp.float32), precision="highest")
@@ -83,7 +83,11 @@ def _positions(tokens: int, length: int, segments: Array | None) -> tuple[Array,
         is_first = jnp.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)], constant_values=True)
         first = jax.lax.cummax(jnp.where(is_first, j, 0), axis=1)
         of_key, j = jnp.cumsum(is_first, axis=1, dtype=jnp.int32), j - first
-    p, of_query = j[:, length - tokens :], of_key[:, length - tokens :]
+    p = length - tokens + jnp.arange(tokens, dtype=jnp.int32)[None]
+    of_query = jnp.zeros_like(p)
+    if segments is not None:
+        is_there, at = p >= 0, jnp.maximum(p, 0)[0]
+        p, of_query = jnp.where(is_there, j[:, at], p), jnp.where(is_there, of_key[:, at], 0)
     p, j, of_query, of_key = (
         x[:, None, None, :, None] if is_query else x[:, None, None, None, :]
         for x, is_query in ((p, True), (j, False), (of_query, True), (of_key, False))
@@ -101,8 +105,6 @@ def _numbers(spec: AttentionSpec, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_brought(spec: AttentionSpec, k: Array, segments: Any, values: Mapping[str, Any] | None) -> None:
-    if spec.has_ancestors:
-        raise ValueError("A Tree() is for the drafted tokens of a step over pages; a dense attention has none.")
     given, named = values or {}, {value.name: value for value in spec.values}
     if set(given) != set(named):
         raise ValueError(f"values must be {sorted(named)}, which the spec names; got {sorted(given)}.")
