@@ -1,8 +1,11 @@
 """Pages as kernels meet them: work lists, copies of pages, the stream of page blocks, and how a block is read."""
 
 from .brought import Brought as Brought
+from .brought import BroughtFor as BroughtFor
+from .brought import least_and_most as least_and_most
 from .brought import most_brought as most_brought
 from .copies import copies_of_pages as copies_of_pages
+from .intervals import Computed as Computed
 from .intervals import Facts as Facts
 from .intervals import IntervalWork as IntervalWork
 from .intervals import PageTables as PageTables

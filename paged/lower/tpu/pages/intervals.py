@@ -140,6 +140,11 @@ class IntervalWork:
         return Computed(lambda item: self.tables.position[self._seq(item)])
 
     @property
+    def own(self) -> Computed:
+        """The place of the step's first token in an item's sequence."""
+        return self.position
+
+    @property
     def length(self) -> Computed:
         """The number of keys of an item's sequence that exist."""
         return Computed(lambda item: self._length(self.position[item]))
@@ -250,7 +255,8 @@ class IntervalWork:
         """
         numbers, p0 = self.brought_for(item).in_order(self.values), self.position[item]
         if self._has_own_rows:
-            first, end, *full = self._with_own(item, numbers)
+            positions = least_and_most(self.brought_for(item).positions())
+            first, end, *full = self._run_with_own(positions, self.own[item], self.length[item], numbers)
         else:
             rows = p0, p0 + self.query_rows, self._length(p0), self.width
             first, end = self.intervals.visible(*rows, numbers)
@@ -262,12 +268,13 @@ class IntervalWork:
         begin = first + jax.lax.rem(item, self.splits) * per_split
         return begin, jnp.clip(end - begin, 0, per_split), *full
 
-    def _with_own(self, item: Any, numbers: tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
-        """The pages that rows at positions of their own see of the tokens before them, up to the last own token's."""
-        place, intervals = self.position[item], self.intervals
-        length = self._length(place)
-        p0, last = least_and_most(self.brought_for(item).positions())
-        rows, first_own = (p0, jnp.minimum(last, LARGEST_INT32 - 1) + 1), self._first_own(item)
+    def _run_with_own(
+        self, positions: tuple[Any, Any], place: Any, length: Any, numbers: tuple[Any, ...]
+    ) -> tuple[Any, Any, Any, Any]:
+        """The pages that rows see of the tokens before the step's first one, at ``place``, up to the last own token's;
+        and the interval of those that are visible in full. ``positions`` are the least and the greatest of the rows."""
+        intervals, (p0, last) = self.intervals, positions
+        rows, first_own = (p0, jnp.minimum(last, LARGEST_INT32 - 1) + 1), self._page_of_own(place, length)
         seen, end_seen = intervals.visible(*rows, jnp.clip(place, 0, length), self.width, numbers)
         first, end = jnp.where(seen < end_seen, seen, first_own), _pages_up_to(length, intervals.page_size)
         full, end_full = intervals.visible_in_full(*rows, length, self.width, first, end, numbers)
@@ -277,8 +284,10 @@ class IntervalWork:
 
     def _first_own(self, item: Any) -> Any:
         """The page of the first of the step's own tokens. All pages before hold none."""
-        place = self.position[item]
-        return floor_div(jnp.clip(place, 0, self._length(place)), self.intervals.page_size, low=0)
+        return self._page_of_own(self.own[item], self.length[item])
+
+    def _page_of_own(self, place: Any, length: Any) -> Any:
+        return floor_div(jnp.clip(place, 0, length), self.intervals.page_size, low=0)
 
     @property
     def _has_own_rows(self) -> bool:

@@ -34,6 +34,8 @@ class WorkList(NamedTuple):
     * ``busy`` i32[items + 1]: the first item from ``i`` on that has a page; ``items`` if none has.
     * ``bounds`` i32[cores + 1]: core ``c`` does the items from ``bounds[c]`` to ``bounds[c + 1]``.
     * ``brought``: what the batch brings for each item, flat.
+    * ``own`` i32[items]: the place of the step's first token in the item's sequence, of which the item's rows may be
+      later ones; None where the batch brings nothing for rows, and in decode.
 
     A kernel reads it by the methods, which `IntervalWork` has too.
     """
@@ -50,6 +52,7 @@ class WorkList(NamedTuple):
     busy: Int[Array, " items_plus_1"]
     bounds: Int[Array, " cores_plus_1"]
     brought: Brought = Brought()
+    own: Int[Array, " items"] | None = None
 
     def bounds_of(self, core: Any) -> tuple[Any, Any]:
         """The first item of a core, and the one after its last."""

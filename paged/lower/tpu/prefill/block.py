@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from paged.spec import NOTHING_GIVEN
+from paged.spec import LARGEST_INT32, Given
 
-from ...program import Terms, update_maximum
+from ...program import Program, Terms, is_ancestor, update_maximum
 from ..chips import LANES, SUBLANES
 from ..pages import Views, dot
 from ..references import Ref
-from .loops import Index, loop, multiple
+from .loops import Index, div, loop, multiple
 from .refs import Refs
 from .shape import TileShape
 
@@ -45,22 +46,28 @@ class BlockKernel:
     * ``shape``: the tile that meets the block.
     * ``scores``: the program's score operations for the rows of a strip group. Their results are in units of log 2.
     * ``mask``: the program's mask for ``mask_rows`` positions.
-    * ``has_score_ops``: whether the program has any score operations.
     * ``hides_unseen``: whether a block that needs a mask may have pages that no row sees.
+    * ``own_words``: words of ancestors that the batch brings for each row, 0 where the program asks for none.
     """
 
+    program: Program
     shape: TileShape
     views: Views
     scores: Terms
     mask: Terms
     mask_rows: int
-    has_score_ops: bool
     hides_unseen: bool
+    own_words: int
 
     @property
     def keys(self) -> int:
         """Keys that scores are computed for."""
         return self.views.columns
+
+    @property
+    def has_score_ops(self) -> bool:
+        """Whether the program has any score operations."""
+        return bool(self.program.score_ops)
 
     def prepare(self, refs: Refs, item: Index, block: Block, is_masked: bool) -> None:
         """Compute what all strip groups need of a block: positions and scales of keys, the mask, and heads laid apart.
@@ -86,6 +93,44 @@ class BlockKernel:
         if present is not None:
             j = jnp.where(present, j, self.views.absent_index * self.views.layout.page_size)
         refs.scratch.key_position[block.half, :, pl.ds(0, self.keys)] = j
+        if refs.scratch.key_place is not None:
+            refs.scratch.key_place[block.half, :, pl.ds(0, self.keys)] = j
+            if is_masked:
+                self._store_own_positions(refs, item, block)
+
+    def _store_own_positions(self, refs: Refs, item: Index, block: Block) -> None:
+        """Store the positions that the batch brings in place of those of the block's keys that are tokens of the step.
+
+        These lie along the lanes of `OwnOperands.lanes`, one batch row after the other. For every page with such tokens
+        the lanes are rolled to where the page's keys are.
+        """
+        scratch, work, size = refs.scratch, refs.stream.work, self.views.layout.page_size
+        own, first = work.own[item], work.entry(item, block.i, refs.stream.pages_per_block)
+        row_at_0 = work.row[item] - work.position[item]  # the batch row of a token, less its place
+        lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+        # The most groups of 128 lanes that a page has keys in.
+        groups = size // LANES if size % LANES == 0 else 1 if LANES % size == 0 else (size + LANES - 2) // LANES + 1
+
+        def of_page(entry: Index, _: None) -> None:
+            begin, place = entry * size, work.index_of(item, first + entry) * size
+
+            def of_group(group: Index) -> None:
+                at = multiple(group, LANES)
+                column, columns = at + lane, pl.ds(at, LANES)
+                places = scratch.key_place[block.half, :, columns]
+                is_own = (places >= own) & (places < work.length[item]) & (column >= begin) & (column < begin + size)
+                # As if all lanes were of this page.
+                positions = _lanes_from(refs, place + row_at_0 + at - begin)
+                others = scratch.key_position[block.half, :, columns]
+                scratch.key_position[block.half, :, columns] = jnp.where(is_own, positions, others)
+
+            @pl.when(place + size > own)
+            def _():
+                for ahead in range(groups):
+                    group = div(begin, LANES) + ahead
+                    pl.when(group < self.keys // LANES)(functools.partial(of_group, group))
+
+        jax.lax.fori_loop(0, refs.stream.pages_of(item, block.i), of_page, None)
 
     def _store_scales(self, refs: Refs, item: Index, block: Block, seen: Any) -> None:
         """Store the per-token scales of the block's keys and values. ``seen`` is what `_find_visible` returned.
@@ -96,7 +141,8 @@ class BlockKernel:
         work, heads, keys = refs.stream.work, self.views.layout.num_kv_heads, pl.ds(0, self.keys)
         k_scale, v_scale = (self.views.scales(buffer, block.stage) for buffer in refs.stream.transfers.buffers[-2:])
         end = work.end_of_keys(item, self.views.layout.page_size)
-        is_live = refs.scratch.key_position[block.half, pl.ds(0, 1), keys] < end
+        places = refs.scratch.key_position if refs.scratch.key_place is None else refs.scratch.key_place
+        is_live = places[block.half, pl.ds(0, 1), keys] < end
         if seen is not None:
             is_live &= seen
         scales = jnp.concatenate([k_scale, jnp.where(is_live, v_scale, 0.0)], axis=0)
@@ -112,17 +158,21 @@ class BlockKernel:
         Returns which keys some row sees, bool[1, keys]; None if the block has no page that no row sees.
 
         There is one array of visible pairs. It is overwritten only when every strip group is done with the block
-        before, so it needs no second half.
+        before, so it needs no second half. Where visibility differs by head it holds what some head sees, and `score`
+        evaluates the mask again for the heads of its strip group: arrays for all heads would fill the memory.
         """
-        scratch, work, shape = refs.scratch, refs.stream.work, (self.mask_rows, self.keys)
+        scratch, shape = refs.scratch, (self.mask_rows, self.keys)
         j = jnp.broadcast_to(scratch.key_position[block.half, pl.ds(0, 1), pl.ds(0, self.keys)], shape)
         arrays = _of_heads(refs.inputs.arrays, self.mask, [0], self.mask_rows)
 
         def find(turn: Index) -> None:
             first = turn * self.mask_rows
-            p = work.position[item] + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            visible = self.mask.visible(arrays, NOTHING_GIVEN, p, j, work.length[item])
-            scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)] = visible.astype(jnp.int32)
+            p = self._positions(refs, item, first, self.mask_rows)
+            if self.program.has_heads:
+                visible = self._seen_by_a_head(refs, item, block, p, j, first)
+            else:
+                visible = self._evaluate(refs, item, block, self.mask, arrays, p, j, [first]).astype(jnp.int32)
+            scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)] = visible
 
         loop(self.shape.positions // self.mask_rows, find)
         if not self.hides_unseen:
@@ -130,6 +180,53 @@ class BlockKernel:
         seen = self._seen_by_a_row(refs, item)
         refs.stream.hide_unseen(item, block.i, block.stage, self.views.seen_pages(seen))
         return seen
+
+    def _seen_by_a_head(self, refs: Refs, item: Index, block: Block, p: Any, j: Any, first: Index) -> Any:
+        """``[mask_rows, keys]``, int32: 1 where a head of the row sees the key, else 0."""
+
+        def add(head: Index, seen: Any) -> Any:
+            arrays = _of_heads(refs.inputs.arrays, self.mask, [head], self.mask_rows)
+            visible = self._evaluate(refs, item, block, self.mask, arrays, p, j, [first])
+            return jnp.maximum(seen, visible.astype(jnp.int32))
+
+        return jax.lax.fori_loop(0, self.shape.num_q_heads, add, jnp.zeros(p.shape, jnp.int32))
+
+    def _evaluate(
+        self,
+        refs: Refs,
+        item: Index,
+        block: Block,
+        terms: Terms,
+        arrays: tuple[Any, ...],
+        p: Any,
+        j: Any,
+        firsts: list[Index],
+    ) -> Any:
+        """The mask for rows at positions ``p`` and keys at ``j``. The rows are as many from each row of the tile in
+        ``firsts`` on."""
+        given, length = self._given(refs, item), refs.stream.work.length[item]
+        if refs.scratch.key_place is None:
+            return terms.visible(arrays, given, p, j, length)
+        place = jnp.broadcast_to(refs.scratch.key_place[block.half, pl.ds(0, 1), pl.ds(0, self.keys)], p.shape)
+        if self.program.has_ancestors:
+            own, rows = refs.stream.work.own[item], p.shape[0] // len(firsts)
+            words = [self._brought(refs, 1 + word, firsts, rows) for word in range(self.own_words)]
+            row = jax.lax.broadcasted_iota(jnp.int32, (rows, self.keys), 0) + refs.stream.work.position[item] - own
+            row = _one_above_another([row + first for first in firsts])
+            given = given._replace(is_ancestor=is_ancestor(words, row, place - own))
+        # Positions may be any numbers: whether a key exists is told by its place.
+        return terms.visible(arrays, given, p, j, jnp.int32(LARGEST_INT32)) & (place < length)
+
+    def _given(self, refs: Refs, item: Index) -> Given:
+        """The numbers that the batch brings for the item's sequence."""
+        return Given(refs.stream.work.brought_for(item).numbers(self.program.values))
+
+    def _brought(self, refs: Refs, column: int, firsts: list[Index], rows: int) -> Any:
+        """A column of what the batch brings for rows, ``[rows * len(firsts), 1]``: 0 is their positions, and from 1 on
+        the words of their ancestors."""
+        register, lane = divmod(column, LANES)
+        found = [refs.scratch.own_rows[register, pl.ds(first, rows)][:, lane : lane + 1] for first in firsts]
+        return _one_above_another(found)
 
     def _seen_by_a_row(self, refs: Refs, item: Index) -> Any:
         """bool[1, keys]: whether a row of the item sees the key. Spare rows of a tile do not count."""
@@ -165,9 +262,10 @@ class BlockKernel:
                 j = scratch.key_position[block.half, pl.ds(0, 1), pl.ds(0, keys)]
                 j = jnp.broadcast_to(j, (rows, keys))
             heads = [self.shape.q_head_of(strip) for strip in self.shape.strips_of(strip_group)]
-            s = self.scores.scores(_of_heads(refs.inputs.arrays, self.scores, heads, rows), NOTHING_GIVEN, s, p, j)
+            arrays = _of_heads(refs.inputs.arrays, self.scores, heads, rows)
+            s = self.scores.scores(arrays, self._given(refs, item), s, p, j)
         if is_masked:
-            s = jnp.where(self._visible(refs, strip_group), s, -jnp.inf)
+            s = jnp.where(self._visible(refs, item, block, strip_group), s, -jnp.inf)
         scratch.block_top[half, pl.ds(0, rows)] = functools.reduce(jnp.maximum, _lane_groups(s))
         scratch.scores[half, pl.ds(0, rows), pl.ds(0, keys)] = s
 
@@ -198,9 +296,18 @@ class BlockKernel:
             weights.astype(v.dtype), v, contract=0
         )
 
-    def _visible(self, refs: Refs, strip_group: Index) -> Any:
-        """Which keys the rows of a strip group see: strips of the same positions see the same keys."""
+    def _visible(self, refs: Refs, item: Index, block: Block, strip_group: Index) -> Any:
+        """Which keys the rows of a strip group see. Unless visibility differs by head, strips of the same positions see
+        the same keys."""
         shape, keys = self.shape, pl.ds(0, self.keys)
+        if self.program.has_heads:
+            strips = shape.strips_of(strip_group)
+            heads = [shape.q_head_of(strip) for strip in strips]
+            arrays = _of_heads(refs.inputs.arrays, self.scores, heads, shape.strip_group_rows)
+            p = self._query_positions(refs, item, strip_group)
+            j = jnp.broadcast_to(refs.scratch.key_position[block.half, pl.ds(0, 1), keys], p.shape)
+            firsts = [shape.first_position_of(strip) for strip in strips]
+            return self._evaluate(refs, item, block, self.scores, arrays, p, j, firsts)
 
         def of_strip(strip: Index) -> Any:
             return refs.scratch.visible[pl.ds(shape.first_position_of(strip), shape.strip_rows), keys]
@@ -210,8 +317,20 @@ class BlockKernel:
     def _query_positions(self, refs: Refs, item: Index, strip_group: Index) -> Any:
         """The position of each row of a strip group, for every key."""
         shape = self.shape
+        if refs.scratch.own_rows is not None:
+            firsts = [shape.first_position_of(strip) for strip in shape.strips_of(strip_group)]
+            return jnp.broadcast_to(
+                self._brought(refs, 0, firsts, shape.strip_rows), (shape.strip_group_rows, self.keys)
+            )
         p = refs.stream.work.position[item] + jax.lax.broadcasted_iota(jnp.int32, (shape.strip_rows, self.keys), 0)
         return _one_above_another([p + shape.first_position_of(strip) for strip in shape.strips_of(strip_group)])
+
+    def _positions(self, refs: Refs, item: Index, first: Index, rows: int) -> Any:
+        """The positions of some rows of the tile from row ``first`` on, for every key."""
+        shape = (rows, self.keys)
+        if refs.scratch.own_rows is not None:
+            return jnp.broadcast_to(self._brought(refs, 0, [first], rows), shape)
+        return refs.stream.work.position[item] + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
 
     def _stored(self, refs: Refs, block: Block, head: Index, which: int) -> Any:
         """A KV head's keys (``which`` 0) or values (1)."""
@@ -236,6 +355,20 @@ def _of_heads(arrays: tuple[Ref, ...], terms: Terms, heads: list[Index], rows: i
             column = [jnp.full((rows // len(heads), 1), ref[head]) for head in heads]
             found.append(_one_above_another(column).reshape(aval.shape))
     return tuple(found)
+
+
+def _lanes_from(refs: Refs, row: Index) -> Any:
+    """i32[8, 128]: the positions of 128 rows of the batch from ``row`` on along the lanes, in every row the same.
+
+    Lanes of rows that the batch does not have hold anything.
+    """
+    lanes = refs.inputs.own.lanes
+    last, begin = lanes.shape[0] - 1, jnp.bitwise_and(row, LANES - 1)
+    at = jax.lax.shift_right_arithmetic(row, LANES.bit_length() - 1)
+    here, following = (lanes[pl.ds(jnp.clip(at + i, 0, last), 1)] for i in range(2))
+    here, following = (jnp.broadcast_to(x, (SUBLANES, LANES)) for x in (here, following))
+    lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    return pltpu.roll(jnp.where(lane < begin, following, here), jnp.bitwise_and(-begin, LANES - 1), axis=1)
 
 
 def _token_scale(scales: Ref, block: Block, row: Index, keys: int) -> Any:

@@ -1,6 +1,7 @@
 """The prefill kernel's work without lists: the scalar core cuts a batch into tiles, and computes the pages of each."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,18 +11,22 @@ from jaxtyping import Array, Int
 
 from paged.spec import PageLayout
 
-from ...program import Call, PageIntervals, Program, Sequences, floor_div
+from ...program import Call, PageIntervals, Program, Sequences, dtypes_of, floor_div
 from ..chips import Chip
-from ..pages import Brought, Facts, IntervalWork, for_each, hole_sign
+from ..pages import Brought, BroughtFor, Computed, Facts, IntervalWork, for_each, hole_sign, least_and_most
 from ..references import Ref
 from .tiles import most_tiles
+
+# Rows of a tile whose positions one turn of a loop compares.
+_ROWS_AT_ONCE = 8
 
 
 class Batch(NamedTuple):
     """What the scalar core computes the work from: the batch's `Sequences`.
 
     ``pages`` i32[seqs * pages_per_seq] are the block tables, one after the other: scalar memory pads rows of a matrix.
-    The others are i32[seqs].
+    ``brought`` are the numbers that the batch brings, flat, and ``row_positions`` i32[tokens] the positions of its
+    rows; None if it brings none. The others are i32[seqs].
     """
 
     pages: Int[Array, " entries"]
@@ -29,11 +34,20 @@ class Batch(NamedTuple):
     counts: Int[Array, " seqs"]
     positions: Int[Array, " seqs"]
     lengths: Int[Array, " seqs"]
+    brought: Brought = Brought()
+    row_positions: Int[Array, " tokens"] | None = None
 
     @classmethod
-    def of(cls, seqs: Sequences) -> "Batch":
+    def of(cls, program: Program, seqs: Sequences) -> "Batch":
         """The batch of some sequences."""
-        return cls(seqs.tables.reshape(-1), seqs.starts, seqs.counts, seqs.positions, seqs.lengths)
+        brought, own = Brought.of_numbers(program, seqs).flat(), None if seqs.own is None else seqs.own.positions
+        places = seqs.tables.reshape(-1), seqs.starts, seqs.counts, seqs.positions, seqs.lengths
+        return cls(*places, brought, own)
+
+    @property
+    def brings_something(self) -> bool:
+        """Whether the batch brings numbers or positions."""
+        return bool(jax.tree.leaves((self.brought, self.row_positions)))
 
 
 class Uncut(NamedTuple):
@@ -57,6 +71,7 @@ class Tiles(NamedTuple):
     * ``length``: the length of the sequence; 0 for rows of no sequence.
     * ``holes``: negative if the sequence has a hole among the pages that its rows see.
     * ``number`` i32[1]: the number of tiles.
+    * ``slot``: the slot of the sequence; None where the batch brings nothing.
     """
 
     base: Ref
@@ -66,12 +81,14 @@ class Tiles(NamedTuple):
     length: Ref
     holes: Ref
     number: Ref
+    slot: Ref | None
 
     @classmethod
-    def scratch(cls, most: int) -> "Tiles":
+    def scratch(cls, most: int, has_slots: bool) -> "Tiles":
         """Memory for at most so many tiles."""
         memory = pltpu.SMEM((most,), jnp.int32)
-        return cls(memory, memory, memory, memory, memory, memory, pltpu.SMEM((1,), jnp.int32))
+        number = pltpu.SMEM((1,), jnp.int32)
+        return cls(memory, memory, memory, memory, memory, memory, number, memory if has_slots else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +117,16 @@ class TileWork(IntervalWork):
         return self.tiles.length
 
     @property
+    def own(self) -> Computed:
+        """The place of the step's first token in a tile's sequence."""
+        batch: Any = self.tables
+        return Computed(lambda item: batch.positions[self._slot(item)])
+
+    def brought_for(self, item: Any) -> BroughtFor:
+        """The numbers that the batch brings for a tile's sequence."""
+        return self._brought_of(lambda: self._slot(item))
+
+    @property
     def row(self) -> Ref:
         """A tile's first query row."""
         return self.tiles.row
@@ -108,11 +135,6 @@ class TileWork(IntervalWork):
     def rows(self) -> Ref:
         """The query rows of a tile."""
         return self.tiles.rows
-
-    @property
-    def brought(self) -> Brought:
-        """Nothing."""
-        return Brought()
 
     def has_holes(self, item: Any) -> Any:
         """Whether a page of a tile may be a hole."""
@@ -126,10 +148,12 @@ class TileWork(IntervalWork):
         batch: Any = self.tables
         tiles, most = self.tiles, self.query_rows
 
-        def add(n: Any, base: Any, start: Any, count: Any, position: Any, length: Any, holes: Any) -> Any:
+        def add(n: Any, seq: Any, base: Any, start: Any, count: Any, position: Any, length: Any, holes: Any) -> Any:
             def tile(t: Any, n: Any) -> Any:
                 first = t * most
                 tiles.base[n], tiles.length[n], tiles.holes[n] = base, length, holes
+                if tiles.slot is not None:
+                    tiles.slot[n] = seq
                 tiles.row[n], tiles.position[n] = start + first, position + first
                 tiles.rows[n] = jnp.minimum(count - first, most)
                 return n + 1
@@ -141,23 +165,28 @@ class TileWork(IntervalWork):
             start, count = batch.starts[seq], batch.counts[seq]
             tiled = jnp.where(count >= least_rows, count, 0)
             base, position, length = seq * self.width, batch.positions[seq], batch.lengths[seq]
-            n = add(n, base, start, tiled, position, length, self._holes(base, position, tiled, length, num_pages))
+            holes = self._holes(seq, base, start, tiled, position, length, num_pages)
+            n = add(n, seq, base, start, tiled, position, length, holes)
             # Slots of dead sequences say anything of where their rows would begin.
             return n, jnp.where(count > 0, start + count, end)
 
         n, end = jax.lax.fori_loop(0, batch.starts.shape[0], of_seq, (jnp.int32(0), jnp.int32(0)))
         # Rows of no sequence are those before the first sequence's and those after the last one's.
         zero = jnp.int32(0)
-        n = add(n, zero, zero, jnp.minimum(batch.starts[0], end), zero, zero, zero)
-        tiles.number[0] = add(n, zero, end, tokens - end, zero, zero, zero)
+        n = add(n, zero, zero, zero, jnp.minimum(batch.starts[0], end), zero, zero, zero)
+        tiles.number[0] = add(n, zero, zero, end, tokens - end, zero, zero, zero)
 
-    def _holes(self, base: Any, position: Any, rows: Any, length: Any, num_pages: int) -> Any:
+    def _holes(self, seq: Any, base: Any, start: Any, rows: Any, position: Any, length: Any, num_pages: int) -> Any:
         """A number that is negative if a page that these rows of a sequence see is a hole.
 
         The pages of a sequence are looked at once, and not by each of its tiles. A test of each page between the
         products of a tile would take four times as long (modelled, with four tiles).
         """
-        first, end = self.intervals.visible(position, position + rows, length, self.width)
+        numbers = self._brought_of(lambda: seq).in_order(self.values)
+        if self._has_own_rows:
+            first, end, *_ = self._run_with_own(self._position_range(start, rows), position, length, numbers)
+        else:
+            first, end = self.intervals.visible(position, position + rows, length, self.width, numbers)
 
         def look(page: Any, holes: Any) -> Any:
             return holes | hole_sign(self.page[base + first + page], num_pages)
@@ -168,12 +197,47 @@ class TileWork(IntervalWork):
         return self.tiles.base[item]
 
     def _pages(self, item: Any) -> tuple[Any, Any, Any, Any]:
+        if self._has_own_rows:
+            positions = self._position_range(self.tiles.row[item], self.tiles.rows[item])
+            numbers = self.brought_for(item).in_order(self.values)
+            found = self._run_with_own(positions, self.own[item], self.tiles.length[item], numbers)
+            first, end, first_full, end_full = found
+            return first, end - first, first_full, jnp.where(self.has_holes(item), first, end_full)
         p0 = self.tiles.position[item]
         rows = p0, p0 + self.tiles.rows[item], self.tiles.length[item], self.width
-        first, end = self.intervals.visible(*rows)
-        first_full, end_full = self.intervals.visible_in_full(*rows, first, end)
+        numbers = self.brought_for(item).in_order(self.values)
+        first, end = self.intervals.visible(*rows, numbers)
+        first_full, end_full = self.intervals.visible_in_full(*rows, first, end, numbers)
         # A block with a hole needs a mask. Which block has one is not known before it is fetched.
         return first, end - first, first_full, jnp.where(self.has_holes(item), first, end_full)
+
+    def _position_range(self, row: Any, rows: Any) -> tuple[Any, Any]:
+        """The least and the greatest position of some rows of the batch, if it brings positions."""
+        batch: Any = self.tables
+        last = jnp.maximum(rows - 1, 0)
+
+        def look(turn: Any, found: tuple[Any, Any]) -> tuple[Any, Any]:
+            ahead = (row + jnp.minimum(turn * _ROWS_AT_ONCE + i, last) for i in range(_ROWS_AT_ONCE))
+            least, most = least_and_most(batch.row_positions[row] for row in ahead)
+            return jnp.minimum(found[0], least), jnp.maximum(found[1], most)
+
+        start = (batch.row_positions[row],) * 2
+        return jax.lax.fori_loop(0, floor_div(last, _ROWS_AT_ONCE, low=0) + 1, look, start)
+
+    @property
+    def _has_own_rows(self) -> bool:
+        batch: Any = self.tables
+        return batch.row_positions is not None
+
+    def _brought_of(self, which: Callable[[], Any]) -> BroughtFor:
+        """What the batch brings for the sequence in a slot."""
+        batch: Any = self.tables
+        return BroughtFor(batch.brought, which, batch.starts.shape[0])
+
+    def _slot(self, item: Any) -> Any:
+        """The slot of a tile's sequence."""
+        assert self.tiles.slot is not None
+        return self.tiles.slot[item]
 
 
 def intervals_of(program: Program, layout: PageLayout, call: Call, rows: int, chip: Chip) -> PageIntervals | None:
@@ -182,9 +246,11 @@ def intervals_of(program: Program, layout: PageLayout, call: Call, rows: int, ch
     It does where visible pages are not proven to be one run, where most of that run may be holes, and where scalar
     memory cannot hold the block tables.
     """
-    per_tile = 4 * (len(Tiles._fields) - 1 + Facts.per_item())
-    taken = 4 * call.slots * (call.pages_per_seq + len(Batch._fields) - 1)
+    numbers, has_slots = len(dtypes_of(program.values)), bool(program.values) or call.has_own_rows
+    per_tile = 4 * (len(Tiles._fields) - (1 if has_slots else 2) + Facts.per_item(call.has_own_rows))
+    taken = 4 * call.slots * (call.pages_per_seq + 4 + numbers)
     taken += per_tile * most_tiles(call.tokens, call.slots, rows)
+    taken += 4 * call.tokens if call.has_own_rows else 0
     if call.has_holes or not call.num_pages or taken > chip.smem_for_lists:
         return None
     return program.page_intervals(layout.page_size)

@@ -77,9 +77,12 @@ class PrefillKernel:
         def each(act: Callable[[Any], None]) -> None:
             half = jax.lax.rem(item, 2)
             buffer, arrived = refs.scratch.q_buffer.at[half], refs.scratch.q_arrived.at[half]
+            own, own_buffer = refs.inputs.own, refs.scratch.own_buffer
 
             def copy(in_hbm: Any, in_buffer: Any) -> None:
                 act(pltpu.make_async_copy(refs.inputs.q.at[in_hbm], buffer.at[in_buffer], arrived))
+                if own is not None:
+                    act(pltpu.make_async_copy(own.rows.at[in_hbm], own_buffer.at[half].at[in_buffer], arrived))
 
             self._each_piece(refs, item, first, copy)
 

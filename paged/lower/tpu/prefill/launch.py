@@ -19,6 +19,7 @@ from ..references import call_kernel
 from .block import BlockKernel
 from .intervals import Batch, Tiles, TileWork, Uncut
 from .kernel import PrefillKernel
+from .own import OWN_MEMORY, OwnOperands, own_registers
 from .refs import Inputs, Outputs, Refs, Rows, Scratch, Strides
 from .schedule import RaggedSchedule
 from .shape import TileShape
@@ -40,6 +41,7 @@ class PrefillLaunch:
     * ``wanted``: the results that the caller wants.
     * ``schedule``: its ``pages_per_block`` fill a stage of the stream's ring, which has ``buffers`` stages.
     * ``interpret``: passed to Pallas.
+    * ``own_words``: words of ancestors that the batch brings for each row; None where it brings nothing for rows.
     """
 
     program: Program
@@ -49,6 +51,7 @@ class PrefillLaunch:
     schedule: RaggedSchedule
     chip: Chip
     interpret: Any
+    own_words: int | None = None
 
     @property
     def compute_dtype(self) -> Any:
@@ -87,8 +90,11 @@ class PrefillLaunch:
         pages: Pages,
         sinks: Float[Array, " q_heads"] | None,
         results: Rows | None = None,
+        own: OwnOperands | None = None,
     ) -> Rows:
         """Run the kernel on a work list, or on a batch that it is to cut, and return the results of its tiles' rows.
+
+        ``own`` is what the batch brings for its rows.
 
         Given ``results``, the kernel writes into that memory, and rows of no tile keep their results. Without it these
         rows hold anything.
@@ -101,11 +107,11 @@ class PrefillLaunch:
 
         def run(scalars: WorkList | Batch, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
             transfers = Transfers(self.layout, inputs.pools, scratch.page_buffers, scratch.pages_arrived)
-            own = scalars
+            items = scalars
             if isinstance(work, Uncut):
-                own = self._tile_work(work.intervals, scalars, scratch)
-                own.cut(work.least_rows, q.shape[0], transfers.num_pages)
-            stream = Stream(own, transfers, scratch.cursor, scratch.filled, scratch.holes)  # pyright: ignore
+                items = self._tile_work(work.intervals, scalars, scratch)
+                items.cut(work.least_rows, q.shape[0], transfers.num_pages)
+            stream = Stream(items, transfers, scratch.cursor, scratch.filled, scratch.holes)  # pyright: ignore
             kernel.run_items(Refs(stream, inputs, outputs, scratch), *stream.work.bounds_of(pl.program_id(0)))
 
         return call_kernel(
@@ -115,8 +121,8 @@ class PrefillLaunch:
             interpret=self.interpret,
             grid=(self.schedule.cores,),
             scalars=work.batch if isinstance(work, Uncut) else work,
-            inputs=Inputs(k_scale, v_scale, sinks, arrays, q.astype(dtype_in_kernels(q.dtype)), pools, results),
-            memory=Inputs(smem, smem, smem, arrays=smem, q=hbm, pools=hbm, results=hbm),
+            inputs=Inputs(k_scale, v_scale, sinks, arrays, own, q.astype(dtype_in_kernels(q.dtype)), pools, results),
+            memory=Inputs(smem, smem, smem, arrays=smem, own=own and OWN_MEMORY, q=hbm, pools=hbm, results=hbm),
             outputs=Outputs(self.rows(q.shape[0])),
             scratch=self._scratch(work, q.shape[0]),
             in_place=lambda tree: None if results is None else tree.results,
@@ -127,7 +133,8 @@ class PrefillLaunch:
         assert scratch.facts is not None and scratch.tiles is not None
         width, schedule = batch.pages.shape[0] // batch.starts.shape[0], self.schedule
         division = schedule.rows_per_tile, 1, schedule.pages_per_block, schedule.cores
-        return TileWork(intervals, batch, scratch.facts, self.program.values, width, *division, scratch.tiles)
+        values = self.program.values
+        return TileWork(intervals, batch, scratch.facts, values, width, *division, scratch.tiles)
 
     def rows(self, tokens: int) -> Rows:
         """The shapes of the kernel's results for so many query rows."""
@@ -145,13 +152,14 @@ class PrefillLaunch:
 
     def _tile(self, shape: TileShape) -> TileKernel:
         mask_rows = min(_MASK_ROWS, shape.positions)
-        has_score_ops = bool(self.program.score_ops)
-        hides_unseen = self.program.may_visit_unseen(self.views.layout.page_size)
+        # Nothing is known of pages with tokens of the step, if the batch brings positions.
+        hides_unseen = self.own_words is not None or self.program.may_visit_unseen(self.views.layout.page_size)
         blocks = []
         for views in self._prefixes():
             scores = kernel_terms(self.program, shape.strip_group_rows, views.columns, unit=LOG2E)
             mask = kernel_terms(self.program, mask_rows, views.columns)
-            blocks.append(BlockKernel(shape, views, scores, mask, mask_rows, has_score_ops, hides_unseen))
+            own_words = self.own_words or 0
+            blocks.append(BlockKernel(self.program, shape, views, scores, mask, mask_rows, hides_unseen, own_words))
         # Smaller tiles are for the last rows of a sequence. They take little time, and long lines take long to compile.
         unrolled = MOST_UNROLLED if shape.positions == self.schedule.rows_per_tile else MOST_UNROLLED // 4
         return TileKernel(
@@ -194,6 +202,7 @@ class PrefillLaunch:
         positions = self.schedule.rows_per_tile
         keys, all_rows, q_heads = views.columns, positions * self.program.num_q_heads, self.program.num_q_heads
         rows = max(shape.strip_group_rows for shape in shapes)
+        registers = 0 if self.own_words is None else own_registers(self.own_words)
         dma, smem = pltpu.SemaphoreType.DMA, functools.partial(pltpu.SMEM, dtype=jnp.int32)
 
         def vmem(*shape: int, dtype: Any = jnp.float32) -> Any:
@@ -207,15 +216,17 @@ class PrefillLaunch:
             pages_arrived=dma((self.schedule.buffers,)),
             cursor=smem((2,)),
             filled=smem((self.schedule.buffers,)),
-            tiles=Tiles.scratch(most) if uncut else None,
-            facts=Facts.scratch(most, uncut.intervals) if uncut else None,
+            tiles=Tiles.scratch(most, uncut.batch.brings_something) if uncut else None,
+            facts=Facts.scratch(most, uncut.intervals, self.own_words is not None) if uncut else None,
             holes=Holes.scratch(self.schedule.buffers, self.schedule.pages_per_block) if uncut else None,
             q_buffer=vmem(2, positions, q_heads, self.program.head_dim, dtype=dtype_in_kernels(self.q_dtype)),
             q_arrived=dma((2,)),
+            own_buffer=vmem(2, positions, registers, LANES, dtype=jnp.int32) if registers else None,
             results=jax.tree.map(lambda x: vmem(*x.shape, dtype=x.dtype), self.rows(positions)),
             results_left=dma,
             apart=vmem(positions * strides.stride, LANES),
             queries=vmem(all_rows, views.key_lanes, dtype=self.compute_dtype),
+            own_rows=vmem(registers, positions, LANES, dtype=jnp.int32) if registers else None,
             top=vmem(all_rows, LANES),
             total=vmem(all_rows, LANES),
             values=vmem(all_rows, strides.out_columns * LANES),
@@ -224,6 +235,7 @@ class PrefillLaunch:
             visible=vmem(positions, keys, dtype=jnp.int32),
             lse=vmem(strides.lse_registers, positions, LANES) if self.wanted.has_lse else None,
             key_position=vmem(2, SUBLANES, keys, dtype=jnp.int32),
+            key_place=vmem(2, SUBLANES, keys, dtype=jnp.int32) if registers else None,
             token_scales=vmem(2, 2 * layout.num_kv_heads * SUBLANES, keys) if self._has_token_scales else None,
             deinterleaved=vmem(2, *views.deinterleaved_shape()) if self._is_deinterleaved else None,
         )

@@ -7,7 +7,7 @@ of rows, those with a single row go to the decode kernel instead, by `RaggedSche
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,17 @@ from jaxtyping import Array
 from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ...base import Schedule
-from ...program import COMMON, Call, Program, Results, Sequences, Wanted
+from ...program import COMMON, Call, Program, Results, Sequences, Wanted, visits_by_sort
 from ..base import STATE, TpuLowering
 from ..decode import TpuDecode
-from ..pages import TileVisits, WorkList, copies_of_pages, rows_and_entries
+from ..pages import Brought, TileVisits, WorkList, copies_of_pages, rows_and_entries
 from .intervals import Batch, Uncut, intervals_of
 from .launch import PrefillLaunch, dtype_in_kernels
+from .own import OwnOperands, num_words
 from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call
 from .refs import Rows
 from .schedule import RaggedSchedule
-from .tiles import cut, most_tiles, owned
+from .tiles import cut, most_tiles, owned, query_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,6 @@ class TpuRagged(TpuLowering):
     """
 
     schedule_type: ClassVar[type[Schedule]] = RaggedSchedule
-
-    def _refuses_brought(self, program: Program, call: Call | None) -> str | None:
-        if program.values or program.has_heads or program.has_ancestors:
-            return "a mask or score operation names what the batch brings, or differs by head"
-        if call is not None and call.has_own_rows:
-            return "the batch brings positions or ancestors of its rows"
-        return None
 
     def _refuses_call(self, program: Program, layout: PageLayout, call: Call) -> str | None:
         return refuses_call(program, layout, call, self.target_chip)
@@ -164,12 +158,13 @@ class TpuRagged(TpuLowering):
         Scalar memory limits how many tiles one kernel lists, and how many pages of each. Usually one kernel lists all.
         Else a loop runs it for some tiles at a time, and the states over some pages at a time are merged.
         """
-        layout, width = pages.layout, seqs.tables.shape[1]
+        layout, width, own = pages.layout, seqs.tables.shape[1], OwnOperands.of(seqs.own, program.has_ancestors)
         intervals = intervals_of(program, layout, call, schedule.rows_per_tile, self.target_chip)
         if intervals is not None:
-            launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret, wanted)
+            launch = self._launch(program, layout, call, schedule, wanted, seqs)
             first = None if single is None else _first(launch, call.tokens, single.out)
-            found = launch.results_of(launch(Uncut(intervals, Batch.of(seqs), least_rows), q, pages, sinks, first))
+            uncut = Uncut(intervals, Batch.of(program, seqs), least_rows)
+            found = launch.results_of(launch(uncut, q, pages, sinks, first, own))
             return _with_own_lse(found, single, seqs, has_sinks=sinks is not None)
         most = most_tiles(call.tokens, call.slots, schedule.rows_per_tile)
         tiles_per_kernel, entries_per_kernel = rows_and_entries((most, width), self.target_chip)
@@ -177,7 +172,7 @@ class TpuRagged(TpuLowering):
         # Sinks enter once, after the last merge, and what is merged is float32.
         is_whole = len(slices) == 1
         of_slice, own_sinks = (wanted, sinks) if is_whole else (STATE, None)
-        launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret, of_slice)
+        launch = self._launch(program, layout, call, schedule, of_slice, seqs)
         tiles = cut(
             seqs,
             seqs.counts >= least_rows,
@@ -185,36 +180,73 @@ class TpuRagged(TpuLowering):
             schedule.rows_per_tile,
             -(-most // tiles_per_kernel) * tiles_per_kernel,
         )
-        visited = TileVisits.of(program, tiles, layout.page_size, pages.num_pages)
+        listed = _listed(program, seqs, tiles, schedule.rows_per_tile, pages)
         # One kernel after the other writes into one array. What is merged of several has an array of its own.
         before, found = single.out if single is not None and is_whole else None, []
         for entries in slices:
 
-            def run(visited: TileVisits, rows: Rows | None, entries: slice = entries) -> Rows:
-                return launch(_work(schedule, entries, visited), q, pages, own_sinks, rows)
+            def run(listed: _Listed, rows: Rows | None, entries: slice = entries) -> Rows:
+                return launch(_work(schedule, entries, listed), q, pages, own_sinks, rows, own)
 
-            found.append(launch.results_of(_rows(launch, run, visited, tiles_per_kernel, call.tokens, before)))
+            found.append(launch.results_of(_rows(launch, run, listed, tiles_per_kernel, call.tokens, before)))
         if not is_whole:
             results = wanted.of(functools.reduce(merge, (results.state for results in found)), seqs, sinks)
             return _beside(single, results, seqs) if single else results
         return _with_own_lse(found[0], single, seqs, has_sinks=sinks is not None)
+
+    def _launch(
+        self,
+        program: Program,
+        layout: PageLayout,
+        call: Call,
+        schedule: RaggedSchedule,
+        wanted: Wanted,
+        seqs: Sequences,
+    ) -> PrefillLaunch:
+        """The kernel for a batch with these sequences."""
+        launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret, wanted)
+        own_words = None if seqs.own is None else num_words(seqs.own, program.has_ancestors)
+        return dataclasses.replace(launch, own_words=own_words)
 
     @property
     def _decode(self) -> TpuDecode:
         return TpuDecode(chip=self.chip, interpret=self.interpret)
 
 
-def _work(schedule: RaggedSchedule, entries: slice, visited: TileVisits) -> WorkList:
-    """The work list for all tiles of ``visited``, over a range of their entries."""
-    return visited.work_list(
+class _Listed(NamedTuple):
+    """Tiles with the pages that each visits, and the place of the first token of the step in each tile's sequence if
+    the batch brings positions."""
+
+    visited: TileVisits
+    place: Array | None
+
+    def sliced(self, first: Any, tiles: int) -> "_Listed":
+        """So many tiles from tile ``first`` on, which may be traced."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, tiles), self)
+
+
+def _listed(program: Program, seqs: Sequences, tiles: Sequences, rows: int, pages: Pages) -> _Listed:
+    """The pages that tiles of at most ``rows`` query rows visit."""
+    size, num_pages = pages.layout.page_size, pages.num_pages
+    if seqs.own is None:
+        return _Listed(TileVisits.of(program, tiles, size, num_pages), None)
+    seen = query_rows(seqs, tiles, rows)
+    visits = visits_by_sort(program, seen, tiles.tables, size, num_pages)
+    return _Listed(TileVisits(tiles._replace(numbers={}), visits, Brought.of_numbers(program, tiles)), seen.own)
+
+
+def _work(schedule: RaggedSchedule, entries: slice, listed: _Listed) -> WorkList:
+    """The work list for all tiles, over a range of their entries."""
+    work = listed.visited.work_list(
         slice(None), entries, splits=1, pages_per_block=schedule.pages_per_block, cores=schedule.cores
     )
+    return work._replace(own=listed.place)
 
 
 def _rows(
     launch: PrefillLaunch,
-    run: Callable[[TileVisits, Rows | None], Rows],
-    visited: TileVisits,
+    run: Callable[[_Listed, Rows | None], Rows],
+    listed: _Listed,
     tiles_per_kernel: int,
     tokens: int,
     before: Array | None,
@@ -224,13 +256,13 @@ def _rows(
     Each run of the kernel is for ``tiles_per_kernel`` tiles.
     """
     first = _first(launch, tokens, before)
-    if visited.visits.page.shape[0] == tiles_per_kernel:
-        return run(visited, None if before is None else first)
+    if listed.visited.visits.page.shape[0] == tiles_per_kernel:
+        return run(listed, None if before is None else first)
 
     def run_some(i: Any, rows: Rows) -> Rows:
-        return run(visited.sliced(i * tiles_per_kernel, tiles_per_kernel), rows)
+        return run(listed.sliced(i * tiles_per_kernel, tiles_per_kernel), rows)
 
-    live = jnp.sum(visited.tiles.counts > 0, dtype=jnp.int32)
+    live = jnp.sum(listed.visited.tiles.counts > 0, dtype=jnp.int32)
     return jax.lax.fori_loop(0, (live + tiles_per_kernel - 1) // tiles_per_kernel, run_some, first)
 
 

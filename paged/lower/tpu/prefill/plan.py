@@ -36,7 +36,9 @@ def launch_of(
 ) -> PrefillLaunch:
     """The prefill kernel that a schedule describes. Unless it is said, results are wanted in the queries' dtype."""
     wanted = wanted or Wanted(call.q_dtype)
-    return PrefillLaunch(program, layout, call.q_dtype, wanted, schedule, chip, interpret)
+    # How many words of ancestors there are is known only when the batch is.
+    own_words = 0 if call.has_own_rows else None
+    return PrefillLaunch(program, layout, call.q_dtype, wanted, schedule, chip, interpret, own_words)
 
 
 def plan_schedule(program: Program, layout: PageLayout, call: Call, chip: Chip) -> RaggedSchedule:

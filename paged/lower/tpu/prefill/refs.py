@@ -23,6 +23,7 @@ class Inputs(NamedTuple):
       have no such scales.
     * ``sinks`` f32[q_heads]: the sink of each query head; None where there are none.
     * ``arrays``: a tuple of what the scores and masks need of each query head, [q_heads] each.
+    * ``own``: `OwnOperands`; None where the batch brings nothing for its rows.
     * ``q`` [tokens, q_heads, head_dim]: the queries as they are.
     * ``pools``: a tuple of the arrays of pages, and then of per-token scales.
     * ``results``: results that earlier kernels wrote, to be kept where this kernel writes nothing; None where there are
@@ -33,6 +34,7 @@ class Inputs(NamedTuple):
     v_scale: Any
     sinks: Any
     arrays: Any
+    own: Any
     q: Any
     pools: Any
     results: Any
@@ -72,12 +74,15 @@ class Scratch(NamedTuple):
     Queries and results on their way:
 
     * ``q_buffer`` [2, positions, q_heads, head_dim], and a DMA semaphore for either half in ``q_arrived``.
+    * ``own_buffer`` i32[2, positions, registers, lanes]: ``rows`` of `OwnOperands`, which arrive with the queries;
+      None without.
     * ``results``: `Rows` of a tile, and one DMA semaphore ``results_left``.
     * ``apart`` f32[positions * stride, lanes]: rows between these buffers and strips, see `Strides`.
 
     The online softmax of one tile:
 
     * ``queries`` [all rows, key_lanes]: the queries by strip.
+    * ``own_rows`` i32[registers, positions, lanes]: ``rows`` of `OwnOperands`; None without.
     * ``top`` f32[all rows, lanes]: the largest score so far, the same in every lane.
     * ``total`` f32[all rows, lanes]: sums of weights, which are still to be summed over lanes.
     * ``values`` f32[all rows, result_lanes]: sums of weighted values.
@@ -89,6 +94,8 @@ class Scratch(NamedTuple):
     * ``block_top`` f32[2, rows of a strip group, lanes]: the largest of each lane's scores.
     * ``visible`` i32[positions, keys]: which pairs of a position and a key are visible.
     * ``key_position`` i32[2, 8, keys]: the same in every row.
+    * ``key_place`` i32[2, 8, keys]: places of keys, which differ from positions where the batch brings positions; None
+      elsewhere.
     * ``token_scales`` f32[2, 2 * kv_heads * 8, keys]: scales of keys, then of values, each the same in 8 rows; None
       without per-token scales.
     * ``deinterleaved`` f32[2, ...]: the block with its heads apart, see `Views.deinterleave`; None in other orders.
@@ -103,10 +110,12 @@ class Scratch(NamedTuple):
     holes: Any
     q_buffer: Any
     q_arrived: Any
+    own_buffer: Any
     results: Any
     results_left: Any
     apart: Any
     queries: Any
+    own_rows: Any
     top: Any
     total: Any
     values: Any
@@ -115,6 +124,7 @@ class Scratch(NamedTuple):
     visible: Any
     lse: Any
     key_position: Any
+    key_place: Any
     token_scales: Any
     deinterleaved: Any
 

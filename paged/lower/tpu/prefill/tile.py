@@ -78,12 +78,19 @@ class TileKernel:
         return stage
 
     def _load_queries(self, refs: Refs, half: Index) -> None:
-        """Put the queries of each strip together: rows of positions go to ``apart``, and strips are read from there."""
+        """Put the queries of each strip together: rows of positions go to ``apart``, and strips are read from there.
+
+        Positions that the batch brings for the rows are laid out beside them.
+        """
         scratch, strides, lanes = refs.scratch, self.strides, refs.scratch.queries.shape[1]
 
         def lay_apart(turn: Index) -> None:
             x = scratch.q_buffer[half, pl.ds(turn * _POSITIONS, _POSITIONS)].astype(jnp.float32)
             scratch.apart[strides.positions_of(turn, _POSITIONS)] = strides.apart(x)
+            if scratch.own_rows is not None:
+                positions = pl.ds(turn * _POSITIONS, _POSITIONS)
+                for register in range(scratch.own_rows.shape[0]):
+                    scratch.own_rows[register, positions] = scratch.own_buffer[half, positions, register]
 
         def load(strip: Index) -> None:
             rows = self.shape.rows_of_strip(strip)

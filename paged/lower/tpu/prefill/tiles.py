@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from ...program import Sequences
+from ...program import QueryRows, Sequences, count_up_to, position_range
 
 
 def most_tiles(tokens: int, slots: int, rows: int) -> int:
@@ -33,8 +33,19 @@ def cut(seqs: Sequences, is_tiled: Bool[Array, " seqs"], tokens: int, rows: int,
     is_live, seq = seq < ends.shape[0], jnp.minimum(seq, ends.shape[0] - 1)
     first = (tile - (ends - per_seq)[seq]) * rows
     counts = jnp.where(is_live, jnp.clip(counts[seq] - first, 0, rows), 0)
-    tables = seqs.tables[jnp.minimum(seq, seqs.tables.shape[0] - 1)]
-    return Sequences(starts[seq] + first, counts, positions[seq] + first, lengths[seq], tables)
+    slot = jnp.minimum(seq, seqs.tables.shape[0] - 1)
+    places = starts[seq] + first, counts, positions[seq] + first, lengths[seq]
+    return Sequences(*places, seqs.tables[slot], seqs.numbers_of(slot))
+
+
+def query_rows(seqs: Sequences, tiles: Sequences, rows: int) -> QueryRows:
+    """The rows of tiles of at most ``rows`` query rows, as coverage sees them, if the batch brings positions."""
+    assert seqs.own is not None
+    slot = jnp.minimum(count_up_to(seqs.starts + seqs.counts, tiles.starts), seqs.starts.shape[0] - 1)
+    offset = jnp.arange(rows, dtype=jnp.int32)[None]
+    row = jnp.clip(tiles.starts[:, None] + offset, 0, seqs.own.positions.shape[0] - 1)
+    first, end = position_range(seqs.own.positions[row], offset < tiles.counts[:, None])
+    return QueryRows(first, end, tiles.lengths, dict(tiles.numbers), seqs.positions[slot])
 
 
 def owned(seqs: Sequences) -> tuple[Array, Array]:
