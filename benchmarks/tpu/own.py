@@ -26,6 +26,8 @@ def paged_call(shape: Shape, candidate: str = PAGED) -> Call:
         num_q_heads=shape.q_heads,
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
+        causal=not shape.is_opaque,
+        mask=paged.Where(_sees) if shape.is_opaque else None,
         window=shape.window,
         soft_cap=shape.soft_cap,
         sinks=shape.has_sinks,
@@ -56,6 +58,11 @@ def paged_call(shape: Shape, candidate: str = PAGED) -> Call:
     )
     donated = (0,) if candidate in WRITING else ()
     return function, (layout.wrap(*pool), sinks, *integers, q, new, new), donated
+
+
+def _sees(p: Any, j: Any) -> Any:
+    """The causal mask, as a user's own predicate."""
+    return j <= p
 
 
 def _batch(shape: Shape, lengths: Any, tables: Any, starts: Any) -> paged.RaggedBatch:

@@ -25,6 +25,7 @@ class Shape:
     window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
+    is_opaque: bool = False  # the causal mask is a predicate of the user's, of which no coverage is known
 
     @property
     def rows(self) -> list[int]:
@@ -100,6 +101,7 @@ class Shape:
         terms = [f"window {self.window}"] if self.window else []
         terms += [f"soft cap {self.soft_cap:g}"] if self.soft_cap else []
         terms += ["sinks"] if self.has_sinks else []
+        terms += ["an opaque mask"] if self.is_opaque else []
         heads = f"{self.q_heads}/{self.kv_heads} heads of {self.head_dim}"
         return ", ".join([heads, f"page {self.page_size}", *batch, *terms])
 

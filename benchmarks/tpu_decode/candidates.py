@@ -20,7 +20,9 @@ def names() -> list[str]:
 
 
 def is_for(candidate: str, shape: Shape) -> bool:
-    """Whether a row says something: a kernel made for one head size is left out of the other shapes' tables."""
+    """Whether a row says something: no peer takes a user's mask, and some are made for one head size."""
+    if shape.is_opaque:
+        return candidate not in peers.BUILDERS
     return candidate not in peers.HEAD_64 or shape.head_dim == 64
 
 

@@ -42,6 +42,7 @@ SHAPES = {
         Shape("64-2k-p16", 32, 8, 128, 16, _rows(*[2048] * 64)),
         Shape("256-1k-p16", 32, 8, 128, 16, _rows(*[1024] * 256)),
         Shape("window-p16", 32, 8, 128, 16, _rows(*[2048] * 64), window=128),
+        Shape("opaque-p16", 32, 8, 128, 16, _LONG, is_opaque=True),
         Shape("short-p16", 32, 8, 128, 16, _rows(*_short_lengths())),
     )
 }

@@ -16,7 +16,9 @@ def names() -> list[str]:
 
 
 def is_for(candidate: str, shape: Shape) -> bool:
-    """Whether a row says something: kernels for one kind of batch or head are left out of the others' tables."""
+    """Whether a row says something: no peer takes a user's mask, and some take one kind of batch or head."""
+    if shape.is_opaque:
+        return candidate in OWN
     if candidate in peers.HEAD_64:
         return shape.head_dim == 64
     return len(shape.seqs) == 1 or candidate not in peers.ONE_CHUNK

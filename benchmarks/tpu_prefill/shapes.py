@@ -68,6 +68,7 @@ SHAPES = {
     for shape in (
         *(_chunk("llama", rows, page_size) for rows in (512, 2048) for page_size in (16, 64)),
         *(_chunk(model, rows, 16) for rows in (512, 2048) for model in _HEADS if model != "llama"),
+        Shape("opaque-512-p16", 32, 8, 128, 16, ((512, _CONTEXT),), is_opaque=True),
         Shape("window-32k-512-p16", 32, 8, 128, 16, ((512, 32768),), window=1024),
         Shape("llama-4096-of-128k-p16", 32, 8, 128, 16, ((4096, 131072),), is_emulated=False),
         Shape("mixed-decode-p16", 32, 8, 128, 16, _decode_rows()),

@@ -214,10 +214,13 @@ class Stream(Generic[Work]):
         Their table entries may hold anything. So such a page may be another sequence's, or memory that nobody wrote.
         """
 
+        pages = self.pages_of(item, i)
+
         def hide(entry, _):
             pl.when(jnp.logical_not(seen.has(entry)))(lambda: self.transfers.zero_values(stage, entry))
 
-        jax.lax.fori_loop(0, self.pages_of(item, i), hide, None)
+        # Most blocks have no such page. To look at each page would then take most of the time (modelled).
+        pl.when(seen.lack(pages))(lambda: jax.lax.fori_loop(0, pages, hide, None))
 
     def fetch_whole_piecewise(self, item: Any, i: Any, stage: Any, pieces: int) -> Callable[[int], None]:
         """A function that starts to fetch a piece of an item's block ``i``, which must be a whole block.

@@ -351,6 +351,14 @@ class SeenPages(NamedTuple):
         word = functools.reduce(lambda word, w: jnp.where(at == w, self.words[w], word), range(len(self.words)), 0)
         return jax.lax.shift_right_logical(word, jax.lax.rem(page, _SEEN_BITS)) & 1 != 0
 
+    def lack(self, pages: Any) -> Any:
+        """Whether one of the first ``pages`` pages holds no key that some query row sees."""
+        unseen = jnp.int32(0)
+        for i, word in enumerate(self.words):
+            bits = jnp.clip(pages - i * _SEEN_BITS, 0, _SEEN_BITS)
+            unseen |= ~word & (jax.lax.shift_left(jnp.int32(1), bits) - 1)
+        return unseen != 0
+
 
 def dot(a: Any, b: Any, contract: int) -> Any:
     """The product of ``a [m, n]`` and ``b``, summed over axis ``contract`` of ``b``, in float32."""
