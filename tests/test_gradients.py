@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import paged
-from paged.spec import PAGE_ORDERS, AttentionSpec, AttentionState, Bias, Chunk, Prefix, reference_state
+from paged.spec import AttentionSpec, AttentionState, Bias, Chunk, Prefix, reference_state
 from tests.support import Case, build, every_lowering, lowered
 from tests.support.specs import PHASES
 
@@ -103,7 +103,9 @@ def test_gradients_are_the_references(lowering, name):
 
 
 @every_lowering
-@pytest.mark.parametrize("order", [order for order in PAGE_ORDERS if order != "packed"])
+@pytest.mark.parametrize(
+    "order", ["interleaved", *(pytest.param(order, marks=pytest.mark.kernels) for order in ("split", "joined"))]
+)
 def test_gradients_of_the_other_page_orders_are_the_references(lowering, order):
     case = _case("window, cap, sinks", order=order, value_dim=3 if order == "split" else None)
     built = build(case)

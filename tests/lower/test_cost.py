@@ -63,7 +63,7 @@ def temporaries(*args, **kwargs):
 
 
 @every_pool
-@pytest.mark.parametrize("what", ["write", "update"])
+@pytest.mark.parametrize("what", ["write", pytest.param("update", marks=pytest.mark.kernels)])
 def test_donated_pages_are_written_in_place(what, order, dtype):
     """The pool is aliased to the result, and nothing of the pool's size is allocated."""
     if dtype.startswith("float8") and not HAS_BIT_UPDATES_IN_PLACE:

@@ -48,7 +48,12 @@ def test_equals_dense_recomputation_with_waiting_and_preemption(model_and_state,
 
 @pytest.mark.parametrize(
     "options",
-    [{"chunk_size": 1}, {"chunk_size": 64}, {"num_slots": 1}, {"num_slots": 5, "num_pages": 32}],
+    [
+        pytest.param({"chunk_size": 1}, marks=pytest.mark.kernels),
+        {"chunk_size": 64},
+        pytest.param({"num_slots": 1}, marks=pytest.mark.kernels),
+        {"num_slots": 5, "num_pages": 32},
+    ],
     ids=str,
 )
 def test_chunks_slots_and_pages_are_invisible(model_and_state, expected, options):
