@@ -5,7 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged.spec import PAGE_ORDERS, ALiBi, AttentionSpec, AttentionState, Bias, Chunk, Prefix, Where
+from paged.spec import (
+    PAGE_ORDERS,
+    ALiBi,
+    AttentionSpec,
+    AttentionState,
+    Bias,
+    Chunk,
+    Prefix,
+    Spans,
+    Tree,
+    Value,
+    Where,
+    Window,
+)
+from paged.testing.specs import not_every_head
 from tests.support import (
     PHASES,
     Case,
@@ -27,6 +41,8 @@ MASKS = {
     "both sides": {"causal": False},
     "prefix or chunk": {"causal": False, "mask": Prefix(3) | Chunk(6)},
     "not prefix, where": {"window": 9, "mask": ~Prefix(2) & Where(not_fifth)},
+    "values, by head": {"window": Value("window"), "mask": Spans(Value("a", 2), Value("b", 2)) | Where(not_every_head)},
+    "tree": {"mask": Tree() & (Window(6) | Prefix(2))},
 }
 SCORES = {"none": (), "alibi": (ALiBi(),), "bias": (Bias(table_bias),), "alibi, bias": (ALiBi(), Bias(table_bias))}
 FACTORS = {
@@ -91,7 +107,7 @@ def _schedule(row):
 @every_lowering
 @pytest.mark.parametrize(
     "row",
-    [pytest.param(row, id=named(row), marks=[pytest.mark.kernels] * (i % 3 > 0)) for i, row in enumerate(ROWS)],
+    [pytest.param(row, id=named(row), marks=[pytest.mark.kernels] * (i % 4 > 0)) for i, row in enumerate(ROWS)],
 )
 def test_any_two_features_together_equal_the_reference(lowering, row):
     case = case_of_row(row)

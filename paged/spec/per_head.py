@@ -53,7 +53,8 @@ class PerHead(Mask):
             raise ValueError(
                 f"PerHead has {len(self.masks)} masks, which must divide the spec's {num_q_heads} query heads evenly."
             )
-        return PerHead(tuple(mask.bind(num_q_heads) for mask in self.masks), num_q_heads)
+        masks = tuple(mask.bind(num_q_heads) for mask in self.masks)
+        return dataclasses.replace(self, masks=masks, num_q_heads=num_q_heads)
 
     def given(self, given):
         new = copy.copy(super().given(given))

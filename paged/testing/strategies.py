@@ -20,22 +20,32 @@ from paged.spec import (
     Mask,
     Nothing,
     PageLayout,
+    PerHead,
     Prefix,
     ScoreOp,
+    Segments,
     SoftCap,
+    Spans,
+    Value,
     Where,
     Window,
+    values_of,
 )
 
 from .cases import CORNERS, Case
 from .specs import real
 
 _SIZES = st.integers(1, 9)
+_POSITIONS = st.integers(0, 12) | st.just(-2) | st.just(2**31 - 1)
 
 
 def is_odd_pair(p: Any, j: Any) -> Any:
     """The function of `OPAQUE`."""
     return (p + j) % 2 == 1
+
+
+def _of_own_head(p: Any, j: Any, h: Any) -> Any:
+    return (p - j) % 4 != h
 
 
 def _tilted(p: Any, j: Any, h: Any) -> Any:
@@ -53,7 +63,38 @@ def leaf_masks() -> st.SearchStrategy[Mask]:
     Everything()
     """
     fixed = [st.just(mask) for mask in (Causal(), Everything(), Nothing(), OPAQUE)]
-    return st.one_of(*fixed, *(_SIZES.map(kind) for kind in (Window, Prefix, Chunk)))
+    ends = st.tuples(_POSITIONS, _POSITIONS)
+    pieces = (ends.map(Segments), st.builds(Spans, ends, ends))
+    return st.one_of(*fixed, *(_SIZES.map(kind) for kind in (Window, Prefix, Chunk)), *pieces)
+
+
+def leaf_masks_of_batches() -> st.SearchStrategy[Mask]:
+    """A built-in mask that names a number which the batch brings, or that differs by query head.
+
+    Names are ``"n"`` for one number, and ``"starts"`` and ``"ends"`` for two. Heads are a multiple of 2.
+
+    >>> print(hypothesis.find(strategies.leaf_masks_of_batches(), lambda mask: True))
+    p - j < n
+    """
+    one, starts, ends = Value("n"), Value("starts", 2), Value("ends", 2)
+    named = [Window(one), Prefix(one), Chunk(one), Spans(starts, ends), Segments(starts)]
+    by_head = [PerHead((Window(2), Prefix(one))), PerHead((Segments((3,)), Everything())), Where(_of_own_head)]
+    return st.sampled_from([*named, *by_head])
+
+
+def numbers(term: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """Numbers for all values that a mask, a score operation or a tuple of terms names, by name.
+
+    **Arguments:**
+
+    - `term`: what names them.
+
+    >>> hypothesis.find(strategies.numbers(Prefix(Value("n"))), lambda numbers: 4 < numbers["n"] < 99)
+    {'n': 5}
+    """
+    one = {"int32": _POSITIONS, "float32": st.sampled_from([0.5, 0.0, -1.0, 30.0])}
+    many = {v.name: one[v.dtype] if v.size is None else st.tuples(*[one[v.dtype]] * v.size) for v in values_of(term)}
+    return st.fixed_dictionaries(many)
 
 
 def masks(leaves: st.SearchStrategy[Mask] | None = None, max_leaves: int = 6) -> st.SearchStrategy[Mask]:

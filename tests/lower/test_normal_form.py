@@ -18,11 +18,15 @@ from paged.spec import (
     Nothing,
     Prefix,
     SoftCap,
+    Spans,
+    Tree,
+    Value,
     Where,
     Window,
 )
 from tests.support.masks import OPAQUE, grid, masks, rectangles, truth
 
+N = Value("n")
 EXAMPLES = [
     (Causal() & Window(8) & Window(4), Causal() & Window(4)),
     (Window(8) | Window(4), Window(8)),
@@ -39,6 +43,11 @@ EXAMPLES = [
     (Causal() & Everything(), Causal()),
     (Causal() | Everything(), Everything()),
     (~Nothing() & ~Everything(), Nothing()),
+    # A number that a batch brings is itself, and may be any.
+    (Causal() & Window(N) & Window(N), Causal() & Window(N)),
+    (Window(N) & ~Window(N), Nothing()),
+    (Window(N) & Window(8), Window(8) & Window(N)),
+    (Prefix(N) | (Prefix(N) & Causal()), Prefix(N)),
 ]
 
 
@@ -127,6 +136,19 @@ PROGRAMS = {
         "  s[j] = 30 * tanh(s / 30)\n"
         "  visible where ((j // 8 == p // 8) | (j < 4) | (is_odd_pair(p, j))) & (j < length)\n"
         "  o = sum_j exp(s[j]) v[j] / (sum_j exp(s[j]) + exp(sink[h]))",
+    ),
+    "what a batch brings": (
+        {
+            "window": N,
+            "mask": (Tree() & Chunk(8)) | Spans(Value("starts", 2), Value("ends", 2)),
+            "soft_cap": Value("cap", dtype="float32"),
+        },
+        "attention of 8 query heads over 2 KV heads (4 to each), head_dim 16\n"
+        "  s[j] = 0.25 * <q, k[j]>\n"
+        "  s[j] = cap * tanh(s / cap)\n"
+        "  visible where (j <= p) & (p - j < n) & ((p and j in one of [starts, ends)) | "
+        "((j // 8 == p // 8) & (j is an ancestor of the row))) & (j < length)\n"
+        "  o = sum_j exp(s[j]) v[j] / sum_j exp(s[j])",
     ),
 }
 

@@ -7,17 +7,29 @@ import pytest
 
 import paged
 from paged.lower import Program, QueryRows, page_coverage, visits_by_scatter
-from paged.spec import AttentionSpec, Chunk, Prefix, RaggedBatch, Where, Window
+from paged.spec import (
+    AttentionSpec,
+    Chunk,
+    PerHead,
+    Prefix,
+    RaggedBatch,
+    Segments,
+    Spans,
+    Tree,
+    Value,
+    Where,
+    Window,
+)
 
 SPEC = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
 
 
-def _visited(spec, lengths, *, page_size=16, rows=1, pages_per_seq=None, num_seqs=None, tables=None):
+def _visited(spec, lengths, *, page_size=16, rows=1, pages_per_seq=None, num_seqs=None, tables=None, **brought):
     """``(pages_visited, pages_held)`` of a decode step, from shapes alone: the pool is never touched."""
     layout = paged.PageLayout(page_size=page_size, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
     width = pages_per_seq or max(1, -(-max(lengths) // page_size))
     tables = np.arange(len(lengths) * width).reshape(-1, width) if tables is None else tables
-    batch = RaggedBatch.decode(lengths, tables, num_seqs, query_rows=rows)
+    batch = RaggedBatch.decode(lengths, tables, num_seqs, query_rows=rows, **brought)
     q = jnp.zeros((rows * len(lengths), 2, 4))
     pages = jax.eval_shape(lambda: layout.init(len(lengths) * width))
     explanation = paged.lower(spec, layout).explain(q, pages, batch)
@@ -25,6 +37,7 @@ def _visited(spec, lengths, *, page_size=16, rows=1, pages_per_seq=None, num_seq
     return explanation.pages_visited, explanation.pages_held
 
 
+N = Value("n")
 COUNTS = {
     # A window of 128 tokens on a context of 16384: 8 pages when aligned, 9 when it straddles; never 1024.
     "window, aligned": (SPEC.replace(window=128), [16384], {}, (8, 1024)),
@@ -40,6 +53,27 @@ COUNTS = {
     "outside a window": (SPEC.replace(mask=~Window(128)), [16384], {}, (1016, 1024)),
     "opaque": (SPEC.replace(mask=Where(lambda p, j: j >= 0)), [16384], {}, (1024, 1024)),
     "opaque and window": (SPEC.replace(window=128, mask=Where(lambda p, j: j >= 0)), [16384], {}, (8, 1024)),
+    # Numbers of each sequence: as many pages as the static number has, in the rows above.
+    "window of each": (SPEC.replace(window=N), [16384] * 3, {"values": {"n": [128, 17, 10**6]}}, (8 + 2 + 1024, 3072)),
+    "a window of 0 is 1": (SPEC.replace(window=N), [16384], {"values": {"n": [0]}}, (1, 1024)),
+    "chunk of each": (
+        SPEC.replace(mask=Chunk(N)), [16384 - 60, 16384], {"values": {"n": [64, 64]}}, (1 + 4, 1021 + 1024),
+    ),
+    "prefix of each, or window": (
+        SPEC.replace(mask=Prefix(N) | Window(32)), [16384] * 3, {"values": {"n": [20, 0, -5]}}, (4 + 2 + 2, 3072),
+    ),
+    "outside a window of each": (SPEC.replace(mask=~Window(N)), [16384], {"values": {"n": [128]}}, (1016, 1024)),
+    "spans of each": (
+        SPEC.replace(causal=False, mask=Spans(Value("a", 2), Value("b", 2)) | Window(16)), [64, 64],
+        {"values": {"a": [[0, 60], [0, 99]], "b": [[16, 99], [40, 0]]}}, (1 + 1, 8),
+    ),
+    "segments of each": (
+        SPEC.replace(mask=Segments(Value("a", 2))), [64, 64], {"values": {"a": [[48, 16], [999, 70]]}}, (1 + 4, 8),
+    ),
+    "by head": (SPEC.replace(mask=PerHead((Window(16), Window(128)))), [16384], {}, (8, 1024)),
+    "a tree in a window": (
+        SPEC.replace(window=128, mask=Tree()), [16384], {"rows": 4, "ancestors": [1, 3, 5, 9]}, (9, 1024),
+    ),
     # The table's width costs nothing: short sequences among long ones, empty slots, dead slots.
     "short among long": (SPEC, [16384, 1, 17, 16], {}, (1024 + 1 + 2 + 1, 1028)),
     "empty": (SPEC, [0, 0, 33], {}, (3, 3)),
@@ -47,7 +81,7 @@ COUNTS = {
     "all dead": (SPEC, [33, 16384], {"num_seqs": 0}, (0, 0)),
     "nothing": (SPEC.replace(mask=Window(4) & ~Window(9)), [16384], {}, (0, 1024)),
     "causal, a later prefix": (SPEC.replace(mask=~Prefix(10**6)), [16384], {}, (0, 1024)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COUNTS)

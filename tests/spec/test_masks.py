@@ -5,12 +5,48 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from paged.spec import And, Causal, Chunk, Coverage, Everything, Mask, Not, Nothing, Or, Prefix, Where, Window
-from tests.support.masks import KEYS, OPAQUE, POSITIONS, grid, masks, rectangles, rule_grid, truth
+from paged.lower import normal_form
+from paged.lower.program.simplify import implies
+from paged.spec import (
+    And,
+    Causal,
+    Chunk,
+    Coverage,
+    Everything,
+    Given,
+    Mask,
+    Not,
+    Nothing,
+    Or,
+    PerHead,
+    Prefix,
+    Segments,
+    Spans,
+    Tree,
+    Value,
+    Where,
+    Window,
+    values_of,
+)
+from paged.testing.strategies import numbers
+from tests.support.masks import (
+    KEYS,
+    OPAQUE,
+    POSITIONS,
+    Asked,
+    grid,
+    masks,
+    masks_of_batches,
+    rectangles,
+    rule_grid,
+    truth,
+)
 
-LEAVES = {str(m): m for m in (Causal(), Window(1), Window(3), Prefix(4), Chunk(1), Chunk(4), Everything(), Nothing())}
+_WITH_SIZE = (Window(1), Window(3), Prefix(4), Chunk(1), Chunk(4), Spans((2,), (6,)), Segments((3, 7)))
+LEAVES = {str(m): m for m in (Causal(), *_WITH_SIZE, Everything(), Nothing())}
 TABLE = {
     # Each definition at pairs (p, j), the boundary and its neighbours.
     Causal(): {(5, 5): True, (5, 6): False, (5, 4): True, (-1, 0): False},
@@ -18,6 +54,16 @@ TABLE = {
     Window(1): {(5, 5): True, (5, 4): False},
     Prefix(4): {(0, 3): True, (0, 4): False, (-3, 0): True},
     Chunk(4): {(5, 4): True, (5, 3): False, (5, 7): True, (5, 8): False, (-1, 0): False},
+    # Two spans that overlap, and an empty one: 2 to 5, and 4 to 8.
+    Spans((2, 4, 9), (6, 9, 9)): {
+        (2, 5): True,
+        (2, 6): False,
+        (5, 2): True,
+        (6, 3): False,
+        (8, 4): True,
+        (9, 9): False,
+    },
+    Segments((7, 3)): {(2, 0): True, (2, 3): False, (3, 6): True, (6, 7): False, (9, 7): True, (-2, 0): True},
 }
 
 
@@ -30,6 +76,30 @@ def test_definitions_at_their_boundaries(mask):
 @given(masks)
 def test_values_follow_the_rules_of_the_terms(mask):
     np.testing.assert_array_equal(grid(mask), rule_grid(mask))
+
+
+@given(masks_of_batches, masks_of_batches, rectangles, st.data())
+@settings(max_examples=30)
+def test_masks_that_name_numbers_or_differ_by_head(mask, other, rectangle, data):
+    """By the rules of the terms for each head, in normal form too; coverage is that of all heads; so is `implies`."""
+    heads, said = 4, data.draw(numbers((mask, other)))
+    bound, other = mask.bind(heads), other.bind(heads)
+    own, others, forms = [], [], []
+    for head in range(heads):
+        given_to = Given(said, np.int32(head))
+        own.append(grid(bound.given(given_to)))
+        others.append(grid(other.given(given_to)))
+        forms.append(grid(normal_form(bound).given(given_to)))
+        np.testing.assert_array_equal(own[head], rule_grid(mask, Asked(said, head, heads)))
+    np.testing.assert_array_equal(own, forms)
+    assert {str(bound.given(Given(said)).coverage(*rectangle))} <= {"partial"} | _if_all_agree(own, rectangle)
+    if implies(normal_form(bound), normal_form(other)):
+        assert (np.array(others) | ~np.array(own)).all()
+
+
+def _if_all_agree(grids, rectangle):
+    truths = {truth(x, rectangle) for x in grids}
+    return truths if len(truths) == 1 else set()
 
 
 @given(masks, masks, masks)
@@ -152,8 +222,26 @@ ERRORS = {
     "and": (lambda: Causal() and Window(2), TypeError, "no truth value.*right: Causal"),
     "not": (lambda: not Causal(), TypeError, "no truth value"),
     "& with a function": (lambda: Causal() & (lambda p, j: True), TypeError, "unsupported operand"),
+    "window of floats of a batch": (
+        lambda: Window(Value("w", dtype="float32")), TypeError, r'Window\'s width needs Value\(\'w\', dtype="int32"\)',
+    ),
+    "window of many": (lambda: Window(Value("w", 2)), TypeError, "Window's width needs a Value with no size"),
+    "spans of one number": (lambda: Spans(Value("a"), Value("b")), TypeError, "starts needs a Value with a size"),
+    "spans that do not match": (lambda: Spans((1, 2), (3,)), ValueError, "as many starts as ends; got 2 and 1"),
+    "segments of a list": (lambda: Segments([3]), TypeError, r"must be a tuple of ints, or a Value.*got \[3\]"),
+    "spans before their numbers": (
+        lambda: Spans(Value("a", 1), Value("b", 1))(1, 2), TypeError, "needs what a batch brings: mask.given",
+    ),
+    "by head of no masks": (lambda: PerHead(()), TypeError, r"PerHead needs masks, such as .*got \(\)"),
+    "by head of other heads": (lambda: PerHead((Window(1),) * 3).bind(4), ValueError, "3 masks, which must"),
+    "by head without a head": (lambda: PerHead((Causal(),))(1, 2), TypeError, "and none is given: use it in a spec"),
+    "a tree alone": (lambda: Tree()(1, 2), TypeError, r"RaggedBatch\(\.\.\., ancestors=\)"),
+    "a name of two words": (lambda: Value("my window"), TypeError, "must be a word"),
+    "one name of two sizes": (
+        lambda: values_of(Window(Value("n")) & Segments(Value("n", 2))), ValueError, "One name is one array",
+    ),
     "where of floats": (lambda: Where(lambda p, j: p * 1.0)(1, 2), TypeError, "return booleans.*returned float"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ERRORS)

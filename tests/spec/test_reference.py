@@ -19,6 +19,7 @@ from paged.spec import (
     Window,
     reference_state,
 )
+from paged.testing.specs import BROUGHT
 from tests.support import CORNERS, Case, build, exact_state, real
 from tests.support.oracle import attention_by_loops
 
@@ -42,7 +43,8 @@ def _assert_equals_loops(built):
     k, v = (np.asarray(x, np.float64) for x in (built.pages.keys(), built.pages.values()))
     facts = (np.asarray(x) for x in (batch.lengths, batch.block_tables, batch.query_starts))
     q = np.asarray(built.q, np.float64)
-    out, lse = attention_by_loops(case.spec, q, k, v, *facts, int(batch.num_seqs), built.sinks)
+    brought = {name: jax.tree.map(np.asarray, getattr(batch, name)) for name in ("values", "positions", "ancestors")}
+    out, lse = attention_by_loops(case.spec, q, k, v, *facts, int(batch.num_seqs), built.sinks, brought)
     state = exact_state(built)
     np.testing.assert_allclose(state.out, out, rtol=0, atol=2e-6)  # sinks enter in float32
     np.testing.assert_allclose(state.lse, lse, rtol=3e-7, atol=3e-7)  # lse is float32
@@ -58,6 +60,15 @@ def test_equals_scalar_loops(name, corner):
     built = build(Case(spec=spec, page_size=2, corner=corner, sink_shape=sinks))
     out = _assert_equals_loops(built)
     assert (np.abs(out).max() > 0.1) == any(row is not None and len(row) > 0 for row in built.visible)
+
+
+@pytest.mark.parametrize("name", BROUGHT)
+def test_what_a_batch_brings_equals_scalar_loops(name):
+    """Numbers of sequences, masks by head, a tree; and rows at any positions."""
+    spec = BROUGHT[name]
+    for corner, has_positions in (("mixed", None), ("more rows than tokens", None), ("exact pages", True)):
+        sinks = (4,) if spec.sinks else None
+        _assert_equals_loops(build(Case(spec=spec, corner=corner, sink_shape=sinks, has_positions=has_positions)))
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3)])

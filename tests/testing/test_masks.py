@@ -1,13 +1,28 @@
 """`check_mask` and `check_score_op` accept what is right, and name the smallest case of what is wrong."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from paged.spec import ALiBi, Causal, Coverage, Mask, Prefix, ScoreOp, SoftCap, Window
+from paged.spec import (
+    ALiBi,
+    Causal,
+    Coverage,
+    Mask,
+    PerHead,
+    Prefix,
+    ScoreOp,
+    SoftCap,
+    Spans,
+    Value,
+    Window,
+)
 from paged.testing import CheckFailure, check_mask, check_score_op, parametrize_with_checks, strategies
+from paged.testing.masks import check_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,3 +186,60 @@ def test_a_mask_and_an_operation_that_keep_every_promise_and_mean_something_else
         check_mask(Window(4), rule=lambda p, j: p - j < 3)
     with pytest.raises(CheckFailure, match=r"formula: .* at s=.* is .*, and the formula says"):
         check_score_op(SoftCap(5.0), formula=lambda s, p, j, h: s)
+
+
+class OnlyTheFirst(PerHead):
+    """Masks by head, with the coverage of the first head alone."""
+
+    def coverage(self, p0, p1, j0, j1):
+        return self.masks[0].coverage(p0, p1, j0, j1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbounded(Behind):
+    """A mask whose number has a least, which it forgets."""
+
+    least: ClassVar = {"reach": 3}
+
+    def given(self, given):
+        return dataclasses.replace(self, reach=given.numbers["n"])
+
+
+class StaticAlone(Behind):
+    """A mask that ignores a traced number."""
+
+    def __call__(self, p, j):
+        return p - j <= (self.reach if isinstance(self.reach, int) else 4)
+
+
+N = Value("n")
+WRONG_MASKS_OF_BATCHES = {
+    "drops the mask": (Behind(N, full="the first query"), r"coverage: .*n=-?\d+, says that .* is full, but"),
+    "skips a page too many": (Behind(N, some="the last query"), r"coverage: .*n=-?\d+, says that .* is empty, but"),
+    "the first head's coverage": (
+        OnlyTheFirst((Window(2), Window(6))), r"coverage: .* is empty, but .* sees .*for any head",
+    ),
+    "the first head's full": (OnlyTheFirst((Window(6), Window(N))), r"coverage: .* is full, but .*for every head"),
+    "no least": (Unbounded(N), r"values: .*differs for \{'n': 0\} and for \{'n': 3\}: a number below `least`"),
+    "traced": (StaticAlone(N), r"values: .*n=\d+, at .* outside of jax.jit, but not inside"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_MASKS_OF_BATCHES)
+def test_wrong_masks_that_name_numbers_or_differ_by_head_are_named(name):
+    mask, text = WRONG_MASKS_OF_BATCHES[name]
+    with pytest.raises(CheckFailure, match=f"(?s){text}"):
+        check_mask(mask)
+
+
+def test_masks_and_operations_of_batches_pass_and_mean_what_they_say():
+    check_mask(Spans(Value("a", 2), Value("b", 2)))
+    check_mask(PerHead((Window(2), Causal())))
+    cap = SoftCap(Value("cap", dtype="float32"))
+    check_score_op(cap, formula=lambda s, p, j, h, given: given.numbers["cap"] * np.tanh(s / given.numbers["cap"]))
+    with pytest.raises(CheckFailure, match=r"rule: j < n, where n=\d, at p=-?\d, j=\d is True, and the rule says"):
+        check_rule(Prefix(N), lambda p, j, given: j < given.numbers["n"] - 1)
+    with pytest.raises(CheckFailure, match=r"rule: by head.*, where head 1, at"):
+        check_rule(PerHead((Window(2), Window(3))), lambda p, j, given: p - j < 2 + (given.head > 0))
+    with pytest.raises(CheckFailure, match=r"formula: .*cap=.* at s="):
+        check_score_op(cap, formula=lambda s, p, j, h, given: s)
