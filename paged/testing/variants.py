@@ -17,11 +17,13 @@ def numbers_for(term: Any) -> list[dict[str, Any]]:
 
     Of a value without a least number, 0 and negative numbers are among them.
     """
-    least = least_of(term)
-    found = []
-    for k in range(6 if values_of(term) else 1):
-        found.append({value.name: _number(value, least.get(value.name), k) for value in values_of(term)})
-    return found
+    least, values = least_of(term), values_of(term)
+    # Each value begins elsewhere in the list, so that starts are not the ends.
+    places = [(value, 2 * i) for i, value in enumerate(values)]
+    return [
+        {value.name: _number(value, least.get(value.name), first + k) for value, first in places}
+        for k in range(6 if values else 1)
+    ]
 
 
 def least_of(term: Any) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """All rows of the list of planted bugs."""
 
-from . import decode, prefill, runtime, terms, writing, xla
+from . import brought, decode, prefill, runtime, terms, writing, xla
 from .base import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -11,6 +11,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *xla.SOFTMAX,
     *xla.BATCH,
     *xla.WRITES,
+    *brought.BROUGHT,
     *runtime.POOL,
     *runtime.LAYERS,
     *decode.DECODE,

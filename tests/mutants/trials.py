@@ -14,7 +14,7 @@ import paged
 from paged.lower import LOWERINGS, DecodeSchedule, RaggedSchedule, Schedule, Sequences
 from paged.lower.tpu.write import plan as write_plan
 from paged.runtime import PagedAttention, PagePool, Rotary
-from paged.spec import ALiBi, Causal, Chunk, PageLayout, Prefix, SoftCap, Where, Window
+from paged.spec import ALiBi, Causal, Chunk, PageLayout, PerHead, Prefix, SoftCap, Spans, Value, Where, Window
 from paged.testing import (
     Case,
     Corner,
@@ -28,7 +28,7 @@ from paged.testing import (
     interpret_params,
     interpreted,
 )
-from paged.testing.specs import PLAIN, RICH, case_of
+from paged.testing.specs import BROUGHT, PLAIN, RICH, case_of
 from tests.support.listed import Listed
 
 LAYOUT = PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
@@ -151,6 +151,11 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "Causal() & (Window(4) | Prefix(3))": functools.partial(
         check_mask, Causal() & (Window(4) | Prefix(3)), rule=lambda p, j: j <= p and (p - j < 4 or j < 3)
     ),
+    "Window(n)": functools.partial(
+        check_mask, Window(Value("n")), rule=lambda p, j, given: p - j < given.numbers["n"]
+    ),
+    "Spans(a, b)": functools.partial(check_mask, Spans(Value("a", 2), Value("b", 2))),
+    "PerHead((Window(2), Causal()))": functools.partial(check_mask, PerHead((Window(2), Causal()))),
     "SoftCap(5)": functools.partial(
         check_score_op, SoftCap(5.0), formula=lambda s, p, j, h: 5 * math.tanh(s / 5)
     ),
@@ -161,6 +166,9 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "xla, decode, past the table": _xla(RICH, "decode", checks=("past the table",)),
     "xla, decode, no mask": _xla(OPEN, "decode", "one past a page"),
     "xla, ragged": _xla(RICH, "ragged", "mixed", "more rows than tokens", "first page masked", "few live"),
+    "xla, values": _xla(BROUGHT["values"], "ragged", "mixed", "exact pages", "first page masked"),
+    "xla, by head": _xla(BROUGHT["by head"], "ragged", "mixed"),
+    "xla, tree": _xla(BROUGHT["tree"], "ragged", "mixed", "one past a page"),
     "xla, split and merge": _xla(PLAIN, "decode", checks=("split and merge",)),
     "xla, write": functools.partial(check_write, paged.write),
     "pool": functools.partial(check_pool, PagePool, examples=20),
