@@ -6,12 +6,13 @@ Sequences have several tiles, less than one, one row and none. A block has fewer
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 import pytest
 
 import paged
-from paged.lower import Call, RaggedSchedule
+from paged.lower import Call, DecodeSchedule, RaggedSchedule
 from paged.lower.tpu.prefill.intervals import intervals_of
 from paged.spec import (
     ALiBi,
@@ -113,10 +114,11 @@ def has_lists(attend, step):
 
 
 def _rows(table, fast=()):
-    return [pytest.param(name, marks=[] if name in fast else pytest.mark.kernels) for name in table]
+    rows = [row if isinstance(row, tuple) else (row,) for row in table]
+    return [pytest.param(*row, marks=[] if row in fast else pytest.mark.kernels) for row in rows]
 
 
-@pytest.mark.parametrize("name", _rows(NUMBERS, ("window",)))
+@pytest.mark.parametrize("name", _rows(NUMBERS))
 def test_a_number_for_each_sequence(name):
     terms, values, is_run = NUMBERS[name]
     case = CASE.replace(spec=PLAIN.replace(**terms))
@@ -139,7 +141,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("name", _rows(BY_HEAD, ("per head",)))
+@pytest.mark.parametrize("name", _rows(BY_HEAD))
 def test_masks_by_head(name):
     """Pages that one head sees are read for all; strips of another head see nothing of them."""
     heads = 12 if name == "where" else 4  # groups of 6, in strip groups of three strips
@@ -163,19 +165,20 @@ def own_rows(case, seed=0):
 
 OWN = {
     "tree": {"mask": Tree()},
-    "tree, window": {"mask": Tree(), "window": 9},
+    "tree, window": {"mask": Tree(), "window": N},
     "tree, chunk or prefix": {"mask": Tree() & (Chunk(40) | Prefix(9))},
-    "tree, n, slopes": {"mask": Tree(), "window": N, "scores": (ALiBi(),), "soft_cap": 20.0},
+    "tree, slopes, cap": {"mask": Tree(), "window": 9, "scores": (ALiBi(),), "soft_cap": 20.0},
     "tree, per head": {"mask": PerHead((Window(9), Everything())) & Tree()},
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", _rows(OWN, ("tree, window",)))
+@pytest.mark.parametrize(("name", "mode"), _rows(itertools.product(OWN, MODES), (("tree, window", "on_wait"),)))
 def test_trees(name, mode):
+    """Also where the sequence of one row goes to the decode kernel."""
     case = CASE.replace(spec=PLAIN.replace(**OWN[name]))
-    values = {"values": ONE} if name == "tree, n, slopes" else {}
-    assert_reference(lowered(case, mode=mode), case, arrays(case, **own_rows(case), **values))
+    values = {"values": ONE} if name == "tree, window" else {}
+    schedule = SCHEDULE.replace(single_rows=DecodeSchedule(pages_per_block=2)) if mode == "eager" else SCHEDULE
+    assert_reference(lowered(case, schedule, mode), case, arrays(case, **own_rows(case), **values))
 
 
 # Own keys in pages that straddle 128 lanes, in pages of several times 128 keys, and rows past the first 128 of a batch.

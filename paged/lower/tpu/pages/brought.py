@@ -38,7 +38,7 @@ class Brought(NamedTuple):
         words = seqs.own.ancestors if program.has_ancestors else None
         own = OwnRows(seqs.own.positions, None if words is None else words[:, : -(-rows // WORD)])
         if not are_even:
-            row = seqs.starts[:, None] + jnp.arange(rows, dtype=jnp.int32)
+            row = seqs.starts[:, None] + jnp.arange(rows, dtype=jnp.int32)[None]
             own = jax.tree.map(lambda x: x[jnp.clip(row, 0, x.shape[0] - 1)], own)
         own = jax.tree.map(lambda x: x.reshape(seqs.starts.shape[0], -1), own)
         return numbers._replace(positions=own.positions, words=own.ancestors)

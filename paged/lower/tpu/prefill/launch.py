@@ -19,7 +19,7 @@ from ..references import call_kernel
 from .block import BlockKernel
 from .intervals import Batch, Tiles, TileWork, Uncut
 from .kernel import PrefillKernel
-from .own import OWN_MEMORY, OwnOperands, own_registers
+from .own import OWN_MEMORY, OwnOperands, OwnShape
 from .refs import Inputs, Outputs, Refs, Rows, Scratch, Strides
 from .schedule import RaggedSchedule
 from .shape import TileShape
@@ -41,7 +41,7 @@ class PrefillLaunch:
     * ``wanted``: the results that the caller wants.
     * ``schedule``: its ``pages_per_block`` fill a stage of the stream's ring, which has ``buffers`` stages.
     * ``interpret``: passed to Pallas.
-    * ``own_words``: words of ancestors that the batch brings for each row; None where it brings nothing for rows.
+    * ``own_shape``: how much the batch brings for its rows; None if nothing.
     """
 
     program: Program
@@ -51,7 +51,7 @@ class PrefillLaunch:
     schedule: RaggedSchedule
     chip: Chip
     interpret: Any
-    own_words: int | None = None
+    own_shape: OwnShape | None = None
 
     @property
     def compute_dtype(self) -> Any:
@@ -153,12 +153,12 @@ class PrefillLaunch:
     def _tile(self, shape: TileShape) -> TileKernel:
         mask_rows = min(_MASK_ROWS, shape.positions)
         # Nothing is known of pages with tokens of the step, if the batch brings positions.
-        hides_unseen = self.own_words is not None or self.program.may_visit_unseen(self.views.layout.page_size)
+        hides_unseen = self.own_shape is not None or self.program.may_visit_unseen(self.views.layout.page_size)
         blocks = []
         for views in self._prefixes():
             scores = kernel_terms(self.program, shape.strip_group_rows, views.columns, unit=LOG2E)
             mask = kernel_terms(self.program, mask_rows, views.columns)
-            own_words = self.own_words or 0
+            own_words = 0 if self.own_shape is None else self.own_shape.words
             blocks.append(BlockKernel(self.program, shape, views, scores, mask, mask_rows, hides_unseen, own_words))
         # Smaller tiles are for the last rows of a sequence. They take little time, and long lines take long to compile.
         unrolled = MOST_UNROLLED if shape.positions == self.schedule.rows_per_tile else MOST_UNROLLED // 4
@@ -202,7 +202,7 @@ class PrefillLaunch:
         positions = self.schedule.rows_per_tile
         keys, all_rows, q_heads = views.columns, positions * self.program.num_q_heads, self.program.num_q_heads
         rows = max(shape.strip_group_rows for shape in shapes)
-        registers = 0 if self.own_words is None else own_registers(self.own_words)
+        registers = 0 if self.own_shape is None else self.own_shape.registers
         dma, smem = pltpu.SemaphoreType.DMA, functools.partial(pltpu.SMEM, dtype=jnp.int32)
 
         def vmem(*shape: int, dtype: Any = jnp.float32) -> Any:
@@ -217,7 +217,7 @@ class PrefillLaunch:
             cursor=smem((2,)),
             filled=smem((self.schedule.buffers,)),
             tiles=Tiles.scratch(most, uncut.batch.brings_something) if uncut else None,
-            facts=Facts.scratch(most, uncut.intervals, self.own_words is not None) if uncut else None,
+            facts=Facts.scratch(most, uncut.intervals, self.own_shape is not None) if uncut else None,
             holes=Holes.scratch(self.schedule.buffers, self.schedule.pages_per_block) if uncut else None,
             q_buffer=vmem(2, positions, q_heads, self.program.head_dim, dtype=dtype_in_kernels(self.q_dtype)),
             q_arrived=dma((2,)),
@@ -242,10 +242,12 @@ class PrefillLaunch:
 
     @property
     def vmem_bytes(self) -> int:
-        """Vector memory that the kernel's scratch takes, with every tile padded as the chips lay it out."""
+        """Vector memory that the kernel's scratch and operands take, with every tile padded as the chips lay it out."""
         shapes: list[Any] = jax.tree.leaves(self._scratch())
         in_vmem = [x for x in shapes if getattr(x, "memory_space", None) == pltpu.VMEM]
-        return sum(padded_bytes(x.shape, x.dtype) for x in in_vmem)
+        # Pallas keeps two buffers of an operand in vector memory.
+        lanes = 0 if self.own_shape is None else 2 * padded_bytes(self.own_shape.lanes, jnp.int32)
+        return lanes + sum(padded_bytes(x.shape, x.dtype) for x in in_vmem)
 
     @property
     def _copies_by_strides(self) -> bool:

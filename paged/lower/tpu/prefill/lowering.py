@@ -22,7 +22,7 @@ from ..decode import TpuDecode
 from ..pages import Brought, TileVisits, WorkList, copies_of_pages, rows_and_entries
 from .intervals import Batch, Uncut, intervals_of
 from .launch import PrefillLaunch, dtype_in_kernels
-from .own import OwnOperands, num_words
+from .own import OwnOperands, OwnShape
 from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call
 from .refs import Rows
 from .schedule import RaggedSchedule
@@ -158,7 +158,8 @@ class TpuRagged(TpuLowering):
         Scalar memory limits how many tiles one kernel lists, and how many pages of each. Usually one kernel lists all.
         Else a loop runs it for some tiles at a time, and the states over some pages at a time are merged.
         """
-        layout, width, own = pages.layout, seqs.tables.shape[1], OwnOperands.of(seqs.own, program.has_ancestors)
+        layout, width = pages.layout, seqs.tables.shape[1]
+        own = OwnOperands.of(seqs.own, OwnShape.of(seqs.own, program.has_ancestors))
         intervals = intervals_of(program, layout, call, schedule.rows_per_tile, self.target_chip)
         if intervals is not None:
             launch = self._launch(program, layout, call, schedule, wanted, seqs)
@@ -180,7 +181,7 @@ class TpuRagged(TpuLowering):
             schedule.rows_per_tile,
             -(-most // tiles_per_kernel) * tiles_per_kernel,
         )
-        listed = _listed(program, seqs, tiles, schedule.rows_per_tile, pages)
+        listed = _listed(program, seqs, tiles, pages)
         # One kernel after the other writes into one array. What is merged of several has an array of its own.
         before, found = single.out if single is not None and is_whole else None, []
         for entries in slices:
@@ -205,8 +206,7 @@ class TpuRagged(TpuLowering):
     ) -> PrefillLaunch:
         """The kernel for a batch with these sequences."""
         launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret, wanted)
-        own_words = None if seqs.own is None else num_words(seqs.own, program.has_ancestors)
-        return dataclasses.replace(launch, own_words=own_words)
+        return dataclasses.replace(launch, own_shape=OwnShape.of(seqs.own, program.has_ancestors))
 
     @property
     def _decode(self) -> TpuDecode:
@@ -225,12 +225,12 @@ class _Listed(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, tiles), self)
 
 
-def _listed(program: Program, seqs: Sequences, tiles: Sequences, rows: int, pages: Pages) -> _Listed:
-    """The pages that tiles of at most ``rows`` query rows visit."""
+def _listed(program: Program, seqs: Sequences, tiles: Sequences, pages: Pages) -> _Listed:
+    """The pages that tiles visit."""
     size, num_pages = pages.layout.page_size, pages.num_pages
     if seqs.own is None:
         return _Listed(TileVisits.of(program, tiles, size, num_pages), None)
-    seen = query_rows(seqs, tiles, rows)
+    seen = query_rows(seqs, tiles)
     visits = visits_by_sort(program, seen, tiles.tables, size, num_pages)
     return _Listed(TileVisits(tiles._replace(numbers={}), visits, Brought.of_numbers(program, tiles)), seen.own)
 

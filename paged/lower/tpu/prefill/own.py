@@ -10,42 +10,56 @@ from ...program import OwnRows
 from ..chips import LANES
 
 
+class OwnShape(NamedTuple):
+    """How much a batch brings for its query rows: ``tokens`` rows, and for each ``words`` of ancestors."""
+
+    tokens: int
+    words: int
+
+    @classmethod
+    def of(cls, own: OwnRows | None, has_ancestors: bool) -> "OwnShape | None":
+        """The shape of what a batch brings, with words if a term asks for ancestors; None if it brings nothing."""
+        if own is None:
+            return None
+        words = 0 if not has_ancestors or own.ancestors is None else own.ancestors.shape[1]
+        return cls(own.positions.shape[0], words)
+
+    @property
+    def registers(self) -> int:
+        """Registers of a row's position and its words."""
+        return -(-(1 + self.words) // LANES)
+
+    @property
+    def lanes(self) -> tuple[int, int]:
+        """The shape of all positions along lanes, see `OwnOperands`."""
+        return -(-self.tokens // LANES) + 1, LANES
+
+
 class OwnOperands(NamedTuple):
     """The positions of query rows, and the words of their ancestors.
 
     * ``rows`` i32[tokens, registers, lanes]: of each row its position, and then its words. In HBM.
-    * ``lanes`` i32[tokens // lanes + 1, lanes]: the position of each row, one row after the other along the lanes, and
-      zeros at the end. In vector memory. Rows are keys as well, and these lie along the lanes.
+    * ``lanes`` i32[rows of lanes, lanes]: the position of each row, one row after the other along the lanes, and zeros
+      at the end. In vector memory. Rows are keys as well, and these lie along the lanes.
     """
 
     rows: Int[Array, "tokens registers lanes"]
     lanes: Int[Array, "rows lanes"]
 
     @classmethod
-    def of(cls, own: OwnRows | None, has_ancestors: bool) -> "OwnOperands | None":
-        """The operands of what a batch brings, with words where a term asks for ancestors."""
-        if own is None:
+    def of(cls, own: OwnRows | None, shape: OwnShape | None) -> "OwnOperands | None":
+        """The operands of what a batch brings, of that shape."""
+        if own is None or shape is None:
             return None
-        words = own.ancestors if has_ancestors else None
-        columns = [own.positions[:, None], *(() if words is None else (words,))]
-        registers, tokens = own_registers(num_words(own, has_ancestors)), own.positions.shape[0]
-        rows = jnp.concatenate(columns, axis=1)
-        rows = jnp.pad(rows, ((0, 0), (0, registers * LANES - rows.shape[1])))
-        lanes = jnp.pad(own.positions, (0, -tokens % LANES + LANES)).reshape(-1, LANES)
-        return cls(rows.reshape(tokens, registers, LANES), lanes)
+        columns = [own.positions[:, None]]
+        if shape.words and own.ancestors is not None:
+            columns.append(own.ancestors)
+        rows = jnp.pad(jnp.concatenate(columns, axis=1), ((0, 0), (0, shape.registers * LANES - 1 - shape.words)))
+        lanes = jnp.pad(own.positions, (0, shape.lanes[0] * LANES - shape.tokens))
+        return cls(rows.reshape(shape.tokens, shape.registers, LANES), lanes.reshape(shape.lanes))
 
 
 _HBM: Any = pltpu.HBM
 _VMEM: Any = pltpu.VMEM
 # The memory of each operand.
 OWN_MEMORY = OwnOperands(_HBM, _VMEM)
-
-
-def num_words(own: OwnRows, has_ancestors: bool) -> int:
-    """Words of ancestors of each row."""
-    return own.ancestors.shape[1] if has_ancestors and own.ancestors is not None else 0
-
-
-def own_registers(words: int) -> int:
-    """Registers of a row's position and of so many words of ancestors."""
-    return -(-(1 + words) // LANES)

@@ -10,6 +10,7 @@ from ...program import Call, Program, Wanted
 from ...schedule import around, grid, halvings
 from ..chips import LANES, Chip
 from .launch import PrefillLaunch
+from .own import OwnShape
 from .schedule import RaggedSchedule
 from .shape import TileShape
 
@@ -36,9 +37,9 @@ def launch_of(
 ) -> PrefillLaunch:
     """The prefill kernel that a schedule describes. Unless it is said, results are wanted in the queries' dtype."""
     wanted = wanted or Wanted(call.q_dtype)
-    # How many words of ancestors there are is known only when the batch is.
-    own_words = 0 if call.has_own_rows else None
-    return PrefillLaunch(program, layout, call.q_dtype, wanted, schedule, chip, interpret, own_words)
+    # How many words of ancestors there are is known only with the batch. Below 128 they take no more memory than none.
+    own = OwnShape(call.tokens, 0) if call.has_own_rows else None
+    return PrefillLaunch(program, layout, call.q_dtype, wanted, schedule, chip, interpret, own)
 
 
 def plan_schedule(program: Program, layout: PageLayout, call: Call, chip: Chip) -> RaggedSchedule:

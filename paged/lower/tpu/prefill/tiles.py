@@ -38,13 +38,12 @@ def cut(seqs: Sequences, is_tiled: Bool[Array, " seqs"], tokens: int, rows: int,
     return Sequences(*places, seqs.tables[slot], seqs.numbers_of(slot))
 
 
-def query_rows(seqs: Sequences, tiles: Sequences, rows: int) -> QueryRows:
-    """The rows of tiles of at most ``rows`` query rows, as coverage sees them, if the batch brings positions."""
+def query_rows(seqs: Sequences, tiles: Sequences) -> QueryRows:
+    """The rows of tiles, as coverage sees them, if the batch brings positions."""
     assert seqs.own is not None
     slot = jnp.minimum(count_up_to(seqs.starts + seqs.counts, tiles.starts), seqs.starts.shape[0] - 1)
-    offset = jnp.arange(rows, dtype=jnp.int32)[None]
-    row = jnp.clip(tiles.starts[:, None] + offset, 0, seqs.own.positions.shape[0] - 1)
-    first, end = position_range(seqs.own.positions[row], offset < tiles.counts[:, None])
+    row = jnp.arange(seqs.own.positions.shape[0], dtype=jnp.int32)[None] - tiles.starts[:, None]
+    first, end = position_range(seqs.own.positions[None], (row >= 0) & (row < tiles.counts[:, None]))
     return QueryRows(first, end, tiles.lengths, dict(tiles.numbers), seqs.positions[slot])
 
 
