@@ -67,6 +67,22 @@ def test_one_program_for_any_number_of_rows_and_of_sequences(lowering):
         assert_state_close(again.call(built.q, built.pages, batch, built.sinks), built)
 
 
+@every_lowering
+def test_values_positions_and_ancestors_of_any_number_of_sequences(lowering):
+    case = case_of("tree", "ragged")
+    case = case.replace(spec=case.spec.replace(window=paged.Value("window")))
+    attend = lowered(lowering, case)
+    t, s = export.symbolic_shape("t, s")
+    shape, i32, built = jax.ShapeDtypeStruct, jnp.int32, build(case)
+    batch = paged.RaggedBatch(
+        shape((s,), i32), shape((s, 4), i32), shape((s + 1,), i32), shape((), i32),
+        values={"window": shape((s,), i32)}, positions=shape((t,), i32), ancestors=shape((t, 1), i32),
+    )  # fmt: skip
+    again = _read_back(jax.jit(attend.state), shape((t, 4, 8), jnp.float32), built.pages, batch)
+    for other in (built, build(case.replace(corner="exact pages", tokens=20))):
+        assert_state_close(again.call(other.q, other.pages, other.batch), other)
+
+
 def test_a_decode_step_of_any_number_of_sequences_is_built_inside():
     built = build(case_of("plain", "decode"))
     attend = paged.lower(built.case.spec, built.case.layout, "xla")

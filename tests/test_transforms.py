@@ -1,5 +1,7 @@
 """Every JAX transform, crossed with every lowering: jit, vmap, scan, checkpoint and grad of these; no custom call."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,26 @@ def test_vmap_over_batches_is_a_loop_over_batches(lowering):
         np.testing.assert_array_equal(np.isneginf(states.lse[i]), np.isneginf(one.lse))
         finite = ~np.isneginf(np.asarray(one.lse))
         _close(np.asarray(states.lse[i])[finite], np.asarray(one.lse)[finite])
+
+
+@every_lowering
+def test_numbers_of_sequences_under_vmap_scan_and_jit(lowering):
+    """One batch with several rows of numbers: mapped, scanned and one by one in one trace, the same."""
+    built = build(case_of("values", "decode"))
+    attend, traces = lowered(lowering, built.case), []
+
+    @jax.jit
+    def out(values):
+        traces.append(values)
+        return attend(built.q, built.pages, dataclasses.replace(built.batch, values=values))
+
+    several = jax.tree.map(lambda x: jnp.stack([x, jnp.roll(x, 1, 0), x[::-1]]), built.batch.values)
+    mapped = jax.vmap(out)(several)
+    scanned = jax.lax.scan(lambda _, values: (None, out(values)), None, several)[1]
+    ones = [out(jax.tree.map(lambda x, i=i: x[i], several)) for i in range(3)]
+    _close(mapped, jnp.stack(ones))
+    _close(scanned, jnp.stack(ones))
+    assert len(traces) <= 3 and not np.array_equal(ones[0], ones[1])
 
 
 @every_lowering

@@ -12,6 +12,7 @@ from paged.spec import AttentionSpec, Given, Mask, Pages, RaggedBatch, values_in
 
 from ._ahead import first_rows, may_cut, seen_ahead
 from .program import implies, normal_form
+from .require import require_brought
 
 
 def check(
@@ -43,6 +44,7 @@ def check(
     - with ``final_lengths``, no row up to the end of this step sees a key that a later step writes, as a prefix longer
       than the chunk does. Such a row would be computed without that key. The error says where the next step may end.
 
+    A value that the spec names and the batch does not bring, or the other way round, is a ``ValueError`` too.
     ``final_lengths`` that are traced, or no integers, raise ``TypeError``. With concrete arrays an error comes at once.
     Under ``jax.jit`` it comes when the returned batch is used, as JAX's runtime error with the same text, through
     a host callback. A lowering itself never adds a callback.
@@ -57,6 +59,7 @@ def check(
     """
     if not isinstance(batch, RaggedBatch):
         raise TypeError(f"batch must be a paged.RaggedBatch; got {type(batch).__name__}. Check it before attend.plan.")
+    require_brought(spec, batch, tokens)
     size = pages.layout.page_size
     checked = check_values(batch, page_size=size, num_pages=pages.num_pages, tokens=tokens, mask=spec.visibility)
     if final_lengths is not None:
@@ -115,7 +118,7 @@ class _Values(NamedTuple):
 
     def given(self, s: int) -> Given:
         """What the batch brings for sequence ``s``, for questions about the tokens before the step's own."""
-        numbers = {name: int(x[s]) if x.ndim == 1 else tuple(map(int, x[s])) for name, x in self.numbers.items()}
+        numbers = {name: x[s].tolist() if x.ndim == 1 else tuple(x[s].tolist()) for name, x in self.numbers.items()}
         return Given(numbers, is_ancestor=True)
 
     def row_range(self, s: int) -> tuple[int, int]:

@@ -64,5 +64,6 @@ PHASES = {"decode": {"rows": 1}, "ragged": {}, "prefill": {"rows": 6}}
 
 def case_of(spec: str, phase: str, **facts) -> Case:
     """The case of a named spec in a named phase."""
-    sinks = (SPECS[spec].num_q_heads,) if SPECS[spec].sinks else None
-    return Case(spec=SPECS[spec], phase=phase, sink_shape=sinks, **{**PHASES[phase], **facts})  # pyright: ignore
+    own = {**SPECS, **BROUGHT}[spec]
+    sinks = (own.num_q_heads,) if own.sinks else None
+    return Case(spec=own, phase=phase, sink_shape=sinks, **{**PHASES[phase], **facts})  # pyright: ignore

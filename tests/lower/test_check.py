@@ -41,7 +41,8 @@ FAULTS = {
 
 def _batch(**changes):
     """The values as arrays: what is at fault in them is known only when a call runs."""
-    return RaggedBatch(**{name: jnp.asarray(value) for name, value in {**GOOD, **changes}.items()})
+    values = changes.pop("values", None)
+    return RaggedBatch(**{name: jnp.asarray(value) for name, value in {**GOOD, **changes}.items()}, values=values)
 
 
 def _faulty(name):
@@ -112,6 +113,31 @@ def test_pages_that_the_mask_hides_need_no_page(arrays):
     paged.check(SPEC.replace(window=4), pages, batch, 1)
     with pytest.raises(ValueError, match=r"block_tables\[0, 1\] = -1"):
         paged.check(SPEC.replace(window=5), pages, batch, 1)
+
+
+def test_numbers_that_a_batch_brings_are_checked(arrays):
+    """Less than the least is named, but in a dead slot. Pages are needed where the sequence's own number says."""
+    pages, spec = arrays[3], SPEC.replace(window=paged.Value("window"))
+    paged.check(spec, pages, _batch(values={"window": jnp.array([1, 9, 4, -9])}), TOKENS)
+    with pytest.raises(
+        ValueError, match=r"values\['window'\]\[1\] = 0 \(sequence 1\) must be at least 1, for .*window"
+    ):
+        paged.check(spec, pages, _batch(values={"window": jnp.array([1, 0, 4, 1])}), TOKENS)
+    gone = dict(lengths=[12], block_tables=[[-1, -1, 3]])
+    paged.check(spec, pages, RaggedBatch.decode(**gone, values={"window": [4]}), 1)
+    with pytest.raises(ValueError, match=r"block_tables\[0, 1\] = -1"):
+        paged.check(spec, pages, RaggedBatch.decode(**gone, values={"window": [5]}), 1)
+    with pytest.raises(ValueError, match=r"block_tables\[0, 1\] = -1"):  # a row that its position puts further back
+        paged.check(spec, pages, RaggedBatch.decode(**gone, values={"window": [4]}, positions=[9]), 1)
+    far = SPEC.replace(mask=paged.Where(_further, values=(paged.Value("least", dtype="float32"),)))
+    paged.check(far, pages, _batch(values={"least": jnp.full(4, 0.5)}), TOKENS)
+    for wrong, text in (({}, r"names \['window'\], which the batch must bring"), ({"wide": [1] * 4}, "window")):
+        with pytest.raises(ValueError, match=text):
+            paged.check(spec, pages, _batch(values=wrong), TOKENS)
+
+
+def _further(p, j, least):
+    return (p - j).astype(jnp.float32) >= least
 
 
 def test_a_checked_batch_is_not_checked_again_for_a_spec_that_sees_no_more(arrays):

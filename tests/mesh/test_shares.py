@@ -9,15 +9,21 @@ import pytest
 
 import paged
 from paged.lower import XlaSchedule
-from paged.spec import ALiBi, Bias
+from paged.spec import ALiBi, Bias, PerHead, Tree, Value, Where, Window
 from tests.support import Case, assert_state_close, assert_states_close, exact_state
-from tests.support.specs import PHASES, RICH, table_bias
+from tests.support.specs import PHASES, RICH, not_every_head, table_bias
 
 from .placing import built, collectives, mesh_of, needs_devices, placed, rows_of
 
 pytestmark = needs_devices
 # A window, a soft cap and sinks, and two operations that depend on the number of a head among all heads.
 SPEC = RICH.replace(scores=(ALiBi(), Bias(table_bias)))
+# What a batch brings for sequences and rows, and masks that depend on the number of a head among all heads.
+BRINGS = SPEC.replace(
+    window=None,
+    mask=Tree() & PerHead((Window(Value("window")), Where(not_every_head))),
+    scores=(ALiBi(Value("slopes", 4, "float32")), Bias(table_bias)),
+)
 SCHEDULE = XlaSchedule(pages_per_block=1, rows_per_tile=4)
 ALL = {"sequences": 2, "kv_heads": 2, "context": 2}
 INT8 = {"dtype": "int8"}
@@ -30,24 +36,27 @@ STATES = {
     "contexts": ({"context": 8}, "decode", {"order": "split"}),
     "contexts of a prompt": ({"context": 2}, "prefill", {"order": "interleaved", **INT8, "scales": "tensor"}),
     "contexts and heads": ({"context": 4, "kv_heads": 2}, "ragged", {**INT8, "scales": "token"}),
+    "heads, what a batch brings": ({"kv_heads": 4}, "decode", {"spec": BRINGS, "has_positions": True}),
+    "all, what a batch brings": (ALL, "ragged", {"order": "joined", "spec": BRINGS}),
     "all": (ALL, "ragged", {"order": "joined"}),
     "all, decode": (ALL, "decode", {"dtype": "float8_e4m3fn", "scales": "head"}),
 }
 UPDATES = {
     "heads, each on two devices": ({"kv_heads": 4}, "decode", {"order": "split"}),
     "all": (ALL, "decode", {**INT8, "scales": "token"}),
-    "all, ragged": (ALL, "ragged", {}),
+    "all, ragged": (ALL, "ragged", {"spec": BRINGS}),
 }
-SLOW = ("sequences", "contexts", "contexts of a prompt", "contexts and heads", "all, ragged")
+SLOW = ("all", "heads, what a batch brings", "sequences", "contexts", "contexts of a prompt", "contexts and heads")
 
 
 def _rows(table):
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in table]
+    slow = SLOW if table is STATES else ("all, ragged",)
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in table]
 
 
 def _case(phase, **facts):
     sink_shape = (4, 2) if phase == "ragged" else (4,)  # two sinks of each head, or one
-    return Case(spec=SPEC, phase=phase, sink_shape=sink_shape, **{**PHASES[phase], **facts})
+    return Case(**{"spec": SPEC, "phase": phase, "sink_shape": sink_shape, **PHASES[phase], **facts})
 
 
 def _lowered(case, sizes, **choices):
