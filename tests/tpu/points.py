@@ -58,10 +58,12 @@ def marked(table, fast, every=3):
 def abstract_call(
     lowering, pool_bytes, *, slots, rows, tokens=None, length=4096, page_size=16, kv_heads=8, group=4, head_dim=128,
     order="packed", dtype="bfloat16", scales=None, q_dtype="bfloat16", schedule=None, spec=None, update=False,
+    ancestors=None,
 ):  # fmt: skip
     """The attention lowered for TPUs, a point's arguments, and the new keys and values if it is an update.
 
-    Of batches whose rows vary, ``rows`` None, only the number of tokens is known.
+    Of batches whose rows vary, ``rows`` None, only the number of tokens is known. The batch brings zeros for every
+    value of the spec, and with ``ancestors`` the positions of its rows and so many words of ancestors.
     """
     layout = paged.PageLayout(
         page_size=page_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.dtype(dtype), order=order,
@@ -83,6 +85,10 @@ def abstract_call(
     classes = {low.name: low.schedule_type for low in LOWERINGS}
     chosen = None if schedule is None else classes[lowering](**schedule)
     attend = paged.lower(spec, layout, "tpu", schedule=chosen)
+    values = {v.name: np.zeros((slots, v.size) if v.size else slots, v.dtype) for v in attend.program.values}
+    own = {} if ancestors is None else {"positions": (tokens,), "ancestors": (tokens, ancestors)}
+    own = {name: jnp.zeros(shape, jnp.int32) for name, shape in own.items()}
+    batch = dataclasses.replace(batch, values={name: jnp.asarray(x) for name, x in values.items()}, **own)
     new = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), jnp.dtype(q_dtype))
     return attend, (q, layout.wrap(*arrays, **(scales or {})), batch, sinks), {"new": (new, new)} if update else {}
 

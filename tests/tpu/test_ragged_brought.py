@@ -175,7 +175,8 @@ OWN = {
 @pytest.mark.parametrize(("name", "mode"), _rows(itertools.product(OWN, MODES), (("tree, window", "on_wait"),)))
 def test_trees(name, mode):
     """Also where the sequence of one row goes to the decode kernel."""
-    case = CASE.replace(spec=PLAIN.replace(**OWN[name]))
+    pool = {"tree, chunk or prefix": {"dtype": "int8", "scales": "token"}, "tree, per head": {"order": "interleaved"}}
+    case = CASE.replace(spec=PLAIN.replace(**OWN[name]), **pool.get(name, {}))
     values = {"values": ONE} if name == "tree, window" else {}
     schedule = SCHEDULE.replace(single_rows=DecodeSchedule(pages_per_block=2)) if mode == "eager" else SCHEDULE
     assert_reference(lowered(case, schedule, mode), case, arrays(case, **own_rows(case), **values))

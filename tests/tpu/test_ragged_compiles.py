@@ -36,6 +36,7 @@ _GEMMA_3 = {"kv_heads": 16, "group": 2, "spec": {"window": 1024}}
 _GPT_OSS = {"head_dim": 64, "group": 8, "order": "joined", "spec": {"sinks": True, "window": 128}}
 _F32 = {"dtype": "float32", "q_dtype": "float32", **_SMALL}
 _MIXED = {"slots": 64, "rows": None, "tokens": 1024}
+_A, _B = paged.Value("a", 2), paged.Value("b", 2)
 
 
 def _scores(*scores):
@@ -138,6 +139,22 @@ POINTS = {
     "one block of 128": {"schedule": {"pages_per_block": 8, "rows_per_tile": 64, "buffers": 2}, **_SMALL},
     "tiles of 16 rows": {"schedule": {"pages_per_block": 16, "rows_per_tile": 16, "buffers": 3}},
     "large tiles": {"schedule": {"pages_per_block": 16, "rows_per_tile": 1024, "buffers": 2}, **_SMALL},
+    "spans of each sequence": _masked(paged.Causal() | paged.Spans(_A, _B), causal=False),
+    "segments of each sequence, soft cap, mixed": {
+        **_masked(paged.Segments(_A), soft_cap=paged.Value("f", dtype="float32")),
+        **_MIXED,
+    },
+    "by head": _masked(paged.PerHead((paged.Window(40), paged.Everything()))),
+    "tree, window of each sequence, ALiBi, mixed": {
+        **_masked(paged.Tree(), window=paged.Value("n"), scores=(paged.ALiBi(),)),
+        **_MIXED,
+        "ancestors": 2,
+    },
+    "tree or prefix, interleaved": {
+        **_masked(paged.Tree() & (paged.Chunk(400) | paged.Prefix(90))),
+        "order": "interleaved",
+        "ancestors": 16,
+    },
 }
 FAST = (("small", "v4"),)
 ALWAYS_IN_THE_TABLE = (*FAST, ("joined", "tpu7x"), ("interleaved, page 64", "v6e"))
