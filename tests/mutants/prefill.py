@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from paged.lower.tpu.decode import TpuDecode
-from paged.lower.tpu.pages.intervals import Computed
+from paged.lower.tpu.pages.intervals import Computed, IntervalWork
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
 from paged.lower.tpu.pages.work import TileVisits
@@ -121,11 +121,19 @@ def _of_the_next_slot(original):
 
 
 def _into_new_memory(original):
-    return lambda self, work, q, pages, sinks, results=None: original(self, work, q, pages, sinks)
+    return lambda self, work, q, pages, sinks, results=None, own=None: original(self, work, q, pages, sinks, own=own)
 
 
 def _a_row_before(original):
     return lambda self, rows: original(self, rows._replace(out=jnp.roll(rows.out, 1, axis=0)))
+
+
+def _numbers_of_the_slot_before(original):
+    return lambda self, item: jnp.maximum(original(self, item) - 1, 0)
+
+
+def _a_page_later(original):
+    return lambda self, place, length: original(self, place, length) + 1
 
 
 def _of_keys_only(original):
@@ -260,6 +268,18 @@ PREFILL = (
     _prefill(
         "the state of the tile before", _cleared_at_first_only,
         "prefill, early", _EQUAL, "not finite",
+    ),
+    _prefill(
+        "positions are ignored for keys", method(BlockKernel, "_store_own_positions", nothing),
+        "prefill, tree", _EQUAL, "error",
+    ),
+    _prefill(
+        "numbers of another sequence", method(TileWork, "_slot", _numbers_of_the_slot_before),
+        "prefill, tree", _EQUAL, "error",
+    ),
+    _prefill(
+        "a page with own tokens needs no mask", method(IntervalWork, "_page_of_own", _a_page_later),
+        "prefill, tree", _EQUAL, "error",
     ),
     _prefill(
         "results of the row before", method(PrefillLaunch, "results_of", _a_row_before),

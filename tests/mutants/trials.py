@@ -14,7 +14,7 @@ import paged
 from paged.lower import LOWERINGS, DecodeSchedule, RaggedSchedule, Schedule, Sequences
 from paged.lower.tpu.write import plan as write_plan
 from paged.runtime import PagedAttention, PagePool, Rotary
-from paged.spec import ALiBi, Causal, Chunk, PageLayout, PerHead, Prefix, SoftCap, Spans, Value, Where, Window
+from paged.spec import ALiBi, Causal, Chunk, PageLayout, PerHead, Prefix, SoftCap, Spans, Tree, Value, Where, Window
 from paged.testing import (
     Case,
     Corner,
@@ -127,6 +127,7 @@ _OPEN_TILES = _TILES.replace(spec=_MHA.replace(causal=False))
 _LISTED_TILES = _TILES.replace(spec=_MHA.replace(causal=False, mask=Listed()))
 # The first page of one sequence is hidden from its rows, and not from the spare rows of its last tile.
 _HIDDEN_TILES = _TILES.replace(spec=_MHA.replace(causal=False, mask=_late(640)), seed=3)
+_TREE_TILES = _TILES.replace(spec=_MHA.replace(window=Value("n"), mask=Tree()))
 _MASKED_FIRST = case_of("plain", "decode", page_size=8, corner="first page masked")
 _OPEN_DECODE = Case(spec=OPEN, page_size=8, phase="decode")
 _HIDDEN_DECODE = _OPEN_DECODE.replace(spec=OPEN.replace(mask=_late(48)))
@@ -194,6 +195,7 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "prefill, hidden pages": _kernel(_HIDDEN_TILES, _ragged(), "on_wait"),
     "prefill, early": _kernel(_TILES, _ragged(), "eager"),
     "prefill, half blocks": _kernel(_OPEN_TILES.replace(page_size=64), _ragged(2), "on_wait"),
+    "prefill, tree": _kernel(_TREE_TILES, _ragged(), "on_wait"),
     "prefill, interleaved": _kernel(_TILES.replace(order="interleaved"), _ragged(), "on_wait"),
     "prefill, mixed": _kernel(_TILES.replace(page_size=64, phase="ragged", corner="mixed"), _ragged(2, 2), "on_wait"),
     "write": _write("mixed", "on_wait"),
