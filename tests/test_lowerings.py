@@ -37,7 +37,7 @@ LATEST = {
     for check in ("holes are invisible", "scores of zero", "page order is invisible", "padding is nothing")
 }
 # What says most about numbers, heads and trees on a kernel; `make test-slow` runs the other checks too.
-BROUGHT_TO_KERNELS = ("equals the reference", "page order is invisible", "other sequences are invisible", "update")
+BROUGHT_TO_KERNELS = ("equals the reference", "page order is invisible", "other sequences are invisible")
 
 
 @functools.cache
@@ -108,9 +108,10 @@ def _rows():
             # Numbers of sequences, masks by head and trees: few of them in every run.
             if name == "xla" and "ragged" in phases:
                 yield row(brought, ["ragged"], id=f"{name}-{check}-brought")
+            if name in KERNELS and check in BROUGHT_TO_KERNELS:
+                yield row(brought, phases[:1], id=f"{name}-{check}-brought", marks=[pytest.mark.kernels])
             if name != "xla" or len(phases) > 1:
-                later = pytest.mark.kernels if name in KERNELS and check in BROUGHT_TO_KERNELS else pytest.mark.slow
-                yield row(brought, phases, id=f"{name}-{check}-brought-all", marks=[later, *marks])
+                yield row(brought, phases, id=f"{name}-{check}-brought-all", marks=[pytest.mark.slow, *marks])
 
 
 @pytest.mark.parametrize(("runner", "check", "specs", "phases"), list(_rows()))

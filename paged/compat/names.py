@@ -82,7 +82,9 @@ def _softmax_dtype(name: str, value: Any) -> dict[str, Any]:
 
 _DEBUG = only(False, "no kernel here prints. paged.compat.explain says what a call runs.")
 _CUSTOM_MASK = only(
-    None, "masks are functions of positions here: lower a spec with a paged.Mask, such as paged.Where, and paged.lower."
+    None,
+    "masks are functions of positions here: lower a spec with a paged.Mask, such as paged.Where, and paged.lower. For "
+    "a tree of drafted tokens: paged.Tree() and RaggedBatch(..., ancestors=).",
 )
 _TEMPERATURE = only(
     None,
