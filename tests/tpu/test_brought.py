@@ -24,6 +24,7 @@ from paged.spec import (
     Prefix,
     Segments,
     Spans,
+    Tree,
     Value,
     Where,
     Window,
@@ -122,6 +123,44 @@ def has_lists(attend, step):
     return intervals_of(attend.program, attend.layout, call, attend.schedule, chip) is None
 
 
+PARENTS = ([-1, 0, 0, 1], [-1, 0, 1, 2], [-1, -1, 1, 0], [-1, 0, 1, 1], [-1, -1, -1, 2])
+# Trees of drafted tokens, and positions that say anything, over page blocks of each phase.
+OWN = {
+    "tree": {"mask": Tree()},
+    "window": {"window": 13, "mask": Tree(), "scores": (ALiBi(),)},
+    "value window": {"window": N, "mask": Tree()},
+    "soft cap, by head": {"soft_cap": 20.0, "mask": Tree() & PerHead((Window(20), Everything()))},
+    "prefix": {"causal": False, "mask": Prefix(9) & Tree()},
+    "segments": {"mask": Segments(Value("a", 2)) & Tree()},
+    "positions": {"window": 13, "scores": (ALiBi(),)},
+    "positions, not window": {"mask": ~Window(7)},
+}
+INT8 = {"dtype": "int8", "scales": "token"}
+
+
+def tree_of(case, parents=PARENTS):
+    """Positions and ancestors of a case's rows: those of a tree for each sequence."""
+    lengths, rows, _ = case.values()
+    words, depths = [], []
+    for length, own in zip(lengths, parents, strict=True):
+        of_seq, depth = [], []
+        for i, parent in enumerate(own):
+            of_seq.append((0 if parent < 0 else of_seq[parent]) | 1 << i)
+            depth.append(0 if parent < 0 else depth[parent] + 1)
+        words += of_seq
+        depths += [length - len(own) + d for d in depth]
+    assert rows == [len(own) for own in parents]
+    return {"positions": _ints(*depths), "ancestors": _ints(*words)}
+
+
+def _brought(name, case, values):
+    named = {value.name for value in paged.lower(case.spec, case.layout, "xla").program.values}
+    own = tree_of(case)
+    if name.startswith("positions"):
+        own = {"positions": np.random.default_rng(7).integers(-3, 50, len(own["positions"])).astype(np.int32)}
+    return {"values": {name: x for name, x in values.items() if name in named}, **own}
+
+
 def _rows(table, fast):
     return [pytest.param(name, marks=[] if name in fast else pytest.mark.kernels) for name in table]
 
@@ -135,3 +174,26 @@ def test_a_number_for_each_sequence(name):
     assert has_lists(attend, step) != is_run
     assert_reference(attend, case, step)
     assert_reference(attend, case, arrays(case, num_seqs=3, values=values))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.kernels) for name in BY_HEAD])
+def test_masks_by_head(name):
+    """Heads of one page block differ, in tiles of a head, in paired tiles and in a tile of all heads."""
+    facts = {"where": {"order": "interleaved"}, "per group": {"dtype": "int8", "scales": "token"}}.get(name, {})
+    case = CASE.replace(spec=PLAIN.replace(mask=BY_HEAD[name]), rows=2, **facts)
+    assert_reference(lowered(case, GRID if name == "not" else INLINE), case, arrays(case))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "tree" else pytest.mark.kernels) for name in OWN]
+)
+def test_positions_and_trees(name):
+    case = CASE.replace(
+        spec=PLAIN.replace(**OWN[name]), rows=4, **(INT8 if name in ("value window", "segments") else {})
+    )
+    schedule = {"tree": TOGETHER, "window": GRID, "prefix": SPLIT}.get(name, INLINE)
+    attend, brought = lowered(case, schedule), _brought(name, case, {**ONE, "a": STARTS})
+    step = arrays(case, **brought)
+    assert has_lists(attend, step) == (name == "segments")
+    assert_reference(attend, case, step)
+    assert_reference(attend, case, arrays(case, num_seqs=3, **brought))
