@@ -106,9 +106,9 @@ def _rows():
             if own.once or not brought:
                 continue
             # Numbers of sequences, masks by head and trees: few of them in every run.
-            if name == "xla" and "ragged" in phases:
+            if name == "xla" and "ragged" in phases and check not in WRITES:
                 yield row(brought, ["ragged"], id=f"{name}-{check}-brought")
-            if name in KERNELS and check in BROUGHT_TO_KERNELS:
+            if name in ("tpu-decode inline", "tpu-ragged") and check in BROUGHT_TO_KERNELS:
                 yield row(brought, phases[:1], id=f"{name}-{check}-brought", marks=[pytest.mark.kernels])
             if name != "xla" or len(phases) > 1:
                 yield row(brought, phases, id=f"{name}-{check}-brought-all", marks=[pytest.mark.slow, *marks])

@@ -58,7 +58,7 @@ BROUGHT = (
     Mutant(
         "brought", "numbers of another sequence decide which pages are visited",
         function("lower.xla.lists.visits_of", _numbers_of_the_next_sequence),
-        "xla, values", "equals the reference",
+        "xla, values", "equals the reference", in_every_run=False,
     ),
     Mutant(
         "brought", "a bit of the wrong row", function("lower.program.brought.is_ancestor", _bit_of_the_next_row),
@@ -95,6 +95,6 @@ BROUGHT = (
             "spec.spans.Spans", "coverage",
             lambda coverage: lambda self, p0, p1, j0, j1: coverage(self, p0, p1, p0, p1),
         ),
-        "Spans(a, b)", "coverage",
+        "Spans(a, b)", "coverage", in_every_run=False,
     ),
 )  # fmt: skip
