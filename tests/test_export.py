@@ -1,7 +1,5 @@
 """`jax.export`: what is lowered is written down with this package's pytrees, read back, and means the same."""
 
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -52,35 +50,21 @@ def test_an_update_of_quantised_pages_comes_back_with_their_layout(lowering):
 
 @every_lowering
 def test_one_program_for_any_number_of_rows_and_of_sequences(lowering):
-    """Both are symbolic, and so are the pages of the pool and the width of the tables."""
+    """Both are symbolic, and so are the pages of the pool and the width of the tables; and what a batch brings."""
     case = case_of("rich", "ragged")
+    case = case.replace(spec=case.spec.replace(window=paged.Value("window"), mask=paged.Tree()))
     attend, heads = lowered(lowering, case), case.spec.num_q_heads
     t, s, n, w = export.symbolic_shape("t, s, n, w")
     shape, i32 = jax.ShapeDtypeStruct, jnp.int32
-    batch = paged.RaggedBatch(shape((s,), i32), shape((s, w), i32), shape((s + 1,), i32), shape((), i32))
+    brought = {"values": {"window": shape((s,), i32)}, "positions": shape((t,), i32), "ancestors": shape((t, 1), i32)}
+    batch = paged.RaggedBatch(shape((s,), i32), shape((s, w), i32), shape((s + 1,), i32), shape((), i32), **brought)
     q, pool = shape((t, heads, 8), jnp.float32), shape((n, *case.layout.array_shapes(1)[0][1:]), jnp.float32)
     again = _read_back(jax.jit(attend.state), q, case.layout.wrap(pool), batch, shape((heads,), jnp.float32))
-    for other in (case, case.replace(corner="empty"), case_of("rich", "prefill", pages_per_seq=3)):
+    for other in (case, case.replace(corner="empty"), case.replace(phase="prefill", rows=6, pages_per_seq=3)):
         built = build(other)
-        batch = paged.RaggedBatch(*(getattr(built.batch, x) for x in ("lengths", "block_tables", "query_starts")))
-        batch = dataclasses.replace(batch, num_seqs=built.batch.num_seqs)
+        names = ("lengths", "block_tables", "query_starts", "num_seqs", *brought)
+        batch = paged.RaggedBatch(**{name: getattr(built.batch, name) for name in names})
         assert_state_close(again.call(built.q, built.pages, batch, built.sinks), built)
-
-
-@every_lowering
-def test_values_positions_and_ancestors_of_any_number_of_sequences(lowering):
-    case = case_of("tree", "ragged")
-    case = case.replace(spec=case.spec.replace(window=paged.Value("window")))
-    attend = lowered(lowering, case)
-    t, s = export.symbolic_shape("t, s")
-    shape, i32, built = jax.ShapeDtypeStruct, jnp.int32, build(case)
-    batch = paged.RaggedBatch(
-        shape((s,), i32), shape((s, 4), i32), shape((s + 1,), i32), shape((), i32),
-        values={"window": shape((s,), i32)}, positions=shape((t,), i32), ancestors=shape((t, 1), i32),
-    )  # fmt: skip
-    again = _read_back(jax.jit(attend.state), shape((t, 4, 8), jnp.float32), built.pages, batch)
-    for other in (built, build(case.replace(corner="exact pages", tokens=20))):
-        assert_state_close(again.call(other.q, other.pages, other.batch), other)
 
 
 def test_a_decode_step_of_any_number_of_sequences_is_built_inside():

@@ -242,6 +242,7 @@ def test_a_chain_as_a_tree_is_the_chain():
     np.testing.assert_array_equal(got.out, want.out)
 
 
+@pytest.mark.kernels
 def test_positions_are_what_masks_and_scores_see():
     q, pages, tables, starts = arrays()
     rng = np.random.default_rng(2)
