@@ -12,6 +12,7 @@ from paged.lower.tpu.pages.intervals import Computed, IntervalWork
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
 from paged.lower.tpu.pages.work import TileVisits
+from paged.lower.tpu.prefill import block as block_module
 from paged.lower.tpu.prefill import tile as tile_module
 from paged.lower.tpu.prefill.block import Block, BlockKernel
 from paged.lower.tpu.prefill.intervals import TileWork
@@ -270,7 +271,7 @@ PREFILL = (
         "prefill, early", _EQUAL, "not finite",
     ),
     _prefill(
-        "positions are ignored for keys", method(BlockKernel, "_store_own_positions", nothing),
+        "positions are ignored for keys", attribute(block_module, "store_own_positions", nothing),
         "prefill, tree", _EQUAL, "error",
     ),
     _prefill(

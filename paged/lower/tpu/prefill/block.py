@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from paged.spec import LARGEST_INT32, Given
 
@@ -19,7 +18,8 @@ from ...program import Program, Terms, is_ancestor, update_maximum
 from ..chips import LANES, SUBLANES
 from ..pages import Views, dot
 from ..references import Ref
-from .loops import Index, div, loop, multiple
+from .loops import Index, loop, multiple
+from .own import store_own_positions
 from .refs import Refs
 from .shape import TileShape
 
@@ -96,41 +96,7 @@ class BlockKernel:
         if refs.scratch.key_place is not None:
             refs.scratch.key_place[block.half, :, pl.ds(0, self.keys)] = j
             if is_masked:
-                self._store_own_positions(refs, item, block)
-
-    def _store_own_positions(self, refs: Refs, item: Index, block: Block) -> None:
-        """Store the positions that the batch brings in place of those of the block's keys that are tokens of the step.
-
-        These lie along the lanes of `OwnOperands.lanes`, one batch row after the other. For every page with such tokens
-        the lanes are rolled to where the page's keys are.
-        """
-        scratch, work, size = refs.scratch, refs.stream.work, self.views.layout.page_size
-        own, first = work.own[item], work.entry(item, block.i, refs.stream.pages_per_block)
-        row_at_0 = work.row[item] - work.position[item]  # the batch row of a token, less its place
-        lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-        # The most groups of 128 lanes that a page has keys in.
-        groups = size // LANES if size % LANES == 0 else 1 if LANES % size == 0 else (size + LANES - 2) // LANES + 1
-
-        def of_page(entry: Index, _: None) -> None:
-            begin, place = entry * size, work.index_of(item, first + entry) * size
-
-            def of_group(group: Index) -> None:
-                at = multiple(group, LANES)
-                column, columns = at + lane, pl.ds(at, LANES)
-                places = scratch.key_place[block.half, :, columns]
-                is_own = (places >= own) & (places < work.length[item]) & (column >= begin) & (column < begin + size)
-                # As if all lanes were of this page.
-                positions = _lanes_from(refs, place + row_at_0 + at - begin)
-                others = scratch.key_position[block.half, :, columns]
-                scratch.key_position[block.half, :, columns] = jnp.where(is_own, positions, others)
-
-            @pl.when(place + size > own)
-            def _():
-                for ahead in range(groups):
-                    group = div(begin, LANES) + ahead
-                    pl.when(group < self.keys // LANES)(functools.partial(of_group, group))
-
-        jax.lax.fori_loop(0, refs.stream.pages_of(item, block.i), of_page, None)
+                store_own_positions(refs, item, block.half, block.i, self.keys)
 
     def _store_scales(self, refs: Refs, item: Index, block: Block, seen: Any) -> None:
         """Store the per-token scales of the block's keys and values. ``seen`` is what `_find_visible` returned.
@@ -355,20 +321,6 @@ def _of_heads(arrays: tuple[Ref, ...], terms: Terms, heads: list[Index], rows: i
             column = [jnp.full((rows // len(heads), 1), ref[head]) for head in heads]
             found.append(_one_above_another(column).reshape(aval.shape))
     return tuple(found)
-
-
-def _lanes_from(refs: Refs, row: Index) -> Any:
-    """i32[8, 128]: the positions of 128 rows of the batch from ``row`` on along the lanes, in every row the same.
-
-    Lanes of rows that the batch does not have hold anything.
-    """
-    lanes = refs.inputs.own.lanes
-    last, begin = lanes.shape[0] - 1, jnp.bitwise_and(row, LANES - 1)
-    at = jax.lax.shift_right_arithmetic(row, LANES.bit_length() - 1)
-    here, following = (lanes[pl.ds(jnp.clip(at + i, 0, last), 1)] for i in range(2))
-    here, following = (jnp.broadcast_to(x, (SUBLANES, LANES)) for x in (here, following))
-    lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-    return pltpu.roll(jnp.where(lane < begin, following, here), jnp.bitwise_and(-begin, LANES - 1), axis=1)
 
 
 def _token_scale(scales: Ref, block: Block, row: Index, keys: int) -> Any:
