@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from paged.lower import Plan, at_index, check_values
+from paged.lower import Plan, check_values
 from paged.spec import RaggedBatch
 
+from ._in_turn import in_turn
 from ._pattern import Segment, places_of, segments_of
 from ._run import kinds_of, layer_of, made_together, replaced, serve_one, stacked
 from ._step_plans import StepPlans
@@ -253,8 +254,8 @@ class LayerStack(eqx.Module):
 
         def one_layer(run: int, place: Any, carry: Any) -> Any:
             place = jnp.asarray(place, jnp.int32)
-            layer = jax.tree.map(lambda x: at_index(x, place), arrays[run])
-            return step(run, eqx.combine(layer, static[run]), place, carry)
+            call = lambda own, carry: step(run, eqx.combine(own, static[run]), place, carry)
+            return in_turn(call, arrays[run], place, carry)
 
         for repeats, runs in self.segments:
 
