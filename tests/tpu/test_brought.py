@@ -7,12 +7,16 @@ Slots without a token lie between others, and the last slot is dead or full.
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import paged
 from paged.lower import Call, DecodeSchedule
-from paged.lower.tpu.decode.plan import intervals_of
+from paged.lower.program import Sequences
+from paged.lower.tpu import CHIPS
+from paged.lower.tpu.base import STATE
+from paged.lower.tpu.decode.plan import intervals_of, kernels_of
 from paged.spec import (
     ALiBi,
     AttentionSpec,
@@ -35,7 +39,7 @@ from tests.support.specs import real
 
 from .interpreter import watched
 
-CORNER = Corner(((2, 3), (0, 0), (4, 1), (0, 6), (5, 0)), (1,) * 5)
+CORNER = Corner(((2, 3), (0, 0), (4, 3), (0, 6), (5, 0)), (1,) * 5)
 PLAIN = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
 CASE = Case(spec=PLAIN, page_size=8, phase="decode", pages_per_seq=5, corner=CORNER)
 INLINE = DecodeSchedule(pages_per_block=2, buffers=3)
@@ -100,14 +104,13 @@ def lowered(case, schedule=INLINE, mode="on_wait", generation="v6e"):
 
 @functools.cache
 def _plain(case):
-    return build(
-        case.replace(spec=PLAIN.replace(num_q_heads=case.spec.num_q_heads, num_kv_heads=case.spec.num_kv_heads))
-    )
+    sizes = {"num_q_heads": case.spec.num_q_heads, "head_dim": case.spec.head_dim}
+    return build(case.replace(spec=PLAIN.replace(**sizes)))
 
 
 def arrays(case, num_seqs=5, **brought):
     """Queries, pages and a batch of a case, whose values do not depend on its terms."""
-    built = _plain(case.replace(spec=case.spec.replace(mask=None, window=None, soft_cap=None, scores=(), causal=True)))
+    built = _plain(case)
     return built.q, built.pages, dataclasses.replace(built.batch, num_seqs=num_seqs, **brought)
 
 
@@ -135,6 +138,9 @@ OWN = {
     "positions": {"window": 13, "scores": (ALiBi(),)},
     "positions, not window": {"mask": ~Window(7)},
 }
+# Query heads where they are not 4, of 2 KV heads; and rows whose copies arrive at once.
+MANY_HEADS = {"window": 2, "spans": 10, "chunk": 10, "positions": 2}
+EAGER = ("segments", "chunk", "window", "tree", "per group")
 INT8 = {"dtype": "int8", "scales": "token"}
 
 
@@ -161,39 +167,133 @@ def _brought(name, case, values):
     return {"values": {name: x for name, x in values.items() if name in named}, **own}
 
 
-def _rows(table, fast):
+def _rows(table, fast=()):
     return [pytest.param(name, marks=[] if name in fast else pytest.mark.kernels) for name in table]
 
 
-@pytest.mark.parametrize("name", _rows(NUMBERS, ("causal or prefix",)))
+def _case(name, terms, rows=1, **facts):
+    heads = PLAIN.replace(num_q_heads=MANY_HEADS.get(name, 4))
+    return CASE.replace(spec=heads.replace(**terms), rows=rows, **facts)
+
+
+def _mode(name):
+    return "eager" if name in EAGER else "on_wait"
+
+
+@pytest.mark.parametrize("name", _rows(NUMBERS, fast=("causal or prefix",)))
 def test_a_number_for_each_sequence(name):
     terms, values, is_run = NUMBERS[name]
-    case = CASE.replace(spec=PLAIN.replace(**terms))
-    attend = lowered(case, TOGETHER if name == "window" else INLINE)
+    case = _case(name, terms)
+    attend = lowered(case, TOGETHER if name == "window" else INLINE, _mode(name))
     step = arrays(case, values=values)
     assert has_lists(attend, step) != is_run
     assert_reference(attend, case, step)
     assert_reference(attend, case, arrays(case, num_seqs=3, values=values))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.kernels) for name in BY_HEAD])
+@pytest.mark.kernels
+@pytest.mark.parametrize("make", [lambda n: {"window": n}, lambda n: {"mask": Chunk(n)}], ids=["window", "chunk"])
+def test_a_number_is_the_static_number(make):
+    """Bitwise, whichever sequence has it."""
+    case, numbers = CASE.replace(spec=PLAIN.replace(**make(N))), _ints(17, 1, 9, 9, 17)
+    got = watched(lowered(case).state, *arrays(case, values={"n": numbers}))
+    for number in (9, 17):
+        static = CASE.replace(spec=PLAIN.replace(**make(number)))
+        want, own = watched(lowered(static).state, *arrays(static)), numbers == number
+        np.testing.assert_array_equal(got.out[own], want.out[own])
+        np.testing.assert_array_equal(got.lse[own], want.lse[own])
+
+
+@pytest.mark.parametrize("name", _rows(BY_HEAD))
 def test_masks_by_head(name):
     """Heads of one page block differ, in tiles of a head, in paired tiles and in a tile of all heads."""
-    facts = {"where": {"order": "interleaved"}, "per group": {"dtype": "int8", "scales": "token"}}.get(name, {})
-    case = CASE.replace(spec=PLAIN.replace(mask=BY_HEAD[name]), rows=2, **facts)
-    assert_reference(lowered(case, GRID if name == "not" else INLINE), case, arrays(case))
+    facts = {"where": {"order": "interleaved"}, "per group": INT8, "per head": {"order": "split"}}.get(name, {})
+    case = _case(name, {"mask": BY_HEAD[name]}, rows=2, **facts)
+    assert_reference(lowered(case, GRID if name == "not" else INLINE, _mode(name)), case, arrays(case))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "tree" else pytest.mark.kernels) for name in OWN]
-)
+@pytest.mark.kernels
+def test_heads_of_paired_tiles_differ():
+    case = _case("", {"mask": BY_HEAD["per head"], "head_dim": 128}, rows=2)
+    assert_reference(lowered(case), case, arrays(case))
+
+
+@pytest.mark.parametrize("name", _rows(OWN, fast=("tree",)))
 def test_positions_and_trees(name):
-    case = CASE.replace(
-        spec=PLAIN.replace(**OWN[name]), rows=4, **(INT8 if name in ("value window", "segments") else {})
-    )
+    case = _case(name, OWN[name], rows=4, **(INT8 if name in ("value window", "segments") else {}))
     schedule = {"tree": TOGETHER, "window": GRID, "prefix": SPLIT}.get(name, INLINE)
-    attend, brought = lowered(case, schedule), _brought(name, case, {**ONE, "a": STARTS})
+    attend, brought = lowered(case, schedule, _mode(name)), _brought(name, case, {**ONE, "a": STARTS})
     step = arrays(case, **brought)
     assert has_lists(attend, step) == (name == "segments")
     assert_reference(attend, case, step)
     assert_reference(attend, case, arrays(case, num_seqs=3, **brought))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("terms", [{"window": 20}, {"mask": Segments((5, 11)) & Window(20)}], ids=["run", "lists"])
+def test_a_chain_as_a_tree_is_the_chain(terms):
+    """Bitwise. A page that all rows of the chain see in full holds one of the step's own tokens.
+
+    Without a factor of the products, which XLA contracts with the sum behind it where no mask is between.
+    """
+    spec = PLAIN.replace(scale=1.0, **terms)
+    case, schedule = CASE.replace(spec=spec, rows=4), INLINE.replace(pages_per_block=1)
+    tree = case.replace(spec=spec.replace(mask=Tree() if spec.mask is None else Tree() & spec.mask))
+    step = arrays(tree, **tree_of(tree, [[-1, 0, 1, 2]] * 5))
+    got, want = watched(lowered(tree, schedule).state, *step), watched(lowered(case, schedule).state, *arrays(case))
+    np.testing.assert_array_equal(got.out, want.out)
+    np.testing.assert_array_equal(got.lse, want.lse)
+
+
+@pytest.mark.kernels
+def test_pages_between_a_prefix_and_the_own_tokens_hold_anything():
+    case = CASE.replace(spec=PLAIN.replace(causal=False, mask=Prefix(9) & Tree()), rows=4)
+    q, pages, batch = arrays(case, **tree_of(case))
+    nobodys = sorted(set(range(pages.num_pages)) - set(np.asarray(batch.block_tables).ravel().tolist()))[0]
+    table = batch.block_tables.at[4, 2].set(nobodys).at[4, 3].set(-1).at[2, 2].set(2**31 - 1)
+    assert_reference(lowered(case), case, (q, pages, dataclasses.replace(batch, block_tables=table)))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("terms", [{"window": N}, {"mask": Segments(Value("a", 2))}], ids=["run", "lists"])
+def test_scalar_memory_that_holds_two_sequences(terms):
+    """Several kernels, each with what is brought for its own sequences; and sinks."""
+    spec = PLAIN.replace(sinks=True, **{**terms, "mask": terms["mask"] & Tree() if "mask" in terms else Tree()})
+    case = CASE.replace(spec=spec, rows=4)
+    attend, values = lowered(case), {name: x for name, x in {**ONE, "a": STARTS}.items() if name in str(terms)}
+    step = (*arrays(case, values=values, **tree_of(case)), jnp.asarray([1.0, -2.0, 0.5, 3.0]))
+    call, wanted = Call.of(*step[:3]), reference_state(spec, *step)
+    for smem in range(300, 3000, 20):
+        chip = dataclasses.replace(CHIPS["v6e"], smem_bytes=smem)
+        if kernels_of(attend.program, attend.layout, call, INLINE, chip) == 3:
+            break
+    small = dataclasses.replace(attend, lowerings=(dataclasses.replace(attend.lowerings[0], chip=chip),))
+    got = watched(small.state, *step)
+    np.testing.assert_allclose(got.out, wanted.out, rtol=1e-4, atol=5e-5)
+    np.testing.assert_allclose(got.lse, wanted.lse, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.kernels
+def test_an_update_writes_by_places_and_attends_by_positions():
+    case = CASE.replace(spec=PLAIN.replace(window=N, mask=Tree()), rows=4)
+    q, pages, batch = arrays(case, values=ONE, **tree_of(case))
+    built = _plain(case.replace(spec=PLAIN))
+    out, written = watched(lowered(case).update, q, built.k, built.v, pages, batch)
+    np.testing.assert_array_equal(written.arrays[0], paged.write(built.k, built.v, pages, batch).arrays[0])
+    np.testing.assert_allclose(out, reference_state(case.spec, q, written, batch).out, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.kernels
+def test_single_rows_anywhere_among_others():
+    """What the lowering for prompts leaves to this kernel."""
+    case = CASE.replace(spec=PLAIN.replace(window=N, mask=Tree(), scores=(ALiBi(),)), phase="ragged", tokens=12)
+    case = case.replace(corner=dataclasses.replace(CORNER, rows=(1, 1, 4, 1, 2)))
+    q, pages, batch = arrays(case, values=ONE)
+    positions = np.random.default_rng(1).integers(0, 40, 12).astype(np.int32)
+    batch = dataclasses.replace(batch, positions=positions, ancestors=_ints(*[[3]] * 12))
+    seqs = Sequences.of(batch, 12, 8)
+    alone = seqs._replace(counts=(seqs.counts == 1).astype(jnp.int32))
+    attend, call = lowered(CASE.replace(spec=case.spec)), Call.of(q, pages, batch)
+    got = watched(attend.lowerings[0].run_single_rows, attend.program, INLINE, call, STATE, q, pages, None, alone)
+    want, rows = reference_state(case.spec, q, pages, batch), _ints(0, 1, 6)
+    np.testing.assert_allclose(got.out[rows], want.out[rows], rtol=1e-4, atol=5e-5)
