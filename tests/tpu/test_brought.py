@@ -255,12 +255,13 @@ def test_pages_between_a_prefix_and_the_own_tokens_hold_anything():
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("terms", [{"window": N}, {"mask": Segments(Value("a", 2))}], ids=["run", "lists"])
-def test_scalar_memory_that_holds_two_sequences(terms):
+@pytest.mark.parametrize("name", ["window", "segments"])
+def test_scalar_memory_that_holds_two_sequences(name):
     """Several kernels, each with what is brought for its own sequences; and sinks."""
-    spec = PLAIN.replace(sinks=True, **{**terms, "mask": terms["mask"] & Tree() if "mask" in terms else Tree()})
+    terms, values, _ = NUMBERS[name]
+    spec = PLAIN.replace(sinks=True, **{**terms, "mask": Tree() & terms["mask"] if "mask" in terms else Tree()})
     case = CASE.replace(spec=spec, rows=4)
-    attend, values = lowered(case), {name: x for name, x in {**ONE, "a": STARTS}.items() if name in str(terms)}
+    attend = lowered(case)
     step = (*arrays(case, values=values, **tree_of(case)), jnp.asarray([1.0, -2.0, 0.5, 3.0]))
     call, wanted = Call.of(*step[:3]), reference_state(spec, *step)
     for smem in range(300, 3000, 20):
