@@ -29,6 +29,9 @@ _GEMMA = {"head_dim": 256, "group": 2, "spec": {"soft_cap": 50.0}}
 _GPT_OSS = {"head_dim": 64, "group": 8, "spec": {"sinks": True, "window": 128}}
 _F32 = {"dtype": "float32", "q_dtype": "float32"}
 
+_N, _A, _B = paged.Value("n"), paged.Value("a", 4), paged.Value("b", 4)
+_BY_HEAD = paged.PerHead((paged.Window(128), paged.Everything()))
+
 
 def _scores(*scores):
     return {"spec": {"scores": scores}}
@@ -100,6 +103,24 @@ POINTS = {
     "update, grid": {"update": True, "schedule": {"sequence": "grid", "pages_per_block": 16}},
     "one page a block": {"schedule": {"pages_per_block": 1, "buffers": 8}},
     "seven pages per block": {"schedule": {"pages_per_block": 7}},
+    "window of each sequence": {"spec": {"window": _N}},
+    "prefix of each sequence or causal": {"spec": {"causal": False, "mask": paged.Causal() | paged.Prefix(_N)}},
+    "chunk of each sequence": {"spec": {"mask": paged.Chunk(_N)}},
+    "spans of each sequence": {"spec": {"causal": False, "mask": paged.Causal() | paged.Spans(_A, _B)}},
+    "segments of each sequence, int8": int8("token", spec={"mask": paged.Segments(_A)}),
+    "soft cap of each sequence": {"spec": {"soft_cap": paged.Value("f", dtype="float32")}},
+    "slopes of each sequence": _scores(paged.ALiBi(paged.Value("m", 32, "float32"))),
+    "by head": {"spec": {"mask": _BY_HEAD}},
+    "by head, interleaved": {"order": "interleaved", "spec": {"mask": _BY_HEAD}},
+    "tree": {"rows": 8, "ancestors": 1, "update": True, "spec": {"mask": paged.Tree()}},
+    "tree, gemma 2, int8": {
+        **int8("head", rows=8, ancestors=1, head_dim=256, group=2),
+        "spec": {"soft_cap": 50.0, "window": 1024, "mask": paged.Tree()},
+    },
+    "tree, lists, by head, ALiBi": {
+        **{"rows": 4, "ancestors": 1, "slots": 4},
+        "spec": {"mask": paged.Tree() & paged.Chunk(_N) & _BY_HEAD, "scores": (paged.ALiBi(),)},
+    },
 }
 # The kernels inline, on the grid and with a write; generations of one core and of two.
 FAST = (("llama 8b", "v4"), ("grid", "tpu7x"), ("update", "v5e"))
