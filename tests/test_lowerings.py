@@ -19,7 +19,7 @@ from paged.testing.lowerings import run_check
 from paged.testing.promises import ROWS, Subject
 from paged.testing.specs import BROUGHT
 from tests.mesh.placing import mesh_of, needs_devices
-from tests.support import CORNERS, build, case_of, every_lowering, lowered
+from tests.support import CORNERS, Corner, assert_state_close, build, case_of, every_lowering, lowered, state_of
 
 KERNELS = tuple(name for name in RUNNERS if name.startswith("tpu"))
 ENTRIES = tuple(name for name in RUNNERS if "attention" in name)
@@ -133,6 +133,17 @@ def test_corners_have_the_rows_they_promise(corner):
     assert any(row is None for row in seen)
     assert any(row is not None and len(row) for row in seen) == (corner != "all dead")
     assert any(row is not None and not len(row) for row in seen) == (corner in ("mixed", "more rows than tokens"))
+
+
+@every_lowering
+def test_a_tree_of_more_rows_than_a_word_has_bits(lowering):
+    """A sequence of 40 rows at places 8 to 47, whose ancestors need two words."""
+    corner = Corner(((3, 0), (0, 1), (2, 1), (1, 0), (0, 0)), (40, 1, 5, 3, 0))
+    case = case_of("tree", "ragged", corner=corner, tokens=52, page_size=16, seed=3)
+    built = build(case)
+    of_second_word = [set(range(8 + 32, 48)) & set(built.visible[row].tolist()) - {8 + row} for row in range(40)]
+    assert built.batch.ancestors.shape == (52, 2) and sum(map(bool, of_second_word)) > 9
+    assert_state_close(state_of(lowered(lowering, case), built), built)
 
 
 @every_lowering
