@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from paged.spec import (
     Everything,
     Given,
     Mask,
+    PerHead,
     RaggedBatch,
     ScoreOp,
     Tree,
@@ -83,6 +85,15 @@ class Program:
     def has_heads(self) -> bool:
         """Whether visibility differs by query head."""
         return any(term.has_heads for term in terms_in(self.visibility))
+
+    @functools.cached_property
+    def heads_alike(self) -> int:
+        """How many query heads have the same mask: each run of so many, from head 0 on, is known to."""
+        alike = self.num_q_heads
+        for term in terms_in(self.visibility):
+            if term.has_heads:
+                alike = math.gcd(alike, self.num_q_heads // len(term.masks) if isinstance(term, PerHead) else 1)
+        return alike
 
     @functools.cached_property
     def has_ancestors(self) -> bool:

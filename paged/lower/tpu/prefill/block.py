@@ -18,10 +18,13 @@ from ...program import Program, Terms, is_ancestor, update_maximum
 from ..chips import LANES, SUBLANES
 from ..pages import Views, dot
 from ..references import Ref
-from .loops import Index, loop, multiple
+from .loops import Index, div, loop, multiple, rem
 from .own import store_own_positions
 from .refs import Refs
 from .shape import TileShape
+
+# Runs of heads that one word of `Scratch.visible` has a bit for.
+BITS = 32
 
 
 class Block(NamedTuple):
@@ -124,8 +127,8 @@ class BlockKernel:
         Returns which keys some row sees, bool[1, keys]; None if the block has no page that no row sees.
 
         There is one array of visible pairs. It is overwritten only when every strip group is done with the block
-        before, so it needs no second half. Where visibility differs by head it holds what some head sees, and `score`
-        evaluates the mask again for the heads of its strip group: arrays for all heads would fill the memory.
+        before, so it needs no second half. Where visibility differs by head, heads that are known to have the same mask
+        share a bit of it.
         """
         scratch, shape = refs.scratch, (self.mask_rows, self.keys)
         j = jnp.broadcast_to(scratch.key_position[block.half, pl.ds(0, 1), pl.ds(0, self.keys)], shape)
@@ -135,10 +138,10 @@ class BlockKernel:
             first = turn * self.mask_rows
             p = self._positions(refs, item, first, self.mask_rows)
             if self.program.has_heads:
-                visible = self._seen_by_a_head(refs, item, block, p, j, first)
+                self._find_by_head(refs, item, block, p, j, first)
             else:
-                visible = self._evaluate(refs, item, block, self.mask, arrays, p, j, [first]).astype(jnp.int32)
-            scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)] = visible
+                visible = self._evaluate(refs, item, block, arrays, p, j, first)
+                scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)] = visible.astype(jnp.int32)
 
         loop(self.shape.positions // self.mask_rows, find)
         if not self.hides_unseen:
@@ -147,52 +150,46 @@ class BlockKernel:
         refs.stream.hide_unseen(item, block.i, block.stage, self.views.seen_pages(seen))
         return seen
 
-    def _seen_by_a_head(self, refs: Refs, item: Index, block: Block, p: Any, j: Any, first: Index) -> Any:
-        """``[mask_rows, keys]``, int32: 1 where a head of the row sees the key, else 0."""
+    def _find_by_head(self, refs: Refs, item: Index, block: Block, p: Any, j: Any, first: Index) -> None:
+        """Evaluate the mask for some rows: a bit for each run of heads that have the same, 32 of these in a word."""
+        alike = self.program.heads_alike
+        for word in range(visible_words(self.program)):
 
-        def add(head: Index, seen: Any) -> Any:
-            arrays = _of_heads(refs.inputs.arrays, self.mask, [head], self.mask_rows)
-            visible = self._evaluate(refs, item, block, self.mask, arrays, p, j, [first])
-            return jnp.maximum(seen, visible.astype(jnp.int32))
+            def add(bit: Index, seen: Any, word: int = word) -> Any:
+                arrays = _of_heads(refs.inputs.arrays, self.mask, [(word * BITS + bit) * alike], self.mask_rows)
+                visible = self._evaluate(refs, item, block, arrays, p, j, first).astype(jnp.int32)
+                return seen | jax.lax.shift_left(visible, jnp.full(visible.shape, bit))
 
-        return jax.lax.fori_loop(0, self.shape.num_q_heads, add, jnp.zeros(p.shape, jnp.int32))
+            runs = min(BITS, self.shape.num_q_heads // alike - word * BITS)
+            seen = jax.lax.fori_loop(0, runs, add, jnp.zeros(p.shape, jnp.int32))
+            rows = pl.ds(word * self.shape.positions + first, self.mask_rows)
+            refs.scratch.visible[rows, pl.ds(0, self.keys)] = seen
 
     def _evaluate(
-        self,
-        refs: Refs,
-        item: Index,
-        block: Block,
-        terms: Terms,
-        arrays: tuple[Any, ...],
-        p: Any,
-        j: Any,
-        firsts: list[Index],
+        self, refs: Refs, item: Index, block: Block, arrays: tuple[Any, ...], p: Any, j: Any, first: Index
     ) -> Any:
-        """The mask for rows at positions ``p`` and keys at ``j``. The rows are as many from each row of the tile in
-        ``firsts`` on."""
+        """The mask for the rows of the tile from ``first`` on, at positions ``p``, and keys at ``j``."""
         given, length = self._given(refs, item), refs.stream.work.length[item]
         if refs.scratch.key_place is None:
-            return terms.visible(arrays, given, p, j, length)
+            return self.mask.visible(arrays, given, p, j, length)
         place = jnp.broadcast_to(refs.scratch.key_place[block.half, pl.ds(0, 1), pl.ds(0, self.keys)], p.shape)
         if self.program.has_ancestors:
-            own, rows = refs.stream.work.own[item], p.shape[0] // len(firsts)
-            words = [self._brought(refs, 1 + word, firsts, rows) for word in range(self.own_words)]
-            row = jax.lax.broadcasted_iota(jnp.int32, (rows, self.keys), 0) + refs.stream.work.position[item] - own
-            row = _one_above_another([row + first for first in firsts])
+            own = refs.stream.work.own[item]
+            words = [self._brought(refs, 1 + word, first, self.mask_rows) for word in range(self.own_words)]
+            row = jax.lax.broadcasted_iota(jnp.int32, p.shape, 0) + refs.stream.work.position[item] - own + first
             given = given._replace(is_ancestor=is_ancestor(words, row, place - own))
         # Positions may be any numbers: whether a key exists is told by its place.
-        return terms.visible(arrays, given, p, j, jnp.int32(LARGEST_INT32)) & (place < length)
+        return self.mask.visible(arrays, given, p, j, jnp.int32(LARGEST_INT32)) & (place < length)
 
     def _given(self, refs: Refs, item: Index) -> Given:
         """The numbers that the batch brings for the item's sequence."""
         return Given(refs.stream.work.brought_for(item).numbers(self.program.values))
 
-    def _brought(self, refs: Refs, column: int, firsts: list[Index], rows: int) -> Any:
-        """A column of what the batch brings for rows, ``[rows * len(firsts), 1]``: 0 is their positions, and from 1 on
-        the words of their ancestors."""
+    def _brought(self, refs: Refs, column: int, first: Index, rows: int) -> Any:
+        """A column of what the batch brings for some rows, ``[rows, 1]``: 0 is their positions, and from 1 on the words
+        of their ancestors."""
         register, lane = divmod(column, LANES)
-        found = [refs.scratch.own_rows[register, pl.ds(first, rows)][:, lane : lane + 1] for first in firsts]
-        return _one_above_another(found)
+        return refs.scratch.own_rows[register, pl.ds(first, rows)][:, lane : lane + 1]
 
     def _seen_by_a_row(self, refs: Refs, item: Index) -> Any:
         """bool[1, keys]: whether a row of the item sees the key. Spare rows of a tile do not count."""
@@ -202,6 +199,11 @@ class BlockKernel:
             first = turn * self.mask_rows
             is_row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < refs.stream.work.rows[item]
             visible = refs.scratch.visible[pl.ds(first, self.mask_rows), pl.ds(0, self.keys)]
+            if self.program.has_heads:
+                for word in range(1, visible_words(self.program)):
+                    rows = pl.ds(word * self.shape.positions + first, self.mask_rows)
+                    visible |= refs.scratch.visible[rows, pl.ds(0, self.keys)]
+                visible = (visible != 0).astype(jnp.int32)
             return jnp.maximum(seen, jnp.where(is_row, visible, 0).astype(jnp.float32))
 
         seen = jax.lax.fori_loop(0, self.shape.positions // self.mask_rows, add, jnp.zeros(shape, jnp.float32))
@@ -231,7 +233,7 @@ class BlockKernel:
             arrays = _of_heads(refs.inputs.arrays, self.scores, heads, rows)
             s = self.scores.scores(arrays, self._given(refs, item), s, p, j)
         if is_masked:
-            s = jnp.where(self._visible(refs, item, block, strip_group), s, -jnp.inf)
+            s = jnp.where(self._visible(refs, strip_group), s, -jnp.inf)
         scratch.block_top[half, pl.ds(0, rows)] = functools.reduce(jnp.maximum, _lane_groups(s))
         scratch.scores[half, pl.ds(0, rows), pl.ds(0, keys)] = s
 
@@ -262,21 +264,18 @@ class BlockKernel:
             weights.astype(v.dtype), v, contract=0
         )
 
-    def _visible(self, refs: Refs, item: Index, block: Block, strip_group: Index) -> Any:
+    def _visible(self, refs: Refs, strip_group: Index) -> Any:
         """Which keys the rows of a strip group see. Unless visibility differs by head, strips of the same positions see
         the same keys."""
         shape, keys = self.shape, pl.ds(0, self.keys)
-        if self.program.has_heads:
-            strips = shape.strips_of(strip_group)
-            heads = [shape.q_head_of(strip) for strip in strips]
-            arrays = _of_heads(refs.inputs.arrays, self.scores, heads, shape.strip_group_rows)
-            p = self._query_positions(refs, item, strip_group)
-            j = jnp.broadcast_to(refs.scratch.key_position[block.half, pl.ds(0, 1), keys], p.shape)
-            firsts = [shape.first_position_of(strip) for strip in strips]
-            return self._evaluate(refs, item, block, self.scores, arrays, p, j, firsts)
 
         def of_strip(strip: Index) -> Any:
-            return refs.scratch.visible[pl.ds(shape.first_position_of(strip), shape.strip_rows), keys]
+            if not self.program.has_heads:
+                return refs.scratch.visible[pl.ds(shape.first_position_of(strip), shape.strip_rows), keys]
+            run = div(shape.q_head_of(strip), self.program.heads_alike)
+            first = multiple(div(run, BITS), shape.positions) + shape.first_position_of(strip)
+            bits = refs.scratch.visible[pl.ds(first, shape.strip_rows), keys]
+            return jax.lax.shift_right_logical(bits, jnp.full(bits.shape, rem(run, BITS))) & 1
 
         return _one_above_another([of_strip(strip) for strip in shape.strips_of(strip_group)]) != 0
 
@@ -284,10 +283,9 @@ class BlockKernel:
         """The position of each row of a strip group, for every key."""
         shape = self.shape
         if refs.scratch.own_rows is not None:
-            firsts = [shape.first_position_of(strip) for strip in shape.strips_of(strip_group)]
-            return jnp.broadcast_to(
-                self._brought(refs, 0, firsts, shape.strip_rows), (shape.strip_group_rows, self.keys)
-            )
+            strips = shape.strips_of(strip_group)
+            p = [self._brought(refs, 0, shape.first_position_of(strip), shape.strip_rows) for strip in strips]
+            return jnp.broadcast_to(_one_above_another(p), (shape.strip_group_rows, self.keys))
         p = refs.stream.work.position[item] + jax.lax.broadcasted_iota(jnp.int32, (shape.strip_rows, self.keys), 0)
         return _one_above_another([p + shape.first_position_of(strip) for strip in shape.strips_of(strip_group)])
 
@@ -295,7 +293,7 @@ class BlockKernel:
         """The positions of some rows of the tile from row ``first`` on, for every key."""
         shape = (rows, self.keys)
         if refs.scratch.own_rows is not None:
-            return jnp.broadcast_to(self._brought(refs, 0, [first], rows), shape)
+            return jnp.broadcast_to(self._brought(refs, 0, first, rows), shape)
         return refs.stream.work.position[item] + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
 
     def _stored(self, refs: Refs, block: Block, head: Index, which: int) -> Any:
@@ -304,6 +302,11 @@ class BlockKernel:
             return self.views.read_deinterleaved(refs.scratch.deinterleaved.at[block.half], head, which)
         read = self.views.values if which else self.views.keys
         return read(refs.stream.transfers.buffers, block.stage, head)
+
+
+def visible_words(program: Program) -> int:
+    """Words of `Scratch.visible`: one, or as many as it takes for a bit of each run of heads with the same mask."""
+    return -(-program.num_q_heads // program.heads_alike // BITS) if program.has_heads else 1
 
 
 def _of_heads(arrays: tuple[Ref, ...], terms: Terms, heads: list[Index], rows: int) -> tuple[Any, ...]:

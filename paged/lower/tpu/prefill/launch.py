@@ -16,7 +16,7 @@ from ...program import PageIntervals, Program, Results, Wanted, kernel_terms
 from ..chips import LANES, SUBLANES, Chip, padded_bytes
 from ..pages import Facts, Holes, Stream, Transfers, Views, WorkList, compute_dtype, pools_of
 from ..references import call_kernel
-from .block import BlockKernel
+from .block import BlockKernel, visible_words
 from .intervals import Batch, Tiles, TileWork, Uncut
 from .kernel import PrefillKernel
 from .own import OWN_MEMORY, OwnOperands, OwnShape
@@ -232,7 +232,7 @@ class PrefillLaunch:
             values=vmem(all_rows, strides.out_columns * LANES),
             scores=vmem(2, rows, keys),
             block_top=vmem(2, rows, LANES),
-            visible=vmem(positions, keys, dtype=jnp.int32),
+            visible=vmem(visible_words(self.program) * positions, keys, dtype=jnp.int32),
             lse=vmem(strides.lse_registers, positions, LANES) if self.wanted.has_lse else None,
             key_position=vmem(2, SUBLANES, keys, dtype=jnp.int32),
             key_place=vmem(2, SUBLANES, keys, dtype=jnp.int32) if registers else None,

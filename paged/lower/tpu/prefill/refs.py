@@ -92,7 +92,8 @@ class Scratch(NamedTuple):
 
     * ``scores`` f32[2, rows of a strip group, keys].
     * ``block_top`` f32[2, rows of a strip group, lanes]: the largest of each lane's scores.
-    * ``visible`` i32[positions, keys]: which pairs of a position and a key are visible.
+    * ``visible`` i32[words * positions, keys]: which pairs of a position and a key are visible; one bit for all heads,
+      or one for each run of heads, see `visible_words`.
     * ``key_position`` i32[2, 8, keys]: the same in every row.
     * ``key_place`` i32[2, 8, keys]: places of keys, which differ from positions where the batch brings positions; None
       elsewhere.
