@@ -144,7 +144,7 @@ POOLS = {
 def test_heads_that_are_known_to_have_the_same_mask():
     """Runs of heads of one mask; where several terms differ by head, runs of all of them."""
     sixteen, two, four = PLAIN.replace(num_q_heads=16), PerHead((Window(2), Causal())), PerHead((Window(2),) * 4)
-    runs = {two: 8, four: 4, two & four: 4, two & ~four: 4, two & Where(by_head): 1, Where(far, values=(3,)): 16}
+    runs = {two: 8, four: 4, two & four: 4, two & ~four: 4, two & Where(by_head): 1, Where(far, values=(N,)): 16}
     assert {mask: Program.from_spec(sixteen.replace(mask=mask)).heads_alike for mask in runs} == runs
 
 
