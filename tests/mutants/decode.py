@@ -1,5 +1,6 @@
 """Planted bugs of the TPU decode kernel, of its update, and of the lowering around them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 from paged.lower.tpu.decode import launch as launch_module
 from paged.lower.tpu.decode.kernel import ROWS_IN_FLIGHT, Decode
 from paged.lower.tpu.decode.launch import DecodeLaunch
+from paged.lower.tpu.decode.sight import Sight
 from paged.lower.tpu.decode.update import Write
 from paged.lower.tpu.pages import work as work_module
+from paged.lower.tpu.pages.brought import BroughtFor
 from paged.lower.tpu.pages.intervals import IntervalWork
 from paged.lower.tpu.pages.stream import Stream
 from paged.lower.tpu.pages.transfer import Transfers
@@ -125,6 +128,14 @@ def _in_their_own_order(original):
     return lambda self, item, i, block: self.facts.begin[item] + i * block
 
 
+def _of_the_next_row(original):
+    def row(self, ref):
+        following = lambda: jax.lax.rem(self.which() + 1, self.count)
+        return original(dataclasses.replace(self, which=following), ref)
+
+    return row
+
+
 _decode = functools.partial(Mutant, "decode", in_every_run=False)
 _update = functools.partial(Mutant, "update", trial="decode, update", killed_by="writes", in_every_run=False)
 _EQUAL = "equals the reference"
@@ -185,6 +196,19 @@ DECODE = (
     _decode(
         "partial pages taken for full", method(IntervalWork, "_pages", _all_seen),
         "decode, window", _EQUAL, "not finite",
+    ),
+    _decode(
+        "what the batch brings for the next sequence", method(BroughtFor, "_row", _of_the_next_row),
+        "decode, tree", _EQUAL,
+    ),
+    _decode(
+        "the step's own tokens taken for full", method(IntervalWork, "_first_own", lambda _: lambda self, item: 10**6),
+        "decode, tree", _EQUAL,
+    ),
+    _decode(
+        "the mask of the first heads for all",
+        method(Sight, "_visible", lambda original: lambda self, *args: original(self, *args)[:1]),
+        "decode, by head", _EQUAL,
     ),
     _decode(
         "blocks in their own order", method(IntervalWork, "entry", _in_their_own_order),

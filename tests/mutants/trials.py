@@ -138,6 +138,11 @@ _WINDOW_DECODE = _OPEN_DECODE.replace(
     pages_per_seq=10,
     corner=Corner(((10, 0), (10, -3), (9, 1), (7, 4), (0, 0)), (1,) * 5),
 )
+# The first of the step's own tokens is the last one of a page.
+_TREE_DECODE = _WINDOW_DECODE.replace(
+    spec=PLAIN.replace(mask=Tree()), rows=4, corner=Corner(((9, 3), (4, 3), (0, 2), (10, 0), (0, 0)), (4,) * 5)
+)
+_BY_HEAD_DECODE = _WINDOW_DECODE.replace(spec=PLAIN.replace(mask=PerHead((Window(44), Causal()))))
 
 
 _SLOPES = (0.5, -0.25, 2.0, 0.125, 1.0, -3.0)
@@ -178,6 +183,8 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "decode, listed": _kernel(_LISTED_DECODE, _decode(2, 3), "on_wait"),
     "decode, hidden pages": _kernel(_HIDDEN_DECODE, _decode(2, 3), "on_wait"),
     "decode, window": _kernel(_WINDOW_DECODE, _decode(2, 3), "on_wait"),
+    "decode, tree": _kernel(_TREE_DECODE, _decode(1, 3), "on_wait"),
+    "decode, by head": _kernel(_BY_HEAD_DECODE, _decode(2, 3), "on_wait"),
     "decode, early": _kernel(_MASKED_FIRST, _decode(1), "eager"),
     "decode, late, one page per block": _kernel(_MASKED_FIRST, _decode(1, 3), "on_wait"),
     "decode, split": _kernel(
