@@ -31,13 +31,13 @@ def build(shape: str, layers: int, form: str) -> Call:
         return layout.wrap(*(jax.ShapeDtypeStruct(dims, layout.dtype) for dims in layout.array_shapes(pages)))
 
     def scanned(pages: Any, lengths: Any, tables: Any, q: Any, new: Any) -> Any:
-        batch = paged.RaggedBatch.decode(lengths, tables)
+        plan = attend.plan(q, pool(num_pages), paged.RaggedBatch.decode(lengths, tables))  # as a `LayerStack` makes it
 
-        def layer(carry: Any, i: Any) -> Any:
+        def layer(i: Any, carry: Any) -> Any:
             q, pages = carry
-            return attend.update(q, new, new, pages, batch.for_layer(i, num_pages, layers)), None
+            return attend.update(q, new, new, pages, plan.for_layer(i, num_pages, layers))
 
-        return jax.lax.scan(layer, (q, pages), jnp.arange(layers))[0]
+        return jax.lax.fori_loop(0, layers, layer, (q, pages))
 
     def unrolled(pools: Any, lengths: Any, tables: Any, q: Any, new: Any) -> Any:
         batch, written = paged.RaggedBatch.decode(lengths, tables), []
