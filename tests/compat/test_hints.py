@@ -176,6 +176,7 @@ def test_the_public_arguments_reach_the_kernel():
     assert "i32[4,3]" in narrow and "i32[4,3]" not in plain
 
 
+@pytest.mark.kernels
 def test_the_public_arguments_of_ragged_batches_reach_the_kernel():
     plain = _jaxpr(ragged_page_attention_v2, *V2, target="tpu")
     hints = {"num_kv_pages_per_block": 8, "num_queries_per_block": 32, "vmem_limit_bytes": 2**22}

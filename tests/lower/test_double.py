@@ -14,6 +14,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize(("batch", "schedule"), [("decode", "several blocks per step"), ("ragged", "one")])
+@pytest.mark.kernels
 def test_update_and_its_gradient_under_64_bits(batch, schedule):
     spec = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, window=6, soft_cap=5.0, sinks=True)
     layout = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)

@@ -44,6 +44,7 @@ def test_a_step_in_a_shard_map_that_checks_what_varies(name, whole):
     jax.eval_shape(jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P()), arrays_of_a_step())
 
 
+@pytest.mark.kernels
 def test_a_step_by_heads_and_its_gradient_in_a_shard_map_are_those_of_one_device():
     """The queries' heads are divided, and so are the pages: the batch is whole."""
     mesh, _ = mesh_of({"kv_heads": 2})

@@ -1,12 +1,26 @@
 """Every planted bug of the list dies by its check, and without a bug every trial passes."""
 
+import collections
+
 import pytest
 
 from .base import run
 from .table import MUTANTS
 from .trials import TRIALS
 
-IN_EVERY_RUN = {mutant.trial for mutant in MUTANTS if mutant.in_every_run}
+
+def _few():
+    """Of each kind of bug the first two that may run always: the others are much like them."""
+    few, counts = [], collections.Counter()
+    for mutant in MUTANTS:
+        counts[mutant.kind] += mutant.in_every_run
+        if mutant.in_every_run and (counts[mutant.kind] <= 2 or mutant.kind in ("masks", "scores")):
+            few.append(mutant)
+    return few
+
+
+FEW = _few()
+IN_EVERY_RUN = {mutant.trial for mutant in FEW}
 
 
 def _marked(name, value, in_every_run):
@@ -18,7 +32,7 @@ def test_without_a_bug_the_trial_passes(name):
     TRIALS[name]()
 
 
-@pytest.mark.parametrize("mutant", [_marked(f"{m.kind}: {m.name}", m, m.in_every_run) for m in MUTANTS])
+@pytest.mark.parametrize("mutant", [_marked(f"{m.kind}: {m.name}", m, m in FEW) for m in MUTANTS])
 def test_a_planted_bug_dies_by_its_check(mutant):
     result = run(mutant)
     assert result.killed_by == mutant.killed_by, result.said

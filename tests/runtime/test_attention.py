@@ -183,6 +183,7 @@ def test_donated_state_is_updated_in_place():
     assert state.get(layer.cache.index).arrays[0].unsafe_buffer_pointer() == where
 
 
+@pytest.mark.kernels
 def test_interpreted_kernels_equal_xla():
     """One decode step. ``interpret`` reaches `paged.lower` from a layer and from its cache."""
     spec = paged.AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=16)

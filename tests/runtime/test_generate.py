@@ -72,6 +72,7 @@ def test_eos_ends_a_sequence_and_frees_its_pages(model_and_state, expected):
     assert several[0].tokens == expected[0][:1]
 
 
+@pytest.mark.kernels
 def test_random_draws_do_not_depend_on_scheduling(model_and_state):
     options = {"sampler": Sampler(temperature=1.5, top_k=20), "key": jax.random.key(5)}
     crowded = run(model_and_state, num_pages=8, **options)
@@ -132,6 +133,7 @@ class Counter(eqx.Module):
 @given(
     st.lists(st.tuples(st.integers(1, 11), st.integers(1, 7)), min_size=0, max_size=7), st.integers(5, 9), st.booleans()
 )
+@pytest.mark.kernels
 def test_any_schedule_finishes_and_every_sequence_is_its_own(shapes, num_pages, has_eos):
     model, state = eqx.nn.make_with_state(Counter)()
     prompts = [[(3 * i + k) % VOCAB for k in range(length)] for i, (length, _) in enumerate(shapes)]

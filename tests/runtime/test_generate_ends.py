@@ -91,6 +91,7 @@ def test_a_chunk_that_a_row_sees_past_is_refused(mask, chunk_size, text, monkeyp
         serve(mask, chunk_size)
 
 
+@pytest.mark.kernels
 def test_each_prompt_brings_its_own_prefix():
     """In chunks that end where the prompt's prefix does, as if each were served with a static prefix."""
     mask, prompts, prefixes = Causal() | Prefix(paged.Value("prefix")), [PROMPT, PROMPT[:7], PROMPT[3:]], [6, 0, 3]
@@ -108,7 +109,6 @@ def test_each_prompt_brings_its_own_prefix():
         serve(mask, 6, prompts, 2, values={"prefix": [6, -1, 3]})
 
 
-@pytest.mark.kernels
 def test_a_chunk_ends_before_a_span_that_it_would_cut():
     spans = Causal() | paged.Spans(paged.Value("starts", 2), paged.Value("ends", 2))
     values, reports = {"starts": [[1, 4], [4, 9]], "ends": [[4, 8], [7, 9]]}, []

@@ -173,6 +173,7 @@ def test_int8_pages_of_a_stack_are_calibrated_layer_by_layer():
         x = layer.dense(x[None])[0]
 
 
+@pytest.mark.kernels
 def test_interpreted_kernels_of_a_stack_equal_xla():
     """In a loop, a layer whose kernel needs no lists, and one whose lists are made before the loop."""
     specs = [paged.AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=16, mask=m) for m in (None, ~paged.Prefix(3))]

@@ -33,6 +33,7 @@ def _attend():
 
 
 @pytest.mark.kernels
+@pytest.mark.kernels
 def test_gradients_are_those_of_the_xla_lowering():
     assert_gradients_are_those_of_xla(_attend(), build(CASE))
 
@@ -47,6 +48,7 @@ def test_tables_and_lists_too_long_for_scalar_memory_are_cut_by_sequence(case, b
     assert items == [3, 2]
 
 
+@pytest.mark.kernels
 @pytest.mark.kernels
 def test_a_page_list_too_long_for_scalar_memory_is_cut_and_merged(monkeypatch):
     """One sequence of four pages: two kernels of two pages, each with two KV splits. Four states are merged."""

@@ -97,6 +97,7 @@ def _written(target, **how):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("mode", [jax.enable_checks, jax.enable_x64, jax.debug_nans], ids=["checks", "x64", "nans"])
+@pytest.mark.kernels
 def test_an_interpreted_kernel_has_the_values_and_gradients_of_xla(mode):
     expected = _written("xla")
     with mode(True):
@@ -120,6 +121,7 @@ def test_kernels_are_traced_inside_of_a_callers_shard_map(kernel):
     assert jax.eval_shape(value_and_gradient, *args)[1].shape == args[0].shape
 
 
+@pytest.mark.kernels
 @pytest.mark.kernels
 def test_an_interpreted_kernel_inside_of_a_callers_shard_map_has_the_values_of_xla():
     _, k, v = _arrays(2)

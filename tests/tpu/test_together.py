@@ -49,6 +49,7 @@ def _counted(monkeypatch, name):
         pytest.param(1, {"sequence": "grid"}, "eager", marks=pytest.mark.kernels),
     ],
 )
+@pytest.mark.kernels
 def test_short_items_together_equal_the_reference(rows, schedule, mode, monkeypatch):
     together = _counted(monkeypatch, "_run_together")
     case = CASE.replace(rows=rows, seed=rows)
@@ -104,6 +105,7 @@ def test_short_sequences_get_buffers_for_items_together(pages_per_seq):
     assert schedule.pages_per_block == 32 and schedule.buffers == (4 if pages_per_seq == 19 else 3)
 
 
+@pytest.mark.kernels
 def test_items_together_may_take_a_shorter_body_than_a_block(monkeypatch):
     """Blocks have four pages, and the scores of two items fit with two pages each. Items of three pages go alone."""
     monkeypatch.setattr(decode, "_SCORES_TOGETHER", 2 * 16 * 128)

@@ -70,6 +70,7 @@ def _kernels(function, *args):
 
 
 @pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.kernels
 def test_vmap_and_scan_lower_for_a_tpu_with_the_kernels_of_one_layer(rows):
     attend, (*args, batch) = _abstract(rows)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), tuple(args))

@@ -32,6 +32,7 @@ FAST = ("joined", "per-token scales")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.kernels] * (n not in FAST)) for n in CASES])
+@pytest.mark.kernels
 def test_pages_are_those_of_the_write_and_rows_those_of_attending_to_them(name):
     facts, choices, mode = CASES[name]
     case = case_of("plain", "decode", **{"page_size": 16, **facts})

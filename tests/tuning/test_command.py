@@ -32,6 +32,7 @@ def _run(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_a_shape_is_tuned_by_a_process_and_its_file_found_by_another(tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
     first = _run(*TINY, "--seconds", "0.01", PAGED_TUNING=str(path))

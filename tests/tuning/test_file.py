@@ -163,6 +163,7 @@ for i in range(count):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_write_at_once_lose_nothing_and_readers_see_whole_files(path):
     count = 60
     arguments = [[sys.executable, "-c", WRITER, str(path), who, str(count)] for who in ("one", "two")]
