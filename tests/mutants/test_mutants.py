@@ -23,8 +23,13 @@ FEW = _few()
 IN_EVERY_RUN = {mutant.trial for mutant in FEW}
 
 
+# Trials of 20 seconds each, of bugs that are much like others in the list.
+LONGEST = ("decode: an item past the end together with the last", "decode: cursor a block ahead")
+
+
 def _marked(name, value, in_every_run):
-    return pytest.param(value, id=name, marks=[] if in_every_run else [pytest.mark.kernels])
+    later = pytest.mark.slow if name in LONGEST else pytest.mark.kernels
+    return pytest.param(value, id=name, marks=[] if in_every_run else [later])
 
 
 @pytest.mark.parametrize("name", [_marked(name, name, name in IN_EVERY_RUN) for name in TRIALS])

@@ -154,8 +154,10 @@ def test_orders_and_dtypes(name, small_rings):
     _assert_writes(layout, ("mixed", "neighbours"), mode, small_rings(generation))
 
 
-@pytest.mark.kernels
-@pytest.mark.parametrize("name", SLOW_POINTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if i % 2 else pytest.mark.kernels) for i, n in enumerate(SLOW_POINTS)],
+)
 def test_all_orders_and_dtypes(name):
     layout, generation, mode = SLOW_POINTS[name]
     _assert_writes(layout, BATCHES, mode, CHIPS[generation])
