@@ -81,7 +81,7 @@ def _resolve(
 
 
 def choice_of(attend: Any, program: Program, call: Call, step: RaggedBatch | Plan) -> Choice:
-    """What runs a call: what its plan was made for, or else what is chosen for it."""
+    """The lowering and the schedule of a call. A plan has its own; without one they are chosen."""
     if isinstance(step, Plan):
         return step.choice(program, attend.layout, attend.lowerings, attend.pinned, call)
     return attend.choice(call)

@@ -71,8 +71,7 @@ def from_parents(parents: Any) -> Drafts:
     for i in range(rows):
         own[i, i // _WORD] = 1 << i % _WORD
     bits = xp.broadcast_to(own.view(np.int32), (*parents.shape, words))
-    # Of each row, the rows that it descends from within so many steps, and the row one step further. Twice as many
-    # steps in each turn.
+    # Each turn doubles how many generations are known: the ancestors of a row, and the ancestor that comes next.
     depth, following = (parents >= 0).astype(xp.int32), parents
     for _ in range((rows - 1).bit_length()):
         has_one, at = following >= 0, xp.maximum(following, 0)

@@ -57,7 +57,7 @@ class Value:
 
 
 class Given(NamedTuple):
-    """What is given with a pair of a query and a key beyond its positions.
+    """What a term may ask of a pair of a query and a key, besides their positions.
 
     Every number, and every array, broadcasts against the positions of the pairs.
 

@@ -31,7 +31,7 @@ class Brought(NamedTuple):
 
     @classmethod
     def of(cls, program: Program, seqs: Sequences, rows: int, are_even: bool) -> "Brought":
-        """What is brought for sequences of ``rows`` query rows each, which are known to follow one another if even."""
+        """What is brought for sequences of ``rows`` query rows each. If even, the rows follow one another."""
         numbers = cls.of_numbers(program, seqs)
         if seqs.own is None:
             return numbers
