@@ -71,7 +71,7 @@ _Raises.__exit__ = _let_annotations_rest(_Raises.__exit__, False)
 hypothesis.settings.register_profile("paged", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("paged")
 
-_PACKAGES = ("paged.spec", "paged.lower", "paged.runtime", "paged.compat", "paged.testing", "paged")
+_PACKAGES = ("paged.spec", "paged.lower", "paged.runtime", "paged.models", "paged.compat", "paged.testing", "paged")
 
 
 # Every compiled program keeps some of the memory mappings that a process may have; Linux allows 65530.

@@ -67,7 +67,7 @@ if TYPE_CHECKING:  # at run time `paged.lower` is the package, which is called l
 
 
 def __getattr__(name: str) -> types.ModuleType:
-    """`paged.runtime`, `paged.compat` and `paged.testing`, imported when they are first used."""
-    if name in ("compat", "runtime", "testing"):
+    """`paged.runtime`, `paged.models`, `paged.compat` and `paged.testing`, imported when they are first used."""
+    if name in ("compat", "models", "runtime", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ LAYERS = {
     "spec": (),
     "lower": ("spec",),
     "runtime": ("spec", "lower"),
+    "models": ("spec", "lower", "runtime"),
     "compat": ("spec", "lower"),
     "testing": ("spec", "lower", "runtime", "compat"),
 }
@@ -167,7 +168,7 @@ def _is_overload(node):
 
 def _public_names():
     """``(file, definition)`` of every name that the doors re-export, found by following the re-exports."""
-    doors = (ROOT / "paged", *(ROOT / "paged" / layer for layer in ("compat", "runtime", "testing")))
+    doors = (ROOT / "paged", *(ROOT / "paged" / layer for layer in ("compat", "models", "runtime", "testing")))
     pending, seen = [(door / "__init__.py", None) for door in doors], []
     while pending:
         path, wanted = pending.pop()
