@@ -1,6 +1,7 @@
 """`PagePool`: which pages are free, and which sequence slot holds which; arrays of fixed shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Integer
 
 from paged.lower import vary_alike
-from paged.spec import RaggedBatch, register_module, require_positive_int
+from paged.spec import Mask, RaggedBatch, register_module, require_positive_int
 
 from ._arguments import index_or_traced, slot_counts, slot_flags
+from ._kept import kept_pages
 
 # One per slot: an array, which may be traced, or a list.
 Counts = Integer[Array | np.ndarray, " seqs"] | Sequence[int]
@@ -24,7 +26,8 @@ class PagePool(eqx.Module):
 
     * ``ref_counts`` i32[pages]: how many slots hold each page. A page is free where its count is 0, and only free pages
       are handed out. Counts are 0 or 1 as yet: no operation gives a page a second holder.
-    * ``block_tables`` i32[seqs, pages_per_seq]: the pages of each slot in token order, -1 past them.
+    * ``block_tables`` i32[seqs, pages_per_seq]: the pages of each slot in token order, -1 past them, and in the place
+      of pages that `trim` has freed.
     * ``lengths`` i32[seqs]: how many tokens each slot has; 0 for an empty slot.
     * ``page_size``, static: tokens per page.
 
@@ -126,10 +129,10 @@ class PagePool(eqx.Module):
         """
         tokens = slot_counts("tokens", tokens, self.num_slots)
         fits = (tokens >= 0) & (tokens <= self.capacity)
-        held = jnp.sum(self.block_tables >= 0, axis=1, dtype=jnp.int32)
+        taken = self._entries_taken()
         needed = -(-jnp.where(fits, tokens, 0) // self.page_size)
-        ok, first = _serve_in_order(jnp.maximum(needed - held, 0), fits, self.num_free)
-        return self._take(held, jnp.where(ok, needed, held), first), ok
+        ok, first = _serve_in_order(jnp.maximum(needed - taken, 0), fits, self.num_free)
+        return self._take(taken, jnp.where(ok, needed, taken), first), ok
 
     def extend(self, tokens: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
         """Add tokens to slots: `reserve` pages for them and, where that is ok, count them in the lengths.
@@ -167,6 +170,45 @@ class PagePool(eqx.Module):
             ref_counts=self.ref_counts.at[given_back].add(-1, mode="drop"),
             block_tables=jnp.where(is_released, -1, self.block_tables),
             lengths=jnp.where(is_released[:, 0], 0, self.lengths),
+            page_size=self.page_size,
+        )
+
+    def trim(self, mask: Mask, values: Mapping[str, Any] | None = None) -> "PagePool":
+        """Free the pages that a mask hides from every query still to come.
+
+        A slot's next token has the position ``lengths[s]``. A page that is full is freed where the mask's `coverage` of
+        ``[lengths[s], infinity) x page`` is empty: then no query of this slot can see a key of the page any more. So a
+        window frees what has left it, a prefix keeps its pages, and a `Where` frees nothing. The slot has one holder's
+        claim less on the page, and its table entry becomes -1, which attentions with this mask never read.
+
+        Trim before `extend`, so that the freed pages can be handed out again.
+
+        **Arguments:**
+
+        - `mask`: the mask of every attention that reads these tables: ``spec.visibility``. For several masks, pass
+          ``a | b``, which keeps what any of them needs.
+        - `values`: the numbers that the mask names by `Value`, one for each slot: as in `RaggedBatch`.
+
+        **Returns:** the new pool. Lengths stay. Batches that bring ``positions`` below a slot's length must be served
+        before its pages are trimmed.
+
+        Raises ``ValueError`` for a value that the mask names and ``values`` lacks, or of another shape.
+
+        >>> pool, _ = PagePool.init(4, num_slots=1, pages_per_seq=4, page_size=2).extend(jnp.array([6]))
+        >>> pool = pool.trim(paged.Causal() & paged.Window(3))  # position 6 sees tokens 4, 5 and 6
+        >>> pool.block_tables.tolist(), int(pool.num_free)
+        ([[-1, -1, 2, -1]], 3)
+        >>> pool.extend(jnp.array([1]))[0].block_tables.tolist()
+        [[-1, -1, 2, 0]]
+        """
+        kept = kept_pages(mask, self.lengths, self.page_size, self.pages_per_seq, values)
+        is_full = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None] < (self.lengths // self.page_size)[:, None]
+        is_freed = is_full & ~kept & (self.block_tables >= 0)
+        freed = jnp.where(is_freed, self.block_tables, self.num_pages)
+        return PagePool(
+            ref_counts=self.ref_counts.at[freed].add(-1, mode="drop"),
+            block_tables=jnp.where(is_freed, -1, self.block_tables),
+            lengths=self.lengths,
             page_size=self.page_size,
         )
 
@@ -232,16 +274,22 @@ class PagePool(eqx.Module):
         starts = jnp.stack([jnp.zeros((), jnp.int32), jnp.asarray(query_rows, jnp.int32)])
         return RaggedBatch(self.lengths[slot][None], self.block_tables[slot][None], starts)
 
-    def _take(self, held: Array, wanted: Array, first: Array) -> "PagePool":
-        """Fill table entries ``held[s] .. wanted[s] - 1`` with free pages, from number ``first[s]`` of those on."""
+    def _entries_taken(self) -> Int[Array, " seqs"]:
+        """How many table entries of each slot have had their page: for its tokens, trimmed or not, or reserved."""
+        entry = jnp.arange(1, self.pages_per_seq + 1, dtype=jnp.int32)[None]
+        last = jnp.max(jnp.where(self.block_tables >= 0, entry, 0), axis=1)
+        return jnp.maximum(last, -(-self.lengths // self.page_size))
+
+    def _take(self, taken: Array, wanted: Array, first: Array) -> "PagePool":
+        """Fill table entries ``taken[s] .. wanted[s] - 1`` with free pages, from number ``first[s]`` of those on."""
         free = jnp.nonzero(self.ref_counts == 0, size=self.num_pages, fill_value=self.num_pages)[0].astype(jnp.int32)
         entry = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None]
-        is_new = (entry >= held[:, None]) & (entry < wanted[:, None])
-        which = jnp.clip(first[:, None] + entry - held[:, None], 0, self.num_pages - 1)
-        taken = jnp.where(is_new, free[which], self.num_pages)
+        is_new = (entry >= taken[:, None]) & (entry < wanted[:, None])
+        which = jnp.clip(first[:, None] + entry - taken[:, None], 0, self.num_pages - 1)
+        new = jnp.where(is_new, free[which], self.num_pages)
         return PagePool(
-            ref_counts=self.ref_counts.at[taken].add(1, mode="drop"),
-            block_tables=jnp.where(is_new, taken, self.block_tables),
+            ref_counts=self.ref_counts.at[new].add(1, mode="drop"),
+            block_tables=jnp.where(is_new, new, self.block_tables),
             lengths=self.lengths,
             page_size=self.page_size,
         )

@@ -11,25 +11,34 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from paged.runtime import PagePool
+from paged.spec import Causal, Chunk, Mask, Prefix, Window
 
 from .failures import require
 from .strategies import pool_tokens
 
 _PAGES, _SLOTS, _WIDTH, _SIZE = 7, 3, 4, 2
 _CAPACITY = _WIDTH * _SIZE
+_MASKS = (Causal() & Window(3), Causal() & (Prefix(1) | Window(1)), Causal() & Chunk(3), Causal())
 _PER_SLOT = st.lists(pool_tokens(_CAPACITY), min_size=_SLOTS, max_size=_SLOTS)
 
 
 class PoolModel:
-    """The book-keeping of a pool with lists and loops: which pages each slot holds, and how many tokens it has."""
+    """The book-keeping of a pool with lists and loops: which pages each slot holds, and how many tokens it has.
+
+    A page that was trimmed is -1 in its slot's list.
+    """
 
     def __init__(self) -> None:
         self.tables: list[list[int]] = [[] for _ in range(_SLOTS)]
         self.lengths = [0] * _SLOTS
 
+    def held(self) -> list[int]:
+        """The pages of all slots, each as often as it is held."""
+        return [page for table in self.tables for page in table if page >= 0]
+
     def num_free(self) -> int:
         """Pages that no slot holds."""
-        return _PAGES - len({page for table in self.tables for page in table})
+        return _PAGES - len(set(self.held()))
 
     def reserve(self, tokens: list[int], new: list[list[int]]) -> list[bool]:
         """Which slots get room for so many tokens. ``new`` is the pool's tables, from which new pages are read."""
@@ -40,7 +49,7 @@ class PoolModel:
             ok.append(0 <= count <= _CAPACITY and more <= self.num_free())
             if ok[-1]:
                 taken = new[slot][len(table) : len(table) + more]
-                held = {page for other in self.tables for page in other}
+                held = set(self.held())
                 is_free = len(set(taken)) == more and not held & set(taken)
                 require(is_free, "only free pages are handed out", f"slot {slot} got {taken}, held: {held}")
                 is_real = all(0 <= page < _PAGES for page in taken)
@@ -55,6 +64,14 @@ class PoolModel:
         self.lengths = [n + m if o else n for n, m, o in zip(self.lengths, tokens, ok, strict=True)]
         return ok
 
+    def trim(self, mask: Mask) -> None:
+        """Free the full pages of which no position to come sees a token."""
+        for table, length in zip(self.tables, self.lengths, strict=True):
+            for i in range(length // _SIZE):
+                keys = range(i * _SIZE, (i + 1) * _SIZE)
+                if not any(mask(p, j) for p in range(length, 2 * _CAPACITY) for j in keys):
+                    table[i] = -1
+
 
 class PoolMachine(RuleBasedStateMachine):
     """A state machine over a pool. Subclass it with rules for operations of your own, and run it with `check_pool`.
@@ -62,8 +79,8 @@ class PoolMachine(RuleBasedStateMachine):
     * ``pool_type``: the class of pools, made by ``pool_type.init(num_pages, num_slots, pages_per_seq, page_size)``.
     * ``self.pool``: the pool. ``self.model``: the same in plain Python, a `PoolModel`.
 
-    After every operation: tables and lengths are the model's, entries past a slot's pages are -1, a page's count is the
-    number of slots that hold it, and counts, tables and free pages agree.
+    After every operation: tables and lengths are the model's, entries past a slot's pages and in place of trimmed pages
+    are -1, a page's count is the number of slots that hold it, and counts, tables and free pages agree.
     """
 
     pool_type: ClassVar[Any] = PagePool
@@ -94,12 +111,18 @@ class PoolMachine(RuleBasedStateMachine):
         for slot in np.flatnonzero(is_released):
             self.model.tables[slot], self.model.lengths[slot] = [], 0
 
+    @rule(mask=st.sampled_from(_MASKS))
+    def trim(self, mask: Mask) -> None:
+        """Pages freed that a mask hides."""
+        self.pool = _trimmed(self.pool, mask)
+        self.model.trim(mask)
+
     @invariant()
     def agrees(self) -> None:
         """The pool is what the model says."""
         model, pool = self.model, self.pool
         tables = [table + [-1] * (_WIDTH - len(table)) for table in model.tables]
-        counts = np.bincount([page for table in model.tables for page in table], minlength=_PAGES)
+        counts = np.bincount(np.array(model.held(), int), minlength=_PAGES)
         for name, got, want in (
             ("block_tables", pool.block_tables.tolist(), tables),
             ("lengths", pool.lengths.tolist(), model.lengths),
@@ -112,6 +135,11 @@ class PoolMachine(RuleBasedStateMachine):
 @functools.cache
 def _jitted(pool_type: Any, name: str) -> Any:
     return jax.jit(getattr(pool_type, name))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _trimmed(pool: Any, mask: Mask) -> Any:
+    return pool.trim(mask)
 
 
 def check_pool(pool_type: Any = PagePool, *, machine: type[PoolMachine] = PoolMachine, examples: int = 30) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import paged
 from paged.runtime import PagePool
+from paged.spec import Given
 
 PAGES, SLOTS, WIDTH, SIZE = 7, 3, 4, 2
 CAPACITY = WIDTH * SIZE
@@ -196,3 +197,66 @@ def test_counts_of_every_width_mean_what_they_say():
         assert pool.extend(tokens)[0].lengths.tolist() == [3, 1]
     assert pool.extend([3, 1])[0].release([True, False]).lengths.tolist() == [0, 1]
     assert pool.prefill_batch(np.int64(1), np.array(0)).lengths.tolist() == [0]
+
+
+MASKS = {
+    "window": paged.Causal() & paged.Window(5),
+    "sink and window": paged.Causal() & (paged.Prefix(3) | paged.Window(4)),
+    "chunk": paged.Causal() & paged.Chunk(6),
+    "by head": paged.PerHead((paged.Window(3), paged.Window(7))).bind(2),
+    "spans": paged.Causal() & paged.Window(2) | paged.Spans((1, 4), (5, 6)),
+    "of a user": paged.Causal() & paged.Window(6) & paged.Where(lambda p, j: (p + j) % 2 == 0),
+    "where": paged.Causal() & paged.Where(lambda p, j: p - j < 3),
+    "full": paged.Causal(),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_trim_frees_what_no_query_to_come_sees_and_nothing_else(name):
+    """By the mask's value for every pair of positions, for every length; `Where` says nothing, so it keeps all."""
+    mask, size, width = MASKS[name], 2, 12
+    asked = paged.Causal() & paged.Window(6) if name == "of a user" else mask
+    lengths = np.arange(width * size + 1)
+    pool, ok = PagePool.init(400, len(lengths), width, size).extend(lengths)
+    trimmed = jax.jit(lambda pool: pool.trim(mask))(pool)
+    p, j = np.arange(64)[:, None, None], np.arange(width * size)[None, :, None]
+    seen = np.asarray(asked.given(Given(head=np.arange(2)[None, None]))(p, j)).any(axis=-1)
+    seen = np.stack([seen[n:].any(axis=0).reshape(width, size).any(axis=-1) for n in lengths])
+    is_full = np.arange(width) < lengths[:, None] // size
+    is_kept = (np.asarray(pool.block_tables) >= 0) & (~is_full | seen if name != "where" else True)
+    assert bool(ok.all()) and (name in ("where", "full")) == bool(is_kept[-1].all())
+    np.testing.assert_array_equal(trimmed.block_tables, np.where(is_kept, pool.block_tables, -1))
+    assert int(trimmed.pages_in_use) == is_kept.sum() and (trimmed.lengths == pool.lengths).all()
+
+
+def test_trim_asks_each_slot_for_its_own_numbers():
+    mask = paged.Causal() & (paged.Window(paged.Value("window")) | paged.Spans(*map(_pair, ("starts", "ends"))))
+    pool, _ = PagePool.init(32, 3, 8, 2).extend([12, 12, 12])
+    numbers = {"starts": jnp.array([[0, 0], [0, 3], [0, 11]]), "ends": jnp.array([[0, 0], [20, 4], [0, 16]])}
+    trimmed = jax.jit(lambda pool, values: pool.trim(mask, values))(pool, {"window": jnp.array([1, 1, 5]), **numbers})
+    assert [[i for i, page in enumerate(table) if page >= 0] for table in trimmed.block_tables.tolist()] == [
+        [],
+        [0, 1, 2, 3, 4, 5],
+        [4, 5],
+    ]
+    with pytest.raises(ValueError, match="values must have 'window', which the mask"):
+        pool.trim(mask, numbers)
+    with pytest.raises(ValueError, match=r"values\['starts'\] must be int32\[3, 2\]; got shape \(3,\)"):
+        pool.trim(mask, {**numbers, "window": jnp.ones(3, int), "starts": jnp.ones(3, int)})
+
+
+def _pair(name):
+    return paged.Value(name, size=2)
+
+
+def test_a_trimmed_slot_goes_on_where_it_was():
+    mask, pool = paged.Causal() & paged.Window(2), PagePool.init(4, 1, 8, 2)
+    step = jax.jit(lambda pool: pool.trim(mask).extend([1]))
+    for length in range(1, 17):
+        pool, ok = step(pool)
+        assert ok.tolist() == [True] and pool.lengths.tolist() == [length]
+        entries = np.flatnonzero(np.asarray(pool.block_tables[0]) >= 0)
+        assert entries[-1] == (length - 1) // 2 and len(entries) <= 2, "no page of the past is taken again"
+        assert int(pool.pages_in_use) == len(entries)
+    assert not pool.extend([1])[1].any()
+    assert int(pool.release([True]).num_free) == 4
