@@ -16,6 +16,7 @@ from ._around import Around as Around
 from ._around import operations_of as operations_of
 from ._check import check as check
 from ._check import check_values as check_values
+from ._check import demands_of as demands_of
 from ._compile_for import Compiled as Compiled
 from ._compile_for import CompileError as CompileError
 from ._compile_for import compile_for as compile_for

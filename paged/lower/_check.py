@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from paged.spec import AttentionSpec, Given, Mask, Pages, RaggedBatch, values_in
+from paged.spec import AttentionSpec, CheckedFor, Given, Mask, Minimum, Pages, RaggedBatch
 
 from ._ahead import first_rows, may_cut, seen_ahead
 from .program import implies, normal_form
@@ -38,7 +38,7 @@ def check(
     - ``num_seqs`` is in ``[0, seqs]``;
     - ``query_starts`` begins at 0, does not decrease, and ends within ``tokens``;
     - ``lengths`` is in ``[0, pages_per_seq * page_size]``, and at least the number of query rows;
-    - no number of its ``values`` is less than the least that its mask allows;
+    - no number of its ``values`` is less than the least that its mask, or a score operation, allows;
     - every page that holds a visible token, or one that this step writes, is in ``[0, num_pages)``;
     - no place in the pages is written by two tokens;
     - with ``final_lengths``, no row up to the end of this step sees a key that a later step writes, as a prefix longer
@@ -61,15 +61,22 @@ def check(
         raise TypeError(f"batch must be a paged.RaggedBatch; got {type(batch).__name__}. Check it before attend.plan.")
     require_brought(spec, batch, tokens)
     size = pages.layout.page_size
-    checked = check_values(batch, page_size=size, num_pages=pages.num_pages, tokens=tokens, mask=spec.visibility)
+    checked = check_values(batch, page_size=size, num_pages=pages.num_pages, tokens=tokens, **demands_of(spec))
     if final_lengths is not None:
         _require_steps_end_at_cuts(batch, final_lengths, spec.visibility)
     return checked
 
 
-def check_values(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask) -> RaggedBatch:
+def demands_of(spec: AttentionSpec) -> dict[str, Any]:
+    """What a spec demands of the values of a batch, as arguments of `check_values`."""
+    return {"mask": spec.visibility, "minima": spec.minima}
+
+
+def check_values(
+    batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask, minima: tuple[Minimum, ...]
+) -> RaggedBatch:
     """`check`, from the facts that it needs."""
-    facts = _Facts(page_size, num_pages, tokens, normal_form(mask))
+    facts = CheckedFor(page_size, num_pages, tokens, normal_form(mask), minima)
     if _is_checked(batch, facts):
         return batch
     values, changes = _Values.of(batch), {}
@@ -84,12 +91,14 @@ def check_values(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: 
         changes = {"lengths": batch.lengths + zero, "query_starts": batch.query_starts + zero}
     else:
         _raise_on_fault(jax.tree.map(np.asarray, values), facts)
-    return dataclasses.replace(batch, **changes, checked_for=(*facts[:-1], facts.mask))
+    return dataclasses.replace(batch, **changes, checked_for=facts)
 
 
-def require_checked(batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask) -> None:
+def require_checked(
+    batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask, minima: tuple[Minimum, ...]
+) -> None:
     """``ValueError`` unless a plan's batch has been checked: the plan is made, and cannot wait for a verdict."""
-    facts = _Facts(page_size, num_pages, tokens, normal_form(mask))
+    facts = CheckedFor(page_size, num_pages, tokens, normal_form(mask), minima)
     if not _is_checked(batch, facts):
         raise ValueError(
             "This attention checks its batches, and the plan's batch has not been checked for it: make the plan with "
@@ -97,11 +106,12 @@ def require_checked(batch: RaggedBatch, *, page_size: int, num_pages: int, token
         )
 
 
-def _is_checked(batch: RaggedBatch, facts: "_Facts") -> bool:
+def _is_checked(batch: RaggedBatch, facts: CheckedFor) -> bool:
     if batch.checked_for is None:
         return False
-    *sizes, checked_mask = batch.checked_for
-    return sizes == [*facts[:-1]] and implies(facts.mask, checked_mask)
+    checked = batch.checked_for
+    is_known = all(any(m.name == own.name and m.least >= own.least for m in checked.minima) for own in facts.minima)
+    return checked[:3] == facts[:3] and is_known and implies(facts.mask, checked.mask)
 
 
 class _Values(NamedTuple):
@@ -130,14 +140,7 @@ class _Values(NamedTuple):
         return int(own.min()), int(own.max()) + 1
 
 
-class _Facts(NamedTuple):
-    page_size: int
-    num_pages: int
-    tokens: int
-    mask: Mask
-
-
-def _raise_on_fault(values: _Values, facts: _Facts) -> None:
+def _raise_on_fault(values: _Values, facts: CheckedFor) -> None:
     lengths, tables, starts, num_seqs, *_ = values
     page_size = facts.page_size
     slots, capacity, live = tables.shape[0], tables.shape[1] * page_size, int(num_seqs)
@@ -161,22 +164,20 @@ def _raise_on_fault(values: _Values, facts: _Facts) -> None:
                 f"lengths[{s}] = {length} (sequence {s}) is less than its {stop - start} query rows: lengths count "
                 "this step's own tokens."
             )
-        _require_numbers(s, values, facts.mask)
+        _require_numbers(s, values, facts.minima)
         _require_pages_in_pool(s, length, stop - start, values, facts)
     _require_distinct_slots(lengths[:live], tables[:live], np.diff(starts[: live + 1]), page_size)
 
 
-def _require_numbers(s: int, values: _Values, mask: Mask) -> None:
+def _require_numbers(s: int, values: _Values, minima: tuple[Minimum, ...]) -> None:
     """No number of sequence ``s`` may be less than the least that its term allows."""
-    for value, least in values_in(mask):
-        number = values.numbers[value.name][s]
-        if least is not None and np.min(number) < least:
-            raise ValueError(
-                f"values[{value.name!r}][{s}] = {number} (sequence {s}) must be at least {least}, for {mask}."
-            )
+    for name, least, term in minima:
+        number = values.numbers[name][s]
+        if np.min(number) < least:
+            raise ValueError(f"values[{name!r}][{s}] = {number} (sequence {s}) must be at least {least}, for {term}.")
 
 
-def _require_pages_in_pool(s: int, length: int, rows: int, values: _Values, facts: _Facts) -> None:
+def _require_pages_in_pool(s: int, length: int, rows: int, values: _Values, facts: CheckedFor) -> None:
     """Every page that holds a token which sequence ``s`` may see or writes must be in the pool."""
     page_size, num_pages, table = facts.page_size, facts.num_pages, values.tables[s]
     first = np.arange(-(-length // page_size)) * page_size

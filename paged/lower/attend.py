@@ -17,7 +17,7 @@ from paged.spec import (
     require_sinks,
 )
 
-from ._check import check, require_checked
+from ._check import check, demands_of, require_checked
 from ._explain import Explanation, explain
 from .base import Lowering, Schedule
 from .jax_version import on_whole_arrays
@@ -231,7 +231,7 @@ class Attend:
         require_pages(self.layout, pages)
         if self.check:
             sizes = {"page_size": self.layout.page_size, "num_pages": pages.num_pages, "tokens": q.shape[0]}
-            require_checked(step.batch, **sizes, mask=self.spec.visibility)
+            require_checked(step.batch, **sizes, **demands_of(self.spec))
         return step
 
     def plan(

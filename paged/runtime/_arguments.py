@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged.spec import AttentionSpec, values_in, values_of
+from paged.spec import AttentionSpec, minima_of, values_of
 
 _LARGEST = np.iinfo(np.int32).max
 
@@ -76,7 +76,7 @@ def values_of_prompts(
     values: Mapping[str, Any] | None, specs: Sequence[AttentionSpec], num_prompts: int
 ) -> dict[str, np.ndarray]:
     """The numbers of every prompt, by the names in a model's specs: [prompts], or [prompts, size]."""
-    named = {value.name: value for value in values_of(tuple((*s.score_ops, s.visibility) for s in specs))}
+    named = {value.name: value for value in values_of(*(spec.terms for spec in specs))}
     given = {} if values is None else dict(values)
     # A model whose attentions cannot be found may name anything.
     if set(named) - set(given) or (specs and set(given) - set(named)):
@@ -90,9 +90,9 @@ def values_of_prompts(
                 got = f"{found[name].dtype.name}{list(found[name].shape)}"
                 raise ValueError(f"values[{name!r}] must be {value.dtype}{list(shape)}, one row a prompt; got {got}.")
             found[name] = found[name].astype(value.dtype)
-    for value, least in values_in(tuple(s.visibility for s in specs)):
-        if least is not None and np.any(found[value.name] < least):
-            raise ValueError(f"values[{value.name!r}] must be at least {least}; got {found[value.name].tolist()}.")
+    for name, least, term in minima_of(*(spec.terms for spec in specs)):
+        if np.any(found[name] < least):
+            raise ValueError(f"values[{name!r}] must be at least {least}, for {term}; got {found[name].tolist()}.")
     return found
 
 

@@ -158,7 +158,8 @@ def generate(
     pages_per_seq = _table_width(requests, num_pages, page_size, pages_per_seq)
     require_cuts([spec.visibility for spec in specs], requests, chunk_size)
     scheduler = Scheduler(PagePool.init(num_pages, num_slots, pages_per_seq, page_size), requests)
-    serve = Serve(model, state, scheduler, sampler, key, ends, chunk_size, on_step)
+    minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
+    serve = Serve(model, state, scheduler, sampler, key, ends, chunk_size, minima, on_step)
     if requests:
         _require_in_vocabulary(requests, ends, serve.vocabulary_size())
     if not donate_state:

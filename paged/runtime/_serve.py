@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from paged.lower import check_values
-from paged.spec import Everything, RaggedBatch
+from paged.spec import Everything, Minimum, RaggedBatch
 
 from ._scheduler import Request, Scheduler
 from ._step_plans import StepPlans
@@ -49,6 +49,7 @@ class Serve:
     key: PRNGKeyArray
     ends: frozenset[int]
     chunk_size: int
+    minima: tuple[Minimum, ...]
     on_step: Callable[[StepReport], None] | None
 
     def vocabulary_size(self) -> int:
@@ -112,10 +113,10 @@ class Serve:
         return np.asarray(drawn)
 
     def _checked(self, batch: RaggedBatch, tokens: np.ndarray) -> RaggedBatch:
-        """A batch that is sound where every key is visible is sound for any layer's mask."""
+        """A batch that is sound where every key is visible is sound for any layer's mask, with the layers' numbers."""
         pool = self.scheduler.pool
         sizes = {"page_size": pool.page_size, "num_pages": pool.num_pages}
-        return check_values(batch, **sizes, tokens=len(tokens), mask=Everything())
+        return check_values(batch, **sizes, tokens=len(tokens), mask=Everything(), minima=self.minima)
 
     def _finish(self, kind: Literal["prefill", "decode"], tokens: int, slots: Sequence[int], drawn: np.ndarray) -> None:
         """Add the drawn tokens to the sequences in ``slots``, release those that are done, and report the step."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from paged.lower import Plan, check_values
+from paged.lower import Plan, check_values, demands_of
 from paged.spec import RaggedBatch
 
 from ._in_turn import in_turn
@@ -236,12 +236,12 @@ class LayerStack(eqx.Module):
     def _checked(self, batch: RaggedBatch, tokens: Any, state: eqx.nn.State) -> RaggedBatch:
         """The batch, with its values checked for every cache of the layers that asks for it."""
         for run in self.runs:
-            sizes = [pool.num_pages for pool in pools_of(state.substate(run))]
+            pages = [pool.num_pages for pool in pools_of(state.substate(run))]
             for cache in jax.tree.leaves(run, is_leaf=lambda x: isinstance(x, PagedCache)):
                 if isinstance(cache, PagedCache) and cache.attend.check:
                     spec, layout = cache.attend.spec, cache.attend.layout
-                    facts = {"page_size": layout.page_size, "num_pages": sizes[0], "mask": spec.visibility}
-                    batch = check_values(batch, tokens=tokens, **facts)
+                    sizes = {"page_size": layout.page_size, "num_pages": pages[0]}
+                    batch = check_values(batch, tokens=tokens, **sizes, **demands_of(spec))
         return batch
 
     def _serve(self, step: Callable[[int, Any, Any, Any], Any], carry: Any) -> Any:

@@ -5,7 +5,7 @@ import functools
 import math
 from typing import Any
 
-from .given import Value, terms_in, values_of
+from .given import Minimum, Term, Value, minima_of, terms_in, values_of
 from .mask import And, Mask
 from .masks import Causal, Everything, Window
 from .numbers import Flag, Real, as_bool, as_float, require_positive_int
@@ -105,10 +105,20 @@ class AttentionSpec:
         whole = And(tuple(terms)) if len(terms) > 1 else terms[0] if terms else Everything()
         return whole.bind(self.num_q_heads) if any(term.has_heads for term in terms_in(whole)) else whole
 
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Everything that may name what a batch brings: the whole mask, and the score operations."""
+        return self.visibility, *self.score_ops
+
+    @functools.cached_property
+    def minima(self) -> tuple[Minimum, ...]:
+        """The least of each number that calls bring, where a term has one."""
+        return minima_of(self.terms)
+
     @functools.cached_property
     def values(self) -> tuple[Value, ...]:
         """The values that calls must bring, by name: those that the mask and the score operations name."""
-        return values_of(self.visibility, self.score_ops)
+        return values_of(self.terms)
 
     @functools.cached_property
     def has_ancestors(self) -> bool:

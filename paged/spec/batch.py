@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,8 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from .given import Minimum
 from .mask import Mask
 from .numbers import LARGEST_INT32, SMALLEST_INT32
+
+
+class CheckedFor(NamedTuple):
+    """Facts for which `paged.check` has found the values of a batch right.
+
+    * ``page_size``, ``num_pages``, ``tokens``: tokens per page, pages of the pool, and query rows of the step.
+    * ``mask``: the mask in normal form.
+    * ``minima``: what the batch's numbers are not less than.
+    """
+
+    page_size: int
+    num_pages: int
+    tokens: int
+    mask: Mask
+    minima: tuple[Minimum, ...]
 
 
 class RaggedBatch(eqx.Module):
@@ -43,8 +59,7 @@ class RaggedBatch(eqx.Module):
       Lowerings rely on it: it must agree with ``query_starts``.
     - `has_even_starts`, static: whether ``query_starts`` are known to be the multiples of ``query_rows``. `decode` and
       `prefill` say so. Lowerings then read no starts, so that none are computed from them.
-    - `checked_for`, static: the page size, the number of pages, the number of query rows and the mask for which
-      `paged.check` has found the values right, else None.
+    - `checked_for`, static: for what `paged.check` has found the values right, else None.
 
     A batch may have no slots, and a step no rows: its results have no rows then.
 
@@ -69,7 +84,7 @@ class RaggedBatch(eqx.Module):
     positions: Int[Array, " tokens"] | None
     ancestors: Int[Array, "tokens words"] | None
     query_rows: int | None = eqx.field(static=True)
-    checked_for: tuple[int, int, int, Mask] | None = eqx.field(static=True)
+    checked_for: CheckedFor | None = eqx.field(static=True)
     has_even_starts: bool = eqx.field(static=True)
 
     def __init__(
@@ -80,7 +95,7 @@ class RaggedBatch(eqx.Module):
         num_seqs: Any = None,
         *,
         query_rows: int | np.integer | None = None,
-        checked_for: tuple[int, int, int, Mask] | None = None,
+        checked_for: CheckedFor | None = None,
         has_even_starts: bool = False,
         values: Mapping[str, Any] | None = None,
         positions: Any = None,
@@ -236,9 +251,7 @@ class RaggedBatch(eqx.Module):
         tables = jnp.where(is_page, self.block_tables + layer * num_pages, -1)
         checked = self.checked_for
         if checked is not None:
-            page_size, checked_pages, tokens, mask = checked
-            is_same = checked_pages == num_pages
-            checked = (page_size, num_layers * num_pages, tokens, mask) if is_same else None
+            checked = checked._replace(num_pages=num_layers * num_pages) if checked.num_pages == num_pages else None
         return dataclasses.replace(self, block_tables=tables, checked_for=checked)
 
     def naming(self, names: Iterable[str]) -> "RaggedBatch":

@@ -127,19 +127,23 @@ def terms_in(term: Any) -> Iterator[Term]:
             yield from terms_in(field)
 
 
-def values_in(term: Any) -> Iterator[tuple[Value, float | None]]:
-    """The values that a term, or a tuple of terms, names; with the least number that each may be, if there is one."""
-    for inner in terms_in(term):
-        for name, field in fields_of(inner):
-            for value in field if isinstance(field, tuple) else (field,):
-                if isinstance(value, Value):
-                    yield value, inner.least.get(name)
+class Minimum(NamedTuple):
+    """The least number that a batch may bring under a name, for a term of a mask or of the scores."""
+
+    name: str
+    least: float
+    term: str
+
+
+def minima_of(*terms: Any) -> tuple[Minimum, ...]:
+    """What the numbers that terms, or tuples of terms, name must not be less than."""
+    return tuple(dict.fromkeys(minimum for _, minimum in _named_in(terms) if minimum is not None))
 
 
 def values_of(*terms: Any) -> tuple[Value, ...]:
     """The values that terms name, each once, by name. ``ValueError`` where one name has two sizes or dtypes."""
     found: dict[str, Value] = {}
-    for value, _ in values_in(terms):
+    for value, _ in _named_in(terms):
         if found.setdefault(value.name, value) != value:
             raise ValueError(
                 f"One name is one array of the batch: {found[value.name]!r} and {value!r} differ in size or dtype."
@@ -154,6 +158,16 @@ def require_value(owner: str, name: str, value: Value, dtype: str, has_size: boo
     if (value.size is not None) != has_size:
         wanted = "a size, one number for each" if has_size else "no size: it is one number"
         raise TypeError(f"{owner}'s {name} needs a Value with {wanted}; got {value!r}.")
+
+
+def _named_in(term: Any) -> Iterator[tuple[Value, Minimum | None]]:
+    """The values that a term, or a tuple of terms, names; with the least number that each may be, if there is one."""
+    for inner in terms_in(term):
+        for name, field in fields_of(inner):
+            for value in field if isinstance(field, tuple) else (field,):
+                if isinstance(value, Value):
+                    least = inner.least.get(name)
+                    yield value, None if least is None else Minimum(value.name, least, str(inner))
 
 
 def _is_asking(field: Any) -> bool:

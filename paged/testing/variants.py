@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from paged.spec import Given, Mask, Value, terms_in, values_in, values_of
+from paged.spec import Given, Mask, Value, terms_in, minima_of, values_of
 
 _INTS = (4, 1, 9, 2**31 - 1)
 _FLOATS = (0.5, 30.0, 1e4)
@@ -29,9 +29,8 @@ def numbers_for(term: Any) -> list[dict[str, Any]]:
 def least_of(term: Any) -> dict[str, float]:
     """The least number of each value that has one: where several terms name it, the smallest of theirs."""
     found: dict[str, float] = {}
-    for value, least in values_in(term):
-        if least is not None:
-            found[value.name] = min(least, found.get(value.name, least))
+    for name, least, _ in minima_of(term):
+        found[name] = min(least, found.get(name, least))
     return found
 
 

@@ -136,6 +136,21 @@ def test_numbers_that_a_batch_brings_are_checked(arrays):
             paged.check(spec, pages, _batch(values=wrong), TOKENS)
 
 
+def test_numbers_of_scores_are_checked_too(arrays):
+    """A batch that is checked for one spec is not for another one whose scores ask more of the same numbers."""
+    pages, bound = arrays[3], paged.Value("bound", dtype="float32")
+    plain = SPEC.replace(scores=(paged.Bias(_shifted, values=(bound,)),))
+    checked = paged.check(plain, pages, _batch(values={"bound": jnp.array([5.0, 0.0, 5.0, -1.0])}), TOKENS)
+    for batch in (checked, _batch(values={"bound": jnp.array([5.0, 0.0, 5.0, -1.0])})):
+        with pytest.raises(ValueError, match=r"values\['bound'\]\[1\] = 0.0 \(sequence 1\) must be at least.*tanh"):
+            paged.check(SPEC.replace(scores=(paged.SoftCap(bound),)), pages, batch, TOKENS)
+    paged.check(SPEC.replace(scores=(paged.SoftCap(bound),)), pages, _batch(values={"bound": jnp.ones(4)}), TOKENS)
+
+
+def _shifted(p, j, h, bound):
+    return bound + jnp.zeros_like(j, jnp.float32)
+
+
 def _further(p, j, least):
     return (p - j).astype(jnp.float32) >= least
 

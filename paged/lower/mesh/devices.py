@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from paged.spec import Pages, RaggedBatch
 
-from .._check import check_values
+from .._check import check_values, demands_of
 from ..jax_version import on_devices
 from ..plan import Plan, make_plan, stacked_plan
 from ..program import Call, Results
@@ -102,5 +102,5 @@ def _own_batch(attend: Any, batch: RaggedBatch, tokens: int, num_pages: int) -> 
 
 def check_shard(attend: Any, batch: RaggedBatch, tokens: int, num_pages: int) -> RaggedBatch:
     """One shard's batch, its values checked. ``num_pages`` is of all devices that share its contexts."""
-    size = attend.layout.page_size
-    return check_values(batch, page_size=size, num_pages=num_pages, tokens=tokens, mask=attend.spec.visibility)
+    sizes = {"page_size": attend.layout.page_size, "num_pages": num_pages, "tokens": tokens}
+    return check_values(batch, **sizes, **demands_of(attend.spec))

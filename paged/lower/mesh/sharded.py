@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, Sinks, require_sinks
 
-from .._check import require_checked
+from .._check import demands_of, require_checked
 from .._explain import Explanation, explain
 from ..attend import Attend
 from ..base import Schedule
@@ -283,8 +283,8 @@ class ShardedAttend:
         if isinstance(batch, Plan):
             batch.require_mesh(self.placement)
             if self.check:
-                size, mask = self.layout.page_size, self.spec.visibility
-                require_checked(batch.batch, page_size=size, num_pages=num_pages, tokens=tokens, mask=mask)
+                sizes = {"page_size": self.layout.page_size, "num_pages": num_pages, "tokens": tokens}
+                require_checked(batch.batch, **sizes, **demands_of(self.spec))
             return batch
         if not self.check or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
             return batch
