@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from paged.spec import Given, Mask, Value, terms_in, minima_of, values_of
+from paged.spec import Given, Mask, Value, minima_of, terms_in, values_of
 
 _INTS = (4, 1, 9, 2**31 - 1)
 _FLOATS = (0.5, 30.0, 1e4)

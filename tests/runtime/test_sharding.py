@@ -1,5 +1,7 @@
 """Layers and caches on devices by `equinox.filter_shard`: same results, and arrays stay where they were put."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,10 @@ def _on_two(*spec):
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def _on_one():
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
 def _devices(tree):
     return {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array))}
 
@@ -49,6 +55,22 @@ def test_a_layer_and_its_state_on_two_devices_serve_and_train_as_on_one():
     gradient = eqx.filter_jit(eqx.filter_grad(lambda layer, x: (layer.dense(x[None]) ** 2).sum()))
     for a, b in zip(*(jax.tree.leaves(gradient(m, x)) for m in (placed, layer)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_whose_window_the_batch_brings_serves_on_two_devices_as_on_one():
+    """Numbers of sequences and positions of rows, placed as the arrays are."""
+    spec = GLOBAL.replace(window=paged.Value("window"))
+    layer, state = eqx.nn.make_with_state(random_layer)(spec, 8, jax.random.key(0), check=False)
+    x = jax.random.normal(jax.random.key(1), (5, EMBED))
+    step = eqx.filter_jit(lambda layer, x, batch, state: layer(x, batch, state)[0])
+    served = []
+    for windows in ([2, 9], [3, 1]):
+        batch = dataclasses.replace(BATCH, values={"window": jnp.array(windows)}, positions=jnp.array([1, 2, 6, 7, 7]))
+        own, placed = (step(*eqx.filter_shard((layer, x, batch, state), on)) for on in (_on_one(), _on_two()))
+        np.testing.assert_allclose(placed, own, rtol=1e-5, atol=1e-5)
+        assert _devices(placed) == {2}
+        served.append(own)
+    assert not np.allclose(*served)
 
 
 def test_a_stack_whose_pool_is_shared_out_by_kv_heads_serves_as_on_one_and_keeps_it_so():

@@ -138,9 +138,13 @@ OWN = {
     "segments": {"mask": Segments(Value("a", 2)) & Tree()},
     "positions": {"window": 13, "scores": (ALiBi(),)},
     "positions, not window": {"mask": ~Window(7)},
+    "positions, some far below": {"window": 13},
+    "positions, some far below, lists": {"mask": Segments((5, 11))},
 }
 # Query heads where they are not 4, of 2 KV heads; and rows whose copies arrive at once.
-MANY_HEADS = {"window": 2, "spans": 10, "chunk": 10, "positions": 2}
+MANY_HEADS = {"window": 2, "spans": 10, "chunk": 10, "positions": 2, "value window": 8}
+# Rows on a chip of two cores.
+TWO_CORES = ("value window", "positions, some far below")
 EAGER = ("segments", "chunk", "window", "tree", "per group")
 INT8 = {"dtype": "int8", "scales": "token"}
 
@@ -164,7 +168,8 @@ def _brought(name, case, values):
     named = {value.name for value in paged.lower(case.spec, case.layout, "xla").program.values}
     own = tree_of(case)
     if name.startswith("positions"):
-        own = {"positions": np.random.default_rng(7).integers(-3, 50, len(own["positions"])).astype(np.int32)}
+        positions = np.random.default_rng(7).integers(-3, 50, len(own["positions"])).astype(np.int32)
+        own = {"positions": np.where(np.arange(len(positions)) % 2, positions, positions - 2**21 * ("far" in name))}
     return {"values": {name: x for name, x in values.items() if name in named}, **own}
 
 
@@ -224,9 +229,11 @@ def test_heads_of_paired_tiles_differ():
 def test_positions_and_trees(name):
     case = _case(name, OWN[name], rows=4, **(INT8 if name in ("value window", "segments") else {}))
     schedule = {"tree": TOGETHER, "window": GRID, "prefix": SPLIT}.get(name, INLINE)
-    attend, brought = lowered(case, schedule, _mode(name)), _brought(name, case, {**ONE, "a": STARTS})
+    cores, generation = (2, "v5p") if name in TWO_CORES else (1, "v6e")
+    attend = lowered(case, schedule.replace(cores=cores), _mode(name), generation)
+    brought = _brought(name, case, {**ONE, "a": STARTS})
     step = arrays(case, **brought)
-    assert has_lists(attend, step) == (name == "segments")
+    assert has_lists(attend, step) == ("mask" in OWN[name] and "Segments" in repr(OWN[name]["mask"]))
     assert_reference(attend, case, step)
     assert_reference(attend, case, arrays(case, num_seqs=3, **brought))
 
