@@ -43,6 +43,7 @@ from .spec import Chunk as Chunk
 from .spec import Coverage as Coverage
 from .spec import Everything as Everything
 from .spec import Given as Given
+from .spec import GroupedBatch as GroupedBatch
 from .spec import Mask as Mask
 from .spec import Nothing as Nothing
 from .spec import PageLayout as PageLayout

@@ -35,6 +35,7 @@ from .mesh import entries_of as entries_of
 from .mesh import mesh_axes as mesh_axes
 from .mesh import require_mesh as require_mesh
 from .plan import Plan as Plan
+from .plan import Step as Step
 from .program import Call as Call
 from .program import Program as Program
 from .program import QueryRows as QueryRows

@@ -1,30 +1,30 @@
 """`check`: the values of a batch, looked at when it runs. `require` is for shapes and dtypes, when it is traced."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from paged.spec import AttentionSpec, CheckedFor, Given, Mask, Minimum, Pages, RaggedBatch
+from paged.spec import AttentionSpec, CheckedFor, Given, GroupedBatch, Mask, Minimum, Pages, RaggedBatch
 
 from ._ahead import first_rows, may_cut, seen_ahead
 from .program import implies, normal_form
 from .require import require_brought
 
+Step = TypeVar("Step", RaggedBatch, GroupedBatch)
 
-def check(
-    spec: AttentionSpec, pages: Pages, batch: RaggedBatch, tokens: int, *, final_lengths: Any = None
-) -> RaggedBatch:
+
+def check(spec: AttentionSpec, pages: Pages, batch: Step, tokens: int, *, final_lengths: Any = None) -> Step:
     """Raise ``ValueError`` where the *values* of a batch are at fault, naming the array, the sequence and the value.
 
     **Arguments:**
 
     - `spec`: the attention that the batch is for. Its mask decides which pages are needed.
     - `pages`: the pages that the batch is for. Only the page size and the number of pages matter.
-    - `batch`: the batch, concrete or traced.
+    - `batch`: the batch, concrete or traced. Of a `GroupedBatch`, the part of this spec's group is checked and marked.
     - `tokens`: the number of query rows, ``q.shape[0]``.
     - `final_lengths` i32[seqs]: how many tokens each sequence will have when all of its steps are done, such as the
       length of a prompt of which this step is a chunk. Then the mask is asked whether a sequence may be cut where this
@@ -57,6 +57,8 @@ def check(
         ...
     ValueError: block_tables[0, 1] = 7 (sequence 0) is no page of the pool: it holds tokens 2 to 2, must be in [0, 4).
     """
+    if type(batch) is GroupedBatch:
+        return batch.with_group(spec, check(spec, pages, batch.for_spec(spec), tokens, final_lengths=final_lengths))
     if not isinstance(batch, RaggedBatch):
         raise TypeError(f"batch must be a paged.RaggedBatch; got {type(batch).__name__}. Check it before attend.plan.")
     require_brought(spec, batch, tokens)

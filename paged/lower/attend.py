@@ -10,10 +10,12 @@ from jaxtyping import Array, Float
 from paged.spec import (
     AttentionSpec,
     AttentionState,
+    GroupedBatch,
     PageLayout,
     Pages,
     RaggedBatch,
     Sinks,
+    batch_for,
     require_sinks,
 )
 
@@ -21,7 +23,7 @@ from ._check import check, demands_of, require_checked
 from ._explain import Explanation, explain
 from .base import Lowering, Schedule
 from .jax_version import on_whole_arrays
-from .plan import Plan, batch_of, make_plan
+from .plan import Plan, Step, batch_of, make_plan
 from .program import Call, Program, Results
 from .registry import device_kinds
 from .require import require_new_tokens, require_pages, require_queries, require_whole_call
@@ -123,7 +125,7 @@ class Attend:
         self,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
-        batch: RaggedBatch | Plan,
+        batch: Step,
         sinks: Sinks | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
         """Attend over the pages as they are.
@@ -132,7 +134,8 @@ class Attend:
 
         - `q`: queries, one row per query token of the batch, in float16, bfloat16 or float32.
         - `pages`: pages of the layout that was lowered for. They hold this step's own keys and values already.
-        - `batch`: whose rows these are, and where the tokens of their sequences lie. Or the step's plan, see `plan`.
+        - `batch`: whose rows these are, and where the tokens of their sequences lie. Or the step's plan, see `plan`. Of
+          a `GroupedBatch` the table of this spec's group is used.
         - `sinks`: logits of the sinks, float[q_heads] or float[q_heads, n]; given exactly when the spec has sinks.
 
         **Returns:** the output in ``q``'s dtype, 0 in rows that see no key and in rows of no sequence.
@@ -146,7 +149,7 @@ class Attend:
         self,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
-        batch: RaggedBatch | Plan,
+        batch: Step,
         sinks: Sinks | None = None,
     ) -> AttentionState:
         """The output and its log-sum-exp, to `merge` with the state over other tokens.
@@ -170,7 +173,7 @@ class Attend:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
-        batch: RaggedBatch | Plan,
+        batch: Step,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
         """Write this step's keys and values into the pages, then attend.
@@ -200,7 +203,7 @@ class Attend:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
-        batch: RaggedBatch | Plan,
+        batch: Step,
         sinks: Sinks | None = None,
     ) -> tuple[AttentionState, Pages]:
         """`update`, with the log-sum-exp beside the output.
@@ -213,19 +216,20 @@ class Attend:
         return results.state, pages
 
     def _updated(
-        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch | Plan, sinks: Sinks | None
+        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: Step, sinks: Sinks | None
     ) -> tuple[Results, Pages]:
         batch = self._step(q, pages, batch)
         require_sinks(self.spec, sinks)
         require_new_tokens(self.layout, k, v, q.shape[0])
         return _update(self, has_lse, q, k, v, pages, batch, sinks)
 
-    def _step(self, q: Any, pages: Pages, step: RaggedBatch | Plan) -> RaggedBatch | Plan:
+    def _step(self, q: Any, pages: Pages, step: Step) -> RaggedBatch | Plan:
         """The batch or the plan of a call, after checks of all shapes, and with ``check`` of the batch's values."""
         if type(step) is not Plan:
-            require_queries(self.spec, q, step)  # pyright: ignore
+            own: RaggedBatch = batch_for(self.spec, step)
+            require_queries(self.spec, q, own)
             require_pages(self.layout, pages)
-            return check(self.spec, pages, step, q.shape[0]) if self.check else step  # pyright: ignore
+            return check(self.spec, pages, own, q.shape[0]) if self.check else own
         step.require_mesh(None)
         require_queries(self.spec, q, step.batch)
         require_pages(self.layout, pages)
@@ -235,7 +239,10 @@ class Attend:
         return step
 
     def plan(
-        self, q: Float[Array | jax.ShapeDtypeStruct, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch
+        self,
+        q: Float[Array | jax.ShapeDtypeStruct, "tokens q_heads head_dim"],
+        pages: Pages,
+        batch: RaggedBatch | GroupedBatch,
     ) -> Plan:
         """Compute once what all calls of a step compute from its batch alone.
 
@@ -262,13 +269,13 @@ class Attend:
         if type(batch) is Plan:
             raise TypeError("batch must be a paged.RaggedBatch; got a Plan, which a call accepts as it is.")
         checked: Any = self._step(q, pages, batch)
-        return _plan(self, Call.of(q, pages, batch), checked)
+        return _plan(self, Call.of(q, pages, checked), checked)
 
     def explain(
         self,
         q: Float[Array, "tokens q_heads head_dim"] | None = None,
         pages: Pages | None = None,
-        batch: RaggedBatch | Plan | None = None,
+        batch: Step | None = None,
     ) -> Explanation:
         """Explain what a call will run: program, schedule, who picked it, and why other lowerings refuse.
 
@@ -291,9 +298,10 @@ class Attend:
         require_whole_call(q=q, pages=pages, batch=batch)
         if q is None or pages is None or batch is None:
             return explain(self.program, self.layout, self.choice())
-        call = Call.of(q, pages, batch_of(batch))
-        program = self.program.for_batch(batch_of(batch))
-        return explain(program, self.layout, choice_of(self, program, call, batch), call, batch_of(batch))
+        step: RaggedBatch | Plan = batch_for(self.spec, batch)
+        call = Call.of(q, pages, batch_of(step))
+        program = self.program.for_batch(batch_of(step))
+        return explain(program, self.layout, choice_of(self, program, call, step), call, batch_of(step))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged.spec import Mask, PageLayout, RaggedBatch
+from paged.spec import GroupedBatch, Mask, PageLayout, RaggedBatch
 
 from .base import Lowering, Schedule
 from .program import Call, Program, Sequences
@@ -133,6 +133,10 @@ def make_plan(program: Program, layout: PageLayout, choice: Choice, call: Call, 
     positions = seqs.rows(call.tokens)[1] if batch.positions is None else batch.positions
     planned = choice.lowering.plan(program, choice.schedule, call, layout, seqs)
     return Plan(batch, seqs._replace(planned=planned), positions, facts)
+
+
+# What a call takes as its step.
+Step = RaggedBatch | GroupedBatch | Plan
 
 
 def batch_of(step: RaggedBatch | Plan) -> RaggedBatch:

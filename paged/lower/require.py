@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from paged.spec import FLOAT_DTYPES, AttentionSpec, PageLayout, Pages, RaggedBatch, require_scales
+from paged.spec import FLOAT_DTYPES, AttentionSpec, GroupedBatch, PageLayout, Pages, RaggedBatch, require_scales
 
 
 def require_layout(spec: Any, layout: Any) -> None:
@@ -25,7 +25,9 @@ def require_type(name: str, value: Any, kind: type) -> None:
 def require_batch(batch: Any) -> None:
     """Raise ``TypeError`` unless ``batch`` is a `RaggedBatch`."""
     if type(batch) is not RaggedBatch and not isinstance(batch, RaggedBatch):  # the first test is the fast one
-        raise TypeError(f"batch must be a paged.RaggedBatch; got {type(batch).__name__}.")
+        is_grouped = type(batch) is GroupedBatch
+        remedy = " Pass batch.for_spec(spec), with the block table of one group." if is_grouped else ""
+        raise TypeError(f"batch must be a paged.RaggedBatch; got {type(batch).__name__}.{remedy}")
 
 
 def require_queries(spec: AttentionSpec, q: Any, batch: RaggedBatch) -> None:

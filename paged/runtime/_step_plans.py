@@ -10,8 +10,8 @@ import jax
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Int
 
-from paged.lower import Attend, Call, Lowering, Plan, Schedule
-from paged.spec import Mask, PageLayout, Pages, RaggedBatch
+from paged.lower import Attend, Call, Lowering, Plan, Schedule, Step
+from paged.spec import GroupedBatch, Mask, PageLayout, Pages, RaggedBatch, batch_for
 
 
 class _Key(NamedTuple):
@@ -34,6 +34,7 @@ class _Asked(NamedTuple):
     pages: Pages
 
     def key(self, batch: RaggedBatch) -> _Key:
+        """What this call shares with others, of a step whose batch for this spec this is."""
         call = Call.of(self.q, self.pages, batch)
         lowering, schedule, _ = self.attend.choice(call)
         spec, layout = self.attend.spec, self.attend.layout
@@ -59,7 +60,7 @@ class StepPlans:
     - `step`: the batch. Or a plan, which is used as it is.
     """
 
-    def __init__(self, step: RaggedBatch | Plan):
+    def __init__(self, step: Step):
         self.step = step
         self._plans: dict[_Key, Plan] = {}
         self._trace = get_opaque_trace_state()
@@ -67,7 +68,7 @@ class StepPlans:
         self._above: tuple[StepPlans, int] | None = None  # whose layer this is, and the pages of one layer
 
     @classmethod
-    def of(cls, step: RaggedBatch | Plan) -> "StepPlans":
+    def of(cls, step: Step) -> "StepPlans":
         """New ones, with those plans that the caller's surroundings share already for this step."""
         own, around = cls(step), _around(step)
         if around is not None:
@@ -105,15 +106,16 @@ class StepPlans:
         """The plan for a call, made if there is none.
 
         Inside of a function with a trace of its own no plan is made, because it could not be used outside: the step is
-        returned as it is.
+        returned, as the call's spec reads it.
         """
         if isinstance(self.step, Plan):
             return self.step
-        key = asked.key(self.step)
+        batch = batch_for(asked.attend.spec, self.step)
+        key = asked.key(batch)
         if key not in self._plans:
             if self._trace != get_opaque_trace_state():
-                return self.step
-            self._plans[key] = asked.attend.plan(asked.q, asked.pages, self.step.naming(asked.values))
+                return batch
+            self._plans[key] = asked.attend.plan(asked.q, asked.pages, batch.naming(asked.values))
             if self._above is not None:
                 above, num_pages = self._above
                 above._asked.append(asked.with_pages(num_pages))
@@ -131,28 +133,28 @@ class StepPlans:
 _SHARED: contextvars.ContextVar[tuple[StepPlans, ...]] = contextvars.ContextVar("paged.step_plans", default=())
 
 
-def planned(attend: Attend, q: Array, pages: Pages, step: RaggedBatch | Plan) -> RaggedBatch | Plan:
-    """The plan that a call shares with others of its step. Where none are shared, the step as it is."""
+def planned(attend: Attend, q: Array, pages: Pages, step: Step) -> RaggedBatch | Plan:
+    """The plan that a call shares with others of its step. Where none are shared, the step as its spec reads it."""
     around = _around(step)
     if around is None:
-        return step
+        return batch_for(attend.spec, step)
     q_shape, page_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, pages))
     return around.plan_for(_Asked(attend, q_shape, page_shapes))
 
 
-def planned_positions(batch: RaggedBatch, tokens: Any, page_size: int) -> Int[Array, " tokens"] | None:
+def planned_positions(batch: RaggedBatch | GroupedBatch, tokens: Any, page_size: int) -> Int[Array, " tokens"] | None:
     """The position of each query row of a step, if a plan that its calls share has them."""
     around = _around(batch)
     return None if around is None else around.positions(tokens, page_size)
 
 
-def _around(step: RaggedBatch | Plan) -> Optional["StepPlans"]:
+def _around(step: Step) -> Optional["StepPlans"]:
     """What is shared around this call for this step, by the identity of its arrays."""
     return next((plans for plans in _SHARED.get() if _is_same(plans.step, step)), None)
 
 
-def _is_same(one: RaggedBatch | Plan, other: RaggedBatch | Plan) -> bool:
-    if not (isinstance(one, RaggedBatch) and isinstance(other, RaggedBatch)):
+def _is_same(one: Step, other: Step) -> bool:
+    if isinstance(one, Plan) or isinstance(other, Plan):
         return False
     (own, structure), (given, given_structure) = jax.tree.flatten(one), jax.tree.flatten(other)
     return structure == given_structure and all(x is y for x, y in zip(own, given, strict=True))

@@ -8,8 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from paged.lower import Plan, Schedule, Sequences, dense_attention
-from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, as_bool, as_float, require_positive_int
+from paged.lower import Plan, Schedule, Sequences, Step, dense_attention
+from paged.spec import (
+    AttentionSpec,
+    GroupedBatch,
+    PageLayout,
+    Pages,
+    RaggedBatch,
+    as_bool,
+    as_float,
+    batch_for,
+    require_positive_int,
+)
 
 from ._step_plans import planned_positions
 from .cache import PagedCache
@@ -127,7 +137,7 @@ class PagedAttention(eqx.Module):
         return self.cache.attend.layout
 
     def __call__(
-        self, x: Float[Array, "tokens embed_dim"], batch: RaggedBatch | Plan, state: eqx.nn.State
+        self, x: Float[Array, "tokens embed_dim"], batch: Step, state: eqx.nn.State
     ) -> tuple[Float[Array, "tokens embed_dim"], eqx.nn.State]:
         """Add the keys and values of a step's rows to the pages, then attend.
 
@@ -137,7 +147,8 @@ class PagedAttention(eqx.Module):
         **Arguments:**
 
         - `x`: features of this step's tokens, one row per token of the batch.
-        - `batch`: whose rows these are, and where the tokens of their sequences lie. Or the step's `plan`.
+        - `batch`: whose rows these are, and where the tokens of their sequences lie: of a `GroupedBatch`, in the table
+          of this spec's group. Or the step's `plan`.
         - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
 
         **Returns:** the output, and the new state. A row of no sequence and a row that sees no key give what the output
@@ -149,7 +160,7 @@ class PagedAttention(eqx.Module):
         return y, state.set(self.cache.index, pages)
 
     def attend_pages(
-        self, x: Float[Array, "tokens embed_dim"], pages: Pages | CalibratingPages, batch: RaggedBatch | Plan
+        self, x: Float[Array, "tokens embed_dim"], pages: Pages | CalibratingPages, batch: Step
     ) -> tuple[Float[Array, "tokens embed_dim"], Any]:
         """A call with pages passed and returned instead of state.
 
@@ -163,7 +174,9 @@ class PagedAttention(eqx.Module):
         out, pages = self.cache.attend_pages(q, k, v, pages, batch, self.sinks)
         return jax.vmap(self.output_proj)(out.reshape(tokens, -1)), pages
 
-    def plan(self, x: Float[Array, "tokens embed_dim"], pages: Pages | CalibratingPages, batch: RaggedBatch) -> Plan:
+    def plan(
+        self, x: Float[Array, "tokens embed_dim"], pages: Pages | CalibratingPages, batch: RaggedBatch | GroupedBatch
+    ) -> Plan:
         """Compute once what all layers like this one compute from a step's batch alone.
 
         The layers of a model that have this layer's mask, page layout and query dtype accept the plan in place of the
@@ -188,8 +201,8 @@ class PagedAttention(eqx.Module):
         self._require_features(x, "[tokens, embed_dim]", 2)
         positions = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
         q, _, _ = eqx.filter_eval_shape(self._project, x, positions)
-        attend = self.cache.attend
-        return pages.plan(attend, q, batch) if isinstance(pages, CalibratingPages) else attend.plan(q, pages, batch)
+        attend, own = self.cache.attend, batch_for(self.spec, batch)
+        return pages.plan(attend, q, own) if isinstance(pages, CalibratingPages) else attend.plan(q, pages, own)
 
     def dense(
         self,
@@ -220,14 +233,16 @@ class PagedAttention(eqx.Module):
         out = dense_attention(self.spec, q, k, v, self.sinks, segments=segments, values=values)
         return jax.vmap(jax.vmap(self.output_proj))(out.reshape(*x.shape[:2], -1))
 
-    def _positions(self, tokens: Any, batch: RaggedBatch | Plan) -> Int[Array, " tokens"]:
+    def _positions(self, tokens: Any, batch: Step) -> Int[Array, " tokens"]:
         if isinstance(batch, Plan):
             return batch.positions
         if batch.positions is not None:
             return batch.positions
         page_size = self.layout.page_size
         planned = planned_positions(batch, tokens, page_size)
-        return Sequences.of(batch, tokens, page_size).rows(tokens)[1] if planned is None else planned
+        return (
+            Sequences.of(batch_for(self.spec, batch), tokens, page_size).rows(tokens)[1] if planned is None else planned
+        )
 
     def _project(self, x: Array, positions: Int[Array, " tokens"]) -> tuple[Array, Array, Array]:
         spec, tokens = self.spec, x.shape[0]

@@ -5,8 +5,8 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from paged.lower import Attend, Plan, Schedule, lower
-from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, Sinks
+from paged.lower import Attend, Plan, Schedule, Step, lower
+from paged.spec import AttentionSpec, PageLayout, Pages, Sinks, batch_for
 
 from ._step_plans import planned
 from .calibration import CalibratingPages
@@ -68,7 +68,7 @@ class PagedCache(eqx.Module):
         q: Float[Array, "tokens q_heads head_dim"],
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
-        batch: RaggedBatch | Plan,
+        batch: Step,
         state: eqx.nn.State,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], eqx.nn.State]:
@@ -77,7 +77,8 @@ class PagedCache(eqx.Module):
         **Arguments:**
 
         - `q`, `k`, `v`: this step's queries, keys and values, one row per token of the batch.
-        - `batch`: whose rows these are, and where the tokens of their sequences lie. Or the plan that
+        - `batch`: whose rows these are, and where the tokens of their sequences lie: of a `GroupedBatch`, in the table
+          of this spec's group. Or the plan that
           ``cache.attend.plan(q, pages, batch)`` makes once for all layers of one mask.
         - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
         - `sinks`: logits of the sinks, given exactly when the spec has them.
@@ -95,7 +96,7 @@ class PagedCache(eqx.Module):
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages | CalibratingPages,
-        batch: RaggedBatch | Plan,
+        batch: Step,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Any]:
         """A call with pages passed and returned instead of state.
@@ -104,7 +105,7 @@ class PagedCache(eqx.Module):
         argument for argument. While `calibrate` runs, the pages are its own.
         """
         is_calibrating = isinstance(pages, CalibratingPages)
-        step = batch if is_calibrating else planned(self.attend, q, pages, batch)
+        step = batch_for(self.attend.spec, batch) if is_calibrating else planned(self.attend, q, pages, batch)
         if not isinstance(step, Plan) and step.values:
             step = step.naming(value.name for value in self.attend.spec.values)
         if is_calibrating:

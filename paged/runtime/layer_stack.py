@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from paged.lower import Plan, check_values, demands_of
-from paged.spec import RaggedBatch
+from paged.lower import Plan, Step, check_values, demands_of
+from paged.spec import GroupedBatch, batch_for
 
 from ._in_turn import in_turn
 from ._pattern import Segment, places_of, segments_of
@@ -138,7 +138,7 @@ class LayerStack(eqx.Module):
     def __len__(self) -> int:
         return sum(segment.num_layers for segment in self.segments)
 
-    def __call__(self, x: Any, batch: RaggedBatch | Plan, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
+    def __call__(self, x: Any, batch: Step, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
         """Serve the rows of one step: every layer as ``x, state = layer(x, batch, state)``, in order.
 
         **Arguments:**
@@ -146,7 +146,8 @@ class LayerStack(eqx.Module):
         - `x`: what the first layer takes, such as float[tokens, embed_dim]: an array, or a pytree of arrays with rows
           first. Every layer returns it in the shapes and dtypes that it got.
         - `batch`: whose rows these are, and where the tokens of their sequences lie. Its page numbers are those of a
-          pool for one layer. Or a plan that there is already, where all layers have one mask.
+          pool for one layer. Of a `GroupedBatch` each layer uses the table of its spec's group. Or a plan that there is
+          already, where all layers have one mask.
         - `state`: the state that holds the pages. Donate it to ``jax.jit``, and they are updated in place.
 
         **Returns:** what the last layer gives, and the new state. Raises what the layers raise. The values of a batch
@@ -233,7 +234,7 @@ class LayerStack(eqx.Module):
         runs = tuple(replaced(run, members) for run, members in zip(self.runs, numbered, strict=True))
         return LayerStack(runs, self.segments)
 
-    def _checked(self, batch: RaggedBatch, tokens: Any, state: eqx.nn.State) -> RaggedBatch:
+    def _checked(self, batch: Any, tokens: Any, state: eqx.nn.State) -> Any:
         """The batch, with its values checked for every cache of the layers that asks for it."""
         for run in self.runs:
             pages = [pool.num_pages for pool in pools_of(state.substate(run))]
@@ -241,7 +242,8 @@ class LayerStack(eqx.Module):
                 if isinstance(cache, PagedCache) and cache.attend.check:
                     spec, layout = cache.attend.spec, cache.attend.layout
                     sizes = {"page_size": layout.page_size, "num_pages": pages[0]}
-                    batch = check_values(batch, tokens=tokens, **sizes, **demands_of(spec))
+                    own = check_values(batch_for(spec, batch), tokens=tokens, **sizes, **demands_of(spec))
+                    batch = batch.with_group(spec, own) if isinstance(batch, GroupedBatch) else own
         return batch
 
     def _serve(self, step: Callable[[int, Any, Any, Any], Any], carry: Any) -> Any:

@@ -17,6 +17,8 @@ from .given import fields_of as fields_of
 from .given import minima_of as minima_of
 from .given import terms_in as terms_in
 from .given import values_of as values_of
+from .grouped_batch import GroupedBatch as GroupedBatch
+from .grouped_batch import batch_for as batch_for
 from .layout import FLOAT_DTYPES as FLOAT_DTYPES
 from .layout import QUANTISED_DTYPES as QUANTISED_DTYPES
 from .layout import PageLayout as PageLayout

@@ -11,13 +11,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from paged.spec import AttentionSpec, AttentionState, PageLayout, Pages, RaggedBatch, Sinks, require_sinks
+from paged.spec import (
+    AttentionSpec,
+    AttentionState,
+    GroupedBatch,
+    PageLayout,
+    Pages,
+    RaggedBatch,
+    Sinks,
+    batch_for,
+    require_sinks,
+)
 
 from .._check import demands_of, require_checked
 from .._explain import Explanation, explain
 from ..attend import Attend
 from ..base import Schedule
-from ..plan import Plan, batch_of
+from ..plan import Plan, Step, batch_of
 from ..program import Call, Program, Results
 from ..require import require_layout, require_new_tokens, require_pages, require_queries, require_whole_call
 from ..tpu import Chip
@@ -146,7 +156,7 @@ class ShardedAttend:
         self,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
-        batch: RaggedBatch | Plan,
+        batch: Step,
         sinks: Sinks | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
         """Attend over the pages as they are. See `Attend.__call__`."""
@@ -158,7 +168,7 @@ class ShardedAttend:
         self,
         q: Float[Array, "tokens q_heads head_dim"],
         pages: Pages,
-        batch: RaggedBatch | Plan,
+        batch: Step,
         sinks: Sinks | None = None,
     ) -> AttentionState:
         """The output and its log-sum-exp, merged over all devices of a context. See `Attend.state`."""
@@ -172,7 +182,7 @@ class ShardedAttend:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
-        batch: RaggedBatch | Plan,
+        batch: Step,
         sinks: Sinks | None = None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], Pages]:
         """Write this step's keys and values into the pages, then attend. See `Attend.update`.
@@ -188,7 +198,7 @@ class ShardedAttend:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads value_dim"],
         pages: Pages,
-        batch: RaggedBatch | Plan,
+        batch: Step,
         sinks: Sinks | None = None,
     ) -> tuple[AttentionState, Pages]:
         """`update`, with the log-sum-exp beside the output. See `Attend.update_state`."""
@@ -196,7 +206,10 @@ class ShardedAttend:
         return results.state, pages
 
     def plan(
-        self, q: Float[Array | jax.ShapeDtypeStruct, "tokens q_heads head_dim"], pages: Pages, batch: RaggedBatch
+        self,
+        q: Float[Array | jax.ShapeDtypeStruct, "tokens q_heads head_dim"],
+        pages: Pages,
+        batch: RaggedBatch | GroupedBatch,
     ) -> Plan:
         """Compute once what all calls of a step compute from its batch alone. See `Attend.plan`.
 
@@ -205,7 +218,7 @@ class ShardedAttend:
         if isinstance(batch, Plan):
             raise TypeError("batch must be a paged.RaggedBatch; got a Plan, which a call accepts as it is.")
         checked: Any = self._require(q, pages, batch)
-        call = Call.of(q, pages, batch, has_holes=self._merge is not None)
+        call = Call.of(q, pages, checked, has_holes=self._merge is not None)
         tokens, num_pages = call.tokens // self.shares.sequences, call.num_pages // self.shares.pages
         return devices.plan(self, dataclasses.replace(call, tokens=tokens, num_pages=num_pages), checked)
 
@@ -215,7 +228,7 @@ class ShardedAttend:
         return self.mesh, self.axes
 
     def _updated(
-        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: RaggedBatch | Plan, sinks: Sinks | None
+        self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: Step, sinks: Sinks | None
     ) -> tuple[Results, Pages]:
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
@@ -226,7 +239,7 @@ class ShardedAttend:
         self,
         q: Float[Array, "tokens q_heads head_dim"] | None = None,
         pages: Pages | None = None,
-        batch: RaggedBatch | None = None,
+        batch: RaggedBatch | GroupedBatch | None = None,
     ) -> Explanation:
         """What each device will run, who picked its schedule, and what devices exchange. See `Attend.explain`.
 
@@ -242,9 +255,10 @@ class ShardedAttend:
         if q is None or pages is None or batch is None:
             one = self.first_device.explain()
             return dataclasses.replace(one, program=self.program, layout=self.layout, notes=self._notes())
-        self._require_shapes(q, pages, batch)
+        step: RaggedBatch = batch_for(self.spec, batch)
+        self._require_shapes(q, pages, step)
         parts = []
-        for part in self._shards(batch):
+        for part in self._shards(step):
             call = self._call(q, pages, part)
             own = dataclasses.replace(call, num_pages=pages.num_pages // self.shares.pages)
             choice = self.first_device.choice(own)
@@ -272,23 +286,24 @@ class ShardedAttend:
             lines.append(f"contexts are shared by {shares.context} devices; one collective gathers states, {what}")
         return tuple(lines)
 
-    def _require(self, q: Any, pages: Any, batch: RaggedBatch | Plan) -> RaggedBatch | Plan:
+    def _require(self, q: Any, pages: Any, batch: Step) -> RaggedBatch | Plan:
         """Check shapes, and with ``check`` concrete values.
 
         Traced values are checked on each device: one callback for all devices would deadlock, because those that do not
         run it wait for the one that does.
         """
-        self._require_shapes(q, pages, batch)
+        step: RaggedBatch | Plan = batch_for(self.spec, batch)
+        self._require_shapes(q, pages, step)
         tokens, num_pages = (n // self.shares.sequences for n in (q.shape[0], pages.num_pages))
-        if isinstance(batch, Plan):
-            batch.require_mesh(self.placement)
+        if isinstance(step, Plan):
+            step.require_mesh(self.placement)
             if self.check:
                 sizes = {"page_size": self.layout.page_size, "num_pages": num_pages, "tokens": tokens}
-                require_checked(batch.batch, **sizes, **demands_of(self.spec))
-            return batch
-        if not self.check or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
-            return batch
-        parts = [devices.check_shard(self, part, tokens, num_pages) for part in self._shards(batch)]
+                require_checked(step.batch, **sizes, **demands_of(self.spec))
+            return step
+        if not self.check or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(step)):
+            return step
+        parts = [devices.check_shard(self, part, tokens, num_pages) for part in self._shards(step)]
         return parts[0] if self.axes.sequences is None else RaggedBatch.stack(parts)
 
     def _require_shapes(self, q: Any, pages: Any, step: RaggedBatch | Plan) -> None:
