@@ -1,6 +1,13 @@
 """Models of the Hugging Face kind: their files, their layers, and text in and out."""
 
+from .architectures import ARCHITECTURES as ARCHITECTURES
+from .config import Config as Config
+from .config import ExpertsConfig as ExpertsConfig
+from .config import LayerConfig as LayerConfig
+from .decoder import Decoder as Decoder
 from .files import Tensor as Tensor
 from .files import Weights as Weights
 from .files import open_safetensors as open_safetensors
 from .files import write_safetensors as write_safetensors
+from .load import load as load
+from .load import save as save

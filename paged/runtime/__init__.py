@@ -13,6 +13,7 @@ from .pool import PagePool as PagePool
 from .rotary import Rotary as Rotary
 from .rotary_scaling import LinearScaling as LinearScaling
 from .rotary_scaling import Llama3Scaling as Llama3Scaling
+from .rotary_scaling import LongRopeScaling as LongRopeScaling
 from .rotary_scaling import NtkScaling as NtkScaling
 from .rotary_scaling import RotaryScaling as RotaryScaling
 from .rotary_scaling import YarnScaling as YarnScaling

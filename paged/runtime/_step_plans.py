@@ -10,7 +10,7 @@ import jax
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Int
 
-from paged.lower import Attend, Call, Lowering, Plan, Schedule, Step
+from paged.lower import Attend, Call, Lowering, Plan, Schedule, ShardedAttend, Step
 from paged.spec import GroupedBatch, Mask, PageLayout, Pages, RaggedBatch, batch_for
 
 
@@ -133,10 +133,13 @@ class StepPlans:
 _SHARED: contextvars.ContextVar[tuple[StepPlans, ...]] = contextvars.ContextVar("paged.step_plans", default=())
 
 
-def planned(attend: Attend, q: Array, pages: Pages, step: Step) -> RaggedBatch | Plan:
-    """The plan that a call shares with others of its step. Where none are shared, the step as its spec reads it."""
+def planned(attend: Attend | ShardedAttend, q: Array, pages: Pages, step: Step) -> RaggedBatch | Plan:
+    """The plan that a call shares with others of its step. Where none are shared, the step as its spec reads it.
+
+    On a mesh none are: each layer makes its own lists.
+    """
     around = _around(step)
-    if around is None:
+    if around is None or isinstance(attend, ShardedAttend):
         return batch_for(attend.spec, step)
     q_shape, page_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, pages))
     return around.plan_for(_Asked(attend, q_shape, page_shapes))

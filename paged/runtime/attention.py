@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from paged.lower import Plan, Schedule, Sequences, Step, dense_attention
+from paged.lower import Plan, Schedule, Step, dense_attention
 from paged.spec import (
     AttentionSpec,
     GroupedBatch,
@@ -17,11 +17,9 @@ from paged.spec import (
     RaggedBatch,
     as_bool,
     as_float,
-    batch_for,
     require_positive_int,
 )
 
-from ._step_plans import planned_positions
 from .cache import PagedCache
 from .calibration import CalibratingPages
 from .rotary import Rotary
@@ -170,7 +168,7 @@ class PagedAttention(eqx.Module):
         """
         self._require_features(x, "[tokens, embed_dim]", 2)
         tokens = x.shape[0]
-        q, k, v = self._project(x, self._positions(tokens, batch))
+        q, k, v = self._project(x, self.cache.positions(batch, tokens))
         out, pages = self.cache.attend_pages(q, k, v, pages, batch, self.sinks)
         return jax.vmap(self.output_proj)(out.reshape(tokens, -1)), pages
 
@@ -232,17 +230,6 @@ class PagedAttention(eqx.Module):
         q, k, v = jax.vmap(lambda row: self._project(row, positions))(x)
         out = dense_attention(self.spec, q, k, v, self.sinks, segments=segments, values=values)
         return jax.vmap(jax.vmap(self.output_proj))(out.reshape(*x.shape[:2], -1))
-
-    def _positions(self, tokens: Any, batch: Step) -> Int[Array, " tokens"]:
-        if isinstance(batch, Plan):
-            return batch.positions
-        if batch.positions is not None:
-            return batch.positions
-        page_size = self.layout.page_size
-        planned = planned_positions(batch, tokens, page_size)
-        return (
-            Sequences.of(batch_for(self.spec, batch), tokens, page_size).rows(tokens)[1] if planned is None else planned
-        )
 
     def _project(self, x: Array, positions: Int[Array, " tokens"]) -> tuple[Array, Array, Array]:
         spec, tokens = self.spec, x.shape[0]

@@ -3,12 +3,13 @@
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
-from paged.lower import Attend, Plan, Schedule, Step, lower
+from paged.lower import Attend, Axes, Plan, Schedule, Sequences, ShardedAttend, Step, lower
 from paged.spec import AttentionSpec, PageLayout, Pages, Sinks, batch_for
 
-from ._step_plans import planned
+from ._step_plans import planned, planned_positions
 from .calibration import CalibratingPages
 
 
@@ -29,7 +30,7 @@ class PagedCache(eqx.Module):
     """
 
     index: eqx.nn.StateIndex[Pages]
-    attend: Attend = eqx.field(static=True)
+    attend: Attend | ShardedAttend = eqx.field(static=True)
 
     def __init__(
         self,
@@ -43,6 +44,8 @@ class PagedCache(eqx.Module):
         interpret: Any = False,
         k_scale: Any = None,
         v_scale: Any = None,
+        mesh: Mesh | None = None,
+        axes: Axes | None = None,
     ):
         """**Arguments:**
 
@@ -57,10 +60,13 @@ class PagedCache(eqx.Module):
           many layers checks once, before the first.
         - `k_scale`, `v_scale`: per-tensor or per-head scales of quantised pages, see `PageLayout.init`. A cache of int8
           pages that has none of them raises when it is called: `calibrate` measures them.
+        - `mesh`, `axes`: devices that share the attention, see `paged.lower`. The pages in the state lie where they are
+          made: put them where ``cache.attend.shardings.pages`` says.
 
         Raises what `paged.lower` and `PageLayout.init` raise.
         """
-        self.attend = lower(spec, layout, target, schedule=schedule, check=check, interpret=interpret)
+        how: dict[str, Any] = {"schedule": schedule, "check": check, "interpret": interpret}
+        self.attend = lower(spec, layout, target, **how, mesh=mesh, axes=axes)
         self.index = eqx.nn.StateIndex(layout.init(num_pages, k_scale=k_scale, v_scale=v_scale))
 
     def __call__(
@@ -111,3 +117,21 @@ class PagedCache(eqx.Module):
         if is_calibrating:
             return pages.update(self.attend, q, k, v, step, sinks)
         return self.attend.update(q, k, v, pages, step, sinks)
+
+    def positions(self, batch: Step, tokens: Any) -> Int[Array, " tokens"]:
+        """The position of each row of a step in its sequence, for a rotary embedding.
+
+        **Arguments:**
+
+        - `batch`: whose rows these are. Or the step's plan.
+        - `tokens`: how many rows the step has.
+
+        **Returns:** the positions; what a row of no sequence gets means nothing.
+        """
+        if isinstance(batch, Plan) or batch.positions is not None:
+            return batch.positions
+        page_size = self.attend.layout.page_size
+        planned = planned_positions(batch, tokens, page_size)
+        if planned is not None:
+            return planned
+        return Sequences.of(batch_for(self.attend.spec, batch), tokens, page_size).rows(tokens)[1]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from paged.lower import Plan, Step, check_values, demands_of
+from paged.lower import Attend, Plan, Step, check_values, demands_of
 from paged.spec import GroupedBatch, batch_for
 
 from ._in_turn import in_turn
@@ -235,11 +235,11 @@ class LayerStack(eqx.Module):
         return LayerStack(runs, self.segments)
 
     def _checked(self, batch: Any, tokens: Any, state: eqx.nn.State) -> Any:
-        """The batch, with its values checked for every cache of the layers that asks for it."""
+        """The batch, with its values checked for every cache that asks for it. On a mesh each device checks its own."""
         for run in self.runs:
             pages = [pool.num_pages for pool in pools_of(state.substate(run))]
             for cache in jax.tree.leaves(run, is_leaf=lambda x: isinstance(x, PagedCache)):
-                if isinstance(cache, PagedCache) and cache.attend.check:
+                if isinstance(cache, PagedCache) and cache.attend.check and isinstance(cache.attend, Attend):
                     spec, layout = cache.attend.spec, cache.attend.layout
                     sizes = {"page_size": layout.page_size, "num_pages": pages[0]}
                     own = check_values(batch_for(spec, batch), tokens=tokens, **sizes, **demands_of(spec))

@@ -45,7 +45,7 @@ class Rotary(eqx.Module):
         - `theta`: the base. Pair ``i`` turns by ``theta ** (-2 i / rotary_dim)`` radians per position.
         - `rotary_dim`: how many of the first features are turned, an even number. The others pass unchanged. None: all.
         - `scaling`: a `RotaryScaling` for contexts longer than those of training (`LinearScaling`, `NtkScaling`,
-          `Llama3Scaling`, `YarnScaling`), or None.
+          `Llama3Scaling`, `YarnScaling`, `LongRopeScaling`), or None.
         - `is_interleaved`: True pairs feature ``2 i`` with ``2 i + 1`` (the paper, GPT-J). False pairs feature ``i``
           with ``i + rotary_dim // 2`` (GPT-NeoX, Llama and most released weights).
 

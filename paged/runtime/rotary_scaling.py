@@ -259,6 +259,51 @@ class YarnScaling(RotaryScaling):
         return rotary_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling(RotaryScaling):
+    """LongRoPE: every pair is slowed by a factor of its own, found by a search (Ding et al., arXiv:2402.13753).
+
+    Released models have two lists of factors, for sequences within the context of training and for longer ones. Keys in
+    a cache are turned already, so that one list serves all sequences of a model: choose it for the longest.
+
+    **Arguments:**
+
+    - `factors`: the divisor of each pair's frequency, fastest first: ``rotary_dim // 2`` numbers.
+    - `attention_factor`: multiplies rotated queries and rotated keys, so that scores grow by its square. Released
+      models have ``sqrt(1 + ln(s) / ln(original_context))`` for contexts that are ``s`` times longer.
+
+    Raises ``ValueError`` for factors that are not positive and finite, and, when a `Rotary` uses it, for a number of
+    factors that is not the number of pairs.
+
+    >>> LongRopeScaling(factors=(1.0, 4.0)).frequencies(10000.0, 4).tolist()
+    [1.0, 0.0025]
+    """
+
+    factors: tuple[float, ...]
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "factors", tuple(self.factors))
+        for factor in self.factors:
+            if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
+                raise TypeError(f"LongRopeScaling.factors must be numbers; got {factor!r}.")
+            if not (factor > 0 and math.isfinite(factor)):
+                raise ValueError(f"LongRopeScaling.factors must be positive and finite; got {factor}.")
+        _require_positive(self, "attention_factor")
+
+    @property
+    def magnitude(self) -> float:
+        return self.attention_factor
+
+    def frequencies(self, theta, rotary_dim):
+        if len(self.factors) != rotary_dim // 2:
+            raise ValueError(
+                f"LongRopeScaling.factors must have one number for each pair, rotary_dim // 2 = {rotary_dim // 2}; got "
+                f"{len(self.factors)}."
+            )
+        return plain_frequencies(theta, rotary_dim) / np.asarray(self.factors, np.float64)
+
+
 def _number(scaling: Any, name: str) -> Any:
     value = getattr(scaling, name)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
