@@ -120,7 +120,7 @@ class Config:
         ValueError: config.json has sparsity = 0.5, which is not known of a 'mistral' model: ...
         """
         name = keys.get("model_type")
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise ValueError(f"config.json has model_type = {name!r}; known are {', '.join(map(repr, ARCHITECTURES))}.")
         row = ARCHITECTURES[name]
         full = _filled(name, row, keys)

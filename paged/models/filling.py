@@ -72,7 +72,7 @@ def filled(shapes: Decoder, config: Config, weights: Weights, dtype: Any, mesh: 
         stored = _widest([weights[name].dtype for name in _names(leaf, place.layers)])
         own = stored if dtype is None else jnp.dtype(dtype)
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             return _read(leaf, weights, place.layers, index, shape.shape, own)
 
         if mesh is None:

@@ -56,7 +56,7 @@ def sharding_of(attribute: str, rank: int, has_layers: bool, mesh: Mesh, axis: s
     shared = _SHARED.get(attribute)
     if attribute.removeprefix("mlp.") in _SHARED_EXPERTS:
         shared = 0
-    spec = [None] * rank
+    spec: list[str | None] = [None] * rank
     if shared is not None and has_layers:
         spec[shared + 1] = axis
     return NamedSharding(mesh, P(*spec))

@@ -17,6 +17,7 @@ from paged.spec import (
     RaggedBatch,
     as_bool,
     as_float,
+    batch_for,
     require_positive_int,
 )
 

@@ -65,8 +65,8 @@ class PagedCache(eqx.Module):
 
         Raises what `paged.lower` and `PageLayout.init` raise.
         """
-        how: dict[str, Any] = {"schedule": schedule, "check": check, "interpret": interpret}
-        self.attend = lower(spec, layout, target, **how, mesh=mesh, axes=axes)
+        how: dict[str, Any] = {"schedule": schedule, "check": check, "interpret": interpret, "mesh": mesh, "axes": axes}
+        self.attend = lower(spec, layout, target, **how)
         self.index = eqx.nn.StateIndex(layout.init(num_pages, k_scale=k_scale, v_scale=v_scale))
 
     def __call__(
@@ -128,7 +128,9 @@ class PagedCache(eqx.Module):
 
         **Returns:** the positions; what a row of no sequence gets means nothing.
         """
-        if isinstance(batch, Plan) or batch.positions is not None:
+        if isinstance(batch, Plan):
+            return batch.positions
+        if batch.positions is not None:
             return batch.positions
         page_size = self.attend.layout.page_size
         planned = planned_positions(batch, tokens, page_size)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from paged.lower import Attend, Plan, Sequences, check_values, lower
+from paged.lower import Attend, Plan, Sequences, ShardedAttend, check_values, lower
 from paged.spec import Everything, PageLayout, Pages, RaggedBatch, Sinks, as_float
 
 from .stacked_state import StackedState, pools_of
@@ -93,15 +93,21 @@ class CalibratingPages(eqx.Module):
     k_max: Array
     v_max: Array
 
-    def plan(self, attend: Attend, q: Any, batch: RaggedBatch) -> Plan:
+    def plan(self, attend: Attend | ShardedAttend, q: Any, batch: RaggedBatch) -> Plan:
         """The plan of a step for `update`."""
         return self._exact(attend).plan(q, self.pages, batch)
 
-    def _exact(self, attend: Attend) -> Attend:
+    def _exact(self, attend: Attend | ShardedAttend) -> Attend:
         return lower(attend.spec, self.pages.layout, "xla", check=attend.check)
 
     def update(
-        self, attend: Attend, q: Array, k: Array, v: Array, batch: RaggedBatch | Plan, sinks: Sinks | None
+        self,
+        attend: Attend | ShardedAttend,
+        q: Array,
+        k: Array,
+        v: Array,
+        batch: RaggedBatch | Plan,
+        sinks: Sinks | None,
     ) -> tuple[Float[Array, "tokens q_heads value_dim"], "CalibratingPages"]:
         """``attend.update`` on these pages, with this step's keys and values in the maxima."""
         out, pages = self._exact(attend).update(q, k, v, self.pages, batch, sinks)
