@@ -103,7 +103,9 @@ def generate(
     **Arguments:**
 
     - `model`: a callable pytree, ``logits, state = model(tokens, batch, state)``, that keeps its `Pages` in the state,
-      such as a `LayerStack` of blocks. ``tokens`` is int32[rows], ``logits`` float[rows, vocab].
+      such as a `LayerStack` of blocks. ``tokens`` is int32[rows], ``logits`` float[rows, vocab]. A model that also has
+      the methods ``x, state = model.features(tokens, batch, state)`` and ``model.logits(x)`` is called by them, and
+      makes logits of the rows only from which tokens are drawn.
     - `state`: the model's Equinox state.
     - `prompts`: token ids of each prompt, at least one: a list or an array.
     - `max_new_tokens`: the most tokens to generate, one number for all prompts or one for each. The last token is

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -18,6 +18,22 @@ from ._step_plans import StepPlans
 from .sampling import Sampler, sample
 
 Model = Callable[[Int[Array, " tokens"], RaggedBatch, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
+
+
+@runtime_checkable
+class TwoPartModel(Protocol):
+    """A model that is called in two parts, so that logits are made of those rows only from which a token is drawn.
+
+    ``model(tokens, batch, state)`` must be the one after the other: logits of all rows.
+    """
+
+    def features(self, tokens: Any, batch: Any, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
+        """What the layers give for each row, rows first, and the new state."""
+        ...
+
+    def logits(self, x: Any) -> Any:
+        """Logits of rows of `features`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +72,7 @@ class Serve:
         """How many columns the logits have. The model is traced for it, for the prefill step, and nothing runs."""
         tokens = np.zeros(self.chunk_size, np.int32)
         batch = self._checked(self.scheduler.prefill_batch(0, 1), tokens)
-        result = eqx.filter_eval_shape(_apply, self.model, jnp.asarray(tokens), batch, self.state)
+        result = eqx.filter_eval_shape(_shapes, self.model, jnp.asarray(tokens), batch, self.state)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(f"The model must return a pair (logits, state); got {type(result).__name__}.")
         logits = result[0]
@@ -141,10 +157,20 @@ class Serve:
 
 
 @eqx.filter_jit
-def _apply(model: Model, tokens: Any, batch: RaggedBatch, state: eqx.nn.State) -> Any:
-    """The model, with a jit of its own: what was traced to learn its shapes is not traced again for the first step."""
+def _apply(model: Any, tokens: Any, batch: RaggedBatch, state: eqx.nn.State) -> Any:
+    """The model, or its first part, with a jit of its own: what was traced to learn shapes is not traced again."""
     with StepPlans.of(batch).shared():  # by several stacks, and by layers in a list
-        return model(tokens, batch, state)
+        return (model.features if _has_two_parts(model) else model)(tokens, batch, state)
+
+
+def _has_two_parts(model: Any) -> bool:
+    return isinstance(model, TwoPartModel)
+
+
+def _shapes(model: Any, *step: Any) -> Any:
+    """What the whole model gives for a step."""
+    result = _apply(model, *step)
+    return (model.logits(result[0]), result[1]) if _has_two_parts(model) else result
 
 
 # All but the state are one argument, because Equinox donates either every argument or all but the first: the state is
@@ -153,6 +179,7 @@ def _apply(model: Model, tokens: Any, batch: RaggedBatch, state: eqx.nn.State) -
 def _model_step(inputs: tuple, state: eqx.nn.State) -> tuple[Int[Array, " requests"], eqx.nn.State]:
     """The one step on the device: run the model, and draw a token from the logits of each of ``rows``."""
     model, tokens, batch, rows, draws, key, sampler = inputs
-    logits, state = _apply(model, tokens, batch, state)
+    x, state = _apply(model, tokens, batch, state)
+    logits = model.logits(x[rows]) if _has_two_parts(model) else x[rows]
     keys = jax.vmap(lambda draw: jax.random.fold_in(jax.random.fold_in(key, draw[0]), draw[1]))(draws)
-    return sample(logits[rows], sampler, keys), state
+    return sample(logits, sampler, keys), state

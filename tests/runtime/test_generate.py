@@ -217,3 +217,33 @@ def test_a_state_without_pages_needs_sizes():
     assert generate(model, state, [], max_new_tokens=1, num_slots=1, num_pages=1, page_size=1) == []
     one = generate(model, state, [np.array([3])], max_new_tokens=jnp.int32(2), num_slots=1, num_pages=1, page_size=2)
     assert one[0].tokens == (4, 5)
+
+
+class Halves(eqx.Module):
+    """The likeliest next token is the next number; called in two parts, of which the second keeps its rows."""
+
+    rows: list = eqx.field(static=True)
+
+    def features(self, tokens, batch, state):
+        return jax.nn.one_hot((tokens + 1) % VOCAB, VOCAB), state
+
+    def logits(self, x):
+        self.rows.append(x.shape[0])
+        return 2 * x
+
+    def __call__(self, tokens, batch, state):
+        raise AssertionError("a model of two parts is called by its parts")
+
+
+class Rows(list):
+    """A list that stands for itself in a static field."""
+
+    __hash__ = object.__hash__
+
+
+def test_a_model_of_two_parts_makes_logits_of_the_rows_that_draw_tokens():
+    model, state = eqx.nn.make_with_state(Halves)(Rows())
+    options = {"num_pages": 8, "page_size": PAGE_SIZE, "num_slots": 3, "chunk_size": 4}
+    results = generate(model, state, [[1, 2, 3, 4, 5], [9]], max_new_tokens=2, **options)
+    assert [result.tokens for result in results] == [(6, 7), (10, 11)]
+    assert model.rows == [4, 1, 3], "all rows for the shape alone; one of a chunk; one of each slot"
