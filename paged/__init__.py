@@ -1,8 +1,7 @@
 """Attention over a paged KV cache, in pure JAX: one declaration, lowered to each target."""
 
 import importlib
-import types
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import lower as lower
 from ._version import __version__ as __version__
@@ -65,10 +64,16 @@ from .spec import reference as reference
 
 if TYPE_CHECKING:  # at run time `paged.lower` is the package, which is called like this function
     from .lower import lower as lower
+    from .runtime import convert as convert
 
 
-def __getattr__(name: str) -> types.ModuleType:
-    """`paged.runtime`, `paged.models`, `paged.compat` and `paged.testing`, imported when they are first used."""
+def __getattr__(name: str) -> Any:
+    """`paged.runtime`, `paged.models`, `paged.compat` and `paged.testing`, imported when they are first used.
+
+    So is `paged.convert`, which is `paged.runtime.convert`.
+    """
+    if name == "convert":
+        return importlib.import_module(f"{__name__}.runtime").convert
     if name in ("compat", "models", "runtime", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

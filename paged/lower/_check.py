@@ -75,9 +75,20 @@ def demands_of(spec: AttentionSpec) -> dict[str, Any]:
 
 
 def check_values(
-    batch: RaggedBatch, *, page_size: int, num_pages: int, tokens: int, mask: Mask, minima: tuple[Minimum, ...]
+    batch: RaggedBatch,
+    *,
+    page_size: int,
+    num_pages: int,
+    tokens: int,
+    mask: Mask,
+    minima: tuple[Minimum, ...],
+    is_written: bool = True,
 ) -> RaggedBatch:
-    """`check`, from the facts that it needs."""
+    """`check`, from the facts that it needs.
+
+    A step that writes nothing (``is_written=False``) may have more rows than tokens, and sequences that share pages.
+    The batch is then not marked: the same batch could be at fault where it is written.
+    """
     facts = CheckedFor(page_size, num_pages, tokens, normal_form(mask), minima)
     if _is_checked(batch, facts):
         return batch
@@ -85,15 +96,15 @@ def check_values(
     if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values)):
 
         def raise_on_fault(values: _Values) -> np.ndarray:
-            _raise_on_fault(jax.tree.map(np.asarray, values), facts)
+            _raise_on_fault(jax.tree.map(np.asarray, values), facts, is_written)
             return np.zeros((), np.int32)
 
         zero = jax.pure_callback(raise_on_fault, jax.ShapeDtypeStruct((), jnp.int32), values, vmap_method="sequential")
         # Everything that reads the batch now waits for the verdict.
         changes = {"lengths": batch.lengths + zero, "query_starts": batch.query_starts + zero}
     else:
-        _raise_on_fault(jax.tree.map(np.asarray, values), facts)
-    return dataclasses.replace(batch, **changes, checked_for=facts)
+        _raise_on_fault(jax.tree.map(np.asarray, values), facts, is_written)
+    return dataclasses.replace(batch, **changes, checked_for=facts if is_written else None)
 
 
 def require_checked(
@@ -142,7 +153,7 @@ class _Values(NamedTuple):
         return int(own.min()), int(own.max()) + 1
 
 
-def _raise_on_fault(values: _Values, facts: CheckedFor) -> None:
+def _raise_on_fault(values: _Values, facts: CheckedFor, is_written: bool) -> None:
     lengths, tables, starts, num_seqs, *_ = values
     page_size = facts.page_size
     slots, capacity, live = tables.shape[0], tables.shape[1] * page_size, int(num_seqs)
@@ -161,14 +172,15 @@ def _raise_on_fault(values: _Values, facts: CheckedFor) -> None:
                 f"lengths[{s}] = {length} (sequence {s}) is out of range: its {tables.shape[1]} table entries of "
                 f"{page_size} tokens hold [0, {capacity}]."
             )
-        if stop - start > length > 0:
+        if is_written and stop - start > length > 0:
             raise ValueError(
                 f"lengths[{s}] = {length} (sequence {s}) is less than its {stop - start} query rows: lengths count "
                 "this step's own tokens."
             )
         _require_numbers(s, values, facts.minima)
-        _require_pages_in_pool(s, length, stop - start, values, facts)
-    _require_distinct_slots(lengths[:live], tables[:live], np.diff(starts[: live + 1]), page_size)
+        _require_pages_in_pool(s, length, stop - start, values, facts, is_written)
+    if is_written:
+        _require_distinct_slots(lengths[:live], tables[:live], np.diff(starts[: live + 1]), page_size)
 
 
 def _require_numbers(s: int, values: _Values, minima: tuple[Minimum, ...]) -> None:
@@ -179,13 +191,15 @@ def _require_numbers(s: int, values: _Values, minima: tuple[Minimum, ...]) -> No
             raise ValueError(f"values[{name!r}][{s}] = {number} (sequence {s}) must be at least {least}, for {term}.")
 
 
-def _require_pages_in_pool(s: int, length: int, rows: int, values: _Values, facts: CheckedFor) -> None:
+def _require_pages_in_pool(
+    s: int, length: int, rows: int, values: _Values, facts: CheckedFor, is_written: bool
+) -> None:
     """Every page that holds a token which sequence ``s`` may see or writes must be in the pool."""
     page_size, num_pages, table = facts.page_size, facts.num_pages, values.tables[s]
     first = np.arange(-(-length // page_size)) * page_size
     mask: Any = facts.mask.given(values.given(s))
     some = mask.coverage(*values.row_range(s), first, first + page_size).some
-    is_needed = (some | (first + page_size > length - rows)) & (rows > 0)
+    is_needed = (some | (is_written & (first + page_size > length - rows))) & (rows > 0)
     entry = table[: len(first)]
     for i in np.flatnonzero(is_needed & ((entry < 0) | (entry >= num_pages))):
         last = min(length, first[i] + page_size) - 1

@@ -7,6 +7,8 @@ from ._serve import StepReport as StepReport
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache
 from .calibration import calibrate as calibrate
+from .conversion import Conversion as Conversion
+from .conversion import convert as convert
 from .drafts import commit as commit
 from .layer_stack import LayerStack as LayerStack
 from .pool import PagePool as PagePool

@@ -151,6 +151,11 @@ def planned_positions(batch: RaggedBatch | GroupedBatch, tokens: Any, page_size:
     return None if around is None else around.positions(tokens, page_size)
 
 
+def is_in_stack() -> bool:
+    """Whether this is traced inside of a layer of a `LayerStack`, whose pages have other numbers than the layer's."""
+    return any(plans._above is not None for plans in _SHARED.get())
+
+
 def _around(step: Step) -> Optional["StepPlans"]:
     """What is shared around this call for this step, by the identity of its arrays."""
     return next((plans for plans in _SHARED.get() if _is_same(plans.step, step)), None)

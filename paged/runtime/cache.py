@@ -1,15 +1,28 @@
 """`PagedCache`: attention with pages of its own, without projections; the pages live in Equinox state."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from paged.lower import Attend, Axes, Plan, Schedule, Sequences, ShardedAttend, Step, lower
-from paged.spec import AttentionSpec, PageLayout, Pages, Sinks, batch_for
+from paged.lower import (
+    Attend,
+    Axes,
+    Plan,
+    Schedule,
+    Sequences,
+    ShardedAttend,
+    Step,
+    check_values,
+    demands_of,
+    lower,
+    write,
+)
+from paged.spec import AttentionSpec, PageLayout, Pages, RaggedBatch, Sinks, batch_for
 
-from ._step_plans import planned, planned_positions
+from ._step_plans import is_in_stack, planned, planned_positions
 from .calibration import CalibratingPages
 
 
@@ -137,3 +150,61 @@ class PagedCache(eqx.Module):
         if planned is not None:
             return planned
         return Sequences.of(batch_for(self.attend.spec, batch), tokens, page_size).rows(tokens)[1]
+
+    def write_pages(
+        self,
+        k: Float[Array, "tokens kv_heads head_dim"],
+        v: Float[Array, "tokens kv_heads value_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+    ) -> Pages:
+        """Write keys and values into pages without attending, see `paged.write`: those that `read_pages` reads.
+
+        **Arguments:**
+
+        - `k`, `v`, `pages`, `batch`: as for `attend_pages`.
+
+        **Returns:** the new pages. Raises as `attend_pages`, and ``ValueError`` inside of a `LayerStack`.
+        """
+        batch = self._checked("write", pages, batch, k.shape[0], is_written=True)
+        lowering: Any = self.attend.lowerings[0]  # pyright: ignore[reportAttributeAccessIssue]
+        return write(k, v, pages, batch, lowering.target, interpret=lowering.is_interpreted and lowering.interpret)
+
+    def read_pages(
+        self,
+        q: Float[Array, "tokens q_heads head_dim"],
+        pages: Pages,
+        batch: RaggedBatch,
+        sinks: Sinks | None = None,
+    ) -> Float[Array, "tokens q_heads value_dim"]:
+        """Attend over pages that were written before, and write nothing: for cross-attention.
+
+        **Arguments:**
+
+        - `q`, `sinks`: as for `attend_pages`.
+        - `pages`: what `write_pages` returned.
+        - `batch`: whose rows these are, and the lengths and tables of what they read. There may be more rows than
+          tokens, and sequences may share pages.
+
+        **Returns:** the output. Raises as `attend_pages`, and ``ValueError`` inside of a `LayerStack`.
+        """
+        batch = self._checked("read", pages, batch, q.shape[0], is_written=False)
+        return dataclasses.replace(self.attend, check=False)(q, pages, batch, sinks)
+
+    def _checked(self, what: str, pages: Any, batch: RaggedBatch, tokens: Any, is_written: bool) -> RaggedBatch:
+        if is_in_stack():
+            raise ValueError(
+                f"{what} has a batch of its own, whose page numbers a LayerStack does not shift to its layer's pages: "
+                "keep layers with cross-attention in a list."
+            )
+        if isinstance(self.attend, ShardedAttend):
+            raise ValueError(f"{what} alone is not there for an attention on a mesh: leave out mesh= for this layer.")
+        if isinstance(pages, CalibratingPages):
+            raise ValueError(
+                f"calibrate does not measure the pages that a model only {what}s: give them scales by k_scale= and "
+                "v_scale=, or make them float pages or pages with per-token scales."
+            )
+        if not self.attend.check:
+            return batch
+        facts = {"page_size": self.attend.layout.page_size, "num_pages": pages.num_pages, "tokens": tokens}
+        return check_values(batch, **facts, **demands_of(self.attend.spec), is_written=is_written)

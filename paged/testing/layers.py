@@ -57,7 +57,7 @@ def check_layer(layer: Any, state: eqx.nn.State, *, tolerance: float = 2e-4) -> 
     >>> layer, state = eqx.nn.make_with_state(PagedAttention)(spec, layout, 16, 32, key=jax.random.key(0))
     >>> check_layer(layer, state)
     """
-    width = layer.query_proj.in_features if hasattr(layer, "query_proj") else layer.embed_dim
+    width = layer.embed_dim if hasattr(layer, "embed_dim") else layer.query_proj.in_features
     inputs = [np.random.default_rng(i).normal(size=(n, width)).astype(np.float32) for i, n in enumerate(_LENGTHS)]
     dense = eqx.filter_jit(lambda layer, x: layer.dense(x)[0])
     want = [dense(layer, x[None]) for x in inputs]

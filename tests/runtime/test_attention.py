@@ -219,10 +219,13 @@ def test_rotary_scaling_and_bfloat16_pages_serve():
         (lambda: build(LOCAL, use_key_bias="no"), "use_key_bias must be True or False; got 'no'"),
         (lambda: build(LOCAL, qk_norm=1), "qk_norm must be True or False; got 1"),
         (lambda: build(LOCAL.replace(head_dim=16)), "rotary.head_dim must equal spec.head_dim = 16; got 8"),
-        (lambda: build(LOCAL)[0].dense(jnp.ones((3, EMBED))), r"x must be \[batch, tokens, embed_dim\].*got \(3, 16\)"),
+        (
+            lambda: build(LOCAL)[0].dense(jnp.ones((3, 7))),
+            r"query must be \[tokens, 16\] or \[batch, tokens, 16\]; got \(3, 7\)",
+        ),
         (
             lambda: build(LOCAL)[0].attend_pages(jnp.ones((3, 7)), None, paged.RaggedBatch.decode([1] * 3, [[0]] * 3)),
-            r"x must be \[tokens, embed_dim\] with embed_dim = 16; got \(3, 7\)",
+            r"x must be \[tokens, 16\]; got \(3, 7\)",
         ),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from paged.spec import AttentionSpec, AttentionState, Given, Sinks, add_sinks, require_sinks, sinks_per_head
 
@@ -21,6 +21,8 @@ def dense_attention(
     *,
     segments: Int[Array, "batch length"] | None = None,
     values: Mapping[str, Any] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    weight_factors: Float[Array, "batch q_heads tokens length"] | None = None,
 ) -> Float[Array, "batch tokens q_heads value_dim"]:
     """The spec's attention without pages: for training, and for prompts that need no cache.
 
@@ -36,6 +38,10 @@ def dense_attention(
       tokens of a document, which lie side by side. A token sees its own document alone, and masks and scores count
       positions from the document's first token. So the result is that of the documents apart.
     - `values`: what the spec names by `Value`: for each name [batch], or [batch, size] for a value with a size.
+    - `mask`: which pairs of a query and a key may see each other, besides the spec's mask: bools [tokens, length], or
+      [batch, heads, tokens, length] with ``heads`` the query heads or 1. A paged call has no such array, so the same
+      rule belongs into the spec where the model is served.
+    - `weight_factors`: what the weights are multiplied by after the softmax: 0 and ``1 / (1 - p)`` for a dropout.
 
     **Returns:** the output in the dtype of ``q``, 0 in rows that see no key. Gradients are finite there too. The
     softmax is in float32.
@@ -52,6 +58,7 @@ def dense_attention(
     _require_dense(spec, q, k, v)
     require_sinks(spec, sinks)
     _require_brought(spec, k, segments, values)
+    _require_pairs(spec, q, k, mask, weight_factors)
     program = Program.from_spec(spec).of_chains  # whole sequences have no drafts
     batch, tokens, length = *q.shape[:2], k.shape[1]
     grouped = q.astype(jnp.float32).reshape(batch, tokens, spec.num_kv_heads, spec.group, spec.head_dim)
@@ -60,13 +67,18 @@ def dense_attention(
     head = jnp.arange(spec.num_q_heads, dtype=jnp.int32).reshape(1, spec.num_kv_heads, spec.group, 1, 1)
     given = Given(_numbers(spec, values or {}))
     is_seen &= program.visible(p, j, length, given._replace(head=head if program.has_heads else None))
+    if mask is not None:
+        is_seen &= _per_head(spec, mask if mask.ndim == 4 else mask[None, None])
     s = jnp.where(is_seen, program.apply_scores(s, p, j, head, given), -jnp.inf)
     top = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)
     weights = jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     is_empty = total == 0
     total = jnp.where(is_empty, 1.0, total)
-    out = jnp.einsum("bhgtj,bjhd->bthgd", weights / total, v.astype(jnp.float32), precision="highest")
+    weights = weights / total
+    if weight_factors is not None:
+        weights = weights * _per_head(spec, weight_factors.astype(jnp.float32))
+    out = jnp.einsum("bhgtj,bjhd->bthgd", weights, v.astype(jnp.float32), precision="highest")
     out = out.reshape(batch, tokens, spec.num_q_heads, v.shape[-1])
     if sinks is not None:
         lse = jnp.where(is_empty, -jnp.inf, jnp.log(total) + top)[..., 0]
@@ -95,6 +107,12 @@ def _positions(tokens: int, length: int, segments: Array | None) -> tuple[Array,
     return p, j, of_query == of_key
 
 
+def _per_head(spec: AttentionSpec, x: Array) -> Array:
+    """``x`` [batch, q_heads or 1, tokens, length], to broadcast against the scores."""
+    heads = (spec.num_kv_heads, spec.group) if x.shape[1] == spec.num_q_heads else (1, 1)
+    return x.reshape(x.shape[0], *heads, *x.shape[2:])
+
+
 def _numbers(spec: AttentionSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of each sequence, to broadcast against the scores. No gradient flows to them."""
     numbers: dict[str, Any] = {}
@@ -117,6 +135,25 @@ def _require_brought(spec: AttentionSpec, k: Array, segments: Any, values: Mappi
     if segments is not None and (segments.shape != k.shape[:2] or not jnp.issubdtype(segments.dtype, jnp.integer)):
         raise ValueError(
             f"segments must be integers [batch, length] = {k.shape[:2]}; got {segments.dtype.name}{segments.shape}."
+        )
+
+
+def _require_pairs(spec: AttentionSpec, q: Array, k: Array, mask: Any, weight_factors: Any) -> None:
+    pairs = (q.shape[1], k.shape[1])
+    if weight_factors is not None and weight_factors.shape != (q.shape[0], spec.num_q_heads, *pairs):
+        wanted = (q.shape[0], spec.num_q_heads, *pairs)
+        raise ValueError(
+            f"weight_factors must be [batch, q_heads, tokens, length] = {wanted}; got {weight_factors.shape}."
+        )
+    if mask is None:
+        return
+    if not hasattr(mask, "dtype") or mask.dtype != bool:
+        raise TypeError(f"mask must be an array of bools, True where a query sees a key; got {mask!r}.")
+    shapes = [pairs, *((q.shape[0], heads, *pairs) for heads in (1, spec.num_q_heads))]
+    if mask.shape not in shapes:
+        raise ValueError(
+            f"mask must be [tokens, length] = {pairs}, or [batch, heads, tokens, length] = {shapes[-1]}, or with 1 for "
+            f"heads; got {mask.shape}."
         )
 
 
