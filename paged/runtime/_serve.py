@@ -131,7 +131,7 @@ class Serve:
     def _checked(self, batch: RaggedBatch, tokens: np.ndarray) -> RaggedBatch:
         """A batch that is sound where every key is visible is sound for any layer's mask, with the layers' numbers."""
         pool = self.scheduler.pool
-        sizes = {"page_size": pool.page_size, "num_pages": pool.num_pages}
+        sizes: dict[str, Any] = {"page_size": pool.page_size, "num_pages": pool.num_pages}
         return check_values(batch, **sizes, tokens=len(tokens), mask=Everything(), minima=self.minima)
 
     def _finish(self, kind: Literal["prefill", "decode"], tokens: int, slots: Sequence[int], drawn: np.ndarray) -> None:

@@ -75,7 +75,7 @@ def calibrate(
     for array in arrays:
         width = 1 << (len(array) - 1).bit_length()
         batch = RaggedBatch([len(array)], np.arange(entries, dtype=np.int32)[None], [0, len(array)])
-        sizes = {"page_size": page_size, "num_pages": entries, "tokens": width}
+        sizes: dict[str, Any] = {"page_size": page_size, "num_pages": entries, "tokens": width}
         batch = check_values(batch, **sizes, mask=Everything(), minima=())
         padded = jnp.asarray(np.pad(array, [(0, width - len(array))] + [(0, 0)] * (array.ndim - 1)))
         measured = _step(model, padded, batch, measured)

@@ -10,7 +10,7 @@ import paged
 from paged.runtime import LayerStack, PagedAttention, Rotary
 from paged.testing import check_layer
 
-LENGTH, SIZE = 7, 16
+LENGTH, SIZE = 8, 16
 TOLERANCE = 2e-5  # float32; outputs are about 3, sums of 16 products
 LAYOUT = paged.PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
 SPLIT = LAYOUT.replace(order="split", value_dim=3)
@@ -71,14 +71,15 @@ def test_a_batch_equals_a_vmap_and_gradients_are_those_of_multihead_attention():
     got = gradient(layer, lambda layer: (layer.dense(xs, key=jax.random.key(5)) ** 2).sum())
     want = gradient(mha, lambda mha: (jax.vmap(lambda x, key: mha(x, x, x, mask, key=key))(xs, keys) ** 2).sum())
     assert len(got) == len(want) == 8
+    largest = max(float(jnp.abs(x).max()) for x in want)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()) + 1e-5)
+        np.testing.assert_allclose(a, b, atol=2e-6 * largest)
 
 
 @pytest.mark.parametrize("options", [{"mask": paged.Causal() & paged.Window(5)}, {"rotary": Rotary(8)}], ids=str)
 def test_a_layer_serves_as_it_trains(options):
-    layer, state = paged_layer(multihead(dropout_p=0.4), **options)
-    check_layer(eqx.nn.inference_mode(layer), state)  # with dropout on, serving must be the same: see below
+    layer, state = paged_layer(multihead(), **options)
+    check_layer(layer, state)
 
 
 def test_serving_drops_nothing_and_takes_other_features_for_keys_and_values():
@@ -86,10 +87,10 @@ def test_serving_drops_nothing_and_takes_other_features_for_keys_and_values():
     query, key_, value = features(), features(size=12, seed=2), features(size=5, seed=3)
     step = eqx.filter_jit(lambda *args: layer(*args[:3], key_=args[3], value=args[4]))
     first = paged.RaggedBatch.prefill(4, [5, 2], 4)
-    rest = paged.RaggedBatch.prefill(LENGTH, [5, 2], 3)
+    rest = paged.RaggedBatch.prefill(LENGTH, [5, 2], 4)
     y, state = step(query[:4], first, state, key_[:4], value[:4])
     z, state = step(query[4:], rest, state, key_[4:], value[4:])
-    want = layer.dense(query, key_, value, inference=True)
+    want = eqx.filter_jit(layer.dense)(query, key_, value, inference=True)
     assert want.shape == (LENGTH, 9)
     np.testing.assert_allclose(jnp.concatenate([y, z]), want, atol=TOLERANCE)
     with pytest.raises(ValueError, match=r"key_ must be \[tokens, 12\]; got \(4, 16\)"):
@@ -98,42 +99,41 @@ def test_serving_drops_nothing_and_takes_other_features_for_keys_and_values():
 
 def test_process_heads_with_positions_serves():
     """Not with a rotary embedding that begins at 0 in every step."""
-    rotary, seen = Rotary(8), []
+    rotary = Rotary(8)
 
     def process_heads(q, k, v, positions):
-        seen.append(positions.shape)
         return rotary(q, positions), rotary(k, positions), v
 
     layer, state = paged_layer(multihead())
+    step = eqx.filter_jit(lambda layer, *args: layer(*args, process_heads=process_heads))
     x, ys = features(), []
-    for start, stop in [(0, 4), (4, 7)]:
-        batch = paged.RaggedBatch.prefill(stop, [5, 2], stop - start)
-        y, state = layer(x[start:stop], batch, state, process_heads=process_heads)
+    for start, stop in [(0, 4), (4, 8)]:
+        batch = paged.RaggedBatch.prefill(stop, [5, 2], 4)
+        y, state = step(layer, x[start:stop], batch, state)
         ys.append(y)
-    np.testing.assert_allclose(jnp.concatenate(ys), layer(x, x, x, process_heads=process_heads), atol=TOLERANCE)
-    np.testing.assert_allclose(jnp.concatenate(ys), layer(x, x, x, process_heads=turned), atol=TOLERANCE)
-    assert seen == [(4,), (3,), (7,)]
+    np.testing.assert_allclose(jnp.concatenate(ys), step(layer, x, x, x), atol=TOLERANCE)
+    dense = eqx.filter_jit(lambda layer, x: layer(x, x, x, process_heads=turned))
+    np.testing.assert_allclose(jnp.concatenate(ys), dense(layer, x), atol=TOLERANCE)
     with pytest.raises(ValueError, match="process_heads needs an argument `positions`"):
         layer(x[:4], batch, state, process_heads=turned)
 
 
-@pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
-def test_cross_attention_writes_once_and_reads_without_a_causal_mask(check):
+def test_cross_attention_writes_once_and_reads_without_a_causal_mask():
     """Two sequences attend to one context, with more rows than it has tokens, and a third to another one."""
     mha = multihead(**HEADS_OF_OTHER_SIZES)
-    layer, state = paged_layer(mha, SPLIT, mask=paged.Everything(), check=check)
+    layer, state = paged_layer(mha, SPLIT, mask=paged.Everything())
     keys, values = [features(n, 12, n) for n in (3, 6)], [features(n, 5, n + 9) for n in (3, 6)]
-    state = layer.write(
-        jnp.concatenate(keys), paged.RaggedBatch([3, 6], [[7, -1], [0, 4]], [0, 3, 9]), state,
-        value=jnp.concatenate(values),
-    )  # fmt: skip
+    written = paged.RaggedBatch([3, 6], [[7, -1], [0, 4]], [0, 3, 9])
+    write = eqx.filter_jit(lambda layer, key_, value, state: layer.write(key_, written, state, value=value))
+    state = write(layer, jnp.concatenate(keys), jnp.concatenate(values), state)
     before = state.get(layer.cache.index)
     rows = [features(n, seed=20 + n) for n in (5, 1, 2)]
     batch = paged.RaggedBatch([3, 3, 6], [[7, -1], [7, -1], [0, 4]], [0, 5, 6, 8])
     got = eqx.filter_jit(layer.read)(jnp.concatenate(rows), batch, state)
     want = [mha(x, keys[i], values[i]) for x, i in zip(rows, (0, 0, 1), strict=True)]
     np.testing.assert_allclose(got, jnp.concatenate(want), atol=TOLERANCE)
-    np.testing.assert_allclose(got[:5], layer.dense(rows[0], keys[0], values[0]), atol=TOLERANCE)
+    dense = eqx.filter_jit(layer.dense)(rows[0], keys[0], values[0])
+    np.testing.assert_allclose(got[:5], dense, atol=TOLERANCE)
     assert all(a is b for a, b in zip(before.arrays, state.get(layer.cache.index).arrays, strict=True))
 
 
@@ -191,8 +191,8 @@ def dense(how, **options):
         ),
         (lambda: paged_layer(multihead(), rotary=Rotary(4)), "rotary.head_dim must equal spec.head_dim = 8; got 4"),
         (lambda: dense({}, dropout_p=0.5), "Dropout requires a key when running in non-deterministic mode"),
-        (lambda: dense({"mask": np.ones((3, 7), bool)}), r"mask must be \[tokens, length\] = \(7, 7\).*got \(3, 7\)"),
-        (lambda: dense({"mask": np.ones((7, 7))}), "mask must be an array of bools"),
+        (lambda: dense({"mask": np.ones((3, 8), bool)}), r"mask must be \[tokens, length\] = \(8, 8\).*got \(3, 8\)"),
+        (lambda: dense({"mask": np.ones((8, 8))}), "mask must be an array of bools"),
         (lambda: dense({"process_heads": wrong_head}), "process_heads must not change the shape of the heads"),
         (
             lambda: paged_layer(multihead(), rotary=Rotary(8))[0].dense(features(), process_heads=turned),
