@@ -66,7 +66,7 @@ class Gpt(eqx.Module):
         return jax.vmap(self.head)(x)
 
     def serve(self, tokens, batch, state):
-        positions = self.blocks[0].attention.positions(tokens.shape[0], batch)
+        positions = self.blocks[0].attention.cache.positions(batch, tokens.shape[0])
         x = jax.vmap(self.embedding)(tokens) + self.positions[positions]
         for block in self.blocks:
             x, state = block.serve(x, batch, state)
