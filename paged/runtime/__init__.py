@@ -20,6 +20,10 @@ from .rotary_scaling import NtkScaling as NtkScaling
 from .rotary_scaling import RotaryScaling as RotaryScaling
 from .rotary_scaling import YarnScaling as YarnScaling
 from .sampling import Sampler as Sampler
+from .sampling import Samplers as Samplers
+from .sampling import draw as draw
+from .sampling import log_probs as log_probs
 from .sampling import sample as sample
+from .sampling import top_log_probs as top_log_probs
 from .stacked_state import StackedState as StackedState
 from .stacked_state import pools_of as pools_of

@@ -1,5 +1,7 @@
 """`sample`: ties, support, order of the filters, frequencies, and errors."""
 
+import importlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged.runtime import Sampler, sample, sampling
+from paged.runtime import Sampler, Samplers, log_probs, sample, top_log_probs
+from paged.runtime import draw as draw_rows
 
 DRAWS = 400
+drawing, sampling = (importlib.import_module(f"paged.runtime.sampling.{name}") for name in ("draw", "sample"))
 
 
 def draw(logits, sampler, seed=0, draws=DRAWS):
@@ -121,7 +125,7 @@ def test_rows_without_a_token_give_minus_one_and_inf_is_drawn(options):
 
 @pytest.fixture
 def few_candidates(monkeypatch):
-    monkeypatch.setattr(sampling, "_CANDIDATES", 2)
+    monkeypatch.setattr(drawing, "_CANDIDATES", 2)
     sampling._draw.clear_cache()
     yield
     sampling._draw.clear_cache()
@@ -147,6 +151,71 @@ def test_candidates_that_do_not_hold_the_mass_give_way_to_all(few_candidates):
         assert set(draw(row, sampler, draws=512).tolist()) == support_ref(row, None, 0.6977)
 
 
+RULES = [
+    Sampler(),
+    Sampler(temperature=1.0),
+    Sampler(temperature=0.5, top_k=5),
+    Sampler(temperature=2.0, top_p=0.6977),
+    Sampler(temperature=1.0, top_k=700, top_p=0.3171),
+    Sampler(temperature=1.0, top_k=600),
+    Sampler(temperature=1.0, min_p=0.5),
+    Sampler(temperature=1.0, logit_bias={3: 90.0, 5: -np.inf}),
+    Sampler(top_k=1, logit_bias={900: 1e6}),
+]
+
+
+def test_each_row_has_a_rule_of_its_own_whatever_the_others_have():
+    """More tokens than candidates, of which some rows need more than there are."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 1, (len(RULES), 1000)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), len(RULES))
+    rules, run = Samplers.of(RULES), jax.jit(draw_rows)
+    together = run(logits, rules, keys)
+    one_by_one = [jax.tree.map(lambda x, row=row: x[row : row + 1], (logits, rules, keys)) for row in range(len(RULES))]
+    assert together.tolist() == [run(*own)[0].item() for own in one_by_one]
+    assert together[0] == jnp.argmax(logits[0]) and together[7] == 3 and together[8] == 900
+
+
+def test_more_than_the_candidates_by_count_and_by_mass(few_candidates):
+    """Each row has another rule, and the bisection finds exactly what it keeps."""
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-2, 3, (6, 9)) / 2
+    rules = [(4, None), (5, 0.6977), (7, 0.9871), (None, 0.6977), (3, 0.0123), (None, None)]
+    samplers = Samplers.of([Sampler(temperature=1.0, top_k=top_k, top_p=top_p) for top_k, top_p in rules])
+    many = jax.tree.map(lambda x: jnp.repeat(x, 300, axis=0), (jnp.asarray(logits, jnp.float32), samplers))
+    tokens = np.asarray(jax.jit(draw_rows)(*many, jax.random.split(jax.random.key(0), 1800))).reshape(6, 300)
+    for row, own, (top_k, top_p) in zip(logits, tokens, rules, strict=True):
+        assert set(own.tolist()) == support_ref(row, top_k, 2.0 if top_p is None else top_p)
+
+
+def test_a_small_part_of_the_largest_probability_is_the_least():
+    logits = np.log([0.4, 0.25, 0.2, 0.1, 0.05])
+    assert set(draw(logits, Sampler(temperature=1.0, min_p=0.45)).tolist()) == {0, 1, 2}
+    assert set(draw(logits, Sampler(temperature=1.0, min_p=0.45, top_p=0.6)).tolist()) == {0, 1}
+    assert set(draw(logits, Sampler(temperature=1.0, min_p=1.0)).tolist()) == {0}
+    assert set(draw(logits, Sampler(temperature=1.0, min_p=0.0)).tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_biases_and_penalties_change_logits_before_the_temperature():
+    logits = jnp.array([[2.0, -1.0, 0.5, jnp.inf]])
+    seen, drawn = jnp.array([[True, True, False, False]]), jnp.array([[True, False, False, False]])
+    rule = Sampler(repetition_penalty=2.0, presence_penalty=0.25, logit_bias={2: 3.0, 3: -np.inf})
+    changed = Samplers.of([rule], num_biases=4).changed(logits, seen, drawn)
+    assert changed.tolist() == [[0.75, -2.0, 3.5, -np.inf]]
+    assert sample(logits, rule, seen=seen, drawn=drawn).tolist() == [2]
+    assert sample(logits[0], rule, seen=seen[0], drawn=drawn[0]).tolist() == 2
+
+
+def test_log_probabilities_are_those_of_the_model():
+    logits = jnp.array([[1.0, 3.0, 2.0], [0.0, -40.0, 0.0]])
+    weights = np.exp([[1.0, 3.0, 2.0], [0.0, -40.0, 0.0]])
+    want = np.log(weights / weights.sum(1, keepdims=True))
+    np.testing.assert_allclose(log_probs(logits, jnp.array([1, 2])), want[[0, 1], [1, 2]], rtol=1e-6)
+    assert np.isnan(log_probs(logits, jnp.array([-1, 3]))).all()
+    ids, logs = top_log_probs(logits.astype(jnp.bfloat16), 2)
+    assert ids.tolist() == [[1, 2], [0, 2]]
+    np.testing.assert_allclose(logs, want[[[0, 0], [1, 1]], ids], rtol=1e-6)
+
+
 def test_the_vocabulary_is_never_ranked():
     def ranked(jaxpr):
         for equation in jaxpr.eqns:
@@ -157,10 +226,9 @@ def test_the_vocabulary_is_never_ranked():
                     yield from ranked(value.jaxpr)
 
     keys = jax.random.split(jax.random.key(0), 2)
-    for options, expected in [({"top_p": 0.9}, 512), ({"top_p": 0.9, "top_k": 20}, 20), ({"top_k": 20}, 20)]:
-        sampler = Sampler(temperature=1.0, **options)
-        jaxpr = jax.make_jaxpr(lambda x, sampler=sampler: sample(x, sampler, keys))(jnp.zeros((2, 5000)))
-        assert list(ranked(jaxpr.jaxpr)) == [expected]
+    sampler = Sampler(temperature=1.0, top_p=0.9, top_k=4000)
+    jaxpr = jax.make_jaxpr(lambda x: sample(x, sampler, keys))(jnp.zeros((2, 5000)))
+    assert list(ranked(jaxpr.jaxpr)) == [512]
 
 
 def test_one_trace_a_sampler():
@@ -188,6 +256,15 @@ def test_one_trace_a_sampler():
         (lambda: sample(jnp.zeros((2, 3), int), Sampler()), TypeError, "logits must be floats; got int32"),
         (lambda: sample(jnp.zeros((2, 3)), 0.7), TypeError, "sampler must be a Sampler; got 0.7"),
         (lambda: sample(jnp.zeros((2, 3)), Sampler(temperature=1.0), 0), ValueError, r"one typed PRNG key.*got 0"),
+        (lambda: Sampler(min_p=-0.1), ValueError, r"min_p must be in \[0, 1\]"),
+        (lambda: Sampler(repetition_penalty=0), ValueError, "repetition_penalty must be positive; got 0.0"),
+        (lambda: Sampler(presence_penalty=np.inf), ValueError, "presence_penalty must be finite"),
+        (lambda: Sampler(logit_bias=3), TypeError, "logit_bias must be numbers by token id"),
+        (lambda: Sampler(logit_bias={-1: 0.0}), ValueError, "a token of logit_bias must be at least 0"),
+        (lambda: Sampler(logit_bias={4: np.inf}), ValueError, r"logit_bias\[4\] must be finite"),
+        (lambda: Sampler(logit_bias=[(4, 1.0), (4, 2.0)]), ValueError, "token 4 twice"),
+        (lambda: Samplers.of([Sampler(logit_bias={4: 1.0})], num_biases=0), ValueError, "room for 0"),
+        (lambda: sample(jnp.zeros(3), Sampler(presence_penalty=1.0)), ValueError, "seen and drawn must be bool"),
         (lambda: Sampler(top_p=1.5), ValueError, r"top_p must be in \(0, 1\].*got 1.5"),
         (lambda: sample(jnp.zeros((2, 3)), Sampler(temperature=1.0)), ValueError, r"shape \(2,\).*got None"),
         (
