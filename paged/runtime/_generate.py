@@ -161,7 +161,8 @@ def generate(
     require_cuts([spec.visibility for spec in specs], requests, chunk_size)
     scheduler = Scheduler(PagePool.init(num_pages, num_slots, pages_per_seq, page_size), requests)
     minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
-    serve = Serve(model, state, scheduler, sampler, key, ends, chunk_size, minima, on_step)
+    longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=0)
+    serve = Serve(model, state, scheduler, sampler, key, ends, chunk_size, minima, longest, on_step)
     if requests:
         _require_in_vocabulary(requests, ends, serve.vocabulary_size())
     if not donate_state:

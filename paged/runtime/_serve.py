@@ -15,7 +15,7 @@ from paged.spec import Everything, Minimum, RaggedBatch
 
 from ._scheduler import Request, Scheduler
 from ._step_plans import StepPlans
-from .sampling import Sampler, sample
+from .sampling import Sampler, sample, tokens_from
 
 Model = Callable[[Int[Array, " tokens"], RaggedBatch, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
 
@@ -66,6 +66,7 @@ class Serve:
     ends: frozenset[int]
     chunk_size: int
     minima: tuple[Minimum, ...]
+    longest: int  # tokens of a sequence
     on_step: Callable[[StepReport], None] | None
 
     def vocabulary_size(self) -> int:
@@ -124,9 +125,19 @@ class Serve:
         """Run the model, and draw one token for each of ``requests`` from the logits of its row."""
         batch = self._checked(batch, tokens)
         draws = np.asarray([(r.index, r.num_generated) if r else (0, 0) for r in requests], np.int32)
-        arrays = jnp.asarray(tokens), batch, jnp.asarray(rows, jnp.int32), jnp.asarray(draws)
+        arrays = jnp.asarray(tokens), batch, jnp.asarray(rows, jnp.int32), jnp.asarray(draws), self._history(requests)
         drawn, self.state = _model_step((self.model, *arrays, self.key, self.sampler), self.state)
         return np.asarray(drawn)
+
+    def _history(self, requests: Sequence[Request | None]) -> tuple[np.ndarray, np.ndarray] | None:
+        """For penalties: the known tokens of each request, -1 past them, and how many are of its prompt."""
+        if not self.sampler.needs_history:
+            return None
+        known, of_prompt = np.full((len(requests), self.longest), -1, np.int32), np.zeros(len(requests), np.int32)
+        for row, request in enumerate(requests):
+            if request is not None:
+                known[row, : len(request.known)], of_prompt[row] = request.known, len(request.prompt)
+        return known, of_prompt
 
     def _checked(self, batch: RaggedBatch, tokens: np.ndarray) -> RaggedBatch:
         """A batch that is sound where every key is visible is sound for any layer's mask, with the layers' numbers."""
@@ -178,8 +189,13 @@ def _shapes(model: Any, *step: Any) -> Any:
 @eqx.filter_jit(donate="all-except-first")
 def _model_step(inputs: tuple, state: eqx.nn.State) -> tuple[Int[Array, " requests"], eqx.nn.State]:
     """The one step on the device: run the model, and draw a token from the logits of each of ``rows``."""
-    model, tokens, batch, rows, draws, key, sampler = inputs
+    model, tokens, batch, rows, draws, history, key, sampler = inputs
     x, state = _apply(model, tokens, batch, state)
     logits = model.logits(x[rows]) if _has_two_parts(model) else x[rows]
+    past: dict[str, Any] = {}
+    if history is not None:
+        known, of_prompt = history
+        firsts = {"seen": jnp.zeros_like(of_prompt), "drawn": of_prompt}
+        past = {name: tokens_from(known, first, logits.shape[1]) for name, first in firsts.items()}
     keys = jax.vmap(lambda draw: jax.random.fold_in(jax.random.fold_in(key, draw[0]), draw[1]))(draws)
-    return sample(logits, sampler, keys), state
+    return sample(logits, sampler, keys, **past), state

@@ -85,6 +85,13 @@ def test_random_draws_do_not_depend_on_scheduling(model_and_state):
     assert twins[0].tokens != twins[1].tokens, "equal prompts draw apart"
 
 
+def test_penalties_know_the_prompt_and_the_answer(model_and_state):
+    """Greedy, with a penalty that no logit overcomes: no token of the prompt, and no token of the answer twice."""
+    never = Sampler(repetition_penalty=1e30, logit_bias=dict.fromkeys(range(VOCAB), 100.0), presence_penalty=1.0)
+    for answer in run(model_and_state, num_pages=8, sampler=never):
+        assert len(set(answer.tokens)) == len(answer.tokens) and not set(answer.tokens) & set(answer.prompt)
+
+
 def test_one_trace_a_kind_while_everything_varies():
     model, state = tiny(seed=1)
     run((model, state), num_pages=8)
