@@ -1,6 +1,10 @@
 """Files that a model is made of: weights, their configuration, tokenizers. Nothing in them is ever executed."""
 
+from .checkpoint import open_checkpoint as open_checkpoint
+from .gguf_file import Checkpoint as Checkpoint
+from .gguf_file import open_gguf as open_gguf
 from .json_text import parse_object as parse_object
+from .mxfp4 import unpack_mxfp4 as unpack_mxfp4
 from .safetensors import open_safetensors as open_safetensors
 from .safetensors import write_safetensors as write_safetensors
 from .weights import Tensor as Tensor
