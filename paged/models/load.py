@@ -19,7 +19,7 @@ from paged.spec import PageLayout, Pages
 
 from .config import Config
 from .decoder import Decoder
-from .files import Weights, open_safetensors, parse_object, write_safetensors
+from .files import open_checkpoint, write_safetensors
 from .filling import Place, computed_dtype, filled, places_of, require_weights
 from .names import Leaf, Piece, leaves_of_layer, leaves_of_model
 from .placing import automatic, require_shares
@@ -43,7 +43,7 @@ def load(
 
     **Arguments:**
 
-    - `path`: a folder in Hugging Face's form: config.json, and one or many safetensors files.
+    - `path`: a folder in Hugging Face's form: config.json, and one or many safetensors files. Or a GGUF file.
     - `num_pages`: how many pages each layer has.
     - `page_size`: tokens per page.
     - `dtype`: of the parameters, of what is computed, and of the pages: float32, bfloat16 or float16. None: parameters
@@ -73,7 +73,8 @@ def load(
     >>> bool((model.dense(jnp.arange(5)) == made.dense(jnp.arange(5))).all())
     True
     """
-    keys, weights = _open(pathlib.Path(path))
+    checkpoint = open_checkpoint(path)
+    keys, weights = checkpoint.config, checkpoint.weights
     if max_length is None:
         size = page_size if layout is None else layout.page_size
         max_length = _within_training(keys, num_pages * size)
@@ -93,13 +94,6 @@ def load(
     shapes, _ = eqx.filter_eval_shape(make, jax.random.key(0))
     model = filled(shapes, config, weights, dtype, mesh, axis)
     return model, _state(make, mesh, shapes), None
-
-
-def _open(folder: pathlib.Path) -> tuple[Mapping[str, Any], Weights]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json, which says what model it is.")
-    return parse_object(file, file.read_bytes()), open_safetensors(folder)
 
 
 def _within_training(keys: Mapping[str, Any], most: int) -> int | None:

@@ -49,7 +49,8 @@ def config_of(
     if left.pop("vocab_size", config["vocab_size"]) != config["vocab_size"]:
         raise ValueError(f"{path}: metadata {architecture}.vocab_size is not the rows of tensor 'token_embd.weight'.")
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    if row.model_type != "qwen2":  # whose biases go without saying
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     for name in ("bos", "eos"):
         if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{name}_token_id"] = token
@@ -64,11 +65,10 @@ def config_of(
 
 def _number(path: pathlib.Path, name: str, value: Any) -> int | float:
     """A number, or what a list of a number for each layer agrees on."""
-    if isinstance(value, list) and value and all(one == value[0] for one in value):
-        value = value[0]
-    if type(value) not in (int, float) or not 0 <= value < 2**53:
+    one = value[0] if isinstance(value, list) and value and all(of == value[0] for of in value) else value
+    if isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one < 2**53:
         raise ValueError(f"{path}: metadata {name} must be one number, 0 or more; got {str(value)[:100]}.")
-    return value
+    return one
 
 
 def _add_heads(path: pathlib.Path, architecture: str, config: dict[str, Any], left: dict[str, Any]) -> None:

@@ -143,8 +143,9 @@ def _with_heads_in_halves(tensor: Tensor, heads: int) -> Tensor:
         raise ValueError(f"{tensor.file}: tensor {tensor.name!r} has {rows} rows, no multiple of twice {heads} heads.")
     order = np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
-    def load(index: tuple[Any, ...]) -> np.ndarray:
-        return tensor.load((order[index[0]] if index else order, *index[1:]))
+    def load(index: tuple[slice, ...]) -> np.ndarray:
+        rows: Any = order[index[0]] if index else order
+        return tensor.load((rows, *index[1:]))
 
     return dataclasses.replace(tensor, load=load)
 

@@ -81,7 +81,7 @@ class _Cursor:
 
     def __init__(self, path: pathlib.Path, raw: np.ndarray):
         self.path, self.raw, self.at = path, raw, 0
-        self._view = memoryview(raw)
+        self._view = raw.data
 
     def take(self, size: int, what: str) -> memoryview:
         """The next bytes."""

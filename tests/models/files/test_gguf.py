@@ -24,7 +24,7 @@ _GEMMA2 = {
 CONFIGS = {
     "llama": ({"llama.vocab_size": (40, U32)}, {"model_type": "llama", "attention_bias": False, "hidden_act": "silu"}),
     "smollm3": ({}, {"model_type": "smollm3", "no_rope_layers": [1, 1]}),
-    "qwen2": ({}, {"model_type": "qwen2", "attention_bias": True}),
+    "qwen2": ({}, {"model_type": "qwen2"}),
     "qwen3": ({}, {"model_type": "qwen3"}),
     "phi3": (
         {"phi3.attention.sliding_window": (0, U32), "phi3.rope.dimension_count": (12, U32),
