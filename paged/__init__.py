@@ -28,6 +28,7 @@ from .lower import TuningWarning as TuningWarning
 from .lower import XlaSchedule as XlaSchedule
 from .lower import check as check
 from .lower import compile_for as compile_for
+from .lower import copy_pages as copy_pages
 from .lower import dense_attention as dense_attention
 from .lower import schedules as schedules
 from .lower import tree as tree

@@ -31,7 +31,7 @@ ROOMS = {
         "jax_version", "_around", "program", "base", "schedule", "require", "_ahead", "_check", "plan", "xla", "tpu",
         "registry", "tree", "_explain", "run", "attend", "_compile_for", "tuning", "mesh", "door",
     ),
-    "paged/lower/tpu": ("chips", "references", "pages", "transforms", "write", "base", "decode", "prefill"),
+    "paged/lower/tpu": ("chips", "references", "pages", "transforms", "write", "copy", "base", "decode", "prefill"),
 }  # fmt: skip
 FILE_LINES, FUNCTION_LINES = 400, 60
 

@@ -24,6 +24,7 @@ from ._explain import Explanation as Explanation
 from .attend import Attend as Attend
 from .base import Lowering as Lowering
 from .base import Schedule as Schedule
+from .door import copy_pages as copy_pages
 from .door import lower as lower
 from .door import write as write
 from .jax_version import vary_alike as vary_alike

@@ -41,6 +41,7 @@ def check(spec: AttentionSpec, pages: Pages, batch: Step, tokens: int, *, final_
     - no number of its ``values`` is less than the least that its mask, or a score operation, allows;
     - every page that holds a visible token, or one that this step writes, is in ``[0, num_pages)``;
     - no place in the pages is written by two tokens;
+    - every page of ``copy_from`` is -1, or a page of the pool that this step does not write;
     - with ``final_lengths``, no row up to the end of this step sees a key that a later step writes, as a prefix longer
       than the chunk does. Such a row would be computed without that key. The error says where the next step may end.
 
@@ -134,10 +135,12 @@ class _Values(NamedTuple):
     num_seqs: np.ndarray
     numbers: dict[str, Any]
     positions: np.ndarray | None
+    copy_from: np.ndarray | None
 
     @classmethod
     def of(cls, batch: RaggedBatch) -> "_Values":
-        return cls(batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs, batch.values, batch.positions)  # pyright: ignore
+        integers: Any = (batch.lengths, batch.block_tables, batch.query_starts, batch.num_seqs)
+        return cls(*integers, batch.values, batch.positions, batch.copy_from)  # pyright: ignore
 
     def given(self, s: int) -> Given:
         """What the batch brings for sequence ``s``, for questions about the tokens before the step's own."""
@@ -181,6 +184,8 @@ def _raise_on_fault(values: _Values, facts: CheckedFor, is_written: bool) -> Non
         _require_pages_in_pool(s, length, stop - start, values, facts, is_written)
     if is_written:
         _require_distinct_slots(lengths[:live], tables[:live], np.diff(starts[: live + 1]), page_size)
+    if is_written and values.copy_from is not None and (values.copy_from[:live] != -1).any():
+        _require_kept_sources(values, live, facts)
 
 
 def _require_numbers(s: int, values: _Values, minima: tuple[Minimum, ...]) -> None:
@@ -223,6 +228,27 @@ def _require_distinct_slots(lengths: np.ndarray, tables: np.ndarray, rows: np.nd
             f"block_tables[{seq[b]}, {position[b] // page_size}] = {page[b]} (sequence {seq[b]}) is stale: slot "
             f"{position[b] % page_size} of that page is also written by sequence {seq[a]} in this step."
         )
+
+
+def _require_kept_sources(values: _Values, live: int, facts: CheckedFor) -> None:
+    """Every page that is copied must be in the pool, and none may be written in this step: others hold it."""
+    writers = {}
+    for s in range(live):
+        length, rows = int(values.lengths[s]), int(values.starts[s + 1] - values.starts[s])
+        entries = range(max(length - rows, 0) // facts.page_size, -(-length // facts.page_size)) if rows else ()
+        writers |= {int(values.tables[s, i]): s for i in entries}
+    for s in range(live):
+        page, rows = int(values.copy_from[s]), values.starts[s + 1] - values.starts[s]  # pyright: ignore
+        if rows and page != -1 and not 0 <= page < facts.num_pages:
+            raise ValueError(
+                f"copy_from[{s}] = {page} (sequence {s}) is no page of the pool: it must be in [0, {facts.num_pages}), "
+                "or -1 to copy none."
+            )
+        if rows and page in writers:
+            raise ValueError(
+                f"copy_from[{s}] = {page} (sequence {s}) is written by sequence {writers[page]} in this step: a page "
+                "that several hold is copied, and not written."
+            )
 
 
 def _require_steps_end_at_cuts(batch: RaggedBatch, final_lengths: Any, mask: Mask) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from paged.spec import AttentionState, PageLayout, Pages, require_positive_int
 
-from .program import Call, Program, Results, Sequences, Wanted
+from .program import Call, PageCopies, Program, Results, Sequences, Wanted
 
 # Every lowering's class of schedules, by the lowering's name.
 _CLASSES: dict[str, type["Schedule"]] = {}
@@ -219,6 +219,10 @@ class Lowering(abc.ABC):
 
         ``query_rows`` is the number of rows that every sequence has, None where it varies.
         """
+
+    @abc.abstractmethod
+    def copy(self, pages: Pages, copies: PageCopies) -> Pages:
+        """The pages with some of them copied to others, before a step writes; in place, with per-token scales."""
 
     def update(
         self,

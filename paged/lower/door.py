@@ -1,21 +1,24 @@
 """`lower` and `write`: from a spec and a page layout to a function of arrays."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from paged.spec import AttentionSpec, Flag, PageLayout, Pages, RaggedBatch, as_bool
 
 from .attend import Attend
 from .base import Lowering, Schedule
 from .mesh import Axes, ShardedAttend, lower_on_mesh, require_mesh
-from .program import Program, Sequences
+from .program import PageCopies, Program, Sequences
 from .registry import select, select_write
 from .require import require_batch, require_layout, require_new_tokens, require_pages
+from .run import copied
 from .schedule import Advice
 
 
@@ -118,7 +121,7 @@ def write(
 
     Row ``i`` of a sequence with ``n`` rows is written as its token ``lengths - n + i``. Rows of no sequence, tokens
     before the first or past the table, and tokens whose table entry is no page of the pool are dropped. Gradients flow
-    to ``k``, ``v`` and float ``pages``.
+    to ``k``, ``v`` and float ``pages``. Pages that the batch's ``copy_from`` names are copied first.
 
     **Arguments:**
 
@@ -150,4 +153,53 @@ def _write(lowering: Lowering, k: Array, v: Array, pages: Pages, batch: RaggedBa
     if not batch.has_rows(k.shape[0]):
         return pages
     seqs = Sequences.of(batch, k.shape[0], pages.layout.page_size)
+    if batch.copy_from is not None:
+        pages = copied(lowering, pages, batch.copy_from, seqs)
     return lowering.write(k, v, pages, seqs, batch.query_rows)
+
+
+def copy_pages(
+    pages: Pages,
+    source: Int[Array | np.ndarray, " copies"] | Sequence[int],
+    target_page: Int[Array | np.ndarray, " copies"] | Sequence[int],
+    target: str = "auto",
+    *,
+    interpret: Any = False,
+) -> Pages:
+    """Copy pages of a pool to other pages of the same pool, in place, without a pass over the pool.
+
+    A step does this by itself for the pages that its batch's ``copy_from`` names. This function is for other moves, one
+    layer at a time. Per-token scales are copied along. The gradient of a page goes to the page that it was copied from.
+
+    **Arguments:**
+
+    - `pages`: the pages of one layer. Donate them to ``jax.jit``, and they are updated in place.
+    - `source`: the pages that are copied.
+    - `target_page`: the page that each is copied to. No page may be copied to twice, nor be a source too.
+    - `target`, `interpret`: see `write`. A TPU copies by a kernel from memory to memory, or by XLA where no kernel can
+      read the pages.
+
+    **Returns:** the new pages. A copy from or to a number that is no page of the pool, such as -1, is left out. Raises
+    ``ValueError`` or ``TypeError`` for wrong shapes and dtypes.
+
+    >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=1, dtype=jnp.float32)
+    >>> k = jnp.arange(6.0).reshape(6, 1, 1)
+    >>> pages = write(k, k, layout.init(num_pages=4), RaggedBatch.prefill(6, [0, 1, 2], 6))
+    >>> copy_pages(pages, [1, -1], [3, 0]).keys()[:, 0, :, 0].tolist()
+    [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [2.0, 3.0]]
+    """
+    require_pages(None, pages)
+    ids = [x if isinstance(x, jax.Array) else np.asarray(x) for x in (source, target_page)]
+    for name, x in zip(("source", "target_page"), ids, strict=True):
+        if x.ndim != 1 or x.shape != ids[0].shape or (x.size and not jnp.issubdtype(x.dtype, jnp.integer)):
+            raise ValueError(
+                f"{name} must be integers [copies], as many as source has; got {x.dtype.name}{list(x.shape)}."
+            )
+    lowering = select_write(pages.layout, target)
+    lowering = lowering.interpreted(interpret) if interpret else lowering
+    return _copy_pages(lowering, pages, *(jnp.asarray(x, jnp.int32) for x in ids))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _copy_pages(lowering: Lowering, pages: Pages, source: Array, target: Array) -> Pages:
+    return lowering.copy(pages, PageCopies.between(source, target, pages.num_pages)) if source.shape[0] else pages

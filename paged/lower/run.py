@@ -10,11 +10,14 @@ from jaxtyping import Array
 
 from paged.spec import AttentionState, Pages, RaggedBatch, sinks_per_head
 
+from .base import Lowering
 from .plan import Plan, batch_of
-from .program import Call, Program, Results, Sequences, Wanted
+from .program import Call, PageCopies, Program, Results, Sequences, Wanted
 from .schedule import Choice
 
 Merge = Callable[[AttentionState], AttentionState]
+# From the pages, the step's copies by page ids as the batch has them, and its sequences.
+Copy = Callable[[Pages, Array, Sequences], Pages]
 
 
 def run_state(
@@ -53,16 +56,28 @@ def run_update(
     batch: RaggedBatch | Plan,
     sinks: Array | None,
     merge: Merge | None = None,
+    copy: Copy | None = None,
 ) -> tuple[Results, Pages]:
-    """`run_state` after a write of this step's keys and values."""
+    """`run_state` after a write of this step's keys and values, before which shared pages are copied.
+
+    ``copy`` is given with ``merge``: it copies pages between devices.
+    """
     if not batch_of(batch).has_rows(q.shape[0]):
         return _no_rows(attend, program, has_lse, q), pages
     program, call, (lowering, schedule, _), seqs = _resolve(attend, program, q, pages, batch, merge is not None)
     wanted, sinks = Wanted(q.dtype, has_lse), None if sinks is None else sinks_per_head(attend.spec, sinks)
+    copy_from = batch_of(batch).copy_from
+    if copy_from is not None:
+        pages = copied(lowering, pages, copy_from, seqs) if copy is None else copy(pages, copy_from, seqs)
     if merge is None:
         return lowering.update_results(program, schedule, call, wanted, q, k, v, pages, sinks, seqs)
     state, pages = lowering.update(program, schedule, call, q, k, v, pages, seqs)
     return wanted.of(merge(state), seqs, sinks), pages
+
+
+def copied(lowering: Lowering, pages: Pages, copy_from: Array, seqs: Sequences) -> Pages:
+    """The pages after the copies of a step, before its write."""
+    return lowering.copy(pages, PageCopies.of(copy_from, seqs, pages.layout.page_size, pages.num_pages))
 
 
 def _resolve(

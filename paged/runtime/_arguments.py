@@ -7,10 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Integer
 
 from paged.spec import AttentionSpec, minima_of, values_of
 
 _LARGEST = np.iinfo(np.int32).max
+
+# One per slot: an array, which may be traced, or a list.
+Counts = Integer[Array | np.ndarray, " seqs"] | Sequence[int]
+Flags = Bool[Array | np.ndarray, " seqs"] | Sequence[bool]
+Number = Integer[Array | np.ndarray, ""] | int | np.integer
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:

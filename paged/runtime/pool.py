@@ -1,35 +1,38 @@
-"""`PagePool`: which pages are free, and which sequence slot holds which; arrays of fixed shapes."""
+"""`PagePool`: which pages are free, and which sequence slots hold which; arrays of fixed shapes."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Integer
+from jaxtyping import Array, Bool, Int
 
-from paged.lower import vary_alike
-from paged.spec import Mask, RaggedBatch, register_module, require_positive_int
+from paged.spec import Mask, register_module, require_positive_int
 
-from ._arguments import index_or_traced, slot_counts, slot_flags
+from ._arguments import Counts, Flags, slot_counts, slot_flags
 from ._kept import kept_pages
-
-# One per slot: an array, which may be traced, or a list.
-Counts = Integer[Array | np.ndarray, " seqs"] | Sequence[int]
-Flags = Bool[Array | np.ndarray, " seqs"] | Sequence[bool]
-Number = Integer[Array | np.ndarray, ""] | int | np.integer
+from ._pool_arrays import counted, entries_held, free_pages, served_in_order, taken
+from ._pool_batches import PoolBatches
 
 
-class PagePool(eqx.Module):
+class PagePool(PoolBatches):
     """Book-keeping of the pages that sequence slots share: integers only, the tokens themselves live in `Pages`.
 
-    * ``ref_counts`` i32[pages]: how many slots hold each page. A page is free where its count is 0, and only free pages
-      are handed out. Counts are 0 or 1 as yet: no operation gives a page a second holder.
+    * ``ref_counts`` i32[pages]: how many holders each page has: the table entries that name it, the copies that wait
+      for it, and whoever else has counted it. A page is free where its count is 0, and only free pages are handed out.
     * ``block_tables`` i32[seqs, pages_per_seq]: the pages of each slot in token order, -1 past them, and in the place
       of pages that `trim` has freed.
     * ``lengths`` i32[seqs]: how many tokens each slot has; 0 for an empty slot.
+    * ``copy_from``, ``copy_at`` i32[seqs]: where a slot has got a page of its own in place of a shared one, the shared
+      page, and the token at which it begins to write; else -1. The copy is a part of the slot's next step.
     * ``page_size``, static: tokens per page.
+
+    `fork`, `share` and `reorder` give slots the pages of other slots, and copy nothing. A page that several hold is
+    never written: `reserve` and `extend` give the slot that is about to write a page of its own, once. The batches that
+    the pool makes say which page that step copies before it writes.
 
     Every operation is a pure function that works on all slots at once and returns a new pool. It is traced once under
     ``jax.jit``, whatever the values. Running out of pages raises nothing: a slot that cannot have all that was asked
@@ -47,6 +50,8 @@ class PagePool(eqx.Module):
     ref_counts: Int[Array, " pages"]
     block_tables: Int[Array, "seqs pages_per_seq"]
     lengths: Int[Array, " seqs"]
+    copy_from: Int[Array, " seqs"]
+    copy_at: Int[Array, " seqs"]
     page_size: int = eqx.field(static=True)
 
     @classmethod
@@ -75,6 +80,8 @@ class PagePool(eqx.Module):
             ref_counts=jnp.zeros(num_pages, jnp.int32),
             block_tables=jnp.full((num_slots, pages_per_seq), -1, jnp.int32),
             lengths=jnp.zeros(num_slots, jnp.int32),
+            copy_from=jnp.full(num_slots, -1, jnp.int32),
+            copy_at=jnp.full(num_slots, -1, jnp.int32),
             page_size=page_size,
         )
 
@@ -82,21 +89,6 @@ class PagePool(eqx.Module):
     def num_pages(self) -> int:
         """Pages ``N``, free or not."""
         return self.ref_counts.shape[0]
-
-    @property
-    def num_slots(self) -> int:
-        """Sequence slots ``S``, empty or not."""
-        return self.lengths.shape[0]
-
-    @property
-    def pages_per_seq(self) -> int:
-        """The most pages that one slot can hold."""
-        return self.block_tables.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        """The most tokens that one slot can hold: ``pages_per_seq * page_size``."""
-        return self.pages_per_seq * self.page_size
 
     @property
     def num_free(self) -> Int[Array, ""]:
@@ -111,7 +103,9 @@ class PagePool(eqx.Module):
     def reserve(self, tokens: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
         """Give slots free pages, until each has room for a number of tokens. Lengths stay as they are.
 
-        Slots are served in order. A slot that does not fit does not stop the next one.
+        Slots are served in order. A slot that does not fit does not stop the next one. A slot that asks for more tokens
+        than it has is about to write. If others hold the page in which it would begin, it gets a page of its own there,
+        and the shared one is kept until `settle`.
 
         **Arguments:**
 
@@ -129,10 +123,24 @@ class PagePool(eqx.Module):
         """
         tokens = slot_counts("tokens", tokens, self.num_slots)
         fits = (tokens >= 0) & (tokens <= self.capacity)
-        taken = self._entries_taken()
-        needed = -(-jnp.where(fits, tokens, 0) // self.page_size)
-        ok, first = _serve_in_order(jnp.maximum(needed - taken, 0), fits, self.num_free)
-        return self._take(taken, jnp.where(ok, needed, taken), first), ok
+        held, entry = self._entries, jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None]
+        needed = jnp.maximum(-(-jnp.where(fits, tokens, 0) // self.page_size), held)
+        begins = (self.lengths // self.page_size)[:, None] == entry  # the entry in which the slot goes on to write
+        page = jnp.max(jnp.where(begins, self.block_tables, -1), axis=1)
+        is_shared = fits & (tokens > self.lengths) & (page >= 0) & (self.ref_counts[page] > 1)
+        own = is_shared.astype(jnp.int32)
+        ok, first, used = served_in_order(needed - held + own, fits, self.num_free)
+        # In order of a slot's entries: its own page in place of a shared one, then those that it lacks.
+        is_own, is_new = (ok & is_shared)[:, None] & begins, ok[:, None] & (entry >= held[:, None])
+        is_new = is_own | (is_new & (entry < needed[:, None]))
+        number = first[:, None] + jnp.where(is_own, 0, entry - held[:, None] + own[:, None])
+        free = free_pages(self.ref_counts)
+        tables = jnp.where(is_new, free[jnp.clip(number, 0, self.num_pages - 1)], self.block_tables)
+        # The shared page has a holder as before: the copy in place of the table.
+        copies, counts = ok & is_shared, taken(self.ref_counts, used)
+        counts = counted(counts, jnp.where(copies, self.copy_from, -1), -1)
+        copy_from, copy_at = jnp.where(copies, page, self.copy_from), jnp.where(copies, self.lengths, self.copy_at)
+        return self._replace(ref_counts=counts, block_tables=tables, copy_from=copy_from, copy_at=copy_at), ok
 
     def extend(self, tokens: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
         """Add tokens to slots: `reserve` pages for them and, where that is ok, count them in the lengths.
@@ -150,7 +158,7 @@ class PagePool(eqx.Module):
         fits = (tokens >= 0) & (tokens <= self.capacity - self.lengths)
         total = jnp.where(fits, self.lengths + tokens, -1)
         pool, ok = self.reserve(total)
-        return pool._replace_lengths(jnp.where(ok, total, self.lengths)), ok
+        return pool._replace(lengths=jnp.where(ok, total, self.lengths)), ok
 
     def release(self, is_released: Flags) -> "PagePool":
         """Empty some slots: their pages have one holder less, and are free without any.
@@ -164,13 +172,13 @@ class PagePool(eqx.Module):
 
         **Returns:** the new pool. Raises ``ValueError`` or ``TypeError`` unless ``is_released`` is bool[seqs].
         """
-        is_released = slot_flags("is_released", is_released, self.num_slots)[:, None]
-        given_back = jnp.where(is_released & (self.block_tables >= 0), self.block_tables, self.num_pages)
-        return PagePool(
-            ref_counts=self.ref_counts.at[given_back].add(-1, mode="drop"),
-            block_tables=jnp.where(is_released, -1, self.block_tables),
-            lengths=jnp.where(is_released[:, 0], 0, self.lengths),
-            page_size=self.page_size,
+        is_released = slot_flags("is_released", is_released, self.num_slots)
+        given_back = jnp.where(is_released[:, None], self.block_tables, -1)
+        pool = self._without_copies(is_released)
+        return pool._replace(
+            ref_counts=counted(pool.ref_counts, given_back, -1),
+            block_tables=jnp.where(is_released[:, None], -1, self.block_tables),
+            lengths=jnp.where(is_released, 0, self.lengths),
         )
 
     def trim(self, mask: Mask, values: Mapping[str, Any] | None = None) -> "PagePool":
@@ -204,112 +212,142 @@ class PagePool(eqx.Module):
         kept = kept_pages(mask, self.lengths, self.page_size, self.pages_per_seq, values)
         is_full = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None] < (self.lengths // self.page_size)[:, None]
         is_freed = is_full & ~kept & (self.block_tables >= 0)
-        freed = jnp.where(is_freed, self.block_tables, self.num_pages)
-        return PagePool(
-            ref_counts=self.ref_counts.at[freed].add(-1, mode="drop"),
+        return self._replace(
+            ref_counts=counted(self.ref_counts, jnp.where(is_freed, self.block_tables, -1), -1),
             block_tables=jnp.where(is_freed, -1, self.block_tables),
-            lengths=self.lengths,
-            page_size=self.page_size,
         )
 
-    def ragged_batch(self, query_rows: Counts) -> RaggedBatch:
-        """A step in which every slot has some query rows, packed in slot order.
+    def fork(self, source: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
+        """Give empty slots all tokens of other slots, many at once. Nothing is copied: the slots share the pages.
+
+        Whichever slot writes first into a page that several hold gets a page of its own then, see `reserve`.
 
         **Arguments:**
 
-        - `query_rows`: how many rows each slot has, its last tokens. A slot with 0 rows takes no part.
+        - `source`: for each slot the one whose tokens it gets, which may be the source of several; -1 for a slot that
+          stays as it is. The steps of the source's tokens must have run before a step of the new slot does.
 
-        **Returns:** the batch. A step may have more rows than these: such rows give 0 and write nothing. Raises
-        ``ValueError`` or ``TypeError`` unless ``query_rows`` is int32[seqs], and for a list or a NumPy array with a
-        negative number.
+        **Returns:** the new pool and ``ok`` bool[seqs]: False, and the slot unchanged, for a slot that is not empty,
+        and for a number that is no slot. Raises ``ValueError`` or ``TypeError`` unless ``source`` is int[seqs].
 
-        >>> pool, _ = PagePool.init(4, num_slots=3, pages_per_seq=2, page_size=2).extend(jnp.array([3, 0, 1]))
-        >>> pool.ragged_batch(jnp.array([2, 0, 1])).query_starts.tolist()
-        [0, 2, 2, 3]
+        >>> pool, _ = PagePool.init(4, num_slots=2, pages_per_seq=3, page_size=2).extend(jnp.array([3, 0]))
+        >>> pool, ok = pool.fork(jnp.array([-1, 0]))
+        >>> pool.block_tables.tolist(), pool.ref_counts.tolist()
+        ([[0, 1, -1], [0, 1, -1]], [2, 2, 0, 0])
+        >>> pool, ok = pool.extend(jnp.array([0, 1]))
+        >>> pool.block_tables.tolist(), pool.decode_batch().copy_from.tolist()
+        ([[0, 1, -1], [0, 2, -1]], [-1, 1])
         """
-        if not isinstance(query_rows, jax.Array) and np.any(np.asarray(query_rows) < 0):
-            raise ValueError(f"query_rows must not be negative; got {np.asarray(query_rows).tolist()}.")
-        query_rows = slot_counts("query_rows", query_rows, self.num_slots)
-        starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(query_rows, dtype=jnp.int32)])
-        return RaggedBatch(self.lengths, self.block_tables, starts)
+        source = slot_counts("source", source, self.num_slots)
+        return self.share(source, self.lengths[jnp.clip(source, 0, self.num_slots - 1)])
 
-    def decode_batch(self, is_decoding: Flags | None = None) -> RaggedBatch:
-        """A step in which row ``s`` is the last token of slot ``s``.
+    def share(self, source: Counts, tokens: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
+        """Give empty slots the first tokens of other slots: `fork` of a prefix.
 
         **Arguments:**
 
-        - `is_decoding`: which slots take part; None for all.
+        - `source`: see `fork`.
+        - `tokens`: how many of the source's tokens each slot gets, which need not fill a page. Ignored where ``source``
+          is -1.
 
-        **Returns:** the batch. Empty slots and slots that take no part have length 0: their rows give 0 and write
-        nothing. Raises ``ValueError`` or ``TypeError`` unless ``is_decoding`` is bool[seqs].
-
-        >>> pool, _ = PagePool.init(4, num_slots=3, pages_per_seq=2, page_size=2).extend(jnp.array([3, 0, 1]))
-        >>> pool.decode_batch(jnp.array([False, True, True])).lengths.tolist()
-        [0, 0, 1]
+        **Returns:** the new pool and ``ok``, as `fork` does; ``ok`` is False too where the source does not have so many
+        tokens. Raises as `fork` does.
         """
-        lengths = self.lengths
-        if is_decoding is not None:
-            lengths = jnp.where(slot_flags("is_decoding", is_decoding, self.num_slots), lengths, 0)
-        return RaggedBatch.decode(lengths, self.block_tables)
+        source = slot_counts("source", source, self.num_slots)
+        tokens = slot_counts("tokens", tokens, self.num_slots)
+        at = jnp.clip(source, 0, self.num_slots - 1)
+        is_given = (source == at) & self.is_empty & (tokens >= 0) & (tokens <= self.lengths[at])
+        tables = self._tables_of(at, tokens)
+        return self.attach(is_given, tables, tokens), is_given | (source == -1)
 
-    def prefill_batch(self, slot: Number, query_rows: Number) -> RaggedBatch:
-        """A step of one sequence.
+    def reorder(self, parents: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
+        """Make every slot a continuation of some slot, all at once, as a step of beam search does.
+
+        Slots that no slot continues give up their tokens. Nothing is copied.
 
         **Arguments:**
 
-        - `slot`: the sequence's slot; may be traced.
-        - `query_rows`: how many of its last tokens are rows; may be traced.
+        - `parents`: for each slot the one whose tokens it has afterwards: its own number to stay as it is, -1 to be
+          empty. The steps of all tokens must have run.
 
-        **Returns:** a batch of one slot. A step may have more rows than ``query_rows``: such rows give 0 and write
-        nothing, so that one compiled step serves every chunk up to its size. Raises ``TypeError`` or ``ValueError``
-        unless both are integers, and for an int that no slot or no row count has.
+        **Returns:** the new pool and ``ok`` bool[seqs]: False, and the slot unchanged, for a number that is no slot.
+        Raises as `fork` does.
 
-        >>> pool, _ = PagePool.init(4, num_slots=2, pages_per_seq=2, page_size=2).extend(jnp.array([0, 3]))
-        >>> batch = pool.prefill_batch(slot=1, query_rows=2)
-        >>> batch.lengths.tolist(), batch.block_tables.tolist(), batch.query_starts.tolist()
-        ([3], [[0, 1]], [0, 2])
+        >>> pool, _ = PagePool.init(4, num_slots=2, pages_per_seq=2, page_size=2).extend(jnp.array([3, 1]))
+        >>> pool, ok = pool.reorder(jnp.array([1, 1]))
+        >>> pool.block_tables.tolist(), pool.lengths.tolist(), int(pool.num_free)
+        ([[2, -1], [2, -1]], [1, 1], 3)
         """
-        slot = index_or_traced("slot", slot, 0, self.num_slots - 1)
-        query_rows = index_or_traced("query_rows", query_rows, 0, self.capacity)
-        starts = jnp.stack([jnp.zeros((), jnp.int32), jnp.asarray(query_rows, jnp.int32)])
-        return RaggedBatch(self.lengths[slot][None], self.block_tables[slot][None], starts)
+        parents = slot_counts("parents", parents, self.num_slots)
+        ok = (parents >= -1) & (parents < self.num_slots)
+        moves = ok & (parents != jnp.arange(self.num_slots, dtype=jnp.int32))
+        at = jnp.clip(parents, 0, self.num_slots - 1)
+        tokens = jnp.where(parents < 0, 0, self.lengths[at])
+        return self.release(moves).attach(moves, self._tables_of(at, tokens), tokens), ok
 
-    def _entries_taken(self) -> Int[Array, " seqs"]:
-        """How many table entries of each slot have had their page: for its tokens, trimmed or not, or reserved."""
-        entry = jnp.arange(1, self.pages_per_seq + 1, dtype=jnp.int32)[None]
-        last = jnp.max(jnp.where(self.block_tables >= 0, entry, 0), axis=1)
-        return jnp.maximum(last, -(-self.lengths // self.page_size))
+    def settle(self) -> "PagePool":
+        """Let go of the shared pages that steps have copied.
 
-    def _take(self, taken: Array, wanted: Array, first: Array) -> "PagePool":
-        """Fill table entries ``taken[s] .. wanted[s] - 1`` with free pages, from number ``first[s]`` of those on."""
-        free = jnp.nonzero(self.ref_counts == 0, size=self.num_pages, fill_value=self.num_pages)[0].astype(jnp.int32)
-        entry = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None]
-        is_new = (entry >= taken[:, None]) & (entry < wanted[:, None])
-        which = jnp.clip(first[:, None] + entry - taken[:, None], 0, self.num_pages - 1)
-        new = jnp.where(is_new, free[which], self.num_pages)
-        return PagePool(
-            ref_counts=self.ref_counts.at[new].add(1, mode="drop"),
-            block_tables=jnp.where(is_new, new, self.block_tables),
-            lengths=self.lengths,
-            page_size=self.page_size,
+        A page that a slot has written elsewhere is kept, because the step that copies it may not have run yet. Call
+        this when the steps of all tokens that are counted in the lengths have run, or been given to the device in
+        order. Without it such a page is kept until its slot is released or gets another page of its own.
+
+        **Returns:** the new pool. What no step may have copied yet stays.
+        """
+        return self._without_copies(self.lengths > self.copy_at)
+
+    def attach(self, is_given: Flags, block_tables: Int[Array, "seqs pages_per_seq"], lengths: Counts) -> "PagePool":
+        """Give empty slots pages that others hold, by number: what `share` and a prefix cache do.
+
+        **Arguments:**
+
+        - `is_given`: which slots.
+        - `block_tables`: their pages in token order, each of them held by somebody; -1 for a page that is freed, and
+          past the pages of ``lengths`` tokens.
+        - `lengths`: how many tokens these pages hold for each slot.
+
+        **Returns:** the new pool. Slots that are not empty are overwritten, and their pages never freed. Raises
+        ``ValueError`` or ``TypeError`` unless the arguments have one entry for each slot.
+        """
+        is_given = slot_flags("is_given", is_given, self.num_slots)
+        lengths = slot_counts("lengths", lengths, self.num_slots)
+        tables = jnp.where(is_given[:, None], block_tables, self.block_tables)
+        return self._replace(
+            ref_counts=counted(self.ref_counts, jnp.where(is_given[:, None], block_tables, -1), 1),
+            block_tables=tables,
+            lengths=jnp.where(is_given, lengths, self.lengths),
         )
 
-    def _replace_lengths(self, lengths: Array) -> "PagePool":
-        return PagePool(self.ref_counts, self.block_tables, lengths, self.page_size)
+    @property
+    def is_empty(self) -> Bool[Array, " seqs"]:
+        """Which slots have no tokens and no pages."""
+        return self._entries == 0
 
+    @property
+    def _entries(self) -> Int[Array, " seqs"]:
+        """How many table entries each slot uses: for its tokens, trimmed or not, and for what is reserved."""
+        return jnp.maximum(entries_held(self.block_tables), -(-self.lengths // self.page_size))
 
-def _serve_in_order(
-    extra: Int[Array, " seqs"], fits: Bool[Array, " seqs"], num_free: Int[Array, ""]
-) -> tuple[Bool[Array, " seqs"], Int[Array, " seqs"]]:
-    """Which slots get their ``extra`` pages, and how many pages are handed out before each slot's."""
+    def _tables_of(self, at: Int[Array, " seqs"], tokens: Int[Array, " seqs"]) -> Int[Array, "seqs pages_per_seq"]:
+        """The pages that hold the first ``tokens`` of the slots ``at``.
 
-    def serve(used, request):
-        more, may = request
-        is_served = may & (more <= num_free - used)
-        return used + jnp.where(is_served, more, 0), (is_served, used)
+        A slot that is about to write has a page of its own, whose content is not there yet: up to the token at which it
+        begins, the shared page has it.
+        """
+        first = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None] * self.page_size
+        copy_from, copy_at = self.copy_from[at][:, None], self.copy_at[at][:, None]
+        waits = (copy_from >= 0) & (copy_at // self.page_size == first // self.page_size) & (tokens[:, None] <= copy_at)
+        return jnp.where(first < tokens[:, None], jnp.where(waits, copy_from, self.block_tables[at]), -1)
 
-    requests, _, used = vary_alike((extra, fits), num_free, jnp.zeros((), jnp.int32))
-    return jax.lax.scan(serve, used, requests)[1]
+    def _without_copies(self, which: Bool[Array, " seqs"]) -> "PagePool":
+        return self._replace(
+            ref_counts=counted(self.ref_counts, jnp.where(which, self.copy_from, -1), -1),
+            copy_from=jnp.where(which, -1, self.copy_from),
+            copy_at=jnp.where(which, -1, self.copy_at),
+        )
+
+    def _replace(self, **changes: Array) -> "PagePool":
+        return dataclasses.replace(self, **changes)
 
 
 register_module(jax.eval_shape(lambda: PagePool.init(1, num_slots=1, pages_per_seq=1, page_size=1)), "page_size")

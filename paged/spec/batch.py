@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from .given import Minimum
 from .mask import Mask
-from .numbers import LARGEST_INT32, SMALLEST_INT32
+from .numbers import LARGEST_INT32, is_integer, within_int32
 
 
 class CheckedFor(NamedTuple):
@@ -55,6 +55,9 @@ class RaggedBatch(eqx.Module):
       ``i`` of the sequence has bit ``i % 32`` of word ``i // 32``. A row sees itself, whatever its bits. Given as
       [tokens] where 32 rows suffice; uint32 is read as bits. None where rows follow one another, as in a prompt: each
       descends from all before it.
+    - `copy_from` i32[S]: the page whose content a sequence's first written page must have before this step's write, as
+      a writer of a shared page needs it. The page that is written is the table's entry for the first new token. -1, or
+      any number that is no page, for none; None where no sequence has one. A write copies such pages first, in place.
     - `query_rows`, static: the number of rows that *every* slot has, where that is known (1 for decode), else None.
       Lowerings rely on it: it must agree with ``query_starts``.
     - `has_even_starts`, static: whether ``query_starts`` are known to be the multiples of ``query_rows``. `decode` and
@@ -83,6 +86,7 @@ class RaggedBatch(eqx.Module):
     values: dict[str, Array]
     positions: Int[Array, " tokens"] | None
     ancestors: Int[Array, "tokens words"] | None
+    copy_from: Int[Array, " seqs"] | None
     query_rows: int | None = eqx.field(static=True)
     checked_for: CheckedFor | None = eqx.field(static=True)
     has_even_starts: bool = eqx.field(static=True)
@@ -100,6 +104,7 @@ class RaggedBatch(eqx.Module):
         values: Mapping[str, Any] | None = None,
         positions: Any = None,
         ancestors: Any = None,
+        copy_from: Any = None,
     ):
         self.lengths = _as_int32("lengths", lengths, 1)
         self.block_tables = _as_int32("block_tables", block_tables, 2)
@@ -121,6 +126,7 @@ class RaggedBatch(eqx.Module):
         self.values = {name: _as_numbers(name, x, slots) for name, x in (values or {}).items()}
         self.positions = None if positions is None else _as_int32("positions", positions, 1)
         self.ancestors = None if ancestors is None else _as_words(ancestors)
+        self.copy_from = None if copy_from is None else _as_int32("copy_from", copy_from, 1)
         if has_even_starts and query_rows is None:
             raise ValueError("has_even_starts needs query_rows, whose multiples the starts are; got query_rows=None.")
         if self.block_tables.shape[0] != slots or self.block_tables.shape[1] < 1:
@@ -131,6 +137,10 @@ class RaggedBatch(eqx.Module):
         if self.query_starts.shape[0] != slots + 1:
             raise ValueError(
                 f"query_starts must be [seqs + 1] = [{slots + 1}] (seqs from lengths); got {self.query_starts.shape}."
+            )
+        if self.copy_from is not None and self.copy_from.shape[0] != slots:
+            raise ValueError(
+                f"copy_from must be [seqs] = [{slots}] (seqs from lengths); got {tuple(self.copy_from.shape)}."
             )
 
     @classmethod
@@ -144,12 +154,13 @@ class RaggedBatch(eqx.Module):
         values: Mapping[str, Any] | None = None,
         positions: Any = None,
         ancestors: Any = None,
+        copy_from: Any = None,
     ) -> "RaggedBatch":
         """A step in which every slot has the same number of query rows.
 
         **Arguments:**
 
-        - `lengths`, `block_tables`, `num_seqs`, `values`, `positions`, `ancestors`: as in `RaggedBatch`.
+        - `lengths`, `block_tables`, `num_seqs`, `values`, `positions`, `ancestors`, `copy_from`: as in `RaggedBatch`.
         - `query_rows`: rows per slot: 1 to decode, more to score drafted tokens.
 
         >>> RaggedBatch.decode(lengths=[5, 9], block_tables=[[3], [1]], query_rows=2).query_starts.tolist()
@@ -163,7 +174,8 @@ class RaggedBatch(eqx.Module):
             np.arange(slots + 1, dtype=np.int64) * rows if is_known else jnp.arange(slots + 1, dtype=jnp.int32) * rows
         )
         brought: dict[str, Any] = {"values": values, "positions": positions, "ancestors": ancestors}
-        return cls(lengths, block_tables, starts, num_seqs, query_rows=rows, has_even_starts=True, **brought)
+        brought |= {"copy_from": copy_from, "query_rows": rows, "has_even_starts": True}
+        return cls(lengths, block_tables, starts, num_seqs, **brought)
 
     @classmethod
     def prefill(
@@ -223,7 +235,7 @@ class RaggedBatch(eqx.Module):
         same = [dataclasses.replace(b, **facts) for b in batches]
         structures = {jax.tree.structure(b) for b in same}
         if len(structures) > 1:
-            raise ValueError("stack needs batches that bring the same values, and positions and ancestors alike.")
+            raise ValueError("stack needs batches that bring the same values, and all other arrays alike.")
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
 
     def for_layer(self, layer: Any, num_pages: Any, num_layers: int) -> "RaggedBatch":
@@ -239,20 +251,20 @@ class RaggedBatch(eqx.Module):
         - `num_pages`: how many pages each layer has.
         - `num_layers`: how many layers the pool holds: it has ``num_layers * num_pages`` pages.
 
-        **Returns:** the batch with its block tables shifted. An entry that is no page of the layer becomes -1, and
-        never a page of another layer. A batch that `paged.check` has passed for ``num_pages`` pages counts as checked
-        for the pool.
+        **Returns:** the batch with its block tables and `copy_from` shifted. An entry that is no page of the layer
+        becomes -1, and never a page of another layer. A batch that `paged.check` has passed for ``num_pages`` pages
+        counts as checked for the pool.
 
         >>> batch = RaggedBatch.decode(lengths=[5, 9], block_tables=[[3, 0], [1, 4]])
         >>> batch.for_layer(2, num_pages=4, num_layers=8).block_tables.tolist()
         [[11, 8], [9, -1]]
         """
-        is_page = (self.block_tables >= 0) & (self.block_tables < num_pages)
-        tables = jnp.where(is_page, self.block_tables + layer * num_pages, -1)
+        moved = lambda ids: jnp.where((ids >= 0) & (ids < num_pages), ids + layer * num_pages, -1)
+        tables, copy_from = moved(self.block_tables), None if self.copy_from is None else moved(self.copy_from)
         checked = self.checked_for
         if checked is not None:
             checked = checked._replace(num_pages=num_layers * num_pages) if checked.num_pages == num_pages else None
-        return dataclasses.replace(self, block_tables=tables, checked_for=checked)
+        return dataclasses.replace(self, block_tables=tables, copy_from=copy_from, checked_for=checked)
 
     def naming(self, names: Iterable[str]) -> "RaggedBatch":
         """This batch with the values of these names alone: a model brings what any of its layers names.
@@ -284,7 +296,7 @@ def _known_num_seqs(num_seqs: Any) -> int | None:
     if num_seqs is None or isinstance(num_seqs, jax.Array | jax.ShapeDtypeStruct):
         return None
     value = _as_numpy("num_seqs", num_seqs)
-    if isinstance(value, jax.Array) or value.size != 1 or not _is_integer(value):
+    if isinstance(value, jax.Array) or value.size != 1 or not is_integer(value):
         return None  # `_as_int32` says so
     return int(value.reshape(()))
 
@@ -341,7 +353,7 @@ def _as_words(ancestors: Any) -> Any:
 def _as_int32(name: str, value: Any, rank: int) -> Any:
     if not isinstance(value, jax.Array | jax.ShapeDtypeStruct):
         value = _as_numpy(name, value)
-    if not _is_integer(value):
+    if not is_integer(value):
         raise TypeError(f"{name} must be int32; got {value.dtype.name}.")
     if name == "num_seqs" and value.shape == (1,) and not isinstance(value, jax.ShapeDtypeStruct):
         value = value.reshape(())  # callers of other libraries pass [1]
@@ -349,7 +361,7 @@ def _as_int32(name: str, value: Any, rank: int) -> Any:
         raise ValueError(f"{name} must have {rank} dimension(s); got shape {tuple(value.shape)}.")
     if isinstance(value, jax.ShapeDtypeStruct) or (isinstance(value, jax.Array) and value.dtype == jnp.int32):
         return value
-    return jnp.asarray(_within_int32(value), jnp.int32)
+    return jnp.asarray(within_int32(value), jnp.int32)
 
 
 def _as_numpy(name: str, value: Any) -> Any:
@@ -362,24 +374,3 @@ def _as_numpy(name: str, value: Any) -> Any:
     except ValueError:
         raise ValueError(f"{name} must be an array, or lists of one length each; got {value!r}.") from None
     return value.astype(np.int32) if not value.size and not is_typed else value  # [] says nothing of its dtype
-
-
-def _is_integer(value: Any) -> bool:
-    if value.dtype == object:  # Python integers that no integer of NumPy holds
-        return all(isinstance(x, int) and not isinstance(x, bool) for x in value.flat)
-    return bool(jnp.issubdtype(value.dtype, jnp.integer))
-
-
-def _within_int32(value: Any) -> Any:
-    """``value`` with every number outside of int32 replaced by the nearest one inside: a cast would wrap."""
-    if isinstance(value, jax.Array):
-        if jnp.iinfo(value.dtype).max > LARGEST_INT32:
-            value = jnp.minimum(value, jnp.asarray(LARGEST_INT32, value.dtype))
-        if jnp.iinfo(value.dtype).min < SMALLEST_INT32:
-            value = jnp.maximum(value, jnp.asarray(SMALLEST_INT32, value.dtype))
-        return value
-    with np.errstate(over="ignore"):
-        cast = value.astype(np.int32) if value.dtype != object else None
-    if cast is not None and (cast.dtype == value.dtype or (cast == value).all()):
-        return cast
-    return np.clip(value, SMALLEST_INT32, LARGEST_INT32).astype(np.int32)

@@ -13,7 +13,7 @@ from .mask import Mask
 from .masks import Everything
 
 # What each group has for itself; everything else of a step is the same for all groups.
-_OWN = ("block_tables",)
+_OWN = ("block_tables", "copy_from")
 
 
 class GroupedBatch(eqx.Module):

@@ -4,6 +4,8 @@ import math
 import numbers
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 # What a caller may write where a declaration has a flag, or a real number.
@@ -69,3 +71,25 @@ def as_float(name: str, value: Any, remedy: str = "") -> float:
     if not abs(number) <= LARGEST_FLOAT32:
         raise ValueError(f"{name} must be finite in float32, in which scores are computed; got {value}.{remedy}")
     return number
+
+
+def is_integer(value: Any) -> bool:
+    """Whether an array holds integers, of any width; Python's, too large for any, count as well."""
+    if value.dtype == object:  # Python integers that no integer of NumPy holds
+        return all(isinstance(x, int) and not isinstance(x, bool) for x in value.flat)
+    return bool(jnp.issubdtype(value.dtype, jnp.integer))
+
+
+def within_int32(value: Any) -> Any:
+    """``value`` with every number outside of int32 replaced by the nearest one inside: a cast would wrap."""
+    if isinstance(value, jax.Array):
+        if jnp.iinfo(value.dtype).max > LARGEST_INT32:
+            value = jnp.minimum(value, jnp.asarray(LARGEST_INT32, value.dtype))
+        if jnp.iinfo(value.dtype).min < SMALLEST_INT32:
+            value = jnp.maximum(value, jnp.asarray(SMALLEST_INT32, value.dtype))
+        return value
+    with np.errstate(over="ignore"):
+        cast = value.astype(np.int32) if value.dtype != object else None
+    if cast is not None and (cast.dtype == value.dtype or (cast == value).all()):
+        return cast
+    return np.clip(value, SMALLEST_INT32, LARGEST_INT32).astype(np.int32)

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from . import strategies as strategies
     from .parametrize import parametrize_with_checks as parametrize_with_checks
     from .pool import PoolMachine as PoolMachine
-    from .pool import PoolModel as PoolModel
     from .pool import check_pool as check_pool
+    from .pool_model import PoolModel as PoolModel
 
 # Where the names are that need hypothesis or pytest.
 _LATE = {

@@ -14,63 +14,12 @@ from paged.runtime import PagePool
 from paged.spec import Causal, Chunk, Mask, Prefix, Window
 
 from .failures import require
+from .pool_model import CAPACITY, PAGES, SIZE, SLOTS, WIDTH, PoolModel
 from .strategies import pool_tokens
 
-_PAGES, _SLOTS, _WIDTH, _SIZE = 7, 3, 4, 2
-_CAPACITY = _WIDTH * _SIZE
 _MASKS = (Causal() & Window(3), Causal() & (Prefix(1) | Window(1)), Causal() & Chunk(3), Causal())
-_PER_SLOT = st.lists(pool_tokens(_CAPACITY), min_size=_SLOTS, max_size=_SLOTS)
-
-
-class PoolModel:
-    """The book-keeping of a pool with lists and loops: which pages each slot holds, and how many tokens it has.
-
-    A page that was trimmed is -1 in its slot's list.
-    """
-
-    def __init__(self) -> None:
-        self.tables: list[list[int]] = [[] for _ in range(_SLOTS)]
-        self.lengths = [0] * _SLOTS
-
-    def held(self) -> list[int]:
-        """The pages of all slots, each as often as it is held."""
-        return [page for table in self.tables for page in table if page >= 0]
-
-    def num_free(self) -> int:
-        """Pages that no slot holds."""
-        return _PAGES - len(set(self.held()))
-
-    def reserve(self, tokens: list[int], new: list[list[int]]) -> list[bool]:
-        """Which slots get room for so many tokens. ``new`` is the pool's tables, from which new pages are read."""
-        ok = []
-        for slot, count in enumerate(tokens):
-            table = self.tables[slot]
-            more = max(0, -(-count // _SIZE) - len(table))
-            ok.append(0 <= count <= _CAPACITY and more <= self.num_free())
-            if ok[-1]:
-                taken = new[slot][len(table) : len(table) + more]
-                held = set(self.held())
-                is_free = len(set(taken)) == more and not held & set(taken)
-                require(is_free, "only free pages are handed out", f"slot {slot} got {taken}, held: {held}")
-                is_real = all(0 <= page < _PAGES for page in taken)
-                require(is_real, "only free pages are handed out", f"slot {slot} got {taken} of {_PAGES} pages")
-                table += taken
-        return ok
-
-    def extend(self, tokens: list[int], new: list[list[int]]) -> list[bool]:
-        """`reserve` for tokens more than there are."""
-        wanted = [n + m if m >= 0 else -1 for n, m in zip(self.lengths, tokens, strict=True)]
-        ok = self.reserve(wanted, new)
-        self.lengths = [n + m if o else n for n, m, o in zip(self.lengths, tokens, ok, strict=True)]
-        return ok
-
-    def trim(self, mask: Mask) -> None:
-        """Free the full pages of which no position to come sees a token."""
-        for table, length in zip(self.tables, self.lengths, strict=True):
-            for i in range(length // _SIZE):
-                keys = range(i * _SIZE, (i + 1) * _SIZE)
-                if not any(mask(p, j) for p in range(length, 2 * _CAPACITY) for j in keys):
-                    table[i] = -1
+_PER_SLOT = st.lists(pool_tokens(CAPACITY), min_size=SLOTS, max_size=SLOTS)
+_SLOT_OR_NONE = st.lists(st.sampled_from([-1, 0, 1, 2, 2, 1, 0, SLOTS, -2]), min_size=SLOTS, max_size=SLOTS)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -80,14 +29,15 @@ class PoolMachine(RuleBasedStateMachine):
     * ``self.pool``: the pool. ``self.model``: the same in plain Python, a `PoolModel`.
 
     After every operation: tables and lengths are the model's, entries past a slot's pages and in place of trimmed pages
-    are -1, a page's count is the number of slots that hold it, and counts, tables and free pages agree.
+    are -1, a page's count is the number of slots and of copies that hold it, and counts, tables and free pages agree.
+    No page with several holders is written, and every slot finds its own tokens, whatever others write.
     """
 
     pool_type: ClassVar[Any] = PagePool
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = self.pool_type.init(_PAGES, _SLOTS, _WIDTH, _SIZE)
+        self.pool = self.pool_type.init(PAGES, SLOTS, WIDTH, SIZE)
         self.model = PoolModel()
 
     @rule(tokens=_PER_SLOT)
@@ -104,16 +54,56 @@ class PoolMachine(RuleBasedStateMachine):
         want = self.model.extend(tokens, self.pool.block_tables.tolist())
         require(ok.tolist() == want, "ok", f"ok of extend({tokens}) is {ok.tolist()}, and must be {want}")
 
-    @rule(is_released=st.lists(st.booleans(), min_size=_SLOTS, max_size=_SLOTS))
+    @rule(is_released=st.lists(st.booleans(), min_size=SLOTS, max_size=SLOTS))
     def release(self, is_released: list[bool]) -> None:
         """Slots emptied."""
         self.pool = _jitted(self.pool_type, "release")(self.pool, jnp.asarray(is_released))
         for slot in np.flatnonzero(is_released):
-            self.model.tables[slot], self.model.lengths[slot] = [], 0
+            self.model.release(int(slot))
+
+    @rule(source=_SLOT_OR_NONE)
+    def fork(self, source: list[int]) -> None:
+        """Slots with all tokens of others."""
+        self.step()
+        self.pool, ok = _jitted(self.pool_type, "fork")(self.pool, jnp.asarray(source, jnp.int32))
+        want = self.model.share(source, [self.model.lengths[min(max(at, 0), SLOTS - 1)] for at in source])
+        require(ok.tolist() == want, "ok", f"ok of fork({source}) is {ok.tolist()}, and must be {want}")
+
+    @rule(source=_SLOT_OR_NONE, tokens=_PER_SLOT)
+    def share(self, source: list[int], tokens: list[int]) -> None:
+        """Slots with some tokens of others."""
+        self.step()
+        arguments = (jnp.asarray(x, jnp.int32) for x in (source, tokens))
+        self.pool, ok = _jitted(self.pool_type, "share")(self.pool, *arguments)
+        want = self.model.share(source, tokens)
+        require(ok.tolist() == want, "ok", f"ok of share({source}, {tokens}) is {ok.tolist()}, and must be {want}")
+
+    @rule(parents=_SLOT_OR_NONE)
+    def reorder(self, parents: list[int]) -> None:
+        """Slots that continue others."""
+        self.step()
+        self.pool, ok = _jitted(self.pool_type, "reorder")(self.pool, jnp.asarray(parents, jnp.int32))
+        want = self.model.reorder(parents)
+        require(ok.tolist() == want, "ok", f"ok of reorder({parents}) is {ok.tolist()}, and must be {want}")
+
+    @rule()
+    def settle(self) -> None:
+        """Copied pages let go."""
+        self.step()
+        self.pool = _jitted(self.pool_type, "settle")(self.pool)
+        self.model.settle()
+
+    @rule()
+    def step(self) -> None:
+        """A step of all tokens that are counted and not written."""
+        rows = self.model.unwritten()
+        batch = _jitted(self.pool_type, "ragged_batch")(self.pool, jnp.asarray(rows, jnp.int32))
+        self.model.step(batch.copy_from.tolist())
 
     @rule(mask=st.sampled_from(_MASKS))
     def trim(self, mask: Mask) -> None:
         """Pages freed that a mask hides."""
+        self.step()
         self.pool = _trimmed(self.pool, mask)
         self.model.trim(mask)
 
@@ -121,8 +111,8 @@ class PoolMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         """The pool is what the model says."""
         model, pool = self.model, self.pool
-        tables = [table + [-1] * (_WIDTH - len(table)) for table in model.tables]
-        counts = np.bincount(np.array(model.held(), int), minlength=_PAGES)
+        tables = [table + [-1] * (WIDTH - len(table)) for table in model.tables]
+        counts = np.bincount(np.array(model.held(), int), minlength=PAGES)
         for name, got, want in (
             ("block_tables", pool.block_tables.tolist(), tables),
             ("lengths", pool.lengths.tolist(), model.lengths),
@@ -130,6 +120,7 @@ class PoolMachine(RuleBasedStateMachine):
             ("num_free", int(pool.num_free), model.num_free()),
         ):
             require(got == want, name, f"the pool has {got}, and must have {want}")
+        model.require_tokens()
 
 
 @functools.cache
@@ -142,7 +133,9 @@ def _trimmed(pool: Any, mask: Mask) -> Any:
     return pool.trim(mask)
 
 
-def check_pool(pool_type: Any = PagePool, *, machine: type[PoolMachine] = PoolMachine, examples: int = 30) -> None:
+def check_pool(
+    pool_type: Any = PagePool, *, machine: type[PoolMachine] = PoolMachine, examples: int = 30, steps: int = 12
+) -> None:
     """Check a class of page pools against plain Python, over random sequences of operations.
 
     **Arguments:**
@@ -150,10 +143,11 @@ def check_pool(pool_type: Any = PagePool, *, machine: type[PoolMachine] = PoolMa
     - `pool_type`: a class with the operations of `PagePool`.
     - `machine`: a subclass of `PoolMachine` with more rules.
     - `examples`: how many sequences of operations.
+    - `steps`: the most operations of each.
 
     **Raises:** `CheckFailure` with the shortest sequence of operations that fails, named after what is wrong:
-    ``"only free pages are handed out"``, ``"ok"``, ``"block_tables"``, ``"lengths"``, ``"ref_counts"`` or
-    ``"num_free"``.
+    ``"only free pages are handed out"``, ``"no shared page is written"``, ``"what is copied is held"``, ``"tokens"``,
+    ``"ok"``, ``"block_tables"``, ``"lengths"``, ``"ref_counts"`` or ``"num_free"``.
 
     >>> check_pool(PagePool, examples=2)
     """
@@ -161,6 +155,6 @@ def check_pool(pool_type: Any = PagePool, *, machine: type[PoolMachine] = PoolMa
     run_state_machine_as_test(
         chosen,
         settings=settings(
-            max_examples=examples, stateful_step_count=12, deadline=None, database=None, report_multiple_bugs=False
+            max_examples=examples, stateful_step_count=steps, deadline=None, database=None, report_multiple_bugs=False
         ),
     )

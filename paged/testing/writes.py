@@ -29,6 +29,11 @@ WRITES: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
     "few live": ([20, 17, 33, 50, 8, 8, 8, 8], [20, 2, 3, 16, 8, 8, 8, 8], {"num_seqs": 3}),
     "past the table": ([1000, 81, 80, 79, 10**6, -4, 5, 2], [20, 3, 8, 9, 24, 3, 5, 2], {}),
     "neighbours": ([19, 21, 24, 18, 20, 40, 16, 1], [3, 2, 3, 1, 2, 20, 16, 1], {"shared": ((0, 1, 2), (3, 4))}),
+    "shared pages": (
+        [70, 9, 0, 5, 40, 3, 33, 17],
+        [45, 1, 0, 5, 16, 2, 1, 1],
+        {"copies": (0, 1, 2, 5, -1, 6, 10**6, 3)},
+    ),
     "no rows": ([50] * 8, [0] * 8, {}),
 }
 
@@ -39,8 +44,8 @@ def check_write(
     """Check that a write puts every row of a live sequence into its place, and changes no other bit of the pages.
 
     The pages begin as other values for every place, a part of them NaN. Batches have holes in their tables, more rows
-    than tokens, dead slots, rows past the table, and sequences that write to neighbouring places of one page. A kernel
-    that is interpreted is `watched`.
+    than tokens, dead slots, rows past the table, sequences that write to neighbouring places of one page, and
+    sequences whose page is copied first from one that others hold. A kernel that is interpreted is `watched`.
 
     **Arguments:**
 
@@ -87,6 +92,7 @@ def written_by_loop(k: jax.Array, v: jax.Array, pages: Pages, batch: RaggedBatch
     """Float pages with every row of a live sequence in its place, one row after the other."""
     layout = pages.layout
     axes = layout.page_axis, layout.offset_axis
+    pages = layout.wrap(*_copied(pages, batch))
     arrays = [np.moveaxis(np.array(x), axes, (0, 1)) for x in pages.arrays]
     rows = [np.asarray(x) for x in layout.stack(*(x.astype(layout.dtype) for x in (k, v)))]
     starts, tables = np.asarray(batch.query_starts), np.asarray(batch.block_tables)
@@ -99,6 +105,21 @@ def written_by_loop(k: jax.Array, v: jax.Array, pages: Pages, batch: RaggedBatch
                 for array, row in zip(arrays, rows, strict=True):
                     array[page, offset] = row[int(starts[slot]) + i]
     return layout.wrap(*(jnp.asarray(np.moveaxis(x, (0, 1), axes)) for x in arrays))
+
+
+def _copied(pages: Pages, batch: RaggedBatch) -> list[jax.Array]:
+    """The arrays of the pages after the batch's copies."""
+    arrays = [np.moveaxis(np.array(x), pages.layout.page_axis, 0) for x in pages.arrays]
+    if batch.copy_from is None:
+        return list(pages.arrays)
+    before, rows = [x.copy() for x in arrays], np.diff(np.asarray(batch.query_starts))
+    for slot in range(int(batch.num_seqs)):
+        first, source = int(batch.lengths[slot]) - int(rows[slot]), int(batch.copy_from[slot])
+        if rows[slot] > 0 and first >= 0 and 0 <= source < pages.num_pages:
+            page = int(batch.block_tables[slot, first // pages.layout.page_size])
+            for array, old in zip(arrays, before, strict=True):
+                array[page] = old[source]
+    return [jnp.asarray(np.moveaxis(x, 0, pages.layout.page_axis)) for x in arrays]
 
 
 def _pages(layout: PageLayout) -> Pages:
@@ -127,7 +148,8 @@ def _batch(name: str, page_size: int, num_pages: int) -> RaggedBatch:
     """A batch of `WRITES` with pages in a random order, and garbage wherever nothing may be read."""
     lengths, rows, more = WRITES[name]
     rng = np.random.default_rng(len(name))
-    tables = rng.permutation(num_pages)[: _SLOTS * _WIDTH].reshape(_SLOTS, _WIDTH)
+    order = rng.permutation(num_pages)
+    tables, spare = order[: _SLOTS * _WIDTH].reshape(_SLOTS, _WIDTH), order[_SLOTS * _WIDTH :]
     for first, *others in more.get("shared", ()):
         tables[others] = tables[first]
     if more.get("holes"):
@@ -137,7 +159,9 @@ def _batch(name: str, page_size: int, num_pages: int) -> RaggedBatch:
     starts = np.concatenate([[0], np.cumsum(rows)])
     live = more.get("num_seqs", _SLOTS)
     starts[live + 1 :] = rng.choice(_GARBAGE, _SLOTS - live)
-    return RaggedBatch(lengths, tables.astype(np.int32), starts.astype(np.int32), live)
+    copies = more.get("copies")
+    copies = None if copies is None else [int(spare[i]) if 0 <= i < len(spare) else i for i in copies]
+    return RaggedBatch(lengths, tables.astype(np.int32), starts.astype(np.int32), live, copy_from=copies)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ GOOD = {
     "block_tables": [[0, 1, -1], [2, 3, 4], [5, 99, -7], [-1, 77, 0]],
     "query_starts": [0, 2, 5, 6, -9],
     "num_seqs": 3,
+    "copy_from": [8, -1, 7, 99],
 }
 # What is put where, and the error.
 FAULTS = {
@@ -35,6 +36,8 @@ FAULTS = {
         r"block_tables\[1, 0\] = -1 \(sequence 1\) is no page.*tokens 0 to 3.*\[0, 9\)",
     ),
     "past the pool": ("block_tables", (0, 1), 9, r"block_tables\[0, 1\] = 9 \(sequence 0\) is no page.*tokens 4 to 4"),
+    "copied past the pool": ("copy_from", 0, 9, r"copy_from\[0\] = 9 \(sequence 0\) is no page.*\[0, 9\)"),
+    "copied and written": ("copy_from", 0, 4, r"copy_from\[0\] = 4 \(sequence 0\) is written by sequence 1"),
     "one slot twice": ("block_tables", (2, 0), 0, r"block_tables\[2, 0\] = 0 \(sequence 2\) .*slot 3.*by sequence 0"),
 }
 

@@ -110,6 +110,26 @@ def test_updates_write_to_donated_pages_what_one_device_writes(name):
         assert_states_close(rows_of(state, i, shards), exact_state(one), held[i].error_unit, "float32")
 
 
+@pytest.mark.parametrize("facts", [{"order": "split"}, {**INT8, "scales": "token"}], ids=["split", "int8, token"])
+def test_pages_are_copied_from_device_to_device(facts):
+    """Devices that share a context: every page that is copied may lie on another device than its copy."""
+    case = _case("decode", **facts)
+    attend, one = _lowered(case, {"context": 4}), built(case, 1, False)[0]
+    q, k, v, pages, batch, sinks = placed(attend, [one])
+    tables = np.asarray(batch.block_tables)
+    used = tables[np.arange(tables.shape[1])[None] * case.layout.page_size < np.asarray(batch.lengths)[:, None]]
+    spare = np.setdiff1d(np.arange(one.pages.num_pages), used)
+    copy_from = np.resize(spare, batch.num_slots)
+    batch = dataclasses.replace(batch, copy_from=jnp.asarray(copy_from, jnp.int32).at[1].set(-1))
+    _, after = jax.jit(attend.update, donate_argnums=3)(q, k, v, pages, batch, sinks)
+    written = paged.write(one.k, one.v, one.pages, batch)
+    plain = paged.write(one.k, one.v, one.pages, one.batch)
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(written.arrays, plain.arrays, strict=True))
+    want = placed(attend, [dataclasses.replace(one, pages=written)])[3]
+    for got, expected in zip(jax.tree.leaves(after), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
+
+
 def test_gradients_are_those_of_one_device():
     """Gradients of queries, pages, sinks and a bias's table, through the output and the log-sum-exp."""
     sizes, case = {"kv_heads": 4, "context": 2}, _case("decode")

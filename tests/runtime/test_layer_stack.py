@@ -141,11 +141,13 @@ def test_no_loop_of_a_compiled_step_copies_a_pool():
     pool_bytes = 512 * LAYOUT.bytes_per_page
 
     def step(inputs, state):
-        return stack_of(inputs[0])(inputs[1], paged.RaggedBatch.decode(*inputs[2:]), state)
+        batch = paged.RaggedBatch.decode(*inputs[2:4], copy_from=inputs[4])
+        return stack_of(inputs[0])(inputs[1], batch, state)
 
     arrays, static = eqx.partition(stack, eqx.is_array)
     stack_of = lambda arrays: eqx.combine(arrays, static)
     inputs = (arrays, jnp.zeros(2, jnp.int32), jnp.array([3, 9]), jnp.array([[0, 1, 2], [3, 4, 5]]))
+    inputs = (*inputs, jnp.array([9, -1]))  # one sequence writes into a copy of a shared page
     optimised = {"xla_backend_optimization_level": 3}  # tests compile without
     compiled = jax.jit(step, donate_argnums=1).lower(inputs, state).compile(optimised)
     assert copies_in_loops(compiled.as_text(), pool_bytes) == []

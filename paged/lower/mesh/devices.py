@@ -62,7 +62,7 @@ def _update_on_device(
     kv_heads = pages.layout.num_kv_heads
     k, v = (select_own_heads(x, kv_heads, attend._repeats, attend.axes.kv_heads) for x in (k, v))
     one, program = attend.first_device, attend.program_per_device
-    results, pages = run_update(one, program, has_lse, q, k, v, pages, batch, sinks, attend._merge)
+    results, pages = run_update(one, program, has_lse, q, k, v, pages, batch, sinks, attend._merge, attend._copy)
     return results, dataclasses.replace(pages, layout=attend.layout)
 
 

@@ -33,7 +33,7 @@ from ..require import require_layout, require_new_tokens, require_pages, require
 from ..tpu import Chip
 from . import devices
 from .axes import Axes, Shares
-from .context import merge_over, spread
+from .context import copy_over, merge_over, spread
 from .heads import repeated, repeats_of, share_of, with_one_head, with_own_head
 from .specs import ArraySpecs, axes_of, require_agreement, require_names
 
@@ -336,6 +336,12 @@ class ShardedAttend:
         """What makes the state over all of a context from each device's; None where a device has it all."""
         context = self.axes.context
         return None if context is None else lambda state: merge_over(state, context)
+
+    @property
+    def _copy(self) -> Any:
+        """What copies pages between the devices that share contexts; None where a device has all of a context."""
+        context = self.axes.context
+        return None if context is None else lambda pages, copy_from, seqs: copy_over(pages, copy_from, seqs, context)
 
     def _shards(self, batch: RaggedBatch) -> list[RaggedBatch]:
         """The batch of each shard of sequences."""

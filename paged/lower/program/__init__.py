@@ -13,6 +13,8 @@ from .call import at_most as at_most
 from .integers import floor_div as floor_div
 from .intervals import PageIntervals as PageIntervals
 from .monotone import LEAST_POSITION as LEAST_POSITION
+from .page_copies import PageCopies as PageCopies
+from .page_copies import first_pages as first_pages
 from .program import Program as Program
 from .results import Results as Results
 from .results import Wanted as Wanted

@@ -13,9 +13,10 @@ from jaxtyping import Array
 from paged.spec import AttentionState, PageLayout, Pages
 
 from ..base import Lowering, Schedule
-from ..program import Call, Program, Results, Sequences, Wanted, refused_operations
+from ..program import Call, PageCopies, Program, Results, Sequences, Wanted, refused_operations
 from ..xla import XLA_BLOCKS
 from .chips import CHIPS, LANES, Chip, chip_named, this_chip
+from .copy import copy_pages, refuses_copy
 from .pages import refuses_layout
 from .transforms import run_kernels
 from .write import refuses_write, write_rows
@@ -195,6 +196,12 @@ class TpuLowering(Lowering):
         # Where rows are written follows from their places alone.
         seqs = seqs._replace(numbers={}, own=None)
         return write_rows(self.target_chip, self.interpret, query_rows, k, v, pages, seqs)
+
+    def copy(self, pages: Pages, copies: PageCopies) -> Pages:
+        """The pages with some of them copied to others: by a kernel, or by XLA where no kernel can read the pages."""
+        if refuses_copy(pages.layout) is not None:
+            return XLA_BLOCKS.copy(pages, copies)
+        return copy_pages(self.target_chip, self.interpret, pages, copies)
 
 
 def _interpreter(interpret: Any) -> Any:

@@ -1,5 +1,7 @@
 """The XLA target: gather and online softmax in plain `jax.lax`, on any platform."""
 
+from .copy import copy_pages as copy_pages
+from .copy import copy_scales as copy_scales
 from .cpu import at_index as at_index
 from .dense import dense_attention as dense_attention
 from .linear import Linear as Linear

@@ -11,9 +11,10 @@ from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ..base import Lowering, Schedule
 from ..jax_version import vary_alike, varying_axes
-from ..program import Call, Program, Sequences, at_most, plain_terms
+from ..program import Call, PageCopies, Program, Sequences, at_most, plain_terms
 from .alternatives import alternatives
 from .blocks import RowBlocks
+from .copy import copy_pages
 from .cpu import FEW_ROWS
 from .derivatives import attend
 from .lists import XlaLists, with_visits
@@ -86,6 +87,10 @@ class XlaBlocks(Lowering):
         lists, layout = _lists(seqs), pages.layout
         places = lists.places if lists else Places.of(seqs, k.shape[0], layout.page_size, pages.num_pages)
         return write(k, v, pages, places)
+
+    def copy(self, pages: Pages, copies: PageCopies) -> Pages:
+        """A loop over the pages that are copied."""
+        return copy_pages(pages, copies)
 
     def plan(
         self, program: Program, schedule: XlaSchedule, call: Call, layout: PageLayout, seqs: Sequences

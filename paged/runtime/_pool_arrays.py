@@ -1,0 +1,45 @@
+"""What the operations of `PagePool` compute: which slots are served, and how pages' counts change."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from paged.lower import vary_alike
+
+
+def entries_held(tables: Int[Array, "seqs pages_per_seq"]) -> Int[Array, " seqs"]:
+    """How many table entries each slot uses: up to its last page, whether or not those before it are freed."""
+    entry = jnp.arange(1, tables.shape[1] + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(tables >= 0, entry, 0), axis=1)
+
+
+def counted(ref_counts: Int[Array, " pages"], pages: Int[Array, "..."], change: int) -> Int[Array, " pages"]:
+    """The counts after each of ``pages`` has got so many holders more; negative numbers are no pages."""
+    return ref_counts.at[jnp.where(pages >= 0, pages, ref_counts.shape[0])].add(change, mode="drop")
+
+
+def free_pages(ref_counts: Int[Array, " pages"]) -> Int[Array, " pages"]:
+    """The free pages in order, and then as many of the number of pages as there are others."""
+    size = ref_counts.shape[0]
+    return jnp.nonzero(ref_counts == 0, size=size, fill_value=size)[0].astype(jnp.int32)
+
+
+def served_in_order(
+    extra: Int[Array, " seqs"], fits: Bool[Array, " seqs"], num_free: Int[Array, ""]
+) -> tuple[Bool[Array, " seqs"], Int[Array, " seqs"], Int[Array, ""]]:
+    """Which slots get their ``extra`` pages, how many are handed out before each slot's, and how many in all."""
+
+    def serve(used: Array, request: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        more, may = request
+        is_served = may & (more <= num_free - used)
+        return used + jnp.where(is_served, more, 0), (is_served, used)
+
+    requests, _, used = vary_alike((extra, fits), num_free, jnp.zeros((), jnp.int32))
+    used, (is_served, first) = jax.lax.scan(serve, used, requests)
+    return is_served, first, used
+
+
+def taken(ref_counts: Int[Array, " pages"], used: Int[Array, ""]) -> Int[Array, " pages"]:
+    """The counts after the first ``used`` free pages have got a holder."""
+    is_free = ref_counts == 0
+    return ref_counts + (is_free & (jnp.cumsum(is_free, dtype=jnp.int32) <= used)).astype(jnp.int32)
