@@ -72,7 +72,7 @@ def convert(
     >>> layout = PageLayout(page_size=4, num_kv_heads=2, head_dim=4, dtype=jnp.float32)
     >>> converted = paged.convert(model, layout=layout, num_pages=8)
     >>> print(converted)
-    ['attention']: 2 heads of 4, visible where j <= p, pages of 4 tokens
+    ['attention']: 2 heads of 4, mask j <= p, pages of 4 tokens
     >>> x = jnp.ones((3, 8))
     >>> batch = RaggedBatch.prefill(length=3, block_table=[5], query_rows=3)
     >>> y, state = converted.model["attention"](x, batch, converted.state)
@@ -150,7 +150,7 @@ def _shared_ids(tree: Any) -> set[int]:
 def _summary(layer: PagedAttention) -> str:
     spec, layout = layer.spec, layer.layout
     tokens = f"pages of {layout.page_size} tokens"
-    return f"{spec.num_q_heads} heads of {spec.head_dim}, visible where {spec.visibility}, {tokens}"
+    return f"{spec.num_q_heads} heads of {spec.head_dim}, mask {spec.visibility}, {tokens}"
 
 
 def _is_multihead(x: Any) -> bool:

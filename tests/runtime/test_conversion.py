@@ -91,7 +91,7 @@ def test_the_model_is_called_as_before_and_is_served_as_it_is_called(gpt):
     model, state, replaced, left = converted = convert(gpt)
     assert list(replaced) == [".blocks[0].attention", ".blocks[1].attention"] and list(left) == [".encoder"]
     assert str(converted).splitlines()[1:] == [
-        ".blocks[1].attention: 2 heads of 8, visible where j <= p, pages of 4 tokens",
+        ".blocks[1].attention: 2 heads of 8, mask j <= p, pages of 4 tokens",
         ".encoder: not paged, because choose returned None",
     ]
     tokens, key = jnp.array([3, 1, 4, 1, 5]), jax.random.key(1)
