@@ -19,7 +19,7 @@ from paged.spec import PageLayout, Pages
 
 from .config import Config
 from .decoder import Decoder
-from .files import open_checkpoint, write_safetensors
+from .files import Tokenizer, open_checkpoint, open_tokenizer, write_safetensors
 from .filling import Place, computed_dtype, filled, places_of, require_weights
 from .names import Leaf, Piece, leaves_of_layer, leaves_of_model
 from .placing import automatic, require_shares
@@ -38,7 +38,7 @@ def load(
     max_length: int | None = None,
     experts: str = "ragged",
     check: bool = True,
-) -> tuple[Decoder, eqx.nn.State, Any]:
+) -> tuple[Decoder, eqx.nn.State, Tokenizer | None]:
     """A model of a checkpoint, ready to serve.
 
     **Arguments:**
@@ -57,9 +57,10 @@ def load(
       only where the pages hold sequences longer than those of training.
     - `experts`: ``"ragged"`` or ``"dense"``: how experts are computed, see `Experts`. On a mesh they are dense.
 
-    **Returns:** the `Decoder`, its state with pages of zeros, and the tokenizer: None if there is no tokenizer.json.
+    **Returns:** the `Decoder`, its state with pages of zeros, and the `Tokenizer`: None if the checkpoint has none.
 
-    Raises ``FileNotFoundError`` for what is not there, and ``ValueError`` for a key of config.json that is not known,
+    Raises ``FileNotFoundError`` for what is not there, ``ModuleNotFoundError`` where the extra ``models`` is needed and
+    missing, ``ValueError`` for a file that cannot be read, see `open_checkpoint`, and ``ValueError`` for a key of config.json that is not known,
     see `Config.from_keys`, and for weights that are missing, left over, or of another shape: the error names them.
 
     >>> import tempfile
@@ -93,7 +94,7 @@ def load(
     make = eqx.nn.make_with_state(lambda key: Decoder(config, layout, num_pages, **how, key=key))
     shapes, _ = eqx.filter_eval_shape(make, jax.random.key(0))
     model = filled(shapes, config, weights, dtype, mesh, axis)
-    return model, _state(make, mesh, shapes), None
+    return model, _state(make, mesh, shapes), open_tokenizer(checkpoint)
 
 
 def _within_training(keys: Mapping[str, Any], most: int) -> int | None:

@@ -31,12 +31,13 @@ def test_near(subject, check):
 # One process, because each takes seconds to import JAX.
 PROGRAM = """
 import sys
-late = ("hypothesis", "chex", "pytest", "beartype", "optax")
+late = ("hypothesis", "chex", "pytest", "beartype", "optax", "gguf", "jinja2", "tokenizers")
 sys.modules.update(dict.fromkeys(late))
 import paged
 assert paged.__file__.startswith(sys.argv[1]), paged.__file__
-assert not {"paged.runtime", "paged.compat", "paged.testing"} & set(sys.modules)
+assert not {"paged.runtime", "paged.compat", "paged.models", "paged.testing"} & set(sys.modules)
 assert callable(paged.runtime.generate) and callable(paged.compat.page_attention)
+assert callable(paged.models.load)
 assert not hasattr(paged, "runtimes")
 from jax._src import xla_bridge
 assert not xla_bridge._backends, xla_bridge._backends

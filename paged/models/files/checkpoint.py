@@ -25,8 +25,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = (pathlib.Path(folder) / "config.json").write_text(json.dumps({"model_type": "llama"}))
     ...     write_safetensors(folder + "/model.safetensors", {"lm_head.weight": np.ones((4, 2), np.float32)})
-    ...     open_checkpoint(folder)
-    Checkpoint(config={'model_type': 'llama'}, weights=Weights of 1 tensors, 0.0 MB)
+    ...     opened = open_checkpoint(folder)
+    >>> opened.config, opened.weights
+    ({'model_type': 'llama'}, Weights of 1 tensors, 0.0 MB)
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
@@ -36,4 +37,4 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no config.json, which says what model it is.")
-    return Checkpoint(parse_object(file, file.read_bytes()), open_safetensors(path))
+    return Checkpoint(parse_object(file, file.read_bytes()), open_safetensors(path), path=path)

@@ -11,12 +11,16 @@ _FOR = {
 
 
 def package(name: str) -> types.ModuleType:
-    """A package of the extra. Raises ``ModuleNotFoundError``, which names the extra, where it is not installed."""
+    """A package of the extra, or a module of one.
+
+    Raises ``ModuleNotFoundError``, which names the extra, where it is not installed.
+    """
+    root = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name != root:
             raise
         raise ModuleNotFoundError(
-            f'paged.models needs the package {name}, which {_FOR[name]}: pip install "paged[models]".', name=name
+            f'paged.models needs the package {root}, which {_FOR[root]}: pip install "paged[models]".', name=root
         ) from None

@@ -32,11 +32,13 @@ class Checkpoint:
     * ``config``: in the form of Hugging Face's config.json.
     * ``weights``: under Hugging Face's names.
     * ``metadata``: of a GGUF file, all that it says; of a folder, nothing.
+    * ``path``: of the folder or the file.
     """
 
     config: dict[str, Any]
     weights: Weights
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    path: pathlib.Path = pathlib.Path()
 
 
 def open_gguf(path: str | os.PathLike) -> Checkpoint:
@@ -82,7 +84,7 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
     row = ROWS[architecture]
     tensors = {blocks.name: _tensor(path, blocks, raw) for blocks in header.tensors}
     config = config_of(path, architecture, row, header.metadata, tensors)
-    return Checkpoint(config, _weights(path, row, config, tensors), header.metadata)
+    return Checkpoint(config, _weights(path, row, config, tensors), header.metadata, path)
 
 
 def _tensor(path: pathlib.Path, blocks: Blocks, raw: np.ndarray) -> Tensor:
