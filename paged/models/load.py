@@ -60,8 +60,9 @@ def load(
     **Returns:** the `Decoder`, its state with pages of zeros, and the `Tokenizer`: None if the checkpoint has none.
 
     Raises ``FileNotFoundError`` for what is not there, ``ModuleNotFoundError`` where the extra ``models`` is needed and
-    missing, ``ValueError`` for a file that cannot be read, see `open_checkpoint`, and ``ValueError`` for a key of config.json that is not known,
-    see `Config.from_keys`, and for weights that are missing, left over, or of another shape: the error names them.
+    missing, and ``ValueError`` for a file that cannot be read, see `open_checkpoint`, for a key of config.json that is
+    not known, see `Config.from_keys`, and for weights that are missing, left over, or of another shape: the error names
+    them.
 
     >>> import tempfile
     >>> sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}

@@ -1,7 +1,7 @@
 """The loop of one `generate`: the scheduler decides, the device computes, drawn tokens go back."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -44,6 +44,8 @@ class StepReport:
     * ``tokens``: how many tokens the step put into pages.
     * ``new_tokens``: how many generated tokens it added to sequences.
     * ``pages_in_use``, ``running``, ``waiting``: pages, running sequences and waiting ones while it ran.
+    * ``drawn``: the tokens that it added to sequences, by the index of their prompt. So text can be shown as it comes.
+    * ``ended``: the indices of the prompts whose sequences it ended.
     """
 
     kind: Literal["prefill", "decode"]
@@ -52,6 +54,8 @@ class StepReport:
     pages_in_use: int
     running: int
     waiting: int
+    drawn: Mapping[int, tuple[int, ...]]
+    ended: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -149,22 +153,26 @@ class Serve:
         """Add the drawn tokens to the sequences in ``slots``, release those that are done, and report the step."""
         scheduler = self.scheduler
         in_use = 0 if self.on_step is None else scheduler.pool.pages_in_use
-        running, waiting, new_tokens, done = len(scheduler.running), len(scheduler.waiting), 0, []
+        running, waiting = len(scheduler.running), len(scheduler.waiting)
+        new: dict[int, tuple[int, ...]] = {}
+        done: list[int] = []
+        ended: list[int] = []
         for slot, token in zip(slots, drawn[: len(slots)].tolist(), strict=True):
             request = scheduler.running[slot]
             if token < 0:
                 request.finish_reason = "no_token"
             else:
                 request.known.append(token)
-                new_tokens += 1
+                new[request.index] = (token,)
                 is_last = request.num_generated == request.max_new_tokens
                 request.finish_reason = "eos" if token in self.ends else "length" if is_last else None
             if request.finish_reason is not None:
                 done.append(slot)
+                ended.append(request.index)
         if done:
             scheduler.release(done)
         if self.on_step is not None:
-            self.on_step(StepReport(kind, tokens, new_tokens, int(in_use), running, waiting))
+            self.on_step(StepReport(kind, tokens, len(new), int(in_use), running, waiting, new, tuple(ended)))
 
 
 @eqx.filter_jit

@@ -42,6 +42,8 @@ def test_equals_dense_recomputation_with_waiting_and_preemption(model_and_state,
     assert max(report.waiting for report in reports) >= 2 and max(report.running for report in reports) == 3
     assert max(report.pages_in_use for report in reports) <= 8
     assert sum(report.new_tokens for report in reports) == sum(NEW_TOKENS)
+    told = [sum((report.drawn.get(i, ()) for report in reports), ()) for i in range(len(PROMPTS))]
+    assert told == expected and sorted(i for report in reports for i in report.ended) == list(range(len(PROMPTS)))
     prefilled = sum(report.tokens for report in reports if report.kind == "prefill")
     assert prefilled > sum(map(len, PROMPTS)) - len(PROMPTS), "a preempted sequence is prefilled again"
 
