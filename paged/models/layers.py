@@ -55,21 +55,38 @@ class Projection(eqx.Module):
 
     A checkpoint's matrix [outputs, features] is such a weight as it is. Axes of the outputs let one product serve
     several purposes, and let a mesh share out the one that counts KV heads.
+
+    XLA multiplies with a matrix. Of a weight of more axes XLA:CPU makes one in every call, transposed: a decode step of
+    SmolLM2-135M took 2.5 times as long (measured). So the axes of the outputs are one while it multiplies: unless a
+    mesh shares out an inner one of them (``is_matrix = False``), which would then have to be gathered.
     """
 
     weight: Float[Array, "*outputs features"]
     bias: Float[Array, "*outputs"] | None
+    is_matrix: bool = eqx.field(static=True)
 
-    def __init__(self, outputs: tuple[int, ...], features: int, has_bias: bool, dtype: Any, key: PRNGKeyArray):
+    def __init__(
+        self,
+        outputs: tuple[int, ...],
+        features: int,
+        has_bias: bool,
+        dtype: Any,
+        key: PRNGKeyArray,
+        is_matrix: bool = True,
+    ):
         self.weight = draw(key, (*outputs, features), dtype)
         self.bias = jnp.zeros(outputs, dtype) if has_bias else None
+        self.is_matrix = is_matrix
 
     def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows_and_outputs"]:
-        last = (x.ndim - 1,), (self.weight.ndim - 1,)
-        y = jax.lax.dot_general(x, self.weight.astype(x.dtype), (last, ((), ())))
+        outputs, features = self.weight.shape[:-1], self.weight.shape[-1]
+        weight = self.weight.astype(x.dtype)
+        weight = weight.reshape(-1, features) if self.is_matrix else weight
+        y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
+        y = y.reshape(*x.shape[:-1], *outputs)
         if self.bias is None:
             return y
-        return y + self.bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + self.bias.shape)
+        return y + self.bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + outputs)
 
 
 class Attention(eqx.Module):
@@ -134,10 +151,10 @@ class MLP(eqx.Module):
     down_proj: Projection
     activation: str = eqx.field(static=True)
 
-    def __init__(self, config: Config, dtype: Any, key: PRNGKeyArray):
+    def __init__(self, config: Config, is_shared: bool, dtype: Any, key: PRNGKeyArray):
         up, down = jax.random.split(key, 2)
         size, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = Projection((2, inner), size, config.has_mlp_bias, dtype, up)
+        self.gate_up_proj = Projection((2, inner), size, config.has_mlp_bias, dtype, up, is_matrix=not is_shared)
         self.down_proj = Projection((size,), inner, config.has_mlp_bias, dtype, down)
         self.activation = config.activation
 
@@ -169,7 +186,8 @@ class DecoderLayer(eqx.Module):
         self.pre_feedforward_layernorm = norm() if config.has_four_norms else None
         self.post_feedforward_layernorm = norm() if config.has_four_norms else None
         self.self_attn = Attention(config, layer, layout, num_pages, how, dtype, attention)
-        self.mlp = MLP(config, dtype, mlp) if config.experts is None else Experts(config, dtype, mlp)
+        is_shared = how["mesh"] is not None
+        self.mlp = MLP(config, is_shared, dtype, mlp) if config.experts is None else Experts(config, dtype, mlp)
 
     def __call__(
         self, x: Float[Array, "tokens features"], batch: Step, state: eqx.nn.State
