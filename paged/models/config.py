@@ -195,6 +195,9 @@ def _filled(name: str, row: Architecture, keys: Keys) -> dict[str, Any]:
     for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
         if full.get(key) is not None:
             _require_count(key, full[key])
+    for key in ("rope_scaling", "rope_parameters"):
+        if full[key] is not None and not isinstance(full[key], Mapping):
+            raise ValueError(f"{key} of config.json must be an object, {{...}}; got {full[key]!r}.")
     for key, other in _SAME.items():
         if full.get(key) is not None and full[key] != full[other]:
             raise ValueError(f"config.json has {key} = {full[key]!r} and {other} = {full[other]!r}, which must agree.")

@@ -104,40 +104,47 @@ def _require_known(rule: str, own: Parameters) -> None:
             )
 
 
-def _scaling(rule: str, own: Parameters, keys: Mapping[str, Any], max_length: int | None) -> RotaryScaling | None:
-    longest = keys["max_position_embeddings"]
-    original = keys.get("original_max_position_embeddings") or own.get("original_max_position_embeddings") or longest
-    factor = own.get("factor")
+def _scaling(rule: str, own: Parameters, keys: Mapping[str, Any], max_length: int | None) -> RotaryScaling:
+    longest = keys[_LONGEST]
+    original = keys.get(_ORIGINAL) or own.get(_ORIGINAL) or longest
     if rule == "linear":
-        return LinearScaling(_given(rule, "factor", factor))
+        return LinearScaling(_number(rule, "factor", own))
     if rule == "dynamic":
-        most = _given_length(rule, max_length)
-        return NtkScaling.at_length(_given(rule, "factor", factor), most, _given(rule, _LONGEST, longest))
-    original = _given(rule, "original_max_position_embeddings", original)
+        factor, most = _number(rule, "factor", own), _given_length(rule, max_length)
+        return NtkScaling.at_length(factor, most, _count(rule, _LONGEST, longest))
+    original = _count(rule, _ORIGINAL, original)
     if rule == "llama3":
-        names = ("low_freq_factor", "high_freq_factor")
-        bands = {name: _given(rule, name, own.get(name)) for name in names}
-        return Llama3Scaling(factor=_given(rule, "factor", factor), original_context=original, **bands)
-    factor = _given(rule, _LONGEST, longest) / original if factor is None else factor
+        named = {name: _number(rule, name, own) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        return Llama3Scaling(original_context=original, **named)
+    if own.get("factor") is not None:
+        factor = _number(rule, "factor", own)
+    else:
+        factor = _count(rule, _LONGEST, longest) / original
     if rule == "longrope":
         return _long_rope(own, factor, original, max_length)
-    named = {name: own[name] for name in ("beta_fast", "beta_slow") if own.get(name)}
-    named |= {name: own[name] for name in ("attention_factor",) if own.get(name) is not None}
-    if own.get("mscale") and own.get("mscale_all_dim"):  # one without the other has no effect
-        named |= {name: own[name] for name in ("mscale", "mscale_all_dim") if "attention_factor" not in named}
-    truncate = own.get("truncate")
-    return YarnScaling(
-        factor=factor, original_context=original, is_rounded=True if truncate is None else truncate, **named
-    )
+    return _yarn(own, factor, original)
 
 
-_LONGEST = "max_position_embeddings"
+_LONGEST, _ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
+
+
+def _yarn(own: Parameters, factor: float, original: int) -> RotaryScaling:
+    # A 0 stands for a key left out, and one of the last two without the other has no effect.
+    names = [name for name in ("beta_fast", "beta_slow") if own.get(name)]
+    if own.get("attention_factor") is not None:
+        names.append("attention_factor")
+    elif own.get("mscale") and own.get("mscale_all_dim"):
+        names += ["mscale", "mscale_all_dim"]
+    is_rounded = own.get("truncate") is not False
+    named = {name: _number("yarn", name, own) for name in names}
+    return YarnScaling(factor=factor, original_context=original, is_rounded=is_rounded, **named)
 
 
 def _long_rope(own: Parameters, factor: float, original: int, max_length: int | None) -> RotaryScaling:
-    short, long = (tuple(_given("longrope", name, own.get(name))) for name in ("short_factor", "long_factor"))
-    magnitude = own.get("attention_factor")
-    if magnitude is None:
+    short, long = (_numbers("longrope", name, own) for name in ("short_factor", "long_factor"))
+    if own.get("attention_factor") is not None:
+        magnitude = _number("longrope", "attention_factor", own)
+    else:
         magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     if short == long:
         return LongRopeScaling(factors=short, attention_factor=magnitude)
@@ -145,9 +152,22 @@ def _long_rope(own: Parameters, factor: float, original: int, max_length: int | 
     return LongRopeScaling(factors=long if is_long else short, attention_factor=magnitude)
 
 
-def _given(rule: str, name: str, value: Any) -> Any:
-    if value is None:
-        raise ValueError(f"The rotary scaling {rule!r} of config.json needs the key {name}, which is missing.")
+def _number(rule: str, name: str, own: Parameters) -> float:
+    return _numbers(rule, name, {name: [own.get(name)]})[0]
+
+
+def _numbers(rule: str, name: str, own: Parameters) -> tuple[float, ...]:
+    values = own.get(name)
+    is_list = isinstance(values, list | tuple) and len(values) > 0
+    if not is_list or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in values):
+        got = values[0] if is_list and len(values) == 1 else values
+        raise ValueError(f"The rotary scaling {rule!r} of config.json needs numbers for {name}; got {got!r}.")
+    return tuple(map(float, values))
+
+
+def _count(rule: str, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+        raise ValueError(f"The rotary scaling {rule!r} of config.json needs {name}, a whole number; got {value!r}.")
     return value
 
 

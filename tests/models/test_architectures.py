@@ -17,9 +17,12 @@ from paged.runtime import PagePool, generate
 FOLDER = pathlib.Path(__file__).parent / "checkpoints"
 NAMES = sorted(folder.name for folder in FOLDER.iterdir() if (folder / "config.json").is_file())
 NUM_PAGES, PAGE_SIZE = 24, 4
-# Two architectures in every run: the plainest, and one with most of what layers may have.
-FAST = ("llama", "gemma2")
-EACH = pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.kernels) for n in NAMES])
+
+
+def each(*fast):
+    """Every architecture, of which some are in every run."""
+    rows = [pytest.param(name, marks=() if name in fast else pytest.mark.kernels) for name in NAMES]
+    return pytest.mark.parametrize("name", rows)
 
 
 class Loaded(NamedTuple):
@@ -45,7 +48,7 @@ def test_every_architecture_has_a_checkpoint():
     assert tested == set(paged.models.ARCHITECTURES)
 
 
-@EACH
+@each("llama", "gemma2")
 def test_logits_and_what_each_layer_attends_to_are_those_of_transformers(name):
     model, _, expected = loaded(name)
     tokens = jnp.asarray(expected["prompt"], jnp.int32)
@@ -59,7 +62,7 @@ def test_logits_and_what_each_layer_attends_to_are_those_of_transformers(name):
     assert_close(model.logits(x)[0], expected["logits"])
 
 
-@EACH
+@each()
 def test_served_from_pages_chunks_beside_decoding_rows_give_the_logits_of_transformers(name):
     """The prompt in chunks of 1 to 8 rows, in one slot, while another slot, and pages between, hold another prompt."""
     model, state, expected = loaded(name)
@@ -79,7 +82,7 @@ def test_served_from_pages_chunks_beside_decoding_rows_give_the_logits_of_transf
     assert_close(np.concatenate(logits), expected["logits"])
 
 
-@EACH
+@each("llama")
 def test_generate_gives_the_greedy_tokens_of_transformers(name):
     model, state, expected = loaded(name)
     prompt, want = expected["prompt"].tolist(), expected["tokens"].tolist()
