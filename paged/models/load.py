@@ -36,7 +36,7 @@ def load(
     axis: str = "model",
     layout: PageLayout | None = None,
     max_length: int | None = None,
-    experts: str = "ragged",
+    experts: str | None = None,
     check: bool = True,
 ) -> tuple[Decoder, eqx.nn.State, Tokenizer | None]:
     """A model of a checkpoint, ready to serve.
@@ -55,7 +55,8 @@ def load(
     - `layout`: how pages lie in memory, where it is not ``config.layout(page_size, dtype)``; its page size counts.
     - `max_length`: the most tokens of a sequence. Only the rotary scalings ``longrope`` and ``dynamic`` need it, and
       only where the pages hold sequences longer than those of training.
-    - `experts`: ``"ragged"`` or ``"dense"``: how experts are computed, see `Experts`. On a mesh they are dense.
+    - `experts`: ``"ragged"`` or ``"dense"``: how experts are computed, see `Experts`. None: dense on a mesh, which can
+      do no other, and ragged without one.
 
     **Returns:** the `Decoder`, its state with pages of zeros, and the `Tokenizer`: None if the checkpoint has none.
 
@@ -81,9 +82,7 @@ def load(
         size = page_size if layout is None else layout.page_size
         max_length = _within_training(keys, num_pages * size)
     config = Config.from_keys(keys, max_length)
-    if config.experts is not None:
-        how = "dense" if mesh is not None else experts
-        config = dataclasses.replace(config, experts=dataclasses.replace(config.experts, how=how))
+    config = _with_experts(config, experts, mesh)
     require_weights(config, weights)
     computed = computed_dtype(dtype, weights)
     layout = config.layout(page_size, computed) if layout is None else layout
@@ -96,6 +95,18 @@ def load(
     shapes, _ = eqx.filter_eval_shape(make, jax.random.key(0))
     model = filled(shapes, config, weights, dtype, mesh, axis)
     return model, _state(make, mesh, shapes), open_tokenizer(checkpoint)
+
+
+def _with_experts(config: Config, how: str | None, mesh: Mesh | None) -> Config:
+    """The config with the way in which experts are computed."""
+    allowed = ("ragged", "dense") if mesh is None else ("dense",)
+    if how is not None and how not in allowed:
+        where = "" if mesh is None else " on a mesh"
+        raise ValueError(f"experts must be one of {', '.join(map(repr, allowed))}{where}, or None; got {how!r}.")
+    if config.experts is None:
+        return config
+    facts = dataclasses.replace(config.experts, how=allowed[0] if how is None else how)
+    return dataclasses.replace(config, experts=facts)
 
 
 def _within_training(keys: Mapping[str, Any], most: int) -> int | None:

@@ -153,16 +153,17 @@ def _long_rope(own: Parameters, factor: float, original: int, max_length: int | 
 
 
 def _number(rule: str, name: str, own: Parameters) -> float:
-    return _numbers(rule, name, {name: [own.get(name)]})[0]
+    value = own.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"The rotary scaling {rule!r} of config.json needs a number for {name}; got {value!r}.")
+    return float(value)
 
 
 def _numbers(rule: str, name: str, own: Parameters) -> tuple[float, ...]:
     values = own.get(name)
-    is_list = isinstance(values, list | tuple) and len(values) > 0
-    if not is_list or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in values):
-        got = values[0] if is_list and len(values) == 1 else values
-        raise ValueError(f"The rotary scaling {rule!r} of config.json needs numbers for {name}; got {got!r}.")
-    return tuple(map(float, values))
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"The rotary scaling {rule!r} of config.json needs a list for {name}; got {values!r}.")
+    return tuple(_number(rule, f"{name}[{i}]", {f"{name}[{i}]": value}) for i, value in enumerate(values))
 
 
 def _count(rule: str, name: str, value: Any) -> int:

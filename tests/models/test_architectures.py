@@ -48,18 +48,25 @@ def test_every_architecture_has_a_checkpoint():
     assert tested == set(paged.models.ARCHITECTURES)
 
 
+@eqx.filter_jit
+def seen_by_layers(model, tokens):
+    """What each layer gives to its attention, and the logits."""
+    x, parts = model.embed_tokens(tokens)[None], []
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)
+    for layer in model.layers.unstack():
+        parts.append(layer.self_attn.project(layer.input_layernorm(x)[0], positions))
+        x = layer.dense(x)
+    return parts, model.logits(x)[0]
+
+
 @each("llama", "gemma2")
 def test_logits_and_what_each_layer_attends_to_are_those_of_transformers(name):
     model, _, expected = loaded(name)
-    tokens = jnp.asarray(expected["prompt"], jnp.int32)
-    x = model.embed_tokens(tokens)[None]
-    positions = jnp.arange(len(tokens), dtype=jnp.int32)
-    for i, layer in enumerate(model.layers.unstack()):
-        own = layer.self_attn.project(layer.input_layernorm(x)[0], positions)
-        for part, got in zip("qkv", own, strict=True):
+    layers, logits = seen_by_layers(model, jnp.asarray(expected["prompt"], jnp.int32))
+    for i, parts in enumerate(layers):
+        for part, got in zip("qkv", parts, strict=True):
             assert_close(got, expected[f"layers.{i}.{part}"])
-        x = layer.dense(x)
-    assert_close(model.logits(x)[0], expected["logits"])
+    assert_close(logits, expected["logits"])
 
 
 @each()

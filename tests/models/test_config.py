@@ -144,7 +144,7 @@ def test_keys_that_would_change_the_model_are_refused_by_name():
     refused("the rotary scaling 'spiral'", rope_scaling={"type": "spiral"})
     refused("the key short_mscale = 1.2", rope_scaling={"type": "linear", "factor": 2.0, "short_mscale": 1.2})
     refused("rope_scaling of config.json must be an object", rope_scaling="linear")
-    refused("needs numbers for factor; got None", rope_scaling={"type": "linear"})
+    refused("needs a number for factor; got None", rope_scaling={"type": "linear"})
     refused("rope_theta = 7.0, and 9.0", rope_theta=7.0, rope_parameters={"rope_theta": 9.0})
     refused("keep rope_parameters", rope_parameters={"rope_theta": 9.0}, rope_scaling={"type": "linear", "factor": 2.0})
     refused("beside 'full_attention'", "gemma3_text", rope_parameters={"full_attention": {}, "rope_type": "default"})

@@ -153,6 +153,20 @@ def test_a_mesh_that_cannot_share_the_heads_evenly_is_refused():
     refused("axis must be one of the mesh's 'model'; got 'heads'", CHECKPOINTS / "llama", mesh=mesh, axis="heads")
 
 
+def test_experts_are_computed_in_one_of_two_ways(mesh):
+    refused(
+        "experts must be one of 'ragged', 'dense', or None; got 'sparse'", CHECKPOINTS / "gpt_oss", experts="sparse"
+    )
+    refused("experts must be one of 'dense' on a mesh", CHECKPOINTS / "gpt_oss", experts="ragged", mesh=mesh)
+    ways = {
+        how: load(CHECKPOINTS / "gpt_oss", **SIZES, dtype=jnp.float32, experts=how)[0] for how in ("ragged", "dense")
+    }
+    x = jax.random.normal(jax.random.key(0), (5, 24))
+    run = eqx.filter_jit(lambda model, x: model.layers.layer(0).mlp(x))
+    ragged, dense = (run(model, x) for model in ways.values())
+    np.testing.assert_allclose(ragged, dense, atol=1e-5)
+
+
 def test_thirty_layers_are_compiled_like_two():
     """The program of a step, not the time that it takes: it has one layer of each kind, whatever their number."""
 
