@@ -87,6 +87,9 @@ def test_served_from_pages_chunks_beside_decoding_rows_give_the_logits_of_transf
         done, seen = done + rows, seen + 1
     assert done == len(prompt)
     assert_close(np.concatenate(logits), expected["logits"])
+    assert_close(
+        eqx.filter_jit(lambda model, tokens: model.dense(tokens))(model, jnp.asarray(prompt)), expected["logits"]
+    )
 
 
 @each("llama")
