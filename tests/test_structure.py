@@ -22,6 +22,7 @@ LAYERS = {
     "lower": ("spec",),
     "runtime": ("spec", "lower"),
     "models": ("spec", "lower", "runtime"),
+    "command": ("spec", "lower", "runtime", "models"),
     "compat": ("spec", "lower"),
     "testing": ("spec", "lower", "runtime", "compat"),
 }

@@ -1,5 +1,6 @@
 """The command line: a tiny shape tuned in a process of its own, listed, found again and cleared."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 import paged
-from paged import __main__ as command
+from paged import command
 from paged.lower import Shape, synthetic
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -70,7 +71,7 @@ def test_list_clear_and_off(tmp_path, capsys):
 
 
 def test_without_tqdm_there_is_a_line_for_each_step(capsys, monkeypatch):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command.main(["tune", *TINY, "--seconds", "0.01", "--cache", "off"]) == 0
     said = capsys.readouterr()
     assert "not stored: tuning is off" in said.out
@@ -96,4 +97,4 @@ def test_help_shows_an_example_that_is_one(capsys):
     with pytest.raises(SystemExit, match="0"):
         command.main(["tune", "--help"])
     example = next(line for line in capsys.readouterr().out.splitlines() if "python -m paged tune --q" in line)
-    assert command._parser().parse_args(example.split()[3:]).context == 4096
+    assert command.parser().parse_args(example.split()[3:]).context == 4096
