@@ -23,6 +23,7 @@ from .files import Tokenizer, open_checkpoint, open_tokenizer, write_safetensors
 from .filling import Place, computed_dtype, filled, places_of, require_weights
 from .names import Leaf, Piece, leaves_of_layer, leaves_of_model
 from .placing import automatic, require_shares
+from .unpacking import unpacked
 
 
 def load(
@@ -77,12 +78,13 @@ def load(
     True
     """
     checkpoint = open_checkpoint(path)
-    keys, weights = checkpoint.config, checkpoint.weights
+    keys = checkpoint.config
     if max_length is None:
         size = page_size if layout is None else layout.page_size
         max_length = _within_training(keys, num_pages * size)
     config = Config.from_keys(keys, max_length)
     config = _with_experts(config, experts, mesh)
+    weights = unpacked(config, checkpoint.weights)
     require_weights(config, weights)
     computed = computed_dtype(dtype, weights)
     layout = config.layout(page_size, computed) if layout is None else layout

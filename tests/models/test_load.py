@@ -153,6 +153,36 @@ def test_a_mesh_that_cannot_share_the_heads_evenly_is_refused():
     refused("axis must be one of the mesh's 'model'; got 'heads'", CHECKPOINTS / "llama", mesh=mesh, axis="heads")
 
 
+def test_experts_of_mxfp4_blocks_are_unpacked(tmp_path):
+    """As gpt-oss stores them: [experts, outputs, blocks, 16] bytes, and a power of two for each block."""
+    keys = json.loads((CHECKPOINTS / "gpt_oss" / "config.json").read_text())
+    keys |= {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 3, "num_hidden_layers": 1}
+    keys |= {"layer_types": ["full_attention"], "quantization_config": {"quant_method": "mxfp4"}}
+    config, make = Config.from_keys(keys), eqx.nn.make_with_state(Decoder)
+    made, _ = make(config, config.layout(4, jnp.bfloat16), 4, dtype=jnp.bfloat16, key=jax.random.key(0))
+    save(made, tmp_path)
+    tensors, rng = tensors_of(tmp_path), np.random.default_rng(0)
+    want = {}
+    for name, outputs in (("gate_up_proj", 64), ("down_proj", 32)):
+        prefix = f"model.layers.0.mlp.experts.{name}"
+        codes, powers = rng.integers(0, 16, (3, outputs, 32)), rng.integers(-3, 4, (3, outputs))
+        values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # of float4_e2m1fn
+        want[name] = np.swapaxes(values[codes] * 2.0 ** powers[..., None], 1, 2)
+        del tensors[prefix]
+        tensors[f"{prefix}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)[:, :, None]
+        tensors[f"{prefix}_scales"] = (powers + 127).astype(np.uint8)[..., None]
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    model, _, _ = load(tmp_path, **SIZES)
+    for name, x in want.items():
+        got = getattr(model.layers.layer(0).mlp, name)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got.astype(jnp.float32), x)
+    tensors[f"{prefix}_scales"] = tensors[f"{prefix}_scales"][:2]
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    refused("[experts, outputs, blocks]; got (3, 32, 1, 16) and (2, 32, 1)", tmp_path)
+
+
 def test_experts_are_computed_in_one_of_two_ways(mesh):
     refused(
         "experts must be one of 'ragged', 'dense', or None; got 'sparse'", CHECKPOINTS / "gpt_oss", experts="sparse"
