@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from paged.lower import Axes
 from paged.runtime import StackedState
-from paged.spec import PageLayout, Pages
+from paged.spec import PageLayout, PageOrder, Pages
 
 from .config import Config
 from .decoder import Decoder
@@ -53,7 +53,8 @@ def load(
     - `mesh`: devices that share the KV heads, and the inner features of perceptrons or the experts. Each device's part
       is read from the files by itself, so that no process holds an array twice.
     - `axis`: the axis of the mesh that shares them. Arrays are whole along other axes.
-    - `layout`: how pages lie in memory, where it is not ``config.layout(page_size, dtype)``; its page size counts.
+    - `layout`: how pages lie in memory, where the default does not do; its page size counts. By default they have the
+      dtype of what is computed, and an order that the target reads without a copy, see `PageLayout`.
     - `max_length`: the most tokens of a sequence. Only the rotary scalings ``longrope`` and ``dynamic`` need it, and
       only where the pages hold sequences longer than those of training.
     - `experts`: ``"ragged"`` or ``"dense"``: how experts are computed, see `Experts`. None: dense on a mesh, which can
@@ -87,7 +88,8 @@ def load(
     weights = unpacked(config, checkpoint.weights)
     require_weights(config, weights)
     computed = computed_dtype(dtype, weights)
-    layout = config.layout(page_size, computed) if layout is None else layout
+    if layout is None:
+        layout = config.layout(page_size, computed, order=_order(config, target))
     axes = None
     if mesh is not None:
         mesh, axes = automatic(mesh), Axes(kv_heads=axis)
@@ -97,6 +99,12 @@ def load(
     shapes, _ = eqx.filter_eval_shape(make, jax.random.key(0))
     model = filled(shapes, config, weights, dtype, mesh, axis)
     return model, _state(make, mesh, shapes), open_tokenizer(checkpoint)
+
+
+def _order(config: Config, target: str) -> PageOrder:
+    """The order of pages that no target copies: on TPUs only one has other head dimensions than multiples of 128."""
+    is_tpu = target == "tpu" or (target == "auto" and jax.default_backend() == "tpu")
+    return "joined" if is_tpu and config.head_dim % 128 else "packed"
 
 
 def _with_experts(config: Config, how: str | None, mesh: Mesh | None) -> Config:
