@@ -3,6 +3,9 @@
 from ._generate import Generation as Generation
 from ._generate import PartialGenerations as PartialGenerations
 from ._generate import generate as generate
+from ._groups import GroupUsage as GroupUsage
+from ._groups import most_pages as most_pages
+from ._groups import page_groups as page_groups
 from ._serve import StepReport as StepReport
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache
@@ -10,6 +13,7 @@ from .calibration import calibrate as calibrate
 from .conversion import Conversion as Conversion
 from .conversion import convert as convert
 from .drafts import commit as commit
+from .grouped_pool import GroupedPool as GroupedPool
 from .layer_stack import LayerStack as LayerStack
 from .pool import PagePool as PagePool
 from .rotary import Rotary as Rotary

@@ -11,15 +11,17 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from jaxtyping import Integer as AnyInt
 
-from paged.spec import AttentionSpec, as_bool
+from paged.spec import AttentionSpec, Everything, as_bool
 
 from ._arguments import end_ids, integer, limits_of, prompts_of, values_of_prompts
+from ._groups import Masks, keeps_all, page_groups
+from ._held import GroupSizes, group_sizes
 from ._masks import require_cuts, specs_of
 from ._scheduler import Request, Scheduler
 from ._serve import Model, Serve, StepReport
+from .grouped_pool import GroupedPool
 from .pool import PagePool
 from .sampling import Sampler
-from .stacked_state import pools_of
 
 Integer = int | np.integer | AnyInt[Array | np.ndarray, ""]
 Integers = Sequence[Integer] | AnyInt[Array | np.ndarray, " _"]
@@ -111,7 +113,8 @@ def generate(
     - `max_new_tokens`: the most tokens to generate, one number for all prompts or one for each. The last token is
       never cached, so a prompt needs room for ``len(prompt) + max_new_tokens - 1`` tokens.
     - `num_slots`: how many sequences may run at once; rows of a decode step.
-    - `num_pages`: pages of the pool. None: as many as the state's pages have.
+    - `num_pages`: pages of the pool. None: as many as the state's pages have. Layers form groups whose masks keep the
+      same pages, and each group has a pool, see `GroupedPool`: with no more pages than its layers have in the state.
     - `page_size`: tokens per page. None: the page size of the state's pages.
     - `pages_per_seq`: width of block tables. None: the least power of two that fits every prompt.
     - `chunk_size`: rows of a prefill step.
@@ -154,15 +157,17 @@ def generate(
     sampler, key = _require_sampler(sampler, key)
     num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
     donate_state, ends = as_bool("donate_state", donate_state), end_ids(eos)
-    num_pages, page_size = _pool_size(state, num_pages, page_size)
     specs = specs_of(model)
+    groups = page_groups(specs) or ((Everything(),),)
+    sizes = group_sizes(model, state, groups, num_pages, page_size)
     requests = _requests(prompts, max_new_tokens, values, specs)
-    pages_per_seq = _table_width(requests, num_pages, page_size, pages_per_seq)
+    pages_per_seq = _table_width(requests, groups, sizes, pages_per_seq, chunk_size)
     require_cuts([spec.visibility for spec in specs], requests, chunk_size)
-    scheduler = Scheduler(PagePool.init(num_pages, num_slots, pages_per_seq, page_size), requests)
+    scheduler = Scheduler(_pool(groups, sizes, num_slots, pages_per_seq), requests, chunk_size)
     minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
     longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=0)
-    serve = Serve(model, state, scheduler, sampler, key, ends, chunk_size, minima, longest, on_step)
+    of_groups = groups, sizes.bytes_per_page
+    serve = Serve(model, state, scheduler, sampler, key, ends, chunk_size, minima, longest, *of_groups, on_step)
     if requests:
         _require_in_vocabulary(requests, ends, serve.vocabulary_size())
     if not donate_state:
@@ -199,20 +204,10 @@ def _require_sampler(sampler: Any, key: Any) -> tuple[Sampler, PRNGKeyArray]:
     return sampler, key
 
 
-def _pool_size(state: eqx.nn.State, num_pages: Any, page_size: Any) -> tuple[int, int]:
-    """The pool's number of pages and page size. All `Pages` in the state must have them: else writes are dropped."""
-    held = [(pool.num_pages, pool.layout.page_size) for pool in pools_of(state)]
-    if not held and (num_pages is None or page_size is None):
-        raise ValueError("The state holds no Pages that would say num_pages and page_size: pass both.")
-    num_pages = min(held)[0] if num_pages is None else integer("num_pages", num_pages, 1)
-    page_size = held[0][1] if page_size is None else integer("page_size", page_size, 1)
-    for pages, size in held:
-        if size != page_size or pages < num_pages:
-            raise ValueError(
-                f"The pool has num_pages={num_pages} of page_size={page_size} tokens, which every layer's pages must "
-                f"hold; the state has a layer with {pages} pages of {size}."
-            )
-    return num_pages, page_size
+def _pool(groups: Sequence[Masks], sizes: GroupSizes, num_slots: int, pages_per_seq: int) -> PagePool | GroupedPool:
+    """The pool of a model's groups. Where nothing is ever freed, one `PagePool`."""
+    pools = [PagePool.init(pages, num_slots, pages_per_seq, sizes.page_size) for pages in sizes.num_pages]
+    return pools[0] if len(groups) == 1 and keeps_all(groups[0]) else GroupedPool(pools, groups)
 
 
 def _requests(prompts: Any, max_new_tokens: Any, values: Any, specs: Sequence[AttentionSpec]) -> list[Request]:
@@ -226,20 +221,27 @@ def _requests(prompts: Any, max_new_tokens: Any, values: Any, specs: Sequence[At
     return [Request(i, ids[i], limits[i], list(ids[i]), values=own[i]) for i in range(len(ids))]
 
 
-def _table_width(requests: Sequence[Request], num_pages: int, page_size: int, pages_per_seq: Any) -> int:
+def _table_width(
+    requests: Sequence[Request], groups: Sequence[Masks], sizes: GroupSizes, pages_per_seq: Any, chunk_size: int
+) -> int:
     """``pages_per_seq`` or, left out, the least power of two that fits every request, so that few widths compile."""
     pages_per_seq = None if pages_per_seq is None else integer("pages_per_seq", pages_per_seq, 1)
-    most = num_pages if pages_per_seq is None else min(num_pages, pages_per_seq)
-    longest = 1
+    longest, page_size = 1, sizes.page_size
     for request in requests:
-        needed = -(-request.most_cached // page_size)
-        if needed > most:
-            raise ValueError(
-                f"prompts[{request.index}] can never be served: its {len(request.prompt)} tokens and "
-                f"{request.max_new_tokens} new ones need {needed} pages of {page_size} tokens, and a sequence can have "
-                f"{most} (num_pages={num_pages}, pages_per_seq={pages_per_seq}). Shorten it, or make the pool larger."
-            )
-        longest = max(longest, needed)
+        entries = -(-request.most_cached // page_size)
+        longest = max(longest, entries)
+        for masks, num_pages in zip(groups, sizes.num_pages, strict=True):
+            needed = request.most_pages(masks, request.most_cached, page_size, chunk_size)
+            if needed > num_pages or (pages_per_seq is not None and entries > pages_per_seq):
+                most = num_pages if pages_per_seq is None else min(num_pages, pages_per_seq)
+                needed = entries if keeps_all(masks) or needed <= num_pages else needed
+                layers = "" if keeps_all(masks) else f" at once in layers with the mask {masks[0]}"
+                raise ValueError(
+                    f"prompts[{request.index}] can never be served: its {len(request.prompt)} tokens and "
+                    f"{request.max_new_tokens} new ones need {needed} pages of {page_size} tokens{layers}, and a "
+                    f"sequence can have {most} (num_pages={num_pages}, pages_per_seq={pages_per_seq}). Shorten it, or "
+                    "make the pool larger."
+                )
     return 1 << (longest - 1).bit_length() if pages_per_seq is None else pages_per_seq
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from paged.lower import Attend, ShardedAttend, first_rows, may_cut, seen_ahead
 from paged.spec import AttentionSpec, Given, Mask, values_of
 
 from ._scheduler import Request
+from .cache import PagedCache
 
 
 def specs_of(model: Any) -> list[AttentionSpec]:
@@ -20,7 +21,15 @@ def specs_of(model: Any) -> list[AttentionSpec]:
     Looks into fields, static ones too, into containers, partial functions, bound methods, closures and what a
     decorator has wrapped. It does not look into global variables of functions.
     """
-    specs: dict[AttentionSpec, None] = {}
+    return list(dict.fromkeys(attend.spec for attend in _found(model, Attend | ShardedAttend)))
+
+
+def caches_of(model: Any) -> list[PagedCache]:
+    """The `PagedCache`s that a model holds, found as `specs_of` finds attentions."""
+    return list(_found(model, PagedCache))
+
+
+def _found(model: Any, kinds: Any) -> Iterator[Any]:
     seen: dict[int, Any] = {}
     waiting = [model]
     while waiting:
@@ -28,11 +37,10 @@ def specs_of(model: Any) -> list[AttentionSpec]:
         if id(part) in seen:
             continue
         seen[id(part)] = part
-        if isinstance(part, Attend | ShardedAttend):
-            specs[part.spec] = None
+        if isinstance(part, kinds):
+            yield part
         else:
             waiting.extend(_parts(part))
-    return list(specs)
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -10,16 +10,43 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from paged.spec import RaggedBatch
+from paged.spec import Given, GroupedBatch, RaggedBatch, values_of
 
+from ._groups import Masks, keeps_all, mask_of, most_pages
+from .grouped_pool import GroupedPool
 from .pool import PagePool
 
+Pool = PagePool | GroupedPool
+Batch = RaggedBatch | GroupedBatch
+
 # The operations of a pool, each compiled once for the pool's shapes.
-_reserve = eqx.filter_jit(PagePool.reserve)
-_extend = eqx.filter_jit(PagePool.extend)
-_release = eqx.filter_jit(PagePool.release)
-_prefill_batch = eqx.filter_jit(PagePool.prefill_batch)
-_decode_batch = eqx.filter_jit(PagePool.decode_batch)
+_release = eqx.filter_jit(lambda pool, is_released: pool.release(is_released))
+_prefill_batch = eqx.filter_jit(lambda pool, slot, rows: pool.prefill_batch(slot, rows))
+_decode_batch = eqx.filter_jit(lambda pool, is_decoding: pool.decode_batch(is_decoding))
+
+
+@eqx.filter_jit
+def _reserve(pool: Pool, tokens: Int[Array, " seqs"]) -> tuple[Pool, Bool[Array, " seqs"], Array]:
+    """`reserve`, in groups that keep every page: the others get their pages step by step. And what was free before."""
+    free = pool.num_free
+    if isinstance(pool, PagePool):
+        reserved, ok = pool.reserve(tokens)
+        return reserved, ok, free
+    keeping = [keeps_all(masks) for masks in pool.masks]
+    if not any(keeping):
+        return pool, jnp.ones(pool.num_slots, bool), free
+    first = keeping.index(True)  # there is one such group
+    reserved, ok = pool.pools[first].reserve(tokens)
+    return GroupedPool((*pool.pools[:first], reserved, *pool.pools[first + 1 :]), pool.masks), ok, free
+
+
+@eqx.filter_jit
+def _extend(pool: Pool, tokens: Int[Array, " seqs"], values: Any) -> tuple[Pool, Bool[Array, " seqs"], Array]:
+    """`extend`, after pages that no query sees any more are freed; and how many were."""
+    trimmed = pool.trim(values) if isinstance(pool, GroupedPool) else pool
+    freed = jnp.atleast_1d(trimmed.num_free - pool.num_free)
+    extended, ok = trimmed.extend(tokens)
+    return extended, ok, freed
 
 
 @dataclasses.dataclass
@@ -55,6 +82,16 @@ class Request:
         """The most tokens that the sequence will have in pages: all but the last one drawn."""
         return len(self.prompt) + self.max_new_tokens - 1
 
+    def most_pages(self, masks: Masks, tokens: int, page_size: int, chunk_size: int) -> int:
+        """The most pages of a group that the sequence holds at once, up to a length."""
+        if keeps_all(masks):
+            return -(-tokens // page_size)
+        mask: Any = mask_of(masks)
+        if values_of(mask):
+            numbers = {name: tuple(x.tolist()) if np.ndim(x) else x.item() for name, x in self.values.items()}
+            mask = mask.given(Given(numbers))
+        return most_pages(mask, tokens, page_size, chunk_size)
+
     @property
     def num_generated(self) -> int:
         """How many tokens have been drawn."""
@@ -76,16 +113,19 @@ class Request:
 class Scheduler:
     """Requests, sequence slots and the page pool. It decides what the next step is, and runs nothing.
 
-    Requests are admitted in order, each when a slot is free and the pool has pages for all of its known tokens. When
-    the pool has no pages for a decode step, the sequence that was admitted last is preempted: it gives back its pages
-    and waits at the head of the queue, to be prefilled again with the tokens drawn so far. So the oldest sequence
-    always advances, and a request that fits an empty pool always finishes.
+    Requests are admitted in order, each when a slot is free and the pool has pages for all of its known tokens; of a
+    group whose masks free pages, as many as the request will hold at once. When the pool has no pages for a step, the
+    sequence that was admitted last is preempted: it gives back its pages and waits at the head of the queue, to be
+    prefilled again with the tokens drawn so far. So the oldest sequence always advances, and a request that fits an
+    empty pool always finishes.
     """
 
-    def __init__(self, pool: PagePool, requests: Sequence[Request]):
+    def __init__(self, pool: Pool, requests: Sequence[Request], chunk_size: int = 64):
         self.pool = pool
+        self.chunk_size = chunk_size
         self.waiting = collections.deque(requests)
         self.running: dict[int, Request] = {}  # by slot, in order of admission
+        self.freed: Any = None  # pages of each group that were freed by masks before the latest step
         # What a slot without a request brings: numbers that nobody reads.
         self.examples = requests[0].values if requests else {}
 
@@ -93,8 +133,9 @@ class Scheduler:
         """Start waiting requests, in order, until one does not fit."""
         while self.waiting and len(self.running) < self.pool.num_slots:
             slot = next(s for s in range(self.pool.num_slots) if s not in self.running)
-            pool, ok = _reserve(self.pool, self._per_slot({slot: len(self.waiting[0].known)}))
-            if not ok[slot]:
+            request = self.waiting[0]
+            pool, ok, free = _reserve(self.pool, self._per_slot({slot: len(request.known)}))
+            if not ok[slot] or np.any(self._needed(request) > np.asarray(free)):
                 return
             self.pool = pool
             self.running[slot] = self.waiting.popleft()
@@ -107,10 +148,28 @@ class Scheduler:
         """The slots of all sequences that lack one token, in order of admission."""
         return [slot for slot, request in self.running.items() if request.is_decoding]
 
-    def extend_prefill(self, slot: int, tokens: int) -> None:
-        """Count the next ``tokens`` of a slot as cached. Their pages were reserved at admission."""
-        self.pool, _ = _extend(self.pool, self._per_slot({slot: tokens}))
-        self.running[slot].cached += tokens
+    def _needed(self, request: Request) -> np.ndarray:
+        """How many pages of each group a request holds at once while its known tokens are prefilled."""
+        pool, tokens = self.pool, len(request.known)
+        if isinstance(pool, PagePool):
+            return np.asarray(-(-tokens // pool.page_size))
+        sizes = tokens, pool.page_size, self.chunk_size
+        return np.asarray([request.most_pages(masks, *sizes) for masks in pool.masks])
+
+    def extend_prefill(self, slot: int, tokens: int) -> bool:
+        """Count the next ``tokens`` of a slot as cached, preempting the newest sequence until there is room.
+
+        Pages of layers that free none were reserved at admission. Returns whether the slot's sequence goes on: False
+        where it was the newest, and is preempted itself.
+        """
+        while slot in self.running:
+            pool, ok, freed = _extend(self.pool, self._per_slot({slot: tokens}), self._values_of_slots())
+            if ok[slot]:
+                self.pool, self.freed = pool, freed
+                self.running[slot].cached += tokens
+                return True
+            self._preempt_newest()
+        return False
 
     def extend_decoding(self) -> list[int]:
         """Make room for one more token in every decoding sequence, preempting the newest until there is room.
@@ -118,33 +177,45 @@ class Scheduler:
         Returns the slots of the sequences that go on, in order of admission.
         """
         while slots := self.decoding():
-            pool, ok = _extend(self.pool, self._per_slot(dict.fromkeys(slots, 1)))
+            pool, ok, freed = _extend(self.pool, self._per_slot(dict.fromkeys(slots, 1)), self._values_of_slots())
             if np.asarray(ok)[slots].all():
-                self.pool = pool
+                self.pool, self.freed = pool, freed
                 for slot in slots:
                     self.running[slot].cached += 1
                 return slots
             self._preempt_newest()
         return []
 
-    def prefill_batch(self, slot: int, rows: int) -> RaggedBatch:
+    def prefill_batch(self, slot: int, rows: int) -> Batch:
         """A step of the last ``rows`` cached tokens of a slot."""
         # As arrays: Python ints would be static, and every slot and every length would compile a program.
         batch = _prefill_batch(self.pool, jnp.asarray(slot), jnp.asarray(rows))
         return self._with_values(batch, [self.running.get(slot)])
 
-    def decode_batch(self, slots: Sequence[int]) -> RaggedBatch:
+    def decode_batch(self, slots: Sequence[int]) -> Batch:
         """A step of one row for every slot, of which those in ``slots`` are live."""
         batch = _decode_batch(self.pool, self._is_in(slots))
-        return self._with_values(batch, [self.running.get(slot) for slot in range(self.pool.num_slots)])
+        return self._with_values(batch, self._by_slot())
 
-    def _with_values(self, batch: RaggedBatch, requests: Sequence[Request | None]) -> RaggedBatch:
-        """A batch with the numbers of each slot's request; any numbers for a slot without."""
+    def _by_slot(self) -> list[Request | None]:
+        return [self.running.get(slot) for slot in range(self.pool.num_slots)]
+
+    def _with_values(self, batch: Batch, requests: Sequence[Request | None]) -> Batch:
+        """A batch with the numbers of each slot's request."""
         if not self.examples:
             return batch
+        values = self._values(requests)
+        is_grouped = isinstance(batch, GroupedBatch)
+        return batch.with_values(values) if is_grouped else dataclasses.replace(batch, values=values)
+
+    def _values(self, requests: Sequence[Request | None]) -> dict[str, Array]:
+        """The numbers of each slot's request; any numbers for a slot without."""
         rows = [self.examples if request is None else request.values for request in requests]
-        values = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in self.examples}
-        return dataclasses.replace(batch, values=values)
+        return {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in self.examples}
+
+    def _values_of_slots(self) -> dict[str, Array] | None:
+        """The numbers by which masks say what may be freed, if there are any."""
+        return self._values(self._by_slot()) if isinstance(self.pool, GroupedPool) and self.examples else None
 
     def release(self, slots: Sequence[int]) -> None:
         """The sequences in these slots are done: free their pages and slots."""
@@ -153,6 +224,12 @@ class Scheduler:
             del self.running[slot]
 
     def _preempt_newest(self) -> None:
+        if len(self.running) == 1:
+            raise RuntimeError(
+                f"The pool has too few pages for one sequence alone: {self.pool.num_pages} pages of "
+                f"{self.pool.page_size} tokens. Does the coverage of a mask of yours rule out fewer pairs from later "
+                "positions on? A page that it has hidden must stay hidden."
+            )
         slot, request = next(reversed(self.running.items()))
         self.release([slot])
         request.cached = 0

@@ -11,13 +11,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from paged.lower import check_values
-from paged.spec import Everything, Minimum, RaggedBatch
+from paged.spec import Everything, GroupedBatch, Minimum
 
-from ._scheduler import Request, Scheduler
+from ._groups import GroupUsage, Masks, mask_of, names_of
+from ._scheduler import Batch, Request, Scheduler
 from ._step_plans import StepPlans
+from .grouped_pool import GroupedPool, pages_trimmed
+from .pool import PagePool
 from .sampling import Sampler, sample, tokens_from
 
-Model = Callable[[Int[Array, " tokens"], RaggedBatch, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
+Model = Callable[[Int[Array, " tokens"], Any, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
 
 
 @runtime_checkable
@@ -43,9 +46,12 @@ class StepReport:
     * ``kind``: ``"prefill"``, a chunk of one sequence, or ``"decode"``, one row for each decoding sequence.
     * ``tokens``: how many tokens the step put into pages.
     * ``new_tokens``: how many generated tokens it added to sequences.
-    * ``pages_in_use``, ``running``, ``waiting``: pages, running sequences and waiting ones while it ran.
+    * ``pages_in_use``: the pages in use while it ran, in the group of layers that has most of them in use.
+    * ``running``, ``waiting``: running sequences and waiting ones while it ran.
     * ``drawn``: the tokens that it added to sequences, by the index of their prompt. So text can be shown as it comes.
     * ``ended``: the indices of the prompts whose sequences it ended.
+    * ``pages_freed``: pages that masks hide from every later query and that were freed before it, in all groups.
+    * ``groups``: what each group of layers holds, see `GroupUsage`.
     """
 
     kind: Literal["prefill", "decode"]
@@ -56,6 +62,8 @@ class StepReport:
     waiting: int
     drawn: Mapping[int, tuple[int, ...]]
     ended: tuple[int, ...]
+    pages_freed: int
+    groups: tuple[GroupUsage, ...]
 
 
 @dataclasses.dataclass
@@ -71,6 +79,8 @@ class Serve:
     chunk_size: int
     minima: tuple[Minimum, ...]
     longest: int  # tokens of a sequence
+    groups: tuple[Masks, ...]
+    bytes_per_page: tuple[int, ...]
     on_step: Callable[[StepReport], None] | None
 
     def vocabulary_size(self) -> int:
@@ -103,7 +113,8 @@ class Serve:
         scheduler, request = self.scheduler, self.scheduler.running[slot]
         start = request.cached
         chunk = request.known[start : start + request.chunk_after_cached(self.chunk_size)]
-        scheduler.extend_prefill(slot, len(chunk))
+        if not scheduler.extend_prefill(slot, len(chunk)):
+            return
         tokens = np.zeros(self.chunk_size, np.int32)
         tokens[: len(chunk)] = chunk
         drawn = self._step(scheduler.prefill_batch(slot, len(chunk)), tokens, [len(chunk) - 1], [request])
@@ -125,7 +136,7 @@ class Serve:
         drawn = self._step(scheduler.decode_batch(slots), tokens, range(len(requests)), requests)
         self._finish("decode", len(slots), slots, drawn[slots])
 
-    def _step(self, batch: RaggedBatch, tokens: np.ndarray, rows: Any, requests: Sequence[Request | None]) -> Any:
+    def _step(self, batch: Batch, tokens: np.ndarray, rows: Any, requests: Sequence[Request | None]) -> Any:
         """Run the model, and draw one token for each of ``requests`` from the logits of its row."""
         batch = self._checked(batch, tokens)
         draws = np.asarray([(r.index, r.num_generated) if r else (0, 0) for r in requests], np.int32)
@@ -143,16 +154,32 @@ class Serve:
                 known[row, : len(request.known)], of_prompt[row] = request.known, len(request.prompt)
         return known, of_prompt
 
-    def _checked(self, batch: RaggedBatch, tokens: np.ndarray) -> RaggedBatch:
-        """A batch that is sound where every key is visible is sound for any layer's mask, with the layers' numbers."""
+    def _checked(self, batch: Batch, tokens: np.ndarray) -> Batch:
+        """A batch that is sound for all that a group's masks show is sound for its layers, with the layers' numbers."""
+        pool, sizes = self.scheduler.pool, {"tokens": len(tokens), "minima": self.minima}
+        if not isinstance(pool, GroupedPool) or not isinstance(batch, GroupedBatch):
+            facts: Any = {"page_size": pool.page_size, "num_pages": pool.num_pages, "mask": Everything()}
+            return check_values(batch, **facts, **sizes)  # pyright: ignore
+        checked = [
+            check_values(own, page_size=pool.page_size, num_pages=num_pages, mask=mask_of(masks), **sizes)
+            for own, num_pages, masks in zip(batch.batches, pool.num_pages, batch.masks, strict=True)
+        ]
+        return GroupedBatch(checked, batch.masks)
+
+    def _usage(self) -> tuple[GroupUsage, ...]:
+        """What each group holds now."""
         pool = self.scheduler.pool
-        sizes: dict[str, Any] = {"page_size": pool.page_size, "num_pages": pool.num_pages}
-        return check_values(batch, **sizes, tokens=len(tokens), mask=Everything(), minima=self.minima)
+        pools = pool.pools if isinstance(pool, GroupedPool) else (pool,)
+        counts = np.asarray(_counts(pools))
+        return tuple(
+            GroupUsage(names_of(masks), own.num_pages, int(used), int(trimmed), size)
+            for own, masks, (used, trimmed), size in zip(pools, self.groups, counts, self.bytes_per_page, strict=True)
+        )
 
     def _finish(self, kind: Literal["prefill", "decode"], tokens: int, slots: Sequence[int], drawn: np.ndarray) -> None:
         """Add the drawn tokens to the sequences in ``slots``, release those that are done, and report the step."""
         scheduler = self.scheduler
-        in_use = 0 if self.on_step is None else scheduler.pool.pages_in_use
+        groups = () if self.on_step is None else self._usage()
         running, waiting = len(scheduler.running), len(scheduler.waiting)
         new: dict[int, tuple[int, ...]] = {}
         done: list[int] = []
@@ -172,11 +199,18 @@ class Serve:
         if done:
             scheduler.release(done)
         if self.on_step is not None:
-            self.on_step(StepReport(kind, tokens, len(new), int(in_use), running, waiting, new, tuple(ended)))
+            in_use, freed = max(group.pages_in_use for group in groups), int(np.sum(scheduler.freed))
+            counts = kind, tokens, len(new), in_use, running, waiting
+            self.on_step(StepReport(*counts, new, tuple(ended), freed, groups))
 
 
 @eqx.filter_jit
-def _apply(model: Any, tokens: Any, batch: RaggedBatch, state: eqx.nn.State) -> Any:
+def _counts(pools: Sequence[PagePool]) -> Int[Array, "groups 2"]:
+    return jnp.stack([jnp.stack([pool.pages_in_use, pages_trimmed(pool)]) for pool in pools])
+
+
+@eqx.filter_jit
+def _apply(model: Any, tokens: Any, batch: Batch, state: eqx.nn.State) -> Any:
     """The model, or its first part, with a jit of its own: what was traced to learn shapes is not traced again."""
     with StepPlans.of(batch).shared():  # by several stacks, and by layers in a list
         return (model.features if _has_two_parts(model) else model)(tokens, batch, state)

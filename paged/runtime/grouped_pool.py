@@ -1,0 +1,235 @@
+"""`GroupedPool`: a page pool for each group of layers, with the same sequences in all of them."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from paged.spec import AttentionSpec, GroupedBatch, Mask, RaggedBatch
+
+from ._arguments import slot_counts
+from ._groups import Masks, keeps_all, mask_of, most_pages, page_groups
+from .pool import Counts, Flags, Number, PagePool
+
+
+class GroupedPool(eqx.Module):
+    """A `PagePool` for each group of layers whose masks keep the same pages. All have the same slots and lengths.
+
+    Layers with a window need few pages, whatever the length of a sequence. In one pool they would hold as many as
+    layers without a window. Here each group has pages of its own, and `trim` frees what its masks hide. The batches are
+    `GroupedBatch`, in which each layer finds the block table of its group by its spec.
+
+    Operations are those of `PagePool`, on all slots at once. A slot gets its pages in all groups, or in none.
+
+    **Arguments:**
+
+    - `pools`: the pool of each group, all with as many slots and entries, and one page size.
+    - `masks`: for each group the masks of its attentions, as `page_groups` gives them.
+
+    **Raises:** ``ValueError`` unless these fit together.
+
+    >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4)
+    >>> specs = [spec.replace(window=4), spec]
+    >>> pool = GroupedPool.init(specs, num_pages=8, num_slots=1, pages_per_seq=8, page_size=2, chunk_size=4)
+    >>> pool.num_pages  # of the layers without a window, and of those with one
+    (8, 5)
+    >>> pool, ok = pool.extend(jnp.array([9]))
+    >>> ok.tolist(), pool.num_free.tolist()
+    ([True], [3, 0])
+    >>> pool = pool.trim()
+    >>> pool.decode_batch().for_spec(specs[0]).block_tables.tolist()
+    [[-1, -1, -1, 3, 4, -1, -1, -1]]
+    """
+
+    pools: tuple[PagePool, ...]
+    masks: tuple[Masks, ...] = eqx.field(static=True)
+
+    def __init__(self, pools: Iterable[PagePool], masks: Iterable[Iterable[Mask]]):
+        self.pools, self.masks = tuple(pools), tuple(map(tuple, masks))
+        if not self.pools or len(self.masks) != len(self.pools):
+            raise ValueError(f"masks must be one group for each of {len(self.pools)} pools; got {len(self.masks)}.")
+        sizes = {(pool.num_slots, pool.pages_per_seq, pool.page_size) for pool in self.pools}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"The pools of all groups must have the same slots, entries and page size; got {sorted(sizes)}."
+            )
+
+    @classmethod
+    def init(
+        cls,
+        specs: Iterable[AttentionSpec],
+        num_pages: int,
+        num_slots: int,
+        pages_per_seq: int,
+        page_size: int,
+        *,
+        chunk_size: int = 64,
+    ) -> "GroupedPool":
+        """A pool for a model's attentions, in which each group has the pages that its masks keep.
+
+        **Arguments:**
+
+        - `specs`: of the attentions.
+        - `num_pages`: pages of a group that keeps every page. Another one has fewer, if `most_pages` for each slot are
+          fewer.
+        - `num_slots`, `pages_per_seq`, `page_size`: see `PagePool.init`.
+        - `chunk_size`: the most rows that a sequence has in one step.
+
+        Raises as `PagePool.init` and `most_pages` do, and ``ValueError`` for no specs.
+        """
+        groups = page_groups(specs)
+        if not groups:
+            raise ValueError("specs must be those of a model's attentions; got none.")
+        pools = []
+        for masks in groups:
+            tokens = pages_per_seq * page_size
+            most = num_slots * most_pages(mask_of(masks), tokens, page_size, chunk_size)
+            own = num_pages if keeps_all(masks) else min(num_pages, most)
+            pools.append(PagePool.init(own, num_slots, pages_per_seq, page_size))
+        return cls(pools, groups)
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups there are."""
+        return len(self.pools)
+
+    @property
+    def num_pages(self) -> tuple[int, ...]:
+        """Pages of each group, free or not."""
+        return tuple(pool.num_pages for pool in self.pools)
+
+    @property
+    def num_slots(self) -> int:
+        """Sequence slots ``S``, empty or not."""
+        return self.pools[0].num_slots
+
+    @property
+    def pages_per_seq(self) -> int:
+        """Entries of each block table."""
+        return self.pools[0].pages_per_seq
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.pools[0].page_size
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that one slot can have."""
+        return self.pools[0].capacity
+
+    @property
+    def lengths(self) -> Int[Array, " seqs"]:
+        """How many tokens each slot has."""
+        return self.pools[0].lengths
+
+    @property
+    def num_free(self) -> Int[Array, " groups"]:
+        """How many pages of each group are free."""
+        return jnp.stack([pool.num_free for pool in self.pools])
+
+    @property
+    def pages_in_use(self) -> Int[Array, " groups"]:
+        """How many pages of each group are not free."""
+        return jnp.stack([pool.pages_in_use for pool in self.pools])
+
+    @property
+    def pages_trimmed(self) -> Int[Array, " groups"]:
+        """How many pages more each group would hold for its slots if `trim` had freed none."""
+        return jnp.stack(list(map(pages_trimmed, self.pools)))
+
+    def reserve(self, tokens: Counts) -> tuple["GroupedPool", Bool[Array, " seqs"]]:
+        """Give slots free pages in every group, until each has room for a number of tokens. See `PagePool.reserve`.
+
+        **Arguments:**
+
+        - `tokens`: for how many tokens in all each slot shall have pages.
+
+        **Returns:** the new pool, and ``ok``. A slot that some group cannot serve is unchanged in all of them.
+        """
+        tokens = slot_counts("tokens", tokens, self.num_slots)
+        # A slot has room for the tokens that it has.
+        return self._in_all(lambda pool, ok: pool.reserve(jnp.where(ok, tokens, pool.lengths)))
+
+    def extend(self, tokens: Counts) -> tuple["GroupedPool", Bool[Array, " seqs"]]:
+        """Add tokens to slots: `reserve` pages for them and, where that is ok, count them. See `PagePool.extend`.
+
+        **Arguments:**
+
+        - `tokens`: how many tokens to add to each slot.
+
+        **Returns:** the new pool, and ``ok``, as `reserve` does.
+        """
+        tokens = slot_counts("tokens", tokens, self.num_slots)
+        return self._in_all(lambda pool, ok: pool.extend(jnp.where(ok, tokens, 0)))
+
+    def release(self, is_released: Flags) -> "GroupedPool":
+        """Empty some slots in every group. See `PagePool.release`.
+
+        **Arguments:**
+
+        - `is_released`: which slots.
+        """
+        return self._map(lambda pool: pool.release(is_released))
+
+    def trim(self, values: Mapping[str, Any] | None = None) -> "GroupedPool":
+        """Free the pages that the masks of their group hide from every query to come. See `PagePool.trim`.
+
+        **Arguments:**
+
+        - `values`: the numbers that masks name by `Value`, one for each slot.
+        """
+        pairs = zip(self.pools, self.masks, strict=True)
+        pools = [pool if keeps_all(masks) else pool.trim(mask_of(masks), values) for pool, masks in pairs]
+        return GroupedPool(pools, self.masks)
+
+    def ragged_batch(self, query_rows: Counts) -> GroupedBatch:
+        """A step in which every slot has some query rows. See `PagePool.ragged_batch`.
+
+        **Arguments:**
+
+        - `query_rows`: how many rows each slot has, its last tokens.
+        """
+        return self._batch(lambda pool: pool.ragged_batch(query_rows))
+
+    def decode_batch(self, is_decoding: Flags | None = None) -> GroupedBatch:
+        """A step in which row ``s`` is the last token of slot ``s``. See `PagePool.decode_batch`.
+
+        **Arguments:**
+
+        - `is_decoding`: which slots take part; None for all.
+        """
+        return self._batch(lambda pool: pool.decode_batch(is_decoding))
+
+    def prefill_batch(self, slot: Number, query_rows: Number) -> GroupedBatch:
+        """A step of one sequence. See `PagePool.prefill_batch`.
+
+        **Arguments:**
+
+        - `slot`, `query_rows`: as there.
+        """
+        return self._batch(lambda pool: pool.prefill_batch(slot, query_rows))
+
+    def _map(self, change: Callable[[PagePool], PagePool]) -> "GroupedPool":
+        return GroupedPool(map(change, self.pools), self.masks)
+
+    def _batch(self, batch_of: Callable[[PagePool], RaggedBatch]) -> GroupedBatch:
+        return GroupedBatch(map(batch_of, self.pools), self.masks)
+
+    def _in_all(self, ask: Callable[[PagePool, Any], tuple[PagePool, Array]]) -> tuple["GroupedPool", Array]:
+        """``ask`` for pages in every group; then again, only for the slots that got theirs in all groups."""
+        everyone = jnp.ones(self.num_slots, bool)
+        asked = [ask(pool, everyone) for pool in self.pools]
+        if len(asked) == 1:
+            return GroupedPool([asked[0][0]], self.masks), asked[0][1]
+        ok = functools.reduce(jnp.logical_and, [ok for _, ok in asked])
+        return GroupedPool([ask(pool, ok)[0] for pool in self.pools], self.masks), ok
+
+
+def pages_trimmed(pool: PagePool) -> Int[Array, ""]:
+    """How many pages of a pool's tokens `PagePool.trim` has freed."""
+    is_of_tokens = jnp.arange(pool.pages_per_seq, dtype=jnp.int32)[None] < -(-pool.lengths // pool.page_size)[:, None]
+    return jnp.sum(is_of_tokens & (pool.block_tables < 0), dtype=jnp.int32)
