@@ -13,9 +13,9 @@ from ._kept import kept_pages
 
 Masks = tuple[Mask, ...]
 
-# Where two masks are compared, in pages of so many tokens. Far ones in steps of two percent.
-_SAMPLE_SIZE, _NEAR = 16, 128
-_FAR = np.unique(np.geomspace(1, 2**20, 720).astype(np.int32))
+# Where two masks are compared: at the first tokens, and up to far ones in steps of two percent.
+_NEAR = 192
+_FAR = np.unique(np.geomspace(1, 2**24, 850).astype(np.int32))
 
 
 def page_groups(specs: Iterable[AttentionSpec]) -> tuple[Masks, ...]:
@@ -147,13 +147,11 @@ def _most_pages(mask: Mask, tokens: int, page_size: int, chunk_size: int) -> int
 
 @functools.lru_cache(maxsize=1024)
 def _pattern(mask: Mask) -> bytes | None:
-    """Which pages a mask keeps, at a sample of positions: near the first ones, and far from them. None: not known."""
+    """Which tokens a mask keeps, at a sample of positions: near the first ones, and far from them. None: not known."""
     if values_of(mask):
         return None
-    near = np.arange(2 * _NEAR, dtype=np.int32) * (_SAMPLE_SIZE // 2) + 1
-    patterns = [kept_pages(mask, near, _SAMPLE_SIZE, _NEAR) | (near[:, None] <= np.arange(_NEAR) * _SAMPLE_SIZE)]
-    for distance in (_FAR * _SAMPLE_SIZE, _FAR * _SAMPLE_SIZE + 1):  # from the end of the first page
-        patterns.append(kept_pages(mask, _SAMPLE_SIZE + distance, _SAMPLE_SIZE, 4))
+    near = np.arange(_NEAR, dtype=np.int32)
+    patterns = [kept_pages(mask, near, 1, _NEAR) | (near[:, None] <= near), kept_pages(mask, _FAR, 1, 4)]
     return b"".join(np.packbits(pattern).tobytes() for pattern in patterns)
 
 

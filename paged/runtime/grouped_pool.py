@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Int
 
 from paged.spec import AttentionSpec, GroupedBatch, Mask, RaggedBatch
 
-from ._arguments import slot_counts
+from ._arguments import Counts, Flags, Number, slot_counts
 from ._groups import Masks, keeps_all, mask_of, most_pages, page_groups
-from .pool import Counts, Flags, Number, PagePool
+from .pool import PagePool
 
 
 class GroupedPool(eqx.Module):

@@ -99,9 +99,14 @@ class Term:
         new = copy.copy(self)
         for name, field in changes.items():
             if name in self.least:
-                field = jax.tree.map(lambda x, least=self.least[name]: jnp.maximum(x, least), field)
+                field = jax.tree.map(lambda x, least=self.least[name]: _at_least(x, least), field)
             object.__setattr__(new, name, field)
         return new
+
+
+def _at_least(number: Any, least: Any) -> Any:
+    """The larger number; a Python number stays one."""
+    return max(number, least) if isinstance(number, int | float) else jnp.maximum(number, least)
 
 
 def is_at_most(a: Any, b: Any) -> bool:

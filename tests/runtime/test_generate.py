@@ -44,6 +44,13 @@ def test_equals_dense_recomputation_with_waiting_and_preemption(model_and_state,
     assert sum(report.new_tokens for report in reports) == sum(NEW_TOKENS)
     told = [sum((report.drawn.get(i, ()) for report in reports), ()) for i in range(len(PROMPTS))]
     assert told == expected and sorted(i for report in reports for i in report.ended) == list(range(len(PROMPTS)))
+    full, local = zip(*(report.groups for report in reports), strict=True)  # one layer each
+    assert (full[0].masks, local[0].masks) == (("j <= p",), ("(j <= p) & (p - j < 5)",))
+    assert {(group.num_pages, group.bytes_per_page) for group in full + local} == {(8, 512)}
+    assert max(g.bytes_in_use for g in full) == 8 * 512 > 6 * 512 >= max(g.bytes_in_use for g in local)
+    assert {g.pages_trimmed for g in full} == {0} and max(g.bytes_saved for g in local) >= 4 * 512
+    ends = [(len(prompt) + count - 6) // PAGE_SIZE for prompt, count in zip(PROMPTS, NEW_TOKENS, strict=True)]
+    assert sum(report.pages_freed for report in reports) >= sum(ends), "every page that has left the window"
     prefilled = sum(report.tokens for report in reports if report.kind == "prefill")
     assert prefilled > sum(map(len, PROMPTS)) - len(PROMPTS), "a preempted sequence is prefilled again"
 
