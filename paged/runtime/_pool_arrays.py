@@ -13,6 +13,14 @@ def entries_held(tables: Int[Array, "seqs pages_per_seq"]) -> Int[Array, " seqs"
     return jnp.max(jnp.where(tables >= 0, entry, 0), axis=1)
 
 
+def entries_missing(
+    tables: Int[Array, "seqs pages_per_seq"], tokens: Int[Array, " seqs"], page_size: int
+) -> Int[Array, " seqs"]:
+    """How many pages of so many tokens each slot does not have: those that were freed."""
+    entry = jnp.arange(tables.shape[1], dtype=jnp.int32)[None]
+    return jnp.sum((entry < -(-tokens // page_size)[:, None]) & (tables < 0), axis=1, dtype=jnp.int32)
+
+
 def counted(ref_counts: Int[Array, " pages"], pages: Int[Array, "..."], change: int) -> Int[Array, " pages"]:
     """The counts after each of ``pages`` has got so many holders more; negative numbers are no pages."""
     return ref_counts.at[jnp.where(pages >= 0, pages, ref_counts.shape[0])].add(change, mode="drop")
@@ -25,16 +33,19 @@ def free_pages(ref_counts: Int[Array, " pages"]) -> Int[Array, " pages"]:
 
 
 def served_in_order(
-    extra: Int[Array, " seqs"], fits: Bool[Array, " seqs"], num_free: Int[Array, ""]
-) -> tuple[Bool[Array, " seqs"], Int[Array, " seqs"], Int[Array, ""]]:
-    """Which slots get their ``extra`` pages, how many are handed out before each slot's, and how many in all."""
+    extra: Int[Array, "seqs pools"], fits: Bool[Array, " seqs"], num_free: Int[Array, " pools"]
+) -> tuple[Bool[Array, " seqs"], Int[Array, "seqs pools"], Int[Array, " pools"]]:
+    """Which slots get their ``extra`` pages, in all pools or in none.
+
+    Also how many pages of each pool are handed out before each slot's, and how many in all.
+    """
 
     def serve(used: Array, request: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         more, may = request
-        is_served = may & (more <= num_free - used)
+        is_served = may & jnp.all(more <= num_free - used)
         return used + jnp.where(is_served, more, 0), (is_served, used)
 
-    requests, _, used = vary_alike((extra, fits), num_free, jnp.zeros((), jnp.int32))
+    requests, _, used = vary_alike((extra, fits), num_free, jnp.zeros_like(num_free))
     used, (is_served, first) = jax.lax.scan(serve, used, requests)
     return is_served, first, used
 

@@ -1,7 +1,6 @@
 """`GroupedPool`: a page pool for each group of layers, with the same sequences in all of them."""
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +11,9 @@ from paged.spec import AttentionSpec, GroupedBatch, Mask, RaggedBatch
 
 from ._arguments import Counts, Flags, Number, slot_counts
 from ._groups import Masks, keeps_all, mask_of, most_pages, page_groups
+from ._kept import kept_pages
+from ._pool_arrays import entries_missing
+from ._pool_requests import extend_in_all, reserve_in_all
 from .pool import PagePool
 
 
@@ -150,9 +152,8 @@ class GroupedPool(eqx.Module):
 
         **Returns:** the new pool, and ``ok``. A slot that some group cannot serve is unchanged in all of them.
         """
-        tokens = slot_counts("tokens", tokens, self.num_slots)
-        # A slot has room for the tokens that it has.
-        return self._in_all(lambda pool, ok: pool.reserve(jnp.where(ok, tokens, pool.lengths)))
+        pools, ok = reserve_in_all(self.pools, tokens)
+        return GroupedPool(pools, self.masks), ok
 
     def extend(self, tokens: Counts) -> tuple["GroupedPool", Bool[Array, " seqs"]]:
         """Add tokens to slots: `reserve` pages for them and, where that is ok, count them. See `PagePool.extend`.
@@ -163,8 +164,8 @@ class GroupedPool(eqx.Module):
 
         **Returns:** the new pool, and ``ok``, as `reserve` does.
         """
-        tokens = slot_counts("tokens", tokens, self.num_slots)
-        return self._in_all(lambda pool, ok: pool.extend(jnp.where(ok, tokens, 0)))
+        pools, ok = extend_in_all(self.pools, tokens)
+        return GroupedPool(pools, self.masks), ok
 
     def release(self, is_released: Flags) -> "GroupedPool":
         """Empty some slots in every group. See `PagePool.release`.
@@ -185,6 +186,88 @@ class GroupedPool(eqx.Module):
         pairs = zip(self.pools, self.masks, strict=True)
         pools = [pool if keeps_all(masks) else pool.trim(mask_of(masks), values) for pool, masks in pairs]
         return GroupedPool(pools, self.masks)
+
+    def fork(self, source: Counts) -> tuple["GroupedPool", Bool[Array, " seqs"]]:
+        """Give empty slots all tokens of other slots. See `PagePool.fork`.
+
+        **Arguments:**
+
+        - `source`: for each slot the one whose tokens it gets; -1 for a slot that stays as it is.
+
+        **Returns:** the new pool, and ``ok``, as there.
+        """
+        source = slot_counts("source", source, self.num_slots)
+        return self.share(source, self.lengths[jnp.clip(source, 0, self.num_slots - 1)])
+
+    def share(
+        self, source: Counts, tokens: Counts, values: Mapping[str, Any] | None = None
+    ) -> tuple["GroupedPool", Bool[Array, " seqs"]]:
+        """Give empty slots the first tokens of other slots. See `PagePool.share`.
+
+        Of a group that has freed pages only those are needed that its masks may show to a token that comes after the
+        shared ones.
+
+        **Arguments:**
+
+        - `source`, `tokens`: as there.
+        - `values`: the numbers that masks name by `Value`, one for each slot, of the slots that get tokens.
+
+        **Returns:** the new pool, and ``ok``: False too where any group has freed a page that is needed.
+        """
+        source = slot_counts("source", source, self.num_slots)
+        tokens = slot_counts("tokens", tokens, self.num_slots)
+        at = jnp.clip(source, 0, self.num_slots - 1)
+        is_given = (source == at) & self.is_empty & (tokens >= 0) & (tokens <= self.lengths[at])
+        tables = [pool.tables_of(at, tokens) for pool in self.pools]
+        for table, masks in zip(tables, self.masks, strict=True):
+            is_given = is_given & ((tokens == self.lengths[at]) | self._has_needed(table, tokens, masks, values))
+        return self.attach(is_given, tables, tokens), is_given | (source == -1)
+
+    def reorder(self, parents: Counts) -> tuple["GroupedPool", Bool[Array, " seqs"]]:
+        """Make every slot a continuation of some slot, all at once. See `PagePool.reorder`.
+
+        **Arguments:**
+
+        - `parents`: for each slot the one whose tokens it has afterwards; -1 to be empty.
+
+        **Returns:** the new pool, and ``ok``, as there.
+        """
+        moved = [pool.reorder(parents) for pool in self.pools]
+        return GroupedPool([pool for pool, _ in moved], self.masks), moved[0][1]
+
+    def settle(self) -> "GroupedPool":
+        """Let go of the shared pages that steps have copied. See `PagePool.settle`."""
+        return self._map(lambda pool: pool.settle())
+
+    def attach(
+        self, is_given: Flags, block_tables: Sequence[Int[Array, "seqs pages_per_seq"]], lengths: Counts
+    ) -> "GroupedPool":
+        """Give empty slots pages that others hold, by number. See `PagePool.attach`.
+
+        **Arguments:**
+
+        - `is_given`, `lengths`: as there.
+        - `block_tables`: for each group the pages of the slots.
+        """
+        pairs = zip(self.pools, block_tables, strict=True)
+        return GroupedPool([pool.attach(is_given, table, lengths) for pool, table in pairs], self.masks)
+
+    @property
+    def is_empty(self) -> Bool[Array, " seqs"]:
+        """Which slots have no tokens and no pages."""
+        return jnp.all(jnp.stack([pool.is_empty for pool in self.pools]), axis=0)
+
+    def _has_needed(
+        self, table: Int[Array, "seqs pages_per_seq"], tokens: Int[Array, " seqs"], masks: Masks, values: Any
+    ) -> Bool[Array, " seqs"]:
+        """Whether a table has all pages of so many tokens that masks may show to a later one."""
+        if keeps_all(masks):
+            return jnp.ones(self.num_slots, bool)
+        kept = kept_pages(mask_of(masks), tokens, self.page_size, self.pages_per_seq, values)
+        first = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None] * self.page_size
+        # A page that is not full is needed in any case: it is written.
+        is_needed = (first < tokens[:, None]) & (kept | (first + self.page_size > tokens[:, None]))
+        return ~jnp.any(is_needed & (table < 0), axis=1)
 
     def ragged_batch(self, query_rows: Counts) -> GroupedBatch:
         """A step in which every slot has some query rows. See `PagePool.ragged_batch`.
@@ -219,17 +302,7 @@ class GroupedPool(eqx.Module):
     def _batch(self, batch_of: Callable[[PagePool], RaggedBatch]) -> GroupedBatch:
         return GroupedBatch(map(batch_of, self.pools), self.masks)
 
-    def _in_all(self, ask: Callable[[PagePool, Any], tuple[PagePool, Array]]) -> tuple["GroupedPool", Array]:
-        """``ask`` for pages in every group; then again, only for the slots that got theirs in all groups."""
-        everyone = jnp.ones(self.num_slots, bool)
-        asked = [ask(pool, everyone) for pool in self.pools]
-        if len(asked) == 1:
-            return GroupedPool([asked[0][0]], self.masks), asked[0][1]
-        ok = functools.reduce(jnp.logical_and, [ok for _, ok in asked])
-        return GroupedPool([ask(pool, ok)[0] for pool in self.pools], self.masks), ok
-
 
 def pages_trimmed(pool: PagePool) -> Int[Array, ""]:
     """How many pages of a pool's tokens `PagePool.trim` has freed."""
-    is_of_tokens = jnp.arange(pool.pages_per_seq, dtype=jnp.int32)[None] < -(-pool.lengths // pool.page_size)[:, None]
-    return jnp.sum(is_of_tokens & (pool.block_tables < 0), dtype=jnp.int32)
+    return jnp.sum(entries_missing(pool.block_tables, pool.lengths, pool.page_size))

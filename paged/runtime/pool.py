@@ -14,8 +14,9 @@ from paged.spec import Mask, register_module, require_positive_int
 
 from ._arguments import Counts, Flags, slot_counts, slot_flags
 from ._kept import kept_pages
-from ._pool_arrays import counted, entries_held, free_pages, served_in_order, taken
+from ._pool_arrays import counted, entries_held, entries_missing
 from ._pool_batches import PoolBatches
+from ._pool_requests import extend_in_all, reserve_in_all
 
 
 class PagePool(PoolBatches):
@@ -121,26 +122,8 @@ class PagePool(PoolBatches):
         >>> ok.tolist(), pool.block_tables.tolist(), pool.lengths.tolist()
         ([True, False], [[0, 1, 2], [-1, -1, -1]], [0, 0])
         """
-        tokens = slot_counts("tokens", tokens, self.num_slots)
-        fits = (tokens >= 0) & (tokens <= self.capacity)
-        held, entry = self._entries, jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None]
-        needed = jnp.maximum(-(-jnp.where(fits, tokens, 0) // self.page_size), held)
-        begins = (self.lengths // self.page_size)[:, None] == entry  # the entry in which the slot goes on to write
-        page = jnp.max(jnp.where(begins, self.block_tables, -1), axis=1)
-        is_shared = fits & (tokens > self.lengths) & (page >= 0) & (self.ref_counts[page] > 1)
-        own = is_shared.astype(jnp.int32)
-        ok, first, used = served_in_order(needed - held + own, fits, self.num_free)
-        # In order of a slot's entries: its own page in place of a shared one, then those that it lacks.
-        is_own, is_new = (ok & is_shared)[:, None] & begins, ok[:, None] & (entry >= held[:, None])
-        is_new = is_own | (is_new & (entry < needed[:, None]))
-        number = first[:, None] + jnp.where(is_own, 0, entry - held[:, None] + own[:, None])
-        free = free_pages(self.ref_counts)
-        tables = jnp.where(is_new, free[jnp.clip(number, 0, self.num_pages - 1)], self.block_tables)
-        # The shared page has a holder as before: the copy in place of the table.
-        copies, counts = ok & is_shared, taken(self.ref_counts, used)
-        counts = counted(counts, jnp.where(copies, self.copy_from, -1), -1)
-        copy_from, copy_at = jnp.where(copies, page, self.copy_from), jnp.where(copies, self.lengths, self.copy_at)
-        return self._replace(ref_counts=counts, block_tables=tables, copy_from=copy_from, copy_at=copy_at), ok
+        (pool,), ok = reserve_in_all((self,), tokens)
+        return pool, ok
 
     def extend(self, tokens: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
         """Add tokens to slots: `reserve` pages for them and, where that is ok, count them in the lengths.
@@ -153,12 +136,8 @@ class PagePool(PoolBatches):
 
         **Returns:** the new pool and ``ok`` bool[seqs], and raises, as `reserve` does.
         """
-        tokens = slot_counts("tokens", tokens, self.num_slots)
-        # Compared before the addition, which could overflow; -1 is what reserve refuses.
-        fits = (tokens >= 0) & (tokens <= self.capacity - self.lengths)
-        total = jnp.where(fits, self.lengths + tokens, -1)
-        pool, ok = self.reserve(total)
-        return pool._replace(lengths=jnp.where(ok, total, self.lengths)), ok
+        (pool,), ok = extend_in_all((self,), tokens)
+        return pool, ok
 
     def release(self, is_released: Flags) -> "PagePool":
         """Empty some slots: their pages have one holder less, and are free without any.
@@ -251,13 +230,16 @@ class PagePool(PoolBatches):
           is -1.
 
         **Returns:** the new pool and ``ok``, as `fork` does; ``ok`` is False too where the source does not have so many
-        tokens. Raises as `fork` does.
+        tokens, and where it does not have all of their pages, because `trim` has freed some: fewer tokens than the
+        source has may need these. Raises as `fork` does.
         """
         source = slot_counts("source", source, self.num_slots)
         tokens = slot_counts("tokens", tokens, self.num_slots)
         at = jnp.clip(source, 0, self.num_slots - 1)
         is_given = (source == at) & self.is_empty & (tokens >= 0) & (tokens <= self.lengths[at])
-        tables = self._tables_of(at, tokens)
+        tables = self.tables_of(at, tokens)
+        is_whole = entries_missing(tables, tokens, self.page_size) == 0
+        is_given = is_given & (is_whole | (tokens == self.lengths[at]))
         return self.attach(is_given, tables, tokens), is_given | (source == -1)
 
     def reorder(self, parents: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
@@ -283,7 +265,7 @@ class PagePool(PoolBatches):
         moves = ok & (parents != jnp.arange(self.num_slots, dtype=jnp.int32))
         at = jnp.clip(parents, 0, self.num_slots - 1)
         tokens = jnp.where(parents < 0, 0, self.lengths[at])
-        return self.release(moves).attach(moves, self._tables_of(at, tokens), tokens), ok
+        return self.release(moves).attach(moves, self.tables_of(at, tokens), tokens), ok
 
     def settle(self) -> "PagePool":
         """Let go of the shared pages that steps have copied.
@@ -321,14 +303,14 @@ class PagePool(PoolBatches):
     @property
     def is_empty(self) -> Bool[Array, " seqs"]:
         """Which slots have no tokens and no pages."""
-        return self._entries == 0
+        return self.entries == 0
 
     @property
-    def _entries(self) -> Int[Array, " seqs"]:
+    def entries(self) -> Int[Array, " seqs"]:
         """How many table entries each slot uses: for its tokens, trimmed or not, and for what is reserved."""
         return jnp.maximum(entries_held(self.block_tables), -(-self.lengths // self.page_size))
 
-    def _tables_of(self, at: Int[Array, " seqs"], tokens: Int[Array, " seqs"]) -> Int[Array, "seqs pages_per_seq"]:
+    def tables_of(self, at: Int[Array, " seqs"], tokens: Int[Array, " seqs"]) -> Int[Array, "seqs pages_per_seq"]:
         """The pages that hold the first ``tokens`` of the slots ``at``.
 
         A slot that is about to write has a page of its own, whose content is not there yet: up to the token at which it

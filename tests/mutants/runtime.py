@@ -4,9 +4,8 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from paged.lower import Attend, Sequences
-from paged.runtime import PagePool
+from paged.runtime import PagePool, _pool_requests
 from paged.runtime import attention as attention_module
-from paged.runtime import pool as pool_module
 from paged.runtime.cache import PagedCache
 
 from .base import Mutant
@@ -27,33 +26,32 @@ def _with(field):
 
 
 def _held_pages_too(original):
-    def take(self, held, wanted, first):
-        free = eqx.tree_at(lambda pool: pool.ref_counts, self, jnp.zeros_like(self.ref_counts))
-        taken = original(free, held, wanted, first)
-        return eqx.tree_at(lambda pool: pool.ref_counts, taken, self.ref_counts + taken.ref_counts)
-
-    return take
+    return lambda ref_counts: original(jnp.zeros_like(ref_counts))
 
 
 def _from_the_first(original):
-    return lambda self, held, wanted, first: original(self, held, wanted, jnp.zeros_like(first))
+    return lambda pool, asked, ok, first, used: original(pool, asked, ok, jnp.zeros_like(first), used)
+
+
+def _not_counted(original):
+    return lambda ref_counts, used: ref_counts
 
 
 def _all_or_none(original):
     def serve(extra, fits, num_free):
-        ok, first = original(extra, fits, num_free)
-        return jnp.cumprod(ok.astype(jnp.int32)).astype(bool), first
+        ok, first, used = original(extra, fits, num_free)
+        return jnp.cumprod(ok.astype(jnp.int32)).astype(bool), first, used
 
     return serve
 
 
 POOL = (
     Mutant(
-        "pool", "held pages are handed out again", method(PagePool, "_take", _held_pages_too),
+        "pool", "held pages are handed out again", attribute(_pool_requests, "free_pages", _held_pages_too),
         "pool", "only free pages are handed out",
     ),
     Mutant(
-        "pool", "two slots get the same pages", method(PagePool, "_take", _from_the_first),
+        "pool", "two slots get the same pages", attribute(_pool_requests, "given_to", _from_the_first),
         "pool", "only free pages are handed out",
     ),
     Mutant(
@@ -61,7 +59,7 @@ POOL = (
         "pool", "ref_counts",
     ),
     Mutant(
-        "pool", "taken pages are not counted", method(PagePool, "_take", _with("ref_counts")), "pool", "ref_counts",
+        "pool", "taken pages are not counted", attribute(_pool_requests, "taken", _not_counted), "pool", "ref_counts",
     ),
     Mutant(
         "pool", "tables outlive their slots", method(PagePool, "release", _with("block_tables")),
@@ -76,8 +74,8 @@ POOL = (
         method(PagePool, "num_free", lambda num_free: lambda self: num_free(self) + 1), "pool", "num_free",
     ),
     Mutant(
-        "pool", "a slot that does not fit stops the next ones", attribute(pool_module, "_serve_in_order", _all_or_none),
-        "pool", "ok",
+        "pool", "a slot that does not fit stops the next ones",
+        attribute(_pool_requests, "served_in_order", _all_or_none), "pool", "ok",
     ),
 )  # fmt: skip
 

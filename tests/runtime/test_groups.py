@@ -242,8 +242,27 @@ def test_windows_alone_serve_prompts_longer_than_the_pool_and_preempt():
     results = generate(model, state, prompts, **sizes)
     assert [r.tokens for r in results] == [r.tokens for r in generate(wide, wide_state, prompts, **sizes)]
     assert sum(r.preemptions for r in results) >= 1
-    text = (
-        r"prompts\[0\] can never be .* need 7 pages of 4 tokens at once in layers with the mask .* can have 5 "
-    )
+    text = r"prompts\[0\] can never be .* need 7 pages of 4 tokens at once in layers with the mask .* can have 5 "
     with pytest.raises(ValueError, match=text):
         generate(model, state, prompts[:1], max_new_tokens=20, num_slots=1, chunk_size=17, values={"window": [6]})
+
+
+def test_a_prefix_is_shared_where_its_needed_pages_are_held():
+    """A slot of 9 tokens has freed all that position 9 does not see: of a prefix more may be needed."""
+    groups = page_groups([SPEC.replace(window=4), SPEC])
+
+    @jax.jit
+    def run(tokens):
+        pool = GroupedPool([PagePool.init(12, 3, 6, 2), PagePool.init(12, 3, 6, 2)], groups)
+        pool = pool.extend([9, 0, 0])[0].trim()
+        shared, ok = pool.share([-1, 0, 0], tokens)
+        alone = pool.pools[1].share([-1, 0, 0], tokens)[1]
+        forked, _ = pool.fork([-1, 0, -1])
+        extended, _ = forked.extend([0, 1, 0])
+        return shared, ok, alone, forked, [batch.copy_from for batch in extended.decode_batch().batches]
+
+    shared, ok, alone, forked, copies = run(jnp.array([0, 8, 9]))
+    assert ok.tolist() == [True, False, True] and alone.tolist() == [True, False, True], "position 8 sees token 5"
+    assert [own.block_tables[2].tolist() for own in shared.pools] == [[0, 1, 2, 3, 4, -1], [-1, -1, -1, 3, 4, -1]]
+    assert run(jnp.array([0, 9, 4]))[1].tolist() == [True, True, False]
+    assert forked.pages_in_use.tolist() == [5, 2] and [c.tolist() for c in copies] == [[-1, 4, -1], [-1, 4, -1]]
