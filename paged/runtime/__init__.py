@@ -16,6 +16,8 @@ from .drafts import commit as commit
 from .grouped_pool import GroupedPool as GroupedPool
 from .layer_stack import LayerStack as LayerStack
 from .pool import PagePool as PagePool
+from .prefix_cache import PrefixCache as PrefixCache
+from .prefix_cache import PrefixHit as PrefixHit
 from .rotary import Rotary as Rotary
 from .rotary_scaling import LinearScaling as LinearScaling
 from .rotary_scaling import Llama3Scaling as Llama3Scaling

@@ -1,0 +1,95 @@
+"""What `PrefixCache` computes with arrays: hashes of pages of tokens, ancestors of nodes, and the oldest nodes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt
+
+# Odd, so that multiplication by it has an inverse modulo 2**32.
+_FACTOR = 0x9E3779B1
+_INVERSE = pow(_FACTOR, -1, 2**32)
+
+
+def chain_keys(
+    tokens: Int[Array, "pages page_size"], salt: Int[Array, ""], epoch: Int[Array, ""]
+) -> UInt[Array, " pages"]:
+    """A hash of each page's tokens and of all before them, which finds a page's node. Equal hashes prove nothing.
+
+    The key of page ``l`` is ``key[l - 1] * factor + hash(tokens[l])`` modulo 2**32, for all pages at once.
+    """
+    count, size = tokens.shape
+    weights = jnp.asarray(_powers(0x85EBCA6B, size))
+    hashes = _mixed(jnp.sum(_mixed(tokens.astype(jnp.uint32)) * weights[None], axis=1, dtype=jnp.uint32))
+    seed = _mixed(salt.astype(jnp.uint32) * jnp.uint32(0xC2B2AE35) + _mixed(epoch.astype(jnp.uint32)))
+    sums = jnp.cumsum(hashes * jnp.asarray(_powers(_INVERSE, count)), dtype=jnp.uint32)
+    return _mixed((sums + seed) * jnp.asarray(_powers(_FACTOR, count)))
+
+
+def _powers(base: int, count: int) -> np.ndarray:
+    powers = [1]
+    for _ in range(count - 1):
+        powers.append(powers[-1] * base % 2**32)
+    return np.array(powers[:count], np.uint32)
+
+
+def _mixed(x: UInt[Array, "..."]) -> UInt[Array, "..."]:
+    """Numbers whose every bit depends on every bit of ``x``."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def first_equal(keys: UInt[Array, " nodes"], wanted: UInt[Array, " pages"], is_used: Bool[Array, " nodes"]) -> Array:
+    """For each key that is wanted, the first node in use that has it; -1 where none has."""
+    is_equal = (keys[None] == wanted[:, None]) & is_used[None]
+    number = jnp.where(is_equal, jnp.arange(keys.shape[0], dtype=jnp.int32)[None], keys.shape[0])
+    first = jnp.min(number, axis=1)
+    return jnp.where(first < keys.shape[0], first, -1)
+
+
+def common_lengths(
+    tokens: Int[Array, "nodes page_size"], counts: Int[Array, " nodes"], wanted: Int[Array, " page_size"], most: Array
+) -> Int[Array, " nodes"]:
+    """How many tokens of each node, from its first on, are those that are wanted: at most ``most``."""
+    size = tokens.shape[1]
+    place = jnp.arange(size, dtype=jnp.int32)[None]
+    return jnp.minimum(jnp.min(jnp.where(tokens == wanted[None], size, place), axis=1), jnp.minimum(counts, most))
+
+
+def with_ancestors(is_node: Bool[Array, " nodes"], parents: Int[Array, " nodes"], depth: int) -> Bool[Array, " nodes"]:
+    """These nodes and all their ancestors, by twice as many in every turn. Chains have at most ``depth`` nodes."""
+    nodes = parents.shape[0]
+    end = jnp.where(parents >= 0, parents, nodes)
+    for _ in range(max(depth - 1, 0).bit_length()):
+        is_node = is_node | jnp.zeros(nodes, bool).at[end].max(is_node, mode="drop")
+        end = jnp.where(end < nodes, end[jnp.minimum(end, nodes - 1)], nodes)
+    return is_node
+
+
+def oldest(
+    is_node: Bool[Array, " nodes"], last_used: Int[Array, " nodes"], depths: Int[Array, " nodes"], count: Array
+) -> Bool[Array, " nodes"]:
+    """The ``count`` of these nodes that were used longest ago; of those used at once, the deepest first."""
+    is_taken = jnp.zeros_like(is_node)
+    for order in (last_used, -depths):
+        # Those before the ones that the last place falls among; then only these are asked for the next order.
+        last = _number_at(is_node, order, count)
+        is_before = is_node & (order < last)
+        is_taken, count = is_taken | is_before, count - jnp.sum(is_before, dtype=jnp.int32)
+        is_node = is_node & (order == last)
+    return is_taken | (is_node & (jnp.cumsum(is_node, dtype=jnp.int32) <= count))
+
+
+def _number_at(is_node: Array, order: Array, count: Array) -> Array:
+    """The largest number below which fewer than ``count`` of the nodes are: by halves, because a sort takes longer."""
+    least, most = jnp.int32(np.iinfo(np.int32).min), jnp.int32(np.iinfo(np.int32).max)
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # fewer than count are below low, and enough below high, if there are so many
+        middle = (low & high) + ((low ^ high) >> 1)
+        is_enough = jnp.sum(is_node & (order < middle), dtype=jnp.int32) >= count
+        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
+
+    return jax.lax.fori_loop(0, 32, halve, (least, most))[0]
