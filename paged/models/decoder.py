@@ -14,7 +14,7 @@ from paged.spec import PageLayout
 
 from .config import Config, LayerConfig
 from .experts import draw
-from .layers import DecoderLayer, Projection, RMSNorm
+from .layers import DecoderLayer, Projection, RMSNorm, product
 
 
 class Embedding(eqx.Module):
@@ -126,7 +126,7 @@ class Decoder(eqx.Module):
             logits = self.lm_head(x)
         else:
             weight = self.embed_tokens.weight
-            logits = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+            logits = product(x, weight)
         cap = self.config.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

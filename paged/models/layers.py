@@ -50,6 +50,27 @@ class RMSNorm(eqx.Module):
         return self.weight.astype(x.dtype).reshape(*leading, -1) * wide.astype(x.dtype)
 
 
+def product(
+    x: Float[Array, "*rows features"], weight: Float[Array, "*outputs features"]
+) -> Float[Array, "*rows_and_outputs"]:
+    """Each row of ``x`` times each row of ``weight``.
+
+    XLA:CPU multiplies faster where the larger matrix comes first (measured for 16 rows and SmolLM2-135M's weights, on
+    one core: 96 against 72 GFLOP/s). So there the weight comes first, and the result is transposed, which is small.
+    """
+
+    def weight_first(x: Array, weight: Array) -> Array:
+        y = jax.lax.dot_general(weight, x, (((weight.ndim - 1,), (x.ndim - 1,)), ((), ())))
+        y = jax.lax.optimization_barrier(y)  # or XLA would see that the rows could come first
+        outputs, rows = range(weight.ndim - 1), range(weight.ndim - 1, y.ndim)
+        return jnp.transpose(y, (*rows, *outputs))
+
+    def rows_first(x: Array, weight: Array) -> Array:
+        return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
+
+    return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=rows_first)
+
+
 class Projection(eqx.Module):
     """A linear map, whose outputs may have several axes: ``weight`` is [*outputs, features].
 
@@ -82,8 +103,7 @@ class Projection(eqx.Module):
         outputs, features = self.weight.shape[:-1], self.weight.shape[-1]
         weight = self.weight.astype(x.dtype)
         weight = weight.reshape(-1, features) if self.is_matrix else weight
-        y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
-        y = y.reshape(*x.shape[:-1], *outputs)
+        y = product(x, weight).reshape(*x.shape[:-1], *outputs)
         if self.bias is None:
             return y
         return y + self.bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + outputs)
