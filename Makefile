@@ -7,10 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Each worker runs the tests of a file in a row, which share compiled programs, and takes from others when it is done.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
 
-.PHONY: demo test test-kernels test-slow mutants check format bench clean
+.PHONY: demo demo-train test test-kernels test-slow mutants check format bench clean
 
-demo: $(VENV)/.examples
+demo: $(VENV)/.examples $(VENV)/.models
 	$(BIN)/python -m examples.demo
+
+demo-train: $(VENV)/.examples
+	$(BIN)/python -m examples.demo_train
 
 test: $(VENV)/.test
 	$(PYTEST)

@@ -1,16 +1,21 @@
 """What the documentation shows runs: the README's code, and the demo on a small scale."""
 
 import contextlib
+import hashlib
 import io
 import pathlib
 import re
+import subprocess
 
+import gguf
 import jaxtyping
 import numpy as np
 import pytest
+import tokenizers
 
 import paged
-from examples import corpus, demo
+from examples import corpus, demo, demo_train, pretrained
+from tests.models.files import gguf_writing
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,22 +81,87 @@ def test_the_standard_library_is_split_into_disjoint_files():
 
 @pytest.mark.slow
 def test_the_demo_serves_exactly_and_reports_an_untrained_model(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "NUM_PAGES", 40)
-    assert demo.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
+    monkeypatch.setattr(demo_train, "NUM_PAGES", 40)
+    assert demo_train.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
     printed = capsys.readouterr().out
     assert re.search(r"\b0 different: ok", printed) and "NOT BETTER" in printed and "FAILED" in printed
 
 
 @pytest.mark.slow
 def test_the_demo_notices_a_wrong_token(monkeypatch, capsys):
-    honest = demo.generate
+    honest = demo_train.generate
 
     def dishonest(*args, **kwargs):
         first, *others = honest(*args, **kwargs)
         wrong = ((first.tokens[0] + 1) % 256, *first.tokens[1:])
         return [type(first)(first.prompt, wrong, first.finish_reason, first.preemptions), *others]
 
-    monkeypatch.setattr(demo, "NUM_PAGES", 40)
-    monkeypatch.setattr(demo, "generate", dishonest)
-    assert demo.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
+    monkeypatch.setattr(demo_train, "NUM_PAGES", 40)
+    monkeypatch.setattr(demo_train, "generate", dishonest)
+    assert demo_train.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
+
+
+def test_without_the_package_the_demo_says_so_and_serves_the_small_model(monkeypatch, capsys):
+    calls = []
+
+    def fails(command, **options):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: slow\nERROR: No matching distribution found\n")
+
+    monkeypatch.setattr(pretrained, "PACKAGE", "paged-no-such-package")
+    monkeypatch.setattr(pretrained.subprocess, "run", fails)
+    monkeypatch.setattr(demo_train, "main", lambda arguments: 7)
+    assert demo.main([]) == 7
+    printed = capsys.readouterr().out
+    assert "SmolLM2 cannot be had here: pip cannot install paged-no-such-package 0.1.2: ERROR: No matching" in printed
+    assert calls[0][-2:] == ["--no-deps", "paged-no-such-package==0.1.2"]
+
+
+def test_the_model_is_found_by_the_list_of_files_checked_and_never_imported(monkeypatch, tmp_path):
+    package, listed = tmp_path / "paged_no_such_package", tmp_path / "paged_no_such_package-0.1.2.dist-info"
+    package.mkdir()
+    listed.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError")
+    (package / "model.gguf").write_bytes(b"GGUF")
+    (listed / "METADATA").write_text("Name: paged-no-such-package\nVersion: 0.1.2\n")
+    (listed / "RECORD").write_text("paged_no_such_package/__init__.py,,\npaged_no_such_package/model.gguf,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pretrained, "PACKAGE", "paged-no-such-package")
+    monkeypatch.setattr(pretrained, "FILE", "paged_no_such_package/model.gguf")
+    with pytest.raises(
+        pretrained.Unavailable, match=r"model.gguf has the sha256 [0-9a-f]{64}, and the model's is b179"
+    ):
+        pretrained.smollm2()
+    monkeypatch.setattr(pretrained, "SHA256", hashlib.sha256(b"GGUF").hexdigest())
+    assert pretrained.smollm2() == package / "model.gguf"
+
+
+@pytest.mark.slow
+def test_the_demo_serves_a_file_and_notices_a_wrong_token(monkeypatch, tmp_path, capsys):
+    """With a tiny random model, whose words are bytes."""
+    words = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "ab", "<|im_end|>"]
+    string, texts = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
+    extra = {"model": ("gpt2", string), "pre": ("smollm", string), "tokens": (words, texts)}
+    extra |= {"token_type": ([1] * 257 + [3], texts), "eos_token_id": (257, gguf.GGUFValueType.UINT32)}
+    extra = {f"tokenizer.ggml.{name}": value for name, value in extra.items()}
+    extra["tokenizer.ggml.merges"] = (["a b"], texts)
+    extra["tokenizer.chat_template"] = ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", string)
+    weights = gguf_writing.hugging_face_weights("llama", words=len(words))
+    file = gguf_writing.write(tmp_path / "model.gguf", "llama", weights, extra=extra)
+    monkeypatch.setattr(demo, "NUM_PAGES", 30)
+    monkeypatch.setattr(demo, "SYSTEM", "Hm.")
+    questions = ("Why?", "What is a page?", "Who?", "Where is the daughter of the baker?")
+    assert demo.serve_and_check(file, questions, 12) == 0
+    printed = capsys.readouterr().out
+    assert "0 different: ok" in printed and "PASSED" in printed and "--- What is a page?" in printed
+    honest = demo.generate
+
+    def dishonest(*args, **kwargs):
+        (first, *others), state = honest(*args, **kwargs)
+        wrong = ((first.tokens[0] + 1) % 256, *first.tokens[1:])
+        return [type(first)(first.prompt, wrong, first.finish_reason, first.preemptions), *others], state
+
+    monkeypatch.setattr(demo, "generate", dishonest)
+    assert demo.serve_and_check(file, questions[:2], 4) == 1
+    assert "different: NOT EQUAL" in capsys.readouterr().out

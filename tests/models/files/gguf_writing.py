@@ -38,13 +38,13 @@ PARTS = {
 }
 
 
-def hugging_face_weights(architecture):
+def hugging_face_weights(architecture, words=WORDS):
     """Random float32 weights under Hugging Face's names."""
     draw = np.random.default_rng(0)
     attention, mlp, norms, biased = PARTS[architecture]
-    shapes = {"model.embed_tokens.weight": (WORDS, WIDTH), "model.norm.weight": (WIDTH,)}
+    shapes = {"model.embed_tokens.weight": (words, WIDTH), "model.norm.weight": (WIDTH,)}
     if architecture not in ("gemma2", "gemma3"):
-        shapes["lm_head.weight"] = (WORDS, WIDTH)
+        shapes["lm_head.weight"] = (words, WIDTH)
     for layer in (f"model.layers.{i}" for i in range(LAYERS)):
         shapes |= {f"{layer}.self_attn.{part}.weight": _SHAPES[part] for part in attention}
         shapes |= {f"{layer}.mlp.{part}.weight": _SHAPES[part] for part in mlp}
