@@ -57,7 +57,7 @@ def test_answers_are_those_of_generate_in_the_order_of_prompts(folder, tmp_path,
 def _reports():
     """Two prompts: the second ends first."""
     steps = [({0: (1,)}, ()), ({0: (2,), 1: (3, 4)}, (1,)), ({0: (5,)}, (0,))]
-    return [StepReport("decode", 1, len(drawn), 3, 2, 0, drawn, ended) for drawn, ended in steps]
+    return [StepReport("decode", 1, len(drawn), 3, 2, 0, drawn, ended, 0, ()) for drawn, ended in steps]
 
 
 @pytest.mark.parametrize("has_tqdm", [True, False])
