@@ -7,6 +7,9 @@ from typing import Any
 
 _CANDIDATES = 40
 
+# A factor, and which of its levels.
+Item = tuple[str, int]
+
 
 def covering_rows(
     factors: Mapping[str, Sequence[Any]],
@@ -22,20 +25,13 @@ def covering_rows(
     (4, [('x', 'x'), ('x', 'y'), ('y', 'x'), ('y', 'y')])
     """
     rng = random.Random(seed)
-    missing = {
-        frozenset(((a, x), (b, y)))
-        for a, b in itertools.combinations(factors, 2)
-        for x in range(len(factors[a]))
-        for y in range(len(factors[b]))
-        if is_allowed({a: factors[a][x], b: factors[b][y]})
-    }
+    missing = _allowed_pairs(factors, is_allowed)
     rows = []
-    while missing:
-        row = max(
-            (_candidate(rng, factors, missing, is_allowed) for _ in range(_CANDIDATES)),
-            key=lambda r: len(_pairs(r) & missing),
-        )
-        missing -= _pairs(row)
+    while pairs := sorted((p, q) for p, met in missing.items() for q in met if p < q):
+        candidates = (_candidate(rng, factors, pairs, missing, is_allowed) for _ in range(_CANDIDATES))
+        row = max(candidates, key=lambda r: sum(q in missing[p] for p, q in itertools.combinations(r.items(), 2)))
+        for p, q in itertools.permutations(row.items(), 2):
+            missing[p].discard(q)
         # In the order of the factors, and not of a set's hashes, which differ between processes.
         rows.append({name: levels[row[name]] for name, levels in factors.items()})
     return rows
@@ -64,21 +60,30 @@ def named(row: Mapping[str, Any], *without: str) -> str:
     return "-".join(str(level) for name, level in row.items() if name not in without)
 
 
+def _allowed_pairs(factors: Mapping[str, Sequence[Any]], is_allowed: Callable[..., bool]) -> dict[Item, set[Item]]:
+    """The levels that each level may meet."""
+    met = {(name, x): set() for name, levels in factors.items() for x in range(len(levels))}
+    for p, q in itertools.combinations(met, 2):
+        if p[0] != q[0] and is_allowed({name: factors[name][x] for name, x in (p, q)}):
+            met[p].add(q)
+            met[q].add(p)
+    return met
+
+
 def _candidate(
-    rng: random.Random, factors: Mapping[str, Sequence[Any]], missing: set, is_allowed: Callable[..., bool]
+    rng: random.Random,
+    factors: Mapping[str, Sequence[Any]],
+    pairs: Sequence[tuple[Item, Item]],
+    missing: Mapping[Item, set[Item]],
+    is_allowed: Callable[..., bool],
 ) -> dict[str, int]:
-    """A row grown from one missing pair, each further factor at the level that covers most."""
-    row = dict(rng.choice(sorted(missing, key=sorted)))
+    """A row grown from one of the missing ``pairs``, each further factor at the level that covers most."""
+    row = dict(rng.choice(pairs))
     names = [name for name in factors if name not in row]
     rng.shuffle(names)
     for name in names:
         known = {other: factors[other][x] for other, x in row.items()}
         levels = rng.sample(range(len(factors[name])), len(factors[name]))
         levels = [x for x in levels if is_allowed({**known, name: factors[name][x]})]
-        gain = {x: sum(frozenset(((name, x), pair)) in missing for pair in row.items()) for x in levels}
-        row[name] = max(levels, key=lambda x: gain[x])
+        row[name] = max(levels, key=lambda x: sum(pair in missing[name, x] for pair in row.items()))
     return row
-
-
-def _pairs(row: dict[str, int]) -> set:
-    return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
