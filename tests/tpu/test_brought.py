@@ -5,7 +5,6 @@ Slots without a token lie between others, and the last slot is dead or full.
 """
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,6 @@ from paged.lower.tpu.base import STATE
 from paged.lower.tpu.decode.plan import intervals_of, kernels_of
 from paged.spec import (
     ALiBi,
-    AttentionSpec,
-    Bias,
     Causal,
     Chunk,
     Everything,
@@ -34,13 +31,28 @@ from paged.spec import (
     Window,
     reference_state,
 )
-from paged.testing import Case, Corner, build, interpreted
-from tests.support.specs import real
+from paged.testing import Case, Corner
+from tests.tpu import brought
+from tests.tpu.brought import (
+    BY_HEAD,
+    FLOATS,
+    PLAIN,
+    SLOPED,
+    SLOPES,
+    F,
+    N,
+    arrays,
+    assert_close,
+    assert_reference,
+    far,
+    ints,
+    plain,
+    rows_of,
+)
 
 from .interpreter import watched
 
 CORNER = Corner(((2, 3), (0, 0), (4, 3), (0, 6), (5, 0)), (1,) * 5)
-PLAIN = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
 CASE = Case(spec=PLAIN, page_size=8, phase="decode", pages_per_seq=5, corner=CORNER)
 INLINE = DecodeSchedule(pages_per_block=2, buffers=3)
 GRID = DecodeSchedule(pages_per_block=1, buffers=2, sequence="grid")
@@ -48,28 +60,9 @@ TOGETHER = DecodeSchedule(pages_per_block=4, buffers=4)
 SPLIT = DecodeSchedule(pages_per_block=1, buffers=2, kv_splits=2)
 
 
-def by_head(p, j, h):
-    return (p - j) % 5 != h % 4
-
-
-def far(p, j, most):
-    return p - j >= most
-
-
-def slanted(p, j, h, slope):
-    return slope * real(j - p) * real(h + 1)
-
-
-def _ints(*rows):
-    return np.array(rows, np.int32)
-
-
-N, F = Value("n"), Value("f", dtype="float32")
-ONE = {"n": _ints(3, 1, 9, 2, 17)}
-FLOATS = {"f": np.array([2.0, 1.0, 0.5, 3.0, 30.0], np.float32)}
-STARTS, ENDS = _ints((2, 9), (0, 0), (1, 20), (4, 11), (15, 38)), _ints((6, 18), (3, 0), (4, 34), (6, 12), (29, 40))
-AHEAD = {"n": _ints(18, 5, 33, 4, 60)}  # numbers among the positions of the last rows, and past them
-SLOPES = np.linspace(-1, 2, 20, dtype=np.float32).reshape(5, 4)
+ONE = {"n": ints(3, 1, 9, 2, 17)}
+STARTS, ENDS = ints((2, 9), (0, 0), (1, 20), (4, 11), (15, 38)), ints((6, 18), (3, 0), (4, 34), (6, 12), (29, 40))
+AHEAD = {"n": ints(18, 5, 33, 4, 60)}  # numbers among the positions of the last rows, and past them
 # What a spec has beside the plain one, what a batch brings, and whether the work needs no list of pages.
 NUMBERS = {
     "window": ({"window": N}, ONE, True),
@@ -84,42 +77,12 @@ NUMBERS = {
     ),
     "segments": ({"mask": Segments(Value("a", 2))}, {"a": STARTS}, False),
     "soft cap": ({"soft_cap": F}, FLOATS, True),
-    "slopes, window, bias": (
-        {"window": N, "scores": (ALiBi(Value("m", 4, "float32")), Bias(slanted, values=(F,)))},
-        {"m": SLOPES, **ONE, **FLOATS},
-        True,
-    ),
-}
-BY_HEAD = {
-    "where": Where(by_head),
-    "per head": PerHead((Window(2), Everything(), Chunk(6), Window(20))),
-    "per group": PerHead((Window(2), Prefix(9))),
-    "not": ~PerHead((Window(2), Where(by_head), Prefix(3), Everything())),
+    "slopes, window, bias": (SLOPED, {**ONE, **SLOPES}, True),
 }
 
 
-def lowered(case, schedule=INLINE, mode="on_wait", generation="v6e"):
-    attend = paged.lower(case.spec, case.layout, "tpu", schedule=schedule).on_chip(generation)
-    return interpreted(attend, mode)
-
-
-@functools.cache
-def _plain(case):
-    sizes = {"num_q_heads": case.spec.num_q_heads, "head_dim": case.spec.head_dim}
-    return build(case.replace(spec=PLAIN.replace(**sizes)))
-
-
-def arrays(case, num_seqs=5, **brought):
-    """Queries, pages and a batch of a case, whose values do not depend on its terms."""
-    built = _plain(case)
-    return built.q, built.pages, dataclasses.replace(built.batch, num_seqs=num_seqs, **brought)
-
-
-def assert_reference(attend, case, step):
-    got, want = watched(attend.state, *step), reference_state(case.spec, *step)
-    np.testing.assert_allclose(got.out, want.out, rtol=1e-4, atol=5e-5)
-    np.testing.assert_allclose(got.lse, want.lse, rtol=1e-4, atol=5e-5)
-    return got
+def lowered(case, schedule=INLINE, *how):
+    return brought.lowered(case, schedule, *how)
 
 
 def has_lists(attend, step):
@@ -161,20 +124,16 @@ def tree_of(case, parents=PARENTS):
         words += of_seq
         depths += [length - len(own) + d for d in depth]
     assert rows == [len(own) for own in parents]
-    return {"positions": _ints(*depths), "ancestors": _ints(*words)}
+    return {"positions": ints(*depths), "ancestors": ints(*words)}
 
 
-def _brought(name, case, values):
+def _own(name, case, values):
     named = {value.name for value in paged.lower(case.spec, case.layout, "xla").program.values}
     own = tree_of(case)
     if name.startswith("positions"):
         positions = np.random.default_rng(7).integers(-3, 50, len(own["positions"])).astype(np.int32)
         own = {"positions": np.where(np.arange(len(positions)) % 2, positions, positions - 2**21 * ("far" in name))}
     return {"values": {name: x for name, x in values.items() if name in named}, **own}
-
-
-def _rows(table, fast=()):
-    return [pytest.param(name, marks=[] if name in fast else pytest.mark.kernels) for name in table]
 
 
 def _case(name, terms, rows=1, **facts):
@@ -186,7 +145,7 @@ def _mode(name):
     return "eager" if name in EAGER else "on_wait"
 
 
-@pytest.mark.parametrize("name", _rows(NUMBERS, fast=("causal or prefix",)))
+@pytest.mark.parametrize("name", rows_of(NUMBERS, fast=("causal or prefix",)))
 def test_a_number_for_each_sequence(name):
     terms, values, is_run = NUMBERS[name]
     # One row, the last of its sequence, has no key ahead.
@@ -202,7 +161,7 @@ def test_a_number_for_each_sequence(name):
 @pytest.mark.parametrize("make", [lambda n: {"window": n}, lambda n: {"mask": Chunk(n)}], ids=["window", "chunk"])
 def test_a_number_is_the_static_number(make):
     """Bitwise, whichever sequence has it."""
-    case, numbers = CASE.replace(spec=PLAIN.replace(**make(N))), _ints(17, 1, 9, 9, 17)
+    case, numbers = CASE.replace(spec=PLAIN.replace(**make(N))), ints(17, 1, 9, 9, 17)
     got = watched(lowered(case).state, *arrays(case, values={"n": numbers}))
     for number in (9, 17):
         static = CASE.replace(spec=PLAIN.replace(**make(number)))
@@ -211,7 +170,7 @@ def test_a_number_is_the_static_number(make):
         np.testing.assert_array_equal(got.lse[own], want.lse[own])
 
 
-@pytest.mark.parametrize("name", _rows(BY_HEAD))
+@pytest.mark.parametrize("name", rows_of(BY_HEAD))
 def test_masks_by_head(name):
     """Heads of one page block differ, in tiles of a head, in paired tiles and in a tile of all heads."""
     facts = {"where": {"order": "interleaved"}, "per group": INT8, "per head": {"order": "split"}}.get(name, {})
@@ -225,17 +184,17 @@ def test_heads_of_paired_tiles_differ():
     assert_reference(lowered(case), case, arrays(case))
 
 
-@pytest.mark.parametrize("name", _rows(OWN, fast=("tree",)))
+@pytest.mark.parametrize("name", rows_of(OWN, fast=("tree",)))
 def test_positions_and_trees(name):
     case = _case(name, OWN[name], rows=4, **(INT8 if name in ("value window", "segments") else {}))
     schedule = {"tree": TOGETHER, "window": GRID, "prefix": SPLIT}.get(name, INLINE)
     cores, generation = (2, "v5p") if name in TWO_CORES else (1, "v6e")
     attend = lowered(case, schedule.replace(cores=cores), _mode(name), generation)
-    brought = _brought(name, case, {**ONE, "a": STARTS})
-    step = arrays(case, **brought)
+    own = _own(name, case, {**ONE, "a": STARTS})
+    step = arrays(case, **own)
     assert has_lists(attend, step) == ("mask" in OWN[name] and "Segments" in repr(OWN[name]["mask"]))
     assert_reference(attend, case, step)
-    assert_reference(attend, case, arrays(case, num_seqs=3, **brought))
+    assert_reference(attend, case, arrays(case, num_seqs=3, **own))
 
 
 @pytest.mark.kernels
@@ -279,15 +238,14 @@ def test_scalar_memory_that_holds_two_sequences(name):
             break
     small = dataclasses.replace(attend, lowerings=(dataclasses.replace(attend.lowerings[0], chip=chip),))
     got = watched(small.state, *step)
-    np.testing.assert_allclose(got.out, wanted.out, rtol=1e-4, atol=5e-5)
-    np.testing.assert_allclose(got.lse, wanted.lse, rtol=1e-4, atol=5e-5)
+    assert_close(got, wanted)
 
 
 @pytest.mark.kernels
 def test_an_update_writes_by_places_and_attends_by_positions():
     case = CASE.replace(spec=PLAIN.replace(window=N, mask=Tree()), rows=4)
     q, pages, batch = arrays(case, values=ONE, **tree_of(case))
-    built = _plain(case.replace(spec=PLAIN))
+    built = plain(case.replace(spec=PLAIN))
     out, written = watched(lowered(case).update, q, built.k, built.v, pages, batch)
     np.testing.assert_array_equal(written.arrays[0], paged.write(built.k, built.v, pages, batch).arrays[0])
     np.testing.assert_allclose(out, reference_state(case.spec, q, written, batch).out, rtol=1e-4, atol=5e-5)
@@ -300,10 +258,10 @@ def test_single_rows_anywhere_among_others():
     case = case.replace(corner=dataclasses.replace(CORNER, rows=(1, 1, 4, 1, 2)))
     q, pages, batch = arrays(case, values=ONE)
     positions = np.random.default_rng(1).integers(0, 40, 12).astype(np.int32)
-    batch = dataclasses.replace(batch, positions=positions, ancestors=_ints(*[[3]] * 12))
+    batch = dataclasses.replace(batch, positions=positions, ancestors=ints(*[[3]] * 12))
     seqs = Sequences.of(batch, 12, 8)
     alone = seqs._replace(counts=(seqs.counts == 1).astype(jnp.int32))
     attend, call = lowered(CASE.replace(spec=case.spec)), Call.of(q, pages, batch)
     got = watched(attend.lowerings[0].run_single_rows, attend.program, INLINE, call, STATE, q, pages, None, alone)
-    want, rows = reference_state(case.spec, q, pages, batch), _ints(0, 1, 6)
+    want, rows = reference_state(case.spec, q, pages, batch), ints(0, 1, 6)
     np.testing.assert_allclose(got.out[rows], want.out[rows], rtol=1e-4, atol=5e-5)

@@ -4,20 +4,15 @@ Every run is interpreted and watched, over memory that is NaN wherever no live t
 Sequences have several tiles, less than one, one row and none. A block has fewer pages than the longest sequence.
 """
 
-import dataclasses
-import functools
 import itertools
 
 import numpy as np
 import pytest
 
-import paged
 from paged.lower import Call, DecodeSchedule, Program, RaggedSchedule
 from paged.lower.tpu.prefill.intervals import intervals_of
 from paged.spec import (
     ALiBi,
-    AttentionSpec,
-    Bias,
     Causal,
     Chunk,
     Everything,
@@ -30,41 +25,35 @@ from paged.spec import (
     Value,
     Where,
     Window,
-    reference_state,
 )
-from paged.testing import Case, Corner, build, interpreted
-from tests.support.specs import real
+from paged.testing import Case, Corner
+from tests.tpu import brought
+from tests.tpu.brought import (
+    BY_HEAD,
+    FLOATS,
+    PLAIN,
+    SLOPED,
+    SLOPES,
+    F,
+    N,
+    arrays,
+    assert_reference,
+    by_head,
+    far,
+    ints,
+    rows_of,
+)
 
 from .interpreter import MODES, watched
 
 CORNER = Corner(((19, 3), (0, 0), (4, 1), (0, 6), (17, 0)), (20, 3, 4, 1, 9))
-PLAIN = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
 CASE = Case(spec=PLAIN, page_size=8, phase="ragged", pages_per_seq=20, tokens=40, corner=CORNER)
 SCHEDULE = RaggedSchedule(pages_per_block=16, rows_per_tile=16, buffers=2)
 
 
-def by_head(p, j, h):
-    return (p - j) % 5 != h % 4
-
-
-def far(p, j, most):
-    return p - j >= most
-
-
-def slanted(p, j, h, slope):
-    return slope * real(j - p) * real(h + 1)
-
-
-def _ints(*rows):
-    return np.array(rows, np.int32)
-
-
-N, F = Value("n"), Value("f", dtype="float32")
-ONE = {"n": _ints(30, 1, 9, 2, 7)}
-FLOATS = {"f": np.array([2.0, 1.0, 0.5, 3.0, 30.0], np.float32)}
-STARTS = _ints((2, 90), (0, 0), (1, 20), (4, 11), (133, 3))
-ENDS = _ints((60, 153), (3, 0), (4, 33), (5, 12), (136, 20))
-SLOPES = np.linspace(-1, 2, 20, dtype=np.float32).reshape(5, 4)
+ONE = {"n": ints(30, 1, 9, 2, 7)}
+STARTS = ints((2, 90), (0, 0), (1, 20), (4, 11), (133, 3))
+ENDS = ints((60, 153), (3, 0), (4, 33), (5, 12), (136, 20))
 # What a spec has beside the plain one, what a batch brings, and whether the work needs no list of pages.
 NUMBERS = {
     "window": ({"window": N}, ONE, True),
@@ -76,36 +65,12 @@ NUMBERS = {
     ),
     "segments": ({"mask": Segments(Value("a", 2))}, {"a": STARTS}, False),
     "chunk, soft cap": ({"mask": Chunk(N), "soft_cap": F}, {**ONE, **FLOATS}, False),
-    "slopes, window, bias": (
-        {"window": N, "scores": (ALiBi(Value("m", 4, "float32")), Bias(slanted, values=(F,)))},
-        {"m": SLOPES, **ONE, **FLOATS},
-        True,
-    ),
+    "slopes, window, bias": (SLOPED, {**ONE, **SLOPES}, True),
 }
 
 
-@functools.cache
-def _plain(case):
-    return build(case)
-
-
-def lowered(case, schedule=SCHEDULE, mode="on_wait", generation="v6e"):
-    attend = paged.lower(case.spec, case.layout, "tpu", schedule=schedule).on_chip(generation)
-    return interpreted(attend, mode)
-
-
-def arrays(case, **brought):
-    """Queries, pages and a batch of a case, whose values do not depend on its terms."""
-    heads = dict(num_q_heads=case.spec.num_q_heads, num_kv_heads=case.spec.num_kv_heads)
-    built = _plain(case.replace(spec=PLAIN.replace(**heads)))
-    return built.q, built.pages, dataclasses.replace(built.batch, **brought)
-
-
-def assert_reference(attend, case, step):
-    got, want = watched(attend.state, *step), reference_state(case.spec, *step)
-    np.testing.assert_allclose(got.out, want.out, rtol=1e-4, atol=5e-5)
-    np.testing.assert_allclose(got.lse, want.lse, rtol=1e-4, atol=5e-5)
-    return got
+def lowered(case, schedule=SCHEDULE, *how):
+    return brought.lowered(case, schedule, *how)
 
 
 def has_lists(attend, step):
@@ -113,12 +78,7 @@ def has_lists(attend, step):
     return intervals_of(attend.program, attend.layout, call, attend.schedule.rows_per_tile, chip) is None
 
 
-def _rows(table, fast=()):
-    rows = [row if isinstance(row, tuple) else (row,) for row in table]
-    return [pytest.param(*row, marks=[] if row in fast else pytest.mark.kernels) for row in rows]
-
-
-@pytest.mark.parametrize("name", _rows(NUMBERS))
+@pytest.mark.parametrize("name", rows_of(NUMBERS))
 def test_a_number_for_each_sequence(name):
     terms, values, is_run = NUMBERS[name]
     case = CASE.replace(spec=PLAIN.replace(**terms))
@@ -127,12 +87,6 @@ def test_a_number_for_each_sequence(name):
     assert_reference(attend, case, step)
 
 
-BY_HEAD = {
-    "where": Where(by_head),
-    "per head": PerHead((Window(2), Everything(), Chunk(6), Window(20))),
-    "per group": PerHead((Window(2), Prefix(9))),
-    "not": ~PerHead((Window(2), Where(by_head), Prefix(3), Everything())),
-}
 POOLS = {
     "where": {"order": "interleaved"},
     "per head": {"dtype": "int8", "scales": "token"},
@@ -148,7 +102,7 @@ def test_heads_that_are_known_to_have_the_same_mask():
     assert {mask: Program.from_spec(sixteen.replace(mask=mask)).heads_alike for mask in runs} == runs
 
 
-@pytest.mark.parametrize("name", _rows(BY_HEAD))
+@pytest.mark.parametrize("name", rows_of(BY_HEAD))
 def test_masks_by_head(name):
     """Pages that one head sees are read for all; strips of another head see nothing of them."""
     heads = 40 if name == "where" else 4  # more than one word has bits for
@@ -179,7 +133,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize(("name", "mode"), _rows(itertools.product(OWN, MODES), (("tree, window", "on_wait"),)))
+@pytest.mark.parametrize(("name", "mode"), rows_of(itertools.product(OWN, MODES), (("tree, window", "on_wait"),)))
 def test_trees(name, mode):
     """Also where the sequence of one row goes to the decode kernel, and two cores share the tiles of groups of four."""
     pool = {"tree, chunk or prefix": {"dtype": "int8", "scales": "token"}, "tree, per head": {"order": "interleaved"}}
