@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from paged.lower import Attend, Sequences
 from paged.runtime import PagePool, _pool_requests
-from paged.runtime import attention as attention_module
+from paged.runtime import cache as cache_module
 from paged.runtime.cache import PagedCache
 
 from .base import Mutant
@@ -121,12 +121,12 @@ def _written_afterwards(original):
 
 LAYERS = (
     Mutant(
-        "layers", "rotary positions of the step", attribute(attention_module, "Sequences", lambda _: _OfTheStep),
+        "layers", "rotary positions of the step", attribute(cache_module, "Sequences", lambda _: _OfTheStep),
         "layer", "served equals dense",
     ),
     Mutant(
         "layers", "rotary position of a step's first row off by one",
-        attribute(attention_module, "Sequences", lambda _: _OffByOne), "layer", "served equals dense",
+        attribute(cache_module, "Sequences", lambda _: _OffByOne), "layer", "served equals dense",
     ),
     Mutant(
         "layers", "pages in the order of their numbers", method(PagedCache, "attend_pages", _by_number),
