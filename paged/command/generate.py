@@ -78,9 +78,9 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"{options.model} has no tokenizer (tokenizer.json), so text cannot become tokens.")
         prompts = [_ids(tokenizer, text, options) for text in texts]
         slots, pages = _sizes(prompts, options, checkpoint.config.get("max_position_embeddings"))
-        model, state, _ = load(
-            options.model, num_pages=pages, page_size=options.page_size, dtype=options.dtype, target=options.target
-        )
+        sizes = {"num_pages": pages, "page_size": options.page_size, "num_slots": slots}
+        sizes |= {"chunk_size": options.chunk_size}
+        model, state, _ = load(options.model, **sizes, dtype=options.dtype, target=options.target)
         loaded = time.perf_counter()
         show = _Show(tokenizer, texts, options.max_new_tokens, pages, bar)
         results, _ = answer(

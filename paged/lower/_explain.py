@@ -26,6 +26,8 @@ class Explanation:
     * ``pages_visited``: the pages that the rows of a sequence may see, summed over live sequences. Each page is read at
       least once. None without a batch.
     * ``pages_held``: the pages that the tokens of live sequences fill. None without a batch.
+    * ``pages_freed``: those of them that the table does not have: `PagePool.trim` has freed them, because the mask
+      hides them from every query to come. None without a batch.
     * ``notes``: lines of the lowering about memory and time.
     """
 
@@ -37,6 +39,12 @@ class Explanation:
     pages_held: int | None
     notes: tuple[str, ...] = ()
     source: str = HEURISTIC
+    pages_freed: int | None = None
+
+    @property
+    def bytes_saved(self) -> int | None:
+        """Bytes of keys and values in the pages that were freed, without scales. None without a batch."""
+        return None if self.pages_freed is None else self.pages_freed * self.layout.bytes_per_page
 
     @property
     def bytes_visited(self) -> int | None:
@@ -52,6 +60,8 @@ class Explanation:
             lines += [
                 f"visits {self.pages_visited} pages ({mebibytes:.2f} MiB) and skips {skipped} of {self.pages_held}"
             ]
+        if self.pages_freed:
+            lines.append(f"{self.pages_freed} pages ({(self.bytes_saved or 0) / 2**20:.2f} MiB) were freed by the mask")
         return "\n".join([*lines, *self.notes])
 
 
@@ -68,13 +78,13 @@ def explain(
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if call is None or batch is None:
         return Explanation(program, layout, schedule, refused, None, None, source=source)
-    visited, held = _count_pages(program, layout.page_size, call, batch)
+    visited, held, freed = _count_pages(program, layout.page_size, call, batch)
     notes = lowering.describe(program, layout, call, schedule, visited * layout.bytes_per_page)
-    return Explanation(program, layout, schedule, refused, visited, held, tuple(notes), source)
+    return Explanation(program, layout, schedule, refused, visited, held, tuple(notes), source, freed)
 
 
-def _count_pages(program: Program, size: int, call: Call, batch: RaggedBatch) -> tuple[int, int]:
-    """How many pages of ``size`` tokens the live sequences may see, and how many their tokens fill."""
+def _count_pages(program: Program, size: int, call: Call, batch: RaggedBatch) -> tuple[int, int, int]:
+    """How many pages of ``size`` tokens the live sequences may see, their tokens fill, and their tables lack."""
     seqs = Sequences.of(batch, call.tokens, size)
 
     def count(rows, table):
@@ -82,4 +92,7 @@ def _count_pages(program: Program, size: int, call: Call, batch: RaggedBatch) ->
 
     visited = jax.vmap(count)(seqs.query_rows(), seqs.tables)
     held = jnp.where(seqs.counts > 0, -(-seqs.lengths // size), 0)
-    return int(np.sum(visited)), int(np.sum(held))
+    tables = np.asarray(seqs.tables)
+    is_filled = np.arange(tables.shape[1]) < np.asarray(held)[:, None]
+    freed = np.sum(is_filled & ((tables < 0) | (tables >= call.num_pages)))
+    return int(np.sum(visited)), int(np.sum(held)), int(freed)

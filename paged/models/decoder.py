@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from paged.lower import Axes, Step
-from paged.runtime import LayerStack
+from paged.runtime import LayerStack, pages_for
 from paged.spec import PageLayout
 
 from .config import Config, LayerConfig
@@ -63,6 +63,8 @@ class Decoder(eqx.Module):
         layout: PageLayout,
         num_pages: int,
         *,
+        num_slots: int | None = None,
+        chunk_size: int = 64,
         target: str = "auto",
         check: bool = True,
         mesh: Mesh | None = None,
@@ -75,6 +77,9 @@ class Decoder(eqx.Module):
         - `config`: what the model is.
         - `layout`: how the pages of each layer lie in memory, see `Config.layout`.
         - `num_pages`: how many pages each layer has.
+        - `num_slots`, `chunk_size`: how many sequences run at once, and the most rows that one has in a step. Layers
+          whose masks free pages, such as those with a window, then have only what so many sequences need of them, see
+          `paged.runtime.pages_for`. None: as many pages as other layers.
         - `target`, `check`, `mesh`, `axes`: see `PagedCache`.
         - `dtype`: of the parameters, and of what is computed with them.
         - `key`: a PRNG key, from which the parameters are drawn.
@@ -86,8 +91,14 @@ class Decoder(eqx.Module):
         shape = config.vocab_size, config.hidden_size
         self.embed_tokens = Embedding(draw(embedding, shape, dtype), config.embedding_scale)
 
+        def pages_of(layer: LayerConfig) -> int:
+            if num_slots is None:
+                return num_pages
+            sizes = {"num_pages": num_pages, "num_slots": num_slots, "page_size": layout.page_size}
+            return pages_for(config.spec(layer).visibility, pages_per_seq=num_pages, chunk_size=chunk_size, **sizes)
+
         def maker(layer: LayerConfig) -> Any:
-            return lambda key: DecoderLayer(config, layer, layout, num_pages, how, dtype, key)
+            return lambda key: DecoderLayer(config, layer, layout, pages_of(layer), how, dtype, key)
 
         makers = {layer: maker(layer) for layer in dict.fromkeys(config.layers)}
         pattern = [makers[layer] for layer in config.layers[: _period(config.layers)]]

@@ -31,6 +31,8 @@ def load(
     *,
     num_pages: int,
     page_size: int = 16,
+    num_slots: int | None = None,
+    chunk_size: int = 64,
     dtype: Any = None,
     target: str = "auto",
     mesh: Mesh | None = None,
@@ -47,6 +49,8 @@ def load(
     - `path`: a folder in Hugging Face's form: config.json, and one or many safetensors files. Or a GGUF file.
     - `num_pages`: how many pages each layer has.
     - `page_size`: tokens per page.
+    - `num_slots`, `chunk_size`: what `generate` will be called with, see `Decoder`. Layers with a window then have only
+      the pages that so many sequences need.
     - `dtype`: of the parameters, of what is computed, and of the pages: float32, bfloat16 or float16. None: parameters
       are as they are stored, and the rest follows the embedding.
     - `target`, `check`: see `paged.runtime.PagedCache`.
@@ -95,6 +99,7 @@ def load(
         mesh, axes = automatic(mesh), Axes(kv_heads=axis)
         require_shares(config, mesh, axis)
     how = {"target": target, "check": check, "mesh": mesh, "axes": axes, "dtype": computed}
+    how |= {"num_slots": num_slots, "chunk_size": chunk_size}
     make = eqx.nn.make_with_state(lambda key: Decoder(config, layout, num_pages, **how, key=key))
     shapes, _ = eqx.filter_eval_shape(make, jax.random.key(0))
     model = filled(shapes, config, weights, dtype, mesh, axis)

@@ -6,6 +6,7 @@ from ._generate import generate as generate
 from ._groups import GroupUsage as GroupUsage
 from ._groups import most_pages as most_pages
 from ._groups import page_groups as page_groups
+from ._groups import pages_for as pages_for
 from ._serve import StepReport as StepReport
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache

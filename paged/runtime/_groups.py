@@ -2,18 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from paged.lower import normal_form
-from paged.spec import AttentionSpec, Everything, Mask, Or, require_positive_int, values_of
+from paged.spec import AttentionSpec, Everything, Given, Mask, Or, require_positive_int, values_of
 
-from ._kept import kept_pages
+from ._kept import kept_pages, kept_tokens
 
 Masks = tuple[Mask, ...]
 
-# Where two masks are compared: at the first tokens, and up to far ones in steps of two percent.
+# Where two masks are compared: at the first tokens, and from there to far ones in steps of two percent.
 _NEAR = 192
 _FAR = np.unique(np.geomspace(1, 2**24, 850).astype(np.int32))
 
@@ -105,7 +106,9 @@ def mask_of(masks: Sequence[Mask]) -> Mask:
     return normal_form(Or(tuple(masks)))
 
 
-def most_pages(mask: Mask, tokens: int, page_size: int, chunk_size: int) -> int:
+def most_pages(
+    mask: Mask, tokens: int, page_size: int, chunk_size: int, values: Mapping[str, Any] | None = None
+) -> int:
     """The most pages that a sequence holds at once, if pages are freed as soon as the mask hides them.
 
     Before each step the pool is trimmed, see `PagePool.trim`; then it is extended by the step's tokens. So a sequence
@@ -113,13 +116,16 @@ def most_pages(mask: Mask, tokens: int, page_size: int, chunk_size: int) -> int:
 
     **Arguments:**
 
-    - `mask`: ``spec.visibility``. With a number that a batch brings nothing is known, and every page counts.
+    - `mask`: ``spec.visibility``.
     - `tokens`: the length of the sequence when it is done.
     - `page_size`: tokens per page.
     - `chunk_size`: the most rows that the sequence has in one step.
+    - `values`: the sequence's numbers, by name, that the mask names by `Value`. Where they are not given nothing is
+      known of such a mask, and every page counts.
 
-    **Returns:** the number of pages, at most those of all tokens. Raises ``TypeError`` or ``ValueError`` unless the
-    numbers are positive integers.
+    **Returns:** the number of pages, at most those of all tokens. Of more than 6000 pages some are asked for many, and
+    the number may be a few pages larger. Raises ``TypeError`` or ``ValueError`` unless the numbers are positive
+    integers.
 
     >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4, window=1024)
     >>> most_pages(spec.visibility, tokens=32768, page_size=16, chunk_size=256), 32768 // 16
@@ -127,22 +133,57 @@ def most_pages(mask: Mask, tokens: int, page_size: int, chunk_size: int) -> int:
     """
     for name, value in {"tokens": tokens, "page_size": page_size, "chunk_size": chunk_size}.items():
         require_positive_int(name, value)
-    return _most_pages(mask, tokens, page_size, min(chunk_size, tokens))
+    own: Any = mask
+    if values is not None and values_of(mask):
+        numbers = {name: tuple(x.tolist()) if np.ndim(x) else x.item() for name, x in values.items()}
+        own = mask.given(Given(numbers))
+    total = -(-tokens // page_size)
+    if values_of(own) or _pattern(own) == _KEEPS_ALL:
+        return total
+    # For every length up to a power of two, so that few are computed; and roughly for numbers of single sequences.
+    kept = _kept_at_most(own, page_size, 1 << (total - 1).bit_length(), 2**25 if own is mask else 2**20)
+    # A step may begin at the last token of a page.
+    return min(total, int(kept[total - 1]) - (-(page_size - 1 + min(chunk_size, tokens)) // page_size))
+
+
+def pages_for(
+    mask: Mask, *, num_pages: int, num_slots: int, pages_per_seq: int, page_size: int, chunk_size: int = 64
+) -> int:
+    """How many pages the layers of a mask need, so that they never are what sequences wait for.
+
+    **Arguments:**
+
+    - `mask`: ``spec.visibility``.
+    - `num_pages`: pages of layers that keep every page: the most that any layer needs.
+    - `num_slots`, `pages_per_seq`, `page_size`: sequences at once, the most pages of one, and tokens per page.
+    - `chunk_size`: the most rows that a sequence has in one step.
+
+    **Returns:** the number of pages: `most_pages` for each slot, or ``num_pages`` if that is less.
+
+    >>> spec = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4, window=1024)
+    >>> pages_for(spec.visibility, num_pages=2048, num_slots=4, pages_per_seq=2048, page_size=16)
+    276
+    """
+    return min(num_pages, num_slots * most_pages(mask, pages_per_seq * page_size, page_size, chunk_size))
 
 
 @functools.lru_cache(maxsize=1024)
-def _most_pages(mask: Mask, tokens: int, page_size: int, chunk_size: int) -> int:
-    total = -(-tokens // page_size)
-    if values_of(mask) or _pattern(mask) == _KEEPS_ALL:
-        return total
-    # Of the full pages fewest are freed at the first token of a page: later tokens see no more of them.
-    rows, most = 2**20 // total + 1, 0
-    for first in range(0, total, rows):
-        page = np.arange(first, min(first + rows, total), dtype=np.int32)
-        kept = kept_pages(mask, page * page_size, page_size, total)
-        most = max(most, int(np.max(np.sum(kept & (np.arange(total) < page[:, None]), axis=1))))
-    # A step may begin at the last token of a page.
-    return min(total, most + -(-(page_size - 1 + chunk_size) // page_size))
+def _kept_at_most(mask: Mask, page_size: int, total: int, budget: int) -> np.ndarray:
+    """For each number of pages, the most of the pages before it that the mask keeps for a query that begins there.
+
+    At later tokens of a page no more are kept, because a mask that hides a page from all later queries hides it from
+    fewer of them. ``budget`` is how many pairs of a query and a page are asked about.
+    """
+    step = max(1, total * total // budget)
+    page = np.arange(0, total, step, dtype=np.int32)
+    counts = np.zeros(len(page), np.int32)
+    rows = 2**20 // total + 1
+    for first in range(0, len(page), rows):
+        some = page[first : first + rows]
+        kept = kept_pages(mask, some * page_size, page_size, total) & (np.arange(total) < some[:, None])
+        counts[first : first + rows] = np.sum(kept, axis=1)
+    # Between two that are asked, as many pages more at most as there are between them.
+    return np.maximum.accumulate(np.repeat(counts, step)[:total] + np.tile(np.arange(step), len(page))[:total])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -151,7 +192,9 @@ def _pattern(mask: Mask) -> bytes | None:
     if values_of(mask):
         return None
     near = np.arange(_NEAR, dtype=np.int32)
-    patterns = [kept_pages(mask, near, 1, _NEAR) | (near[:, None] <= near), kept_pages(mask, _FAR, 1, 4)]
+    patterns = []
+    for positions, keys in ((near, near), (_FAR, np.concatenate([near[:8], _FAR[::5]])), (_FAR, _FAR - 1)):
+        patterns.append(kept_tokens(mask, positions, keys) | (positions[:, None] <= keys))
     return b"".join(np.packbits(pattern).tobytes() for pattern in patterns)
 
 

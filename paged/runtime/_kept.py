@@ -30,11 +30,20 @@ def kept_pages(
     **Returns:** bool[seqs, pages_per_seq], for full pages: keys that are not written yet count as well.
     """
     xp: Any = np if isinstance(positions, np.ndarray) else jnp
-    first = (xp.arange(pages_per_seq, dtype=xp.int32) * page_size)[None]
-    own: Any = mask.given(Given(_numbers(mask, values, positions.shape[0]), is_ancestor=True))
-    end = max(_END, pages_per_seq * page_size)
-    some = own.coverage(positions[:, None], end, first, first + page_size).some
-    return xp.broadcast_to(xp.asarray(some, bool), (positions.shape[0], pages_per_seq))
+    first = xp.arange(pages_per_seq, dtype=xp.int32) * page_size
+    numbers = _numbers(mask, values, positions.shape[0])
+    return _kept(xp, mask, positions, first, page_size, max(_END, pages_per_seq * page_size), numbers)
+
+
+def kept_tokens(mask: Mask, positions: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Whether the mask may show each of some keys to a query at ``positions[s]`` or later: bool[positions, keys]."""
+    return _kept(np, mask, positions, keys, 1, _END, {})
+
+
+def _kept(xp: Any, mask: Mask, positions: Any, first: Any, size: int, end: int, numbers: dict[str, Any]) -> Any:
+    own: Any = mask.given(Given(numbers, is_ancestor=True))
+    some = own.coverage(positions[:, None], end, first[None], first[None] + size).some
+    return xp.broadcast_to(xp.asarray(some, bool), (positions.shape[0], first.shape[0]))
 
 
 def _numbers(mask: Mask, values: Mapping[str, Any] | None, num_slots: int) -> dict[str, Any]:

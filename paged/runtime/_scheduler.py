@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from paged.spec import Given, GroupedBatch, RaggedBatch, values_of
+from paged.spec import GroupedBatch, RaggedBatch
 
 from ._groups import Masks, keeps_all, mask_of, most_pages
 from .grouped_pool import GroupedPool
@@ -86,11 +86,7 @@ class Request:
         """The most pages of a group that the sequence holds at once, up to a length."""
         if keeps_all(masks):
             return -(-tokens // page_size)
-        mask: Any = mask_of(masks)
-        if values_of(mask):
-            numbers = {name: tuple(x.tolist()) if np.ndim(x) else x.item() for name, x in self.values.items()}
-            mask = mask.given(Given(numbers))
-        return most_pages(mask, tokens, page_size, chunk_size)
+        return most_pages(mask_of(masks), tokens, page_size, chunk_size, self.values)
 
     @property
     def num_generated(self) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 from paged.spec import AttentionSpec, GroupedBatch, Mask, RaggedBatch
 
 from ._arguments import Counts, Flags, Number, slot_counts
-from ._groups import Masks, keeps_all, mask_of, most_pages, page_groups
+from ._groups import Masks, keeps_all, mask_of, page_groups, pages_for
 from ._kept import kept_pages
 from ._pool_arrays import entries_missing
 from ._pool_requests import extend_in_all, reserve_in_all
@@ -87,10 +87,9 @@ class GroupedPool(eqx.Module):
             raise ValueError("specs must be those of a model's attentions; got none.")
         pools = []
         for masks in groups:
-            tokens = pages_per_seq * page_size
-            most = num_slots * most_pages(mask_of(masks), tokens, page_size, chunk_size)
-            own = num_pages if keeps_all(masks) else min(num_pages, most)
-            pools.append(PagePool.init(own, num_slots, pages_per_seq, page_size))
+            sizes = {"num_slots": num_slots, "pages_per_seq": pages_per_seq, "page_size": page_size}
+            own = pages_for(mask_of(masks), num_pages=num_pages, chunk_size=chunk_size, **sizes)
+            pools.append(PagePool.init(num_pages if keeps_all(masks) else own, **sizes))
         return cls(pools, groups)
 
     @property

@@ -12,7 +12,7 @@ import pytest
 
 import paged
 from paged.models import load, open_safetensors
-from paged.runtime import PagePool, generate
+from paged.runtime import PagePool, generate, pools_of
 
 FOLDER = pathlib.Path(__file__).parent / "checkpoints"
 NAMES = sorted(folder.name for folder in FOLDER.iterdir() if (folder / "config.json").is_file())
@@ -99,3 +99,20 @@ def test_generate_gives_the_greedy_tokens_of_transformers(name):
     first, second = generate(model, state, [prompt, prompt[:7]], max_new_tokens=len(want), num_slots=2, chunk_size=8)
     assert list(first.tokens) == want
     assert len(second.tokens) == len(want)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("gemma3", {24, 10}), pytest.param("gpt_oss", {24, 10}, marks=pytest.mark.kernels)]
+)
+@pytest.mark.kernels
+def test_windowed_layers_have_the_pages_that_they_need_and_the_same_tokens(name, most):
+    sizes = {"num_pages": NUM_PAGES, "page_size": PAGE_SIZE, "num_slots": 2, "chunk_size": 8, "max_length": 64}
+    model, state, _ = load(FOLDER / name, **sizes, dtype=jnp.float32)
+    assert {pool.num_pages for pool in pools_of(state)} == most
+    expected, reports = loaded(name).expected, []
+    prompt, want = expected["prompt"].tolist(), expected["tokens"].tolist()
+    options = {"max_new_tokens": len(want), "num_slots": 2, "chunk_size": 8, "on_step": reports.append}
+    first, second = generate(model, state, [prompt, prompt], **options)
+    assert list(first.tokens) == want == list(second.tokens)
+    full, local = reports[-1].groups
+    assert (full.pages_trimmed, local.pages_trimmed > 2 * len(prompt) // PAGE_SIZE // 2) == (0, True)

@@ -43,9 +43,9 @@ def test_attentions_checks_and_plans_take_their_group():
     for step in (batch, attend.plan(q, pages, batch)):
         out, new = attend.update(q, k, v, pages, step)
         assert (out == want).all() and all(map(jnp.array_equal, new.arrays, own.arrays))
-    assert (
-        attend.explain(q, pages, batch).pages_visited == attend.explain(q, pages, batch.for_spec(LOCAL)).pages_visited
-    )
+    explained, own = attend.explain(q, pages, batch), attend.explain(q, pages, batch.for_spec(LOCAL))
+    assert explained == own and (explained.pages_freed, explained.bytes_saved) == (1, 128)
+    assert str(explained).endswith("1 pages (0.00 MiB) were freed by the mask")
     checked = paged.check(LOCAL, pages, batch, 3)
     assert [b.checked_for is not None for b in checked.batches] == [True, False]
     assert [b.checked_for is not None for b in paged.check(FULL, pages, checked, 3).batches] == [True, True]

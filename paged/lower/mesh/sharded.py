@@ -269,6 +269,7 @@ class ShardedAttend:
             layout=self.layout,
             pages_visited=sum(part.pages_visited for part in parts),
             pages_held=sum(part.pages_held for part in parts),
+            pages_freed=sum(part.pages_freed for part in parts),
             notes=(*parts[0].notes, *self._notes()),
         )
 
