@@ -19,9 +19,10 @@ PROJECT = [
 # What each layer may import besides itself. Nothing imports `compat`, the door included.
 LAYERS = {
     "spec": (),
+    "files": (),
     "lower": ("spec",),
-    "runtime": ("spec", "lower"),
-    "models": ("spec", "lower", "runtime"),
+    "runtime": ("spec", "files", "lower"),
+    "models": ("spec", "files", "lower", "runtime"),
     "command": ("spec", "lower", "runtime", "models"),
     "compat": ("spec", "lower"),
     "testing": ("spec", "lower", "runtime", "compat"),

@@ -3,9 +3,9 @@
 import os
 import pathlib
 
+from paged.files import open_safetensors, parse_object
+
 from .gguf_file import Checkpoint, open_gguf
-from .json_text import parse_object
-from .safetensors import open_safetensors
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:

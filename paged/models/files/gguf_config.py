@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from paged.files import Tensor
+
 from .gguf_rows import COMMON_KEYS, Row
-from .weights import Tensor
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _SCALING = {

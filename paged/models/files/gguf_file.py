@@ -10,11 +10,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from paged.files import Tensor, Weights
+
 from .extra import package
 from .gguf_config import config_of
 from .gguf_header import Blocks, read_header
 from .gguf_rows import ROWS, Row, hugging_face_name
-from .weights import Tensor, Weights
 
 _PLAIN = {
     "F16": np.dtype(np.float16),

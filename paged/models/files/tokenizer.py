@@ -5,11 +5,12 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from paged.files import parse_object
+
 from .chat_template import ChatTemplate
 from .extra import package
 from .gguf_file import Checkpoint, open_gguf
 from .gguf_tokenizer import backend_of, special_of
-from .json_text import parse_object
 from .text_stream import TextStream
 
 _ROLES = ("bos", "eos", "unk", "pad")
