@@ -19,9 +19,9 @@ NAMES = sorted(folder.name for folder in FOLDER.iterdir() if (folder / "config.j
 NUM_PAGES, PAGE_SIZE = 24, 4
 
 
-def each(*fast):
+def each(*fast, others=pytest.mark.kernels):
     """Every architecture, of which some are in every run."""
-    rows = [pytest.param(name, marks=() if name in fast else pytest.mark.kernels) for name in NAMES]
+    rows = [pytest.param(name, marks=() if name in fast else others) for name in NAMES]
     return pytest.mark.parametrize("name", rows)
 
 
@@ -92,7 +92,7 @@ def test_served_from_pages_chunks_beside_decoding_rows_give_the_logits_of_transf
     )
 
 
-@each("llama")
+@each("llama", others=pytest.mark.slow)
 def test_generate_gives_the_greedy_tokens_of_transformers(name):
     model, state, expected = loaded(name)
     prompt, want = expected["prompt"].tolist(), expected["tokens"].tolist()
