@@ -192,9 +192,15 @@ def _filled(name: str, row: Architecture, keys: Keys) -> dict[str, Any]:
             for key, default in read.items()}  # fmt: skip
     for key in SIZES:
         _require_count(key, full[key])
-    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
+    for key in _COUNTS:
         if full.get(key) is not None:
             _require_count(key, full[key])
+    for key in _NUMBERS:
+        if full.get(key) is not None and (isinstance(full[key], bool) or not isinstance(full[key], int | float)):
+            raise ValueError(f"{key} of config.json must be a number; got {full[key]!r}.")
+    for key in ("layer_types", "no_rope_layers"):
+        if full.get(key) is not None and not isinstance(full[key], list):
+            raise ValueError(f"{key} of config.json must be a list, one entry for each layer; got {full[key]!r}.")
     for key in ("rope_scaling", "rope_parameters"):
         if full[key] is not None and not isinstance(full[key], Mapping):
             raise ValueError(f"{key} of config.json must be an object, {{...}}; got {full[key]!r}.")
@@ -207,6 +213,31 @@ def _filled(name: str, row: Architecture, keys: Keys) -> dict[str, Any]:
 
 # Keys whose null says something: there is none.
 _MAY_BE_NULL = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
+# Keys that count something, and keys that are numbers, where they are there.
+_COUNTS = (
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "no_rope_layer_interval",
+    "num_local_experts",
+    "num_experts_per_tok",
+)
+_NUMBERS = (
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_local_base_freq",
+    "partial_rotary_factor",
+    "max_window_layers",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "swiglu_alpha",
+    "swiglu_limit",
+)
 # Keys that repeat another one.
 _SAME = {"experts_per_token": "num_experts_per_tok", "sliding_window_size": "sliding_window"}
 
@@ -234,7 +265,7 @@ def _layers(row: Architecture, full: Keys, head_dim: int, max_length: int | None
     for key, found in (("layer_types", kinds), ("no_rope_layers", turns)):
         if len(found) != count:
             raise ValueError(f"{key} of config.json must have num_hidden_layers = {count} entries; got {len(found)}.")
-    unknown = sorted(set(kinds) - {FULL, SLIDING})
+    unknown = [kind for kind in kinds if kind not in (FULL, SLIDING)]
     if unknown:
         raise ValueError(f"layer_types of config.json has {unknown[0]!r}; known are {FULL!r} and {SLIDING!r}.")
     has_windows = full.get("use_sliding_window", True)
@@ -266,8 +297,6 @@ def _flag(said: bool | str, full: Keys) -> bool:
 
 
 def _experts(full: Keys) -> ExpertsConfig:
-    for key in ("num_local_experts", "num_experts_per_tok"):
-        _require_count(key, full[key])
     return ExpertsConfig(
         num_experts=full["num_local_experts"],
         per_token=full["num_experts_per_tok"],

@@ -28,7 +28,6 @@ _RULES: Mapping[str, frozenset[str]] = {
     "longrope": frozenset({"factor", "attention_factor", "short_factor", "long_factor"}),
 }
 _OF_ALL = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
-_OLDER_NAMES = {"su": "longrope"}
 
 
 def rotaries_of(
@@ -85,14 +84,14 @@ def _older(keys: Mapping[str, Any], row: Architecture) -> dict[str, Parameters]:
 
 def _rotary(own: Parameters, keys: Mapping[str, Any], head_dim: int, max_length: int | None) -> Rotary:
     rule = own.get("rope_type") or own.get("type") or "default"
-    rule = _OLDER_NAMES.get(rule, rule)
-    if rule not in _RULES:
+    rule = "longrope" if rule == "su" else rule  # its older name
+    if not isinstance(rule, str) or rule not in _RULES:
         raise ValueError(f"config.json has the rotary scaling {rule!r}; known are {', '.join(_RULES)}.")
     _require_known(rule, own)
     part = own.get("partial_rotary_factor")
-    rotary_dim = head_dim if part is None else int(head_dim * part)
+    rotary_dim = head_dim if part is None else int(head_dim * _number(rule, "partial_rotary_factor", own))
     scaling = None if rule == "default" else _scaling(rule, own, keys, max_length)
-    return Rotary(head_dim, float(own["rope_theta"]), rotary_dim=rotary_dim, scaling=scaling)
+    return Rotary(head_dim, _number(rule, "rope_theta", own), rotary_dim=rotary_dim, scaling=scaling)
 
 
 def _require_known(rule: str, own: Parameters) -> None:

@@ -279,7 +279,7 @@ class LongRopeScaling(RotaryScaling):
     [1.0, 0.0025]
     """
 
-    factors: tuple[float, ...]
+    factors: tuple[float, ...] | list[float]  # a tuple after construction
     attention_factor: float = 1.0
 
     def __post_init__(self):

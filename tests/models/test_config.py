@@ -156,6 +156,35 @@ def test_keys_that_would_change_the_model_are_refused_by_name():
     refused("model_type = 'mamba'", "mamba")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("llama", {"rms_norm_eps": "small"}),
+        ("llama", {"rope_theta": "1e4"}),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": [2.0]}}),
+        ("llama", {"rope_scaling": {"type": ["linear"], "factor": 2.0}}),
+        ("llama", {"rope_parameters": {"rope_theta": {}}}),
+        ("llama", {"num_key_value_heads": 3}),
+        ("llama", {"head_dim": 7}),
+        ("mistral", {"sliding_window": -1}),
+        ("gemma2", {"query_pre_attn_scalar": "256"}),
+        ("gemma2", {"layer_types": "full_attention"}),
+        ("gemma2", {"layer_types": [["full_attention"]] * 4}),
+        ("smollm3", {"no_rope_layer_interval": 0}),
+        ("gpt_oss", {"num_local_experts": 2.5}),
+        ("phi3", {"partial_rotary_factor": "0.75"}),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}),
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_are_refused(architecture, keys):
+    """Most by the name of the key; what only a spec or a rotary embedding can tell, by theirs."""
+    with pytest.raises(ValueError):
+        layers = config(architecture, **keys)
+        [layer.rotary.frequencies for layer in layers.layers]
+        layers.spec(layers.layers[0])
+
+
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
 @pytest.mark.parametrize("value", [None, 0, 2.5, True], ids=repr)
 def test_sizes_must_be_there_and_count_something(key, value):

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged.runtime import LinearScaling, Llama3Scaling, NtkScaling, Rotary, RotaryScaling, YarnScaling
+from paged.runtime import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NtkScaling,
+    Rotary,
+    RotaryScaling,
+    YarnScaling,
+)
 
 # Cosines and sines are right to 1e-6; inputs are about 3.
 TOLERANCE = 1e-5
@@ -150,6 +158,14 @@ def test_yarn_by_hand():
     np.testing.assert_allclose(Rotary(8, scaling=unrounded).frequencies, expected, rtol=1e-12)
 
 
+def test_longrope_divides_each_frequency_and_scales_the_vectors():
+    scaling = LongRopeScaling(factors=[1.0, 2.0, 4.0, 5.0], attention_factor=1.5)
+    expected = [1.0, 0.1 / 2, 0.01 / 4, 0.001 / 5]
+    np.testing.assert_allclose(Rotary(8, scaling=scaling).frequencies, expected, rtol=1e-12)
+    assert scaling.magnitude == 1.5
+    assert hash(scaling) == hash(LongRopeScaling(factors=(1.0, 2.0, 4.0, 5.0), attention_factor=1.5))
+
+
 def test_yarn_magnitude_scales_the_vectors():
     x, at = jnp.asarray(normal((3, 1, 8)), jnp.float32), jnp.array([0, 5, 9])
     scaling = YarnScaling(factor=10.0, original_context=100)
@@ -188,7 +204,13 @@ def test_yarn_factors_by_their_names(factor, keys):
 
 @pytest.mark.parametrize(
     "scaling",
-    [LinearScaling(1.0), NtkScaling(1.0), Llama3Scaling(factor=1.0), YarnScaling(factor=1.0, original_context=64)],
+    [
+        LinearScaling(1.0),
+        NtkScaling(1.0),
+        Llama3Scaling(factor=1.0),
+        YarnScaling(factor=1.0, original_context=64),
+        LongRopeScaling(factors=(1.0,) * 4),
+    ],
     ids=lambda s: type(s).__name__,
 )
 def test_factor_one_is_no_scaling(scaling: RotaryScaling):
@@ -227,6 +249,13 @@ def test_equal_ones_are_one_under_jit_and_have_no_leaves():
             lambda: YarnScaling(factor=2.0, original_context=8, attention_factor=1.0, mscale=1.0, mscale_all_dim=1.0),
             ValueError,
             "attention_factor alone.*got attention_factor, mscale, mscale_all_dim",
+        ),
+        (lambda: LongRopeScaling(factors=(1.0, 0.0)), ValueError, "factors must be positive and finite; got 0.0"),
+        (lambda: LongRopeScaling(factors=("1",)), TypeError, "factors must be numbers; got '1'"),
+        (
+            lambda: Rotary(8, scaling=LongRopeScaling(factors=(1.0, 2.0))).frequencies,
+            ValueError,
+            "rotary_dim // 2 = 4; got 2",
         ),
         (lambda: Rotary(8)(jnp.ones((2, 1, 8)), jnp.arange(3)), ValueError, r"got \(2, 1, 8\) and \(3,\)"),
     ],
