@@ -48,7 +48,7 @@ class Comparison:
 
 
 def compare_with_dense(
-    dense: Callable[[np.ndarray], np.ndarray], results: Sequence[Generation], tie: float, each: Callable[[], None]
+    dense: Callable[[np.ndarray], np.ndarray], results: Sequence[Generation], tie: float, each: Callable[[], object]
 ) -> Comparison:
     """Whether every served token is the likeliest one by dense recomputation of all tokens before it.
 

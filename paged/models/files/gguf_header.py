@@ -176,6 +176,8 @@ def _placed(
     where = f"{path}: tensor {name!r}"
     if number not in kinds:
         raise ValueError(f"{where} has the block type {number}, which the package gguf does not know.")
+    if not all(shape):
+        raise ValueError(f"{where} has shape {shape[::-1]}, and no extent may be 0.")
     kind, per_block, block_bytes = kinds[number]
     if shape[0] % per_block:
         raise ValueError(f"{where} of {kind} has rows of {shape[0]} numbers, no multiple of its block of {per_block}.")

@@ -168,6 +168,7 @@ HOSTILE = {
     "product that overflows": (
         _replaced(_NAME, (1 << 33).to_bytes(8, "little") * 2, 19 + 4), r"tensor 'blk.0.attn_q.weight' of F32 and shape",
     ),
+    "empty": (_replaced(_NAME, bytes(8), 19 + 4), r"'blk.0.attn_q.weight' has shape .*, and no extent may be 0"),
     "block type": (_replaced(_NAME, b"\xc8", 19 + 4 + 16), r"'blk.0.attn_q.weight' has the block type 200"),
     "rows of no block": (_replaced(_NAME, b"\x0c", 19 + 4 + 16), r"has rows of 32 numbers, no multiple of its block"),
     "offset past the end": (_replaced(_NAME, _HUGE, 19 + 4 + 16 + 4), r"'blk.0.attn_q.weight'"),
