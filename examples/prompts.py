@@ -1,6 +1,8 @@
 """Questions of unequal length for a small model that converses."""
 
-SYSTEM = "You are a friendly teacher. You answer in one or two short sentences, and you never repeat yourself."
+SYSTEM = (
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face. You answer in short and simple sentences."
+)
 
 _STORY = (
     "A baker in a small town by the sea gets up at three every morning. She lights the oven, kneads the dough that has "
