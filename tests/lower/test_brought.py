@@ -121,7 +121,7 @@ def assert_reference(spec, q, pages, batch):
     return got
 
 
-@pytest.mark.parametrize("name", _few("causal or prefix", "soft cap", of=NUMBERS))
+@pytest.mark.parametrize("name", _few("causal or prefix", of=NUMBERS))
 def test_a_number_for_each_sequence_is_the_static_number(name):
     """Bitwise, pages visited too, whichever sequence has it; and the reference's."""
     make, numbers = NUMBERS[name]

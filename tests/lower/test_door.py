@@ -304,7 +304,7 @@ def test_dense_attention_is_the_paged_one(name):
     pages = layout.wrap(jnp.stack([jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)], axis=1))
     batch = RaggedBatch.decode([length, length], [[0], [1]], query_rows=tokens)
     want = jax.jit(paged.reference, static_argnums=0)(spec, q.reshape(-1, 4, 8), pages, batch, sinks)
-    got = paged.dense_attention(spec, q, k, v, sinks)
+    got = jax.jit(paged.dense_attention, static_argnums=0)(spec, q, k, v, sinks)
     np.testing.assert_allclose(got.reshape(want.shape), want, rtol=0, atol=2e-5)
     if spec.causal:
         assert not np.asarray(got[:, 0]).any()

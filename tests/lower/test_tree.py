@@ -121,15 +121,17 @@ def test_documents_that_are_packed_are_the_documents_apart():
     ends = [0, 4, 5, 11]
     segments = jnp.asarray([[7] * 4 + [3] + [7] * 6])
 
+    @jax.jit
     def packed(q, k, v):
         return paged.dense_attention(spec, q, k, v, segments=segments)
 
+    @jax.jit
     def apart(q, k, v):
         parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
         return jnp.concatenate([paged.dense_attention(spec, q[:, s], k[:, s], v[:, s]) for s in parts], axis=1)
 
     np.testing.assert_allclose(packed(q, k, v), apart(q, k, v), atol=1e-6)
-    square = lambda f: jax.grad(lambda *x: (f(*x) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+    square = lambda f: jax.jit(jax.grad(lambda *x: (f(*x) ** 2).sum(), argnums=(0, 1, 2)))(q, k, v)
     for a, b in zip(square(packed), square(apart), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

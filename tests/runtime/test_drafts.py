@@ -35,7 +35,8 @@ def test_decoding_goes_on_from_the_accepted_path_as_if_it_had_been_decoded():
     x = jax.random.normal(jax.random.key(1), (2, 20, 32))
     step = eqx.filter_jit(lambda stack, x, batch, state: stack(x, batch, state))
     prompts = dict(lengths=[5, 3], block_tables=tables, query_starts=[0, 5, 8])
-    rows = jnp.concatenate([x[0, :5], x[1, :3]])
+    # As many rows as there are drafts, so that each stack compiles two steps: the last rows are of no sequence.
+    rows = jnp.concatenate([x[0, :5], x[1, :3], jnp.zeros((6, 32))])
     _, state = step(drafted, rows, RaggedBatch(**prompts), state)
     _, other = step(plain, rows, RaggedBatch(**prompts), other)
 
@@ -44,7 +45,7 @@ def test_decoding_goes_on_from_the_accepted_path_as_if_it_had_been_decoded():
     paths, count = jnp.array([[0, 2, 6], [0, 1, 0]]), jnp.array([3, 2])
     state = eqx.filter_jit(commit)(state, batch, paths, count)
 
-    accepted = jnp.concatenate([x[0, 5:12][paths[0]], x[1, 5:12][paths[1, :2]]])
+    accepted = jnp.concatenate([x[0, 5:12][paths[0]], x[1, 5:12][paths[1, :2]], jnp.zeros((9, 32))])
     _, other = step(plain, accepted, RaggedBatch([8, 5], tables, [0, 3, 5]), other)
     want, _ = step(plain, x[:, 12], RaggedBatch.decode([9, 6], tables), other)
     got, _ = step(drafted, x[:, 12], RaggedBatch.decode([9, 6], tables), state)
