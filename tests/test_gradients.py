@@ -202,7 +202,7 @@ DERIVATIVES = {
     [
         pytest.param("causal", "split", tuple(DERIVATIVES), marks=pytest.mark.kernels),
         ("window, cap, sinks", "packed", ("grad of grad",)),
-        ("chunks, ALiBi", "interleaved", ("jvp of grad",)),
+        pytest.param("chunks, ALiBi", "interleaved", ("jvp of grad",), marks=pytest.mark.kernels),
     ],
 )
 def test_every_first_and_second_derivative_is_the_references(lowering, name, order, kinds):

@@ -31,7 +31,7 @@ WRITES = ("update", "past the table", "chunks are invisible", "bad values stay i
 # To the bit, of sequences whose neighbours change. A kernel then takes another body for short sequences, and where a
 # score operation raises to a power XLA rounds the bodies of an interpreted kernel differently: by one bit (measured).
 OF_NEIGHBOURS = ("other sequences are invisible", "the order of sequences is invisible", "sequences alone are the same")
-# What runs in part in every run, and takes 10 to 20 seconds in full: kernels for prompts take long to compile.
+# What takes 10 to 20 seconds in full, and runs in part before that: kernels for prompts take long to compile.
 LATEST = {
     ("tpu-ragged", check)
     for check in (
@@ -39,6 +39,8 @@ LATEST = {
         *("past the table", "bad values stay in their sequence", "chunks are invisible"),
     )
 }
+# Faults of tables, which `tpu/test_interval.py` has for this kernel in every run: each is one more program.
+OF_TABLES = ("holes are invisible", "past the table")
 # What says most about numbers, heads and trees on a kernel; `make test-slow` runs the other checks too.
 BROUGHT_TO_KERNELS = ("equals the reference", "page order is invisible", "other sequences are invisible")
 
@@ -80,6 +82,8 @@ def run(name, check, specs, phases):
 
 def _is_fast(name, check):
     """XLA in full; of other runners what needs no program of its own; little of those that are much like another."""
+    if name == "tpu-decode inline" and check in OF_TABLES:
+        return False
     if name == "tpu-decode grid":
         return check == "equals the reference"
     if name == "tpu-ragged" and check in (*WRITES, *OF_NEIGHBOURS):
@@ -89,6 +93,13 @@ def _is_fast(name, check):
     return name == "xla" or check not in LOWERS_MORE
 
 
+def _part(name, specs, phases):
+    """What of a check runs always: of kernels and meshes one spec in one phase, of entry points one spec."""
+    if name == "xla":
+        return specs, phases
+    return specs[:1], phases if name in ENTRIES else phases[:1]
+
+
 def _rows():
     for name in (*RUNNERS, *MESHES):
         runner = runner_of(name)
@@ -96,15 +107,15 @@ def _rows():
         for check in runner.checks if name in RUNNERS else RUNNERS["xla"].checks:
             own = LOWERING_CHECKS[check]
             phases = [phase for phase in runner.phases if phase in own.phases]
-            is_later = name in KERNELS and (name, check) not in LATEST
-            later = pytest.mark.kernels if is_later else pytest.mark.slow
-            marks, is_part = [needs_devices] * (name in MESHES), name in KERNELS or name in MESHES
+            is_slow = name in MESHES or (name, check) in LATEST
+            later = pytest.mark.slow if is_slow else pytest.mark.kernels
+            marks = [needs_devices] * (name in MESHES)
             specs = plain[:1] if own.once else plain
             row = functools.partial(pytest.param, name, check)
-            if _is_fast(name, check):
-                part = (specs[:1], phases[:1]) if is_part else (specs, phases)
-                yield row(*part, id=f"{name}-{check}", marks=marks)
-            if not _is_fast(name, check) or is_part:
+            part, is_fast = _part(name, specs, phases), _is_fast(name, check)
+            if is_fast or (name, check) in LATEST:
+                yield row(*part, id=f"{name}-{check}", marks=marks + [pytest.mark.kernels] * (not is_fast))
+            if not is_fast or part != (specs, phases):
                 yield row(specs, phases, id=f"{name}-{check}-all", marks=[later, *marks])
             if own.once or not brought:
                 continue

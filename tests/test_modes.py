@@ -188,7 +188,9 @@ def test_no_result_is_nan_where_unused_slots_hold_nan():
     _assert_equal(state, _expected("state"), **CLOSE)
 
 
-@pytest.mark.parametrize("name", [pytest.param("state", marks=pytest.mark.kernels), "write", "merge", "sample", "pool"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(x, marks=pytest.mark.kernels) for x in ("state", "write")), "merge", "sample", "pool"]
+)
 def test_operation_by_operation_without_a_nan(name):
     """Without ``jax.jit`` every number in between is looked at, and every loop is one of Python's."""
     expected = _expected(name)

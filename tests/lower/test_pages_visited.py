@@ -105,17 +105,19 @@ def test_visible_pages_are_those_of_brute_force(window, mask, rows):
     """
     spec = SPEC.replace(window=window, mask=mask)
     program, table = Program.from_spec(spec), jnp.arange(5) + 7
-    visits_of = jax.jit(
-        lambda length: visits_by_scatter(program, QueryRows(length - rows, length, length), table, 4, 100)
-    )
-    cover = jax.jit(lambda length: page_coverage(program, QueryRows(length - rows, length, length), table, 4, 100))
+
+    @jax.jit
+    def visited(length):
+        own = QueryRows(length - rows, length, length), table, 4, 100
+        return visits_by_scatter(program, *own), page_coverage(program, *own)
+
     p, j = np.arange(-3, 20)[:, None], np.arange(20)[None, :]
     values = np.asarray(spec.visibility(jnp.asarray(p), jnp.asarray(j)))
     for length in range(21):
         seen = values[length - rows + 3 : length + 3] & (np.arange(20) < length)
         by_page = seen.reshape(rows, 5, 4)
         some, full = by_page.any(axis=(0, 2)), by_page.all(axis=(0, 2))
-        visits = visits_of(length)
+        visits, cover = visited(length)
         count, num_full = int(visits.count), int(visits.num_full)
         index, page = np.asarray(visits.index), np.asarray(visits.page)
         assert index[:num_full].tolist() == np.flatnonzero(full).tolist()
@@ -125,7 +127,7 @@ def test_visible_pages_are_those_of_brute_force(window, mask, rows):
             assert len(rest) == (some & ~full).sum()
         np.testing.assert_array_equal(page[:count], index[:count] + 7)
         assert not page[count:].any()
-        assert set(np.flatnonzero(cover(length).some)) == set(index[:count])
+        assert set(np.flatnonzero(cover.some)) == set(index[:count])
 
 
 def test_pages_that_are_not_visited_are_not_read():

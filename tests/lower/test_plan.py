@@ -37,7 +37,7 @@ def _assert_bitwise(one, other):
         np.testing.assert_array_equal(*(np.atleast_1d(np.asarray(array)).view(np.uint8) for array in (x, y)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.kernels] * (x == "prefill")) for x in CASES])
 def test_a_plan_gives_what_its_batch_gives_bitwise(name):
     built = build(CASES[name], hold_new=False)
     attend, new = _lowered(built.case), (built.q, built.k, built.v, built.pages)

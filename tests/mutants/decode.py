@@ -254,7 +254,7 @@ DECODE = (
 UPDATE = (
     _update(
         "no wait for what is read", method(Write, "_granule_copies", _not_awaited(is_write=False)),
-        killed_by="semaphores end at zero", in_every_run=True,
+        killed_by="semaphores end at zero",
     ),
     _update("no wait for what is written", method(Write, "_granule_copies", _not_awaited(is_write=True))),
     _update("no wait for rows", method(Write, "_row_copies", never_awaited)),

@@ -59,7 +59,7 @@ def test_equals_dense_recomputation_with_waiting_and_preemption(model_and_state,
     "options",
     [
         pytest.param({"chunk_size": 1}, marks=pytest.mark.kernels),
-        {"chunk_size": 64},
+        pytest.param({"chunk_size": 64}, marks=pytest.mark.kernels),
         pytest.param({"num_slots": 1}, marks=pytest.mark.kernels),
         {"num_slots": 5, "num_pages": 32},
     ],

@@ -45,7 +45,7 @@ MOST = {
     ("60 + 4 x 256", "write", "", "v6e"): (2, 63, 0, 0, 21, 16, 21939),
 }
 LAYERS = 4
-FAST = 6  # rows of the table that always run: one to two seconds each
+FAST = 4  # rows of the table that always run: one to two seconds each
 
 
 def _call(batch, call, terms, generation):

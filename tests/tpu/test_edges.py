@@ -38,7 +38,10 @@ def test_gradients_are_those_of_the_xla_lowering():
     assert_gradients_are_those_of_xla(_attend(), build(CASE))
 
 
-@pytest.mark.parametrize(("case", "bytes_per_seq"), [(CASE, 40), (LISTED, 72)], ids=["tables", "lists"])
+@pytest.mark.parametrize(
+    ("case", "bytes_per_seq"),
+    [pytest.param(CASE, 40, id="tables", marks=pytest.mark.kernels), pytest.param(LISTED, 72, id="lists")],
+)
 def test_tables_and_lists_too_long_for_scalar_memory_are_cut_by_sequence(case, bytes_per_seq, monkeypatch):
     """One kernel has three sequences and the next has two. Some or all of them may be dead."""
     items = items_of_launches(monkeypatch, DecodeLaunch)

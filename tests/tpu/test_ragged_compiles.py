@@ -205,6 +205,7 @@ def test_a_schedule_too_large_for_the_chip_is_refused_with_the_nearest_that_fits
 
 
 @needs_libtpu
+@pytest.mark.kernels  # the decode kernel's runs always
 def test_a_compile_error_carries_the_schedule_and_the_compilers_words(monkeypatch):
     large = _call(page_size=128, schedule={"pages_per_block": 4, "rows_per_tile": 16, "buffers": 64}, **_SMALL)
     assert_error_carries_the_compilers_words(large, monkeypatch)

@@ -104,8 +104,12 @@ def _coverage(spec, tiles, t):
 ROUGH = ("window, not the prefix",)
 
 
-@pytest.mark.parametrize("hole", [False, True])
-@pytest.mark.parametrize("rows", [16, 64])
+# Holes and many rows are met in turn; all four together are for later.
+FOUR = [pytest.param(16, True), pytest.param(64, False)]
+FOUR += [pytest.param(rows, hole, marks=pytest.mark.kernels) for rows, hole in ((16, False), (64, True))]
+
+
+@pytest.mark.parametrize(("rows", "hole"), FOUR)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_tile_lists_exactly_the_pages_that_it_sees(name, rows, hole):
     """Pages that it sees in full come first. What it sees is the mask's value at every pair of a row and a key."""

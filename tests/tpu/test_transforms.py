@@ -84,7 +84,7 @@ def test_vmap_and_scan_lower_for_a_tpu_with_the_kernels_of_one_layer(rows):
     assert _kernels(lambda *xs: jax.lax.scan(lambda _, x: (None, step(*x)), None, xs)[1], *stacked) == one
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, pytest.param(40, marks=pytest.mark.kernels)])
 def test_checkpoint_lowers_for_a_tpu_and_runs_the_kernel_again_for_what_follows_it(rows):
     """The interpreter's callbacks are not for `jax.checkpoint`, so that this looks at the program: the gradient of the
     square needs the output, which a checkpoint does not keep."""

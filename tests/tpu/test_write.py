@@ -148,7 +148,7 @@ SLOW_POINTS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.kernels] * (n == "interleaved")) for n in POINTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.kernels] * ("split" not in n)) for n in POINTS])
 def test_orders_and_dtypes(name, small_rings):
     layout, generation, mode = POINTS[name]
     _assert_writes(layout, ("mixed", "neighbours"), mode, small_rings(generation))
