@@ -32,5 +32,7 @@ from .sampling import draw as draw
 from .sampling import log_probs as log_probs
 from .sampling import sample as sample
 from .sampling import top_log_probs as top_log_probs
+from .saving import load as load
+from .saving import save as save
 from .stacked_state import StackedState as StackedState
 from .stacked_state import pools_of as pools_of
