@@ -217,7 +217,8 @@ def _place(path: pathlib.Path, name: str, entry: Any, size: int) -> tuple[int, i
     # An empty array may have other extents of any size, and NumPy makes none of more than 2^63 bytes.
     if not _are_counts(shape) or len(shape) > 32 or math.prod(filter(None, shape)) >= 2**59:
         raise ValueError(
-            f"{where} has shape {str(shape)[:100]}, which must be a few whole numbers, 0 or more, that an array can have."
+            f"{where} has shape {str(shape)[:100]}, which must be a few whole numbers, 0 or more, that an array can "
+            "have."
         )
     if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
         raise ValueError(
