@@ -36,9 +36,12 @@ LATEST = {
     ("tpu-ragged", check)
     for check in (
         *("holes are invisible", "scores of zero", "page order is invisible", "padding is nothing"),
-        *("past the table", "bad values stay in their sequence", "chunks are invisible"),
+        *("past the table", "bad values stay in their sequence", "chunks are invisible", "update"),
     )
 }
+# What the decode kernel is asked again with its sequences on the grid; `make test-slow` asks the rest.
+OF_GRID = ("equals the reference", "page order is invisible", "other sequences are invisible", "holes are invisible")
+OF_GRID += ("bad values stay in their sequence", "update")
 # Faults of tables, which `tpu/test_interval.py` has for this kernel in every run: each is one more program.
 OF_TABLES = ("holes are invisible", "past the table")
 # What says most about numbers, heads and trees on a kernel; `make test-slow` runs the other checks too.
@@ -107,7 +110,8 @@ def _rows():
         for check in runner.checks if name in RUNNERS else RUNNERS["xla"].checks:
             own = LOWERING_CHECKS[check]
             phases = [phase for phase in runner.phases if phase in own.phases]
-            is_slow = name in MESHES or (name, check) in LATEST
+            is_slow = name not in (*KERNELS, "xla") or (name, check) in LATEST
+            is_slow |= name == "tpu-decode grid" and check not in OF_GRID
             later = pytest.mark.slow if is_slow else pytest.mark.kernels
             marks = [needs_devices] * (name in MESHES)
             specs = plain[:1] if own.once else plain

@@ -56,12 +56,11 @@ BY_HEAD = {
 }
 
 
-def rows_of(table, fast=()):
-    """The rows of a table, of which few run always."""
-    rows = [row if isinstance(row, tuple) else (row,) for row in table]
-    return [
-        pytest.param(*row, marks=[] if set(row) & set(fast) or row in fast else pytest.mark.kernels) for row in rows
-    ]
+def rows_of(table, fast=(), slow=()):
+    """The rows of a table, of which few run always, and few run last."""
+    rows, always, last = ([row if isinstance(row, tuple) else (row,) for row in of] for of in (table, fast, slow))
+    later = [pytest.mark.slow if row in last else pytest.mark.kernels for row in rows]
+    return [pytest.param(*row, marks=[] if row in always else mark) for row, mark in zip(rows, later, strict=True)]
 
 
 def lowered(case, schedule, mode="on_wait", generation="v6e"):

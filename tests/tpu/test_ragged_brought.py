@@ -133,7 +133,14 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize(("name", "mode"), rows_of(itertools.product(OWN, MODES), (("tree, window", "on_wait"),)))
+# Each of these meets one mode before the slow tests, and `tree, window` both.
+LAST = (("tree", "on_wait"), ("tree, chunk or prefix", "eager"), ("tree, slopes, cap", "on_wait"))
+LAST += (("tree, per head", "eager"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), rows_of(itertools.product(OWN, MODES), fast=(("tree, window", "on_wait"),), slow=LAST)
+)
 def test_trees(name, mode):
     """Also where the sequence of one row goes to the decode kernel, and two cores share the tiles of groups of four."""
     pool = {"tree, chunk or prefix": {"dtype": "int8", "scales": "token"}, "tree, per head": {"order": "interleaved"}}

@@ -111,8 +111,13 @@ SLOW_WHOLE = {
 }  # fmt: skip
 
 
-@pytest.mark.kernels
-@pytest.mark.parametrize("name", SLOW_WHOLE)
+# Much like others of the list.
+SLOWEST = ("two buffers", "not causal", "eight strip groups in turns", "joined, sinks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x in SLOWEST else pytest.mark.kernels) for x in SLOW_WHOLE]
+)
 def test_whole_blocks_of_every_kind(name):
     case, choices, mode = SLOW_WHOLE[name]
     attend = interpreted(case, _schedule(**{"pages_per_block": 1, **choices}), mode)
