@@ -26,7 +26,7 @@ from .pretrained import Unavailable, smollm2
 from .prompts import QUESTIONS, SYSTEM
 from .serving import compare_with_dense, print_pages_over_time
 
-NUM_PAGES, PAGE_SIZE, NUM_SLOTS, CHUNK = 96, 16, 8, 64
+NUM_PAGES, PAGE_SIZE, NUM_SLOTS, CHUNK = 80, 16, 16, 64
 TIE = 1e-3  # logits closer than this are a tie: 30 layers of float32 sums, in another order, may rank them either way
 
 

@@ -202,9 +202,10 @@ class _Show:
     def summary(self, results: Sequence[Generation], started: float, ended: float) -> str:
         """What it took."""
         first = "none" if self.first is None else f"{self.first - started:.1f} s"
-        prompts, seconds = sum(len(result.prompt) for result in results), ended - started
+        read, seconds = sum(len(result.prompt) for result in results), ended - started
+        prompts = f"{len(results)} prompt{'s' * (len(results) != 1)}"
         return (
-            f"{len(results)} prompts of {prompts} tokens, {self.tokens} tokens generated in {seconds:.1f} s: "
+            f"{prompts} of {read} tokens, {self.tokens} tokens generated in {seconds:.1f} s: "
             f"{self.tokens / seconds:.1f} tokens per second, compilation included; first token after {first}; "
             f"at most {self.most_pages} of {self.num_pages} pages in use; "
             f"{sum(result.preemptions for result in results)} preemptions"
