@@ -18,6 +18,7 @@ from .pool_model import CAPACITY, PAGES, SIZE, SLOTS, WIDTH, PoolModel
 from .strategies import pool_tokens
 
 _MASKS = (Causal() & Window(3), Causal() & (Prefix(1) | Window(1)), Causal() & Chunk(3), Causal())
+_FEW = st.lists(st.integers(0, 3), min_size=SLOTS, max_size=SLOTS)
 _PER_SLOT = st.lists(pool_tokens(CAPACITY), min_size=SLOTS, max_size=SLOTS)
 _SLOT_OR_NONE = st.lists(st.sampled_from([-1, 0, 1, 2, 2, 1, 0, SLOTS, -2]), min_size=SLOTS, max_size=SLOTS)
 
@@ -100,12 +101,13 @@ class PoolMachine(RuleBasedStateMachine):
         batch = _jitted(self.pool_type, "ragged_batch")(self.pool, jnp.asarray(rows, jnp.int32))
         self.model.step(batch.copy_from.tolist())
 
-    @rule(mask=st.sampled_from(_MASKS))
-    def trim(self, mask: Mask) -> None:
-        """Pages freed that a mask hides."""
+    @rule(mask=st.sampled_from(_MASKS), tokens=_FEW)
+    def trim(self, mask: Mask, tokens: list[int]) -> None:
+        """Pages freed that a mask hides, and then a few tokens more, as before a step."""
         self.step()
         self.pool = _trimmed(self.pool, mask)
         self.model.trim(mask)
+        self.extend(tokens)
 
     @invariant()
     def agrees(self) -> None:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from paged.lower import Attend, Sequences
 from paged.runtime import PagePool, _pool_requests
 from paged.runtime import cache as cache_module
+from paged.runtime import pool as pool_module
 from paged.runtime.cache import PagedCache
 
 from .base import Mutant
@@ -31,6 +32,14 @@ def _held_pages_too(original):
 
 def _from_the_first(original):
     return lambda pool, asked, ok, first, used: original(pool, asked, ok, jnp.zeros_like(first), used)
+
+
+def _from_the_next(original):
+    return lambda mask, positions, *args: original(mask, positions + 1, *args)
+
+
+def _not_freed(pool):
+    return jnp.sum(pool.block_tables >= 0, axis=1)
 
 
 def _not_counted(original):
@@ -68,6 +77,14 @@ POOL = (
     Mutant(
         "pool", "lengths outlive their slots", method(PagePool, "release", _with("lengths")),
         "pool", "lengths", in_every_run=False,
+    ),
+    Mutant(
+        "pool", "pages are freed while the next token sees them", attribute(pool_module, "kept_pages", _from_the_next),
+        "pool", "block_tables", in_every_run=False,
+    ),
+    Mutant(
+        "pool", "new pages fill the entries of freed ones", method(PagePool, "entries", lambda _: _not_freed),
+        "pool", "block_tables", in_every_run=False,
     ),
     Mutant(
         "pool", "one free page too many",
