@@ -113,7 +113,7 @@ def test_scan_over_layers_that_share_a_batch(lowering):
 
 
 @every_lowering
-@every_phase
+@pytest.mark.parametrize("phase", [pytest.param(x, marks=[pytest.mark.kernels] * (x == "prefill")) for x in PHASES])
 def test_vmap_and_scan_over_the_caches_of_layers_are_a_loop_over_layers(lowering, phase):
     """They share a batch, and each writes and reads its own pages."""
     case = case_of("plain", phase)

@@ -95,7 +95,7 @@ def test_holes_are_not_visited():
     assert _visited(SPEC, [64], tables=tables) == (2, 4)
 
 
-@pytest.mark.parametrize("window", [1, 3, 4, 5, 8, 9, None])
+@pytest.mark.parametrize("window", [1, 3, 4, 5, *(pytest.param(n, marks=pytest.mark.kernels) for n in (8, 9)), None])
 @pytest.mark.parametrize("mask", [None, Chunk(3), Chunk(8), Chunk(3) | Prefix(2)], ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_visible_pages_are_those_of_brute_force(window, mask, rows):

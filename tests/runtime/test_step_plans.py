@@ -71,7 +71,7 @@ def test_no_list_is_made_in_the_loop_over_layers_and_one_for_each_mask_before_it
     assert set(inside) >= LISTS and everywhere.count("sort") == 3  # two in the loop, one in the layer after it
 
 
-@pytest.mark.parametrize("is_stack", [False, True])
+@pytest.mark.parametrize("is_stack", [pytest.param(False, marks=pytest.mark.kernels), True])
 def test_a_step_of_generate_is_planned_once_for_each_mask(is_stack, monkeypatch):
     make = lambda: LayerStack.of(blocks(4, SPECS)) if is_stack else tuple(blocks(4, SPECS))
     model, state = model_of(make)

@@ -96,7 +96,7 @@ def _require_the_reference(lowering, built, schedule):
     assert_state_close(state_of(attend, built), built)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.kernels] * (x != "ragged")) for x in CASES])
 @pytest.mark.parametrize("lowering", ALL_LOWERINGS)
 def test_some_candidates_give_the_reference(lowering, name):
     """The smallest sizes, or the most row blocks at once; the test below runs all of them."""
