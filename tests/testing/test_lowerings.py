@@ -97,7 +97,10 @@ def test_layers_whose_positions_come_from_the_step_are_named():
     class StepPositions(PagedAttention):
         def __call__(self, x, batch, state):
             pages = state.get(self.cache.index)
-            q, k, v = self._project(x, jnp.arange(x.shape[0], dtype=jnp.int32))  # the rows of the step, not positions
+            projections = (self.query_proj, self.key_proj, self.value_proj)
+            q, k, v = (jax.vmap(proj)(x).reshape(len(x), -1, self.spec.head_dim) for proj in projections)
+            rows = jnp.arange(len(x), dtype=jnp.int32)  # the rows of the step, not positions
+            q, k = self.rotary(q, rows), self.rotary(k, rows)
             out, pages = self.cache.attend_pages(q, k, v, pages, batch)
             return jax.vmap(self.output_proj)(out.reshape(len(x), -1)), state.set(self.cache.index, pages)
 
