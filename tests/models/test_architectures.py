@@ -102,7 +102,7 @@ def test_generate_gives_the_greedy_tokens_of_transformers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("gemma3", {24, 10}), pytest.param("gpt_oss", {24, 10}, marks=pytest.mark.kernels)]
+    ("name", "most"), [("gemma3", {24, 10}), pytest.param("gpt_oss", {24, 10}, marks=pytest.mark.slow)]
 )
 @pytest.mark.kernels
 def test_windowed_layers_have_the_pages_that_they_need_and_the_same_tokens(name, most):

@@ -267,3 +267,27 @@ def test_a_prefix_is_shared_where_its_needed_pages_are_held():
     assert [own.block_tables[2].tolist() for own in shared.pools] == [[0, 1, 2, 3, 4, -1], [-1, -1, -1, 3, 4, -1]]
     assert run(jnp.array([0, 9, 4]))[1].tolist() == [True, True, False]
     assert forked.pages_in_use.tolist() == [5, 2] and [c.tolist() for c in copies] == [[-1, 4, -1], [-1, 4, -1]]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("rows", [1, pytest.param(5, marks=pytest.mark.slow)], ids=["decode", "chunks"])
+@pytest.mark.parametrize("mask", [Window(11), Prefix(3) | Window(9)], ids=["one run of pages", "listed pages"])
+def test_kernels_never_read_what_was_freed(mask, rows):
+    """NaN in every page that no slot holds: kernels give what XLA gives from the pages that nobody trimmed."""
+    spec = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, mask=mask)
+    layout = paged.PageLayout(page_size=8, num_kv_heads=2, head_dim=16, dtype=jnp.float32)
+    lengths, steps = np.array([29, 16, 3]), np.minimum(rows, 3 if rows > 1 else 1) + np.arange(3) * (rows > 1)
+    full, _ = PagePool.init(16, 3, 5, 8).extend(lengths)
+    trimmed = full.trim(spec.visibility)
+    assert int(trimmed.num_free) > int(full.num_free)
+    keys = jax.random.split(jax.random.key(0), 4)
+    own = np.asarray(trimmed.ref_counts > 0)[:, None, None, None, None]
+    kv = jax.random.normal(keys[0], layout.array_shapes(16)[0])
+    total = int(steps.sum())
+    q, k, v = (jax.random.normal(key, (total, n, 16)) for key, n in zip(keys[1:], (4, 2, 2), strict=True))
+    full, trimmed = (pool.extend(steps)[0] for pool in (full, trimmed))
+    want, _ = paged.lower(spec, layout, "xla").update(q, k, v, layout.wrap(kv), full.ragged_batch(steps))
+    attend = paged.lower(spec, layout, "tpu", interpret=True)
+    batch = trimmed.decode_batch() if rows == 1 else trimmed.ragged_batch(steps)
+    got, _ = attend.update(q, k, v, layout.wrap(jnp.where(own, kv, jnp.nan)), batch)
+    np.testing.assert_allclose(got, want, atol=2e-5)
