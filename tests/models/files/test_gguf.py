@@ -1,8 +1,10 @@
 """GGUF: every architecture comes back as Hugging Face has it; block types; and files that lie."""
 
 import gguf
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from paged.models import Config, open_checkpoint, open_gguf, unpack_mxfp4
 
@@ -210,6 +212,25 @@ def test_every_file_that_is_cut_short_is_refused(tmp_path, honest):
         path.write_bytes(honest[:length])
         with pytest.raises(ValueError, match=r"model\.gguf"):
             open_gguf(path)
+
+
+@hypothesis.given(st.data())
+def test_any_change_of_a_header_is_read_or_refused_by_name(honest, tmp_path_factory, data):
+    raw = bytearray(honest)
+    end = honest.index(b"output_norm.weight")
+    for _ in range(data.draw(st.integers(1, 3))):
+        new = data.draw(st.sampled_from([b"\xff" * 8, bytes(8), _HUGE]) | st.binary(min_size=1, max_size=2))
+        place = data.draw(st.integers(0, end))
+        raw[place : place + len(new)] = new
+    path = tmp_path_factory.getbasetemp() / "changed.gguf"
+    path.unlink(missing_ok=True)  # what is mapped stays as it is
+    path.write_bytes(raw)
+    try:
+        weights = open_gguf(path).weights
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(tensor.read().shape == tensor.shape for tensor in weights.values())
 
 
 def test_mxfp4_is_unpacked_as_the_format_says():

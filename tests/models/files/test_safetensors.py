@@ -3,10 +3,12 @@
 import json
 import os
 
+import hypothesis
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from paged.models import open_safetensors, write_safetensors
 
@@ -230,3 +232,25 @@ def test_every_file_that_is_cut_short_is_refused(tmp_path):
         whole.write_bytes(raw[:length])
         with pytest.raises(ValueError, match=r"a\.safetensors"):
             open_safetensors(whole)
+
+
+@hypothesis.given(st.data())
+def test_any_change_of_a_header_is_read_or_refused_by_name(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "changed.safetensors"
+    write_safetensors(path, {"x": np.ones(3), "y": np.ones((2, 5), np.int8)})
+    raw = bytearray(path.read_bytes())
+    end = raw.index(b"}}")
+    for _ in range(data.draw(st.integers(1, 3))):
+        new = data.draw(
+            st.sampled_from([b"-", b"9", b"[", b"0,", b'"', b"999999999999999999"]) | st.binary(min_size=1, max_size=2)
+        )
+        place = data.draw(st.integers(0, end))
+        raw[place : place + len(new)] = new
+    path.unlink()  # what is mapped stays as it is
+    path.write_bytes(raw)
+    try:
+        weights = open_safetensors(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(tensor.read().shape == tensor.shape for tensor in weights.values())

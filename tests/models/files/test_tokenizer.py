@@ -32,7 +32,7 @@ def _byte_level(pre="llama-bpe", **changes):
 
 _PIECES = {"<unk>": 0.0, "<s>": 0.0, "</s>": 0.0} | {f"<0x{i:02X}>": 0.0 for i in range(256)}
 _PIECES |= {"▁": -9.0, "a": -8.0, "b": -7.5, "c": -8.5, "ab": -3.0, "bc": -2.0, "▁a": -4.0, "abc": -1.0, "▁abc": -5.0,
-            "cab": -2.5, "é": -8.2, "bb": -6.0, "bbb": -6.5}  # fmt: skip
+            "cab": -2.5, "é": -8.2, "bb": -6.0, "bbb": -6.5, "d": -8.0, "ad": -3.5, "db": -2.2}  # fmt: skip
 
 
 def _sentence_piece(**changes):
@@ -95,8 +95,8 @@ def _merged_by_score(text):
             ([part] if part in _PIECES else [f"<0x{byte:02X}>" for byte in part.encode()])]  # fmt: skip
 
 
-@given(st.text(alphabet="abc é€", max_size=12))
-@example("abcab bbb")
+@given(st.text(alphabet="abcd é€", max_size=12))
+@example("abcab bbb adb")
 def test_sentence_pieces_merge_by_score(text):
     encoded = _tokenizer("pieces").backend.encode(text)
     if text:
