@@ -98,8 +98,9 @@ def _add_rotary(
             kind = "longrope"
             for length in ("long", "short"):
                 scaling[f"{length}_factor"] = tensors[f"rope_factors_{length}.weight"].read().astype(float).tolist()
-            if "rope.scaling.attn_factor" in left:
-                scaling["attention_factor"] = left.pop("rope.scaling.attn_factor")
+            said, usual = left.pop("rope.scaling.attn_factor", None), _usual_attention_factor(config)
+            if said is not None and not math.isclose(said, usual, rel_tol=1e-6):
+                scaling["attention_factor"] = said
         if not config.get("sliding_window"):  # the file says 0 for none
             config["sliding_window"] = None
     if "rope_freqs.weight" in tensors:
@@ -108,6 +109,13 @@ def _add_rotary(
         scaling["truncate"] = False
     if kind != "none":
         config["rope_scaling"] = {"rope_type": kind, **scaling}
+
+
+def _usual_attention_factor(config: dict[str, Any]) -> float:
+    """What LongRope multiplies the embedding with, where a config does not say: arXiv:2402.13753, section 4.2."""
+    trained = config.get("original_max_position_embeddings", 0)
+    ratio = config["max_position_embeddings"] / trained if trained > 1 else 1.0
+    return math.sqrt(1 + math.log(ratio) / math.log(trained)) if ratio > 1 else 1.0
 
 
 def _llama3(path: pathlib.Path, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:

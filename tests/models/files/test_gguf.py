@@ -1,5 +1,7 @@
 """GGUF: every architecture comes back as Hugging Face has it; block types; and files that lie."""
 
+import dataclasses
+
 import gguf
 import hypothesis
 import numpy as np
@@ -79,6 +81,55 @@ def test_an_architecture_comes_back_as_hugging_face_has_it(tmp_path, architectur
             np.testing.assert_array_equal(tensor.read(parts[:depth]), tensor.read()[parts[:depth]], err_msg=name)
 
 
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LONG = {"long_factor": [2.0] * 6, "short_factor": [1.0] * 6}
+# What config.json of released models says, beside the usual numbers.
+RELEASED = {
+    "llama": {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+              "rope_scaling": {"rope_type": "llama3", **_LLAMA3}},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 1], "no_rope_layer_interval": 4, "mlp_bias": False,
+                "use_sliding_window": False, "sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "qwen2": {"model_type": "qwen2", "max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False},
+    "qwen3": {"model_type": "qwen3", "attention_bias": False, "sliding_window": None, "use_sliding_window": False},
+    "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64,
+             "rope_scaling": {"type": "longrope", **_LONG}, "sliding_window": None, "mlp_bias": False},
+    "gemma2": {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+               "query_pre_attn_scalar": 16, "sliding_window": 64, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma3": {"model_type": "gemma3_text", "query_pre_attn_scalar": 16, "rope_local_base_freq": 10000,
+               "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 64,
+               "sliding_window_pattern": 6},
+    "gpt-oss": {"model_type": "gpt_oss", "attention_bias": True, "num_local_experts": 3, "num_experts_per_tok": 2,
+                "experts_per_token": 2, "swiglu_limit": 7.0, "sliding_window": 128,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                                 "original_max_position_embeddings": 4096, "truncate": False}},
+}  # fmt: skip
+
+
+def _llama3_factors():
+    """As transformers computes them: long wavelengths divided, short ones kept, in between both."""
+    wavelengths = 2 * np.pi * NUMBERS["rope_theta"] ** (np.arange(8) / 8)
+    smooth = (8192 / wavelengths - 1) / 3
+    factors = np.where(wavelengths > 8192, 8.0, np.where(wavelengths < 2048, 1.0, 1 / ((1 - smooth) / 8 + smooth)))
+    assert len(set(factors)) > 2
+    return {"rope_freqs.weight": factors.astype(np.float32)}
+
+
+@pytest.mark.parametrize("architecture", PARTS)
+def test_a_file_means_what_the_released_config_means(tmp_path, architecture):
+    tensors = {"phi3": _LONGROPE, "llama": _llama3_factors()}.get(architecture, {})
+    extra = dict(CONFIGS[architecture][0])
+    if architecture == "phi3":  # what a converter computes
+        extra["phi3.rope.scaling.attn_factor"] = (np.sqrt(1 + np.log(2) / np.log(64)), F32)
+    path = write(
+        tmp_path / "model.gguf", architecture, hugging_face_weights(architecture), extra=extra, tensors=tensors
+    )
+    released = NUMBERS | {"tie_word_embeddings": architecture.startswith("gemma")} | RELEASED[architecture]
+    for longest in (64, 128):
+        ours, theirs = (Config.from_keys(keys, longest) for keys in (open_gguf(path).config, released))
+        assert dataclasses.replace(ours, source="") == dataclasses.replace(theirs, source="")
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "MXFP4"])
 def test_blocks_are_dequantised_part_by_part(tmp_path, kind):
     """Also of a tensor whose rows are interleaved."""
@@ -94,16 +145,10 @@ def test_blocks_are_dequantised_part_by_part(tmp_path, kind):
 
 
 def test_the_scaling_of_llama_3_is_read_off_its_factors(tmp_path):
-    """As transformers computes them: long wavelengths divided, short ones kept, in between both."""
-    wavelengths = 2 * np.pi * NUMBERS["rope_theta"] ** (np.arange(8) / 8)
-    smooth = (8192 / wavelengths - 1) / 3
-    factors = np.where(wavelengths > 8192, 8.0, np.where(wavelengths < 2048, 1.0, 1 / ((1 - smooth) / 8 + smooth)))
-    assert len(set(factors)) > 2
-    tensors = {"rope_freqs.weight": factors.astype(np.float32)}
+    tensors = _llama3_factors()
     path = write(tmp_path / "model.gguf", "llama", hugging_face_weights("llama"), tensors=tensors)
-    expected = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     opened = open_gguf(path)
-    assert opened.config["rope_scaling"] == expected | {"original_max_position_embeddings": 8192}
+    assert opened.config["rope_scaling"] == {"rope_type": "llama3", **_LLAMA3}
     assert not [name for name in opened.weights if "rope" in name]
     tensors["rope_freqs.weight"][-1] = 7
     write(path, "llama", hugging_face_weights("llama"), tensors=tensors)
