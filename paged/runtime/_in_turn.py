@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from paged.lower import at_index, vary_alike
 
-_LARGE = 2**16  # bytes: smaller arrays hardly matter to a cache
+from ._apart import LARGE, View, is_apart, is_product, is_view, pick, run_at
 
 
 def in_turn(f: Callable[[Any, Any], Any], stacks: Any, place: Array, carry: Any) -> Any:
@@ -19,34 +19,47 @@ def in_turn(f: Callable[[Any, Any], Any], stacks: Any, place: Array, carry: Any)
     XLA:CPU cannot multiply with a part of a larger array, so it copies each array out of its stack. It would copy all
     arrays of a layer before the first is used, more than a cache holds, and read memory again when each is used. Here
     the copy of a large array waits for what ``f`` computes before it uses that array. On other platforms nothing waits.
+    Of arrays that are `Apart`, none is copied: a product with one has a branch for each layer.
 
     **Arguments:**
 
     - `f`: traced once.
-    - `stacks`: a pytree of arrays with a leading axis.
+    - `stacks`: a pytree of arrays with a leading axis, and of `Apart`.
     - `place`: int32[], an index in range of that axis.
     - `carry`: a pytree of arrays.
     """
-    stacked, structure = jax.tree.flatten(stacks)
-    own = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in stacked]
+    stacked, structure = jax.tree.flatten(stacks, is_leaf=is_apart)
+    own = [x.part if is_apart(x) else jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in stacked]
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(jax.tree.unflatten(structure, own), carry)
     jaxpr, given = closed.jaxpr, jax.tree.leaves(carry)
     known: dict[Var, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     known |= dict(zip(jaxpr.invars[len(own) :], given, strict=True))
-    waiting = dict(zip(jaxpr.invars, stacked, strict=False))
+    waiting = {v: x for v, x in zip(jaxpr.invars, stacked, strict=False) if not is_apart(x)}
+    views = {v: View(x) for v, x in zip(jaxpr.invars, stacked, strict=False) if is_apart(x)}
     following: set[Var] = set(jaxpr.invars[len(own) :])  # what is computed from the carry
     latest: Array | None = None  # of these
+    run = lambda eqn, known: _run(eqn, jaxpr, known)
     for eqn in jaxpr.eqns:
+        apart = {v: views[v] for v in _variables(eqn.invars) if v in views}
+        if apart and is_view(eqn):
+            (view,) = apart.values()
+            views[eqn.outvars[0]] = view.then(run, eqn)
+            continue
+        if not is_product(eqn):
+            known |= {v: pick(place, view) for v, view in apart.items()}
+            apart = {}
         for v in _variables(eqn.invars):
             if v in waiting:
                 stack = waiting.pop(v)
-                is_large = stack.nbytes >= _LARGE * stack.shape[0]
+                is_large = stack.nbytes >= LARGE * stack.shape[0]
                 known[v] = at_index(stack, _after(latest, place) if is_large else place)
-        known |= zip(eqn.outvars, _run(eqn, jaxpr, known), strict=True)
+        results = run_at(place, run, eqn, apart, known) if apart else run(eqn, known)
+        known |= zip(eqn.outvars, results, strict=True)
         if following.intersection(_variables(eqn.invars)):
             following.update(eqn.outvars)
             latest = next((known[v] for v in eqn.outvars if _is_number(known[v])), latest)
     known |= {v: at_index(stack, place) for v, stack in waiting.items()}  # given back as they are, or not used
+    known |= {v: pick(place, views[v]) for v in _variables(jaxpr.outvars) if v in views and v not in known}
     results = [x.val if isinstance(x, Literal) else known[x] for x in jaxpr.outvars]
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 

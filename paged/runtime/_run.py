@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._apart import LARGE, Apart, is_apart
 from ._step_plans import StepPlans
 from .stacked_state import StackedState, pools_of, with_pools, without_pools
 
@@ -51,9 +52,21 @@ def replaced(run: Any, numbered: Sequence[tuple[int, Any]]) -> Any:
     return _with_arrays(run, [layer for _, layer in numbered])
 
 
+def apart(run: Any) -> Any:
+    """The run with its large arrays `Apart`, layer by layer."""
+    is_large = lambda x: eqx.is_array(x) and x.nbytes >= LARGE * x.shape[0]
+    return jax.tree.map(lambda x: Apart.of(x) if is_large(x) else x, run, is_leaf=_is_index)
+
+
+def together(run: Any) -> Any:
+    """The run with all its arrays stacked."""
+    return jax.tree.map(lambda x: x.stacked if is_apart(x) else x, run, is_leaf=is_apart)
+
+
 def layer_of(run: Any, place: int) -> Any:
     """One layer of the run, with the indices of the run's state."""
-    return jax.tree.map(lambda x: x[place] if eqx.is_array(x) else x, run, is_leaf=_is_index)
+    is_leaf = lambda x: _is_index(x) or is_apart(x)
+    return jax.tree.map(lambda x: x[place] if eqx.is_array(x) or is_apart(x) else x, run, is_leaf=is_leaf)
 
 
 def kinds_of(layers: Iterable[Any]) -> list[int]:

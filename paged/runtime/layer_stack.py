@@ -12,9 +12,10 @@ from jaxtyping import Array
 from paged.lower import Attend, Plan, Step, check_values, demands_of
 from paged.spec import GroupedBatch, batch_for
 
+from ._apart import is_apart
 from ._in_turn import in_turn
 from ._pattern import Segment, places_of, segments_of
-from ._run import kinds_of, layer_of, made_together, replaced, serve_one, stacked
+from ._run import apart, kinds_of, layer_of, made_together, replaced, serve_one, stacked, together
 from ._step_plans import StepPlans
 from .cache import PagedCache
 from .stacked_state import pools_of
@@ -193,7 +194,7 @@ class LayerStack(eqx.Module):
         >>> stack.fold(lambda layer, x: jax.nn.relu(layer(x)), jnp.ones(4)).shape
         (4,)
         """
-        arrays, static = self._parts()
+        arrays, static = self.together()._parts()
         return self._walk(lambda run, x, layer: f(eqx.combine(layer, static[run]), x), x, arrays)
 
     def layer(self, i: int) -> Any:
@@ -214,6 +215,26 @@ class LayerStack(eqx.Module):
         """All layers alone, in order, see `layer`."""
         return [self.layer(i) for i in range(len(self))]
 
+    def apart(self) -> "LayerStack":
+        """This stack, to serve on a CPU: each layer has its large arrays by itself, and its pages in the pool.
+
+        XLA:CPU copies a layer's part out of a stacked array before it multiplies with it. Where a step has few rows,
+        the copies take as long as the products. Here a product has a branch for each layer, and nothing is copied.
+        Programs are larger, and take a little longer to compile. `together` gives a stack for training and for other
+        platforms, and so does `with_layers`.
+
+        **Returns:** a stack that computes the same. Its arrays are copies.
+
+        >>> stack = LayerStack.make(lambda key: eqx.nn.Linear(256, 256, key=key), jax.random.split(jax.random.key(0), 3))
+        >>> len(jax.tree.leaves(stack)), len(jax.tree.leaves(stack.apart())), len(jax.tree.leaves(stack.apart().together()))
+        (2, 4, 2)
+        """
+        return LayerStack(tuple(map(apart, self.runs)), self.segments)
+
+    def together(self) -> "LayerStack":
+        """This stack with all arrays stacked, see `apart`."""
+        return LayerStack(tuple(map(together, self.runs)), self.segments)
+
     def with_layers(self, layers: Sequence[Any]) -> "LayerStack":
         """This stack with the arrays of these layers, such as those of a checkpoint. Its pages stay what they are.
 
@@ -231,7 +252,7 @@ class LayerStack(eqx.Module):
         if len(layers) != len(self):
             raise ValueError(f"layers must be {len(self)}, as many as the stack has; got {len(layers)}.")
         numbered = _by_run(self.segments, enumerate(layers))
-        runs = tuple(replaced(run, members) for run, members in zip(self.runs, numbered, strict=True))
+        runs = tuple(replaced(together(run), members) for run, members in zip(self.runs, numbered, strict=True))
         return LayerStack(runs, self.segments)
 
     def _checked(self, batch: Any, tokens: Any, state: eqx.nn.State) -> Any:
@@ -271,7 +292,8 @@ class LayerStack(eqx.Module):
 
     def _parts(self) -> tuple[list[Any], list[Any]]:
         """Of every run, the arrays and what is not an array."""
-        parts = [eqx.partition(run, eqx.is_array) for run in self.runs]
+        is_array = lambda x: eqx.is_array(x) or is_apart(x)
+        parts = [eqx.partition(run, is_array, is_leaf=is_apart) for run in self.runs]
         return [arrays for arrays, _ in parts], [static for _, static in parts]
 
     def _walk(self, one_layer: Callable[[int, Any, Any], Any], carry: Any, xs_of_run: Sequence[Any]) -> Any:
