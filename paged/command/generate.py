@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
         sizes = {"num_pages": pages, "page_size": options.page_size, "num_slots": slots}
         sizes |= {"chunk_size": options.chunk_size}
         model, state, _ = load(options.model, **sizes, dtype=options.dtype, target=options.target)
+        model = model.apart() if jax.default_backend() == "cpu" else model
         loaded = time.perf_counter()
         show = _Show(tokenizer, texts, options.max_new_tokens, pages, bar)
         results, _ = answer(

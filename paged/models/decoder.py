@@ -141,6 +141,14 @@ class Decoder(eqx.Module):
         cap = self.config.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
+    def apart(self) -> "Decoder":
+        """This model, to serve on a CPU, where it then copies no layer's parameters: see `LayerStack.apart`.
+
+        **Returns:** a model that computes the same. The layers' parameters are copies: let go of this model. For
+        training, `LayerStack.together` stacks them again.
+        """
+        return eqx.tree_at(lambda model: model.layers, self, self.layers.apart())
+
     def dense(self, tokens: Int[Array, "*batch tokens"]) -> Float[Array, "*batch tokens vocab"]:
         """Logits at every position of whole sequences, computed without pages: for training, and to check a cache.
 

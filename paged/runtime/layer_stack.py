@@ -225,9 +225,11 @@ class LayerStack(eqx.Module):
 
         **Returns:** a stack that computes the same. Its arrays are copies.
 
-        >>> stack = LayerStack.make(lambda key: eqx.nn.Linear(256, 256, key=key), jax.random.split(jax.random.key(0), 3))
-        >>> len(jax.tree.leaves(stack)), len(jax.tree.leaves(stack.apart())), len(jax.tree.leaves(stack.apart().together()))
-        (2, 4, 2)
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> stack = LayerStack.make(lambda key: eqx.nn.Linear(256, 256, key=key), keys)
+        >>> parts = stack.apart()
+        >>> [len(jax.tree.leaves(each)) for each in (stack, parts, parts.together())]
+        [2, 4, 2]
         """
         return LayerStack(tuple(map(apart, self.runs)), self.segments)
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -249,3 +250,36 @@ def test_at_index_is_an_index_and_differentiates(dtype):
     assert taken.dtype == gradient.dtype == jnp.dtype(dtype)
     np.testing.assert_array_equal(taken.astype(jnp.float32), x[1].astype(jnp.float32))
     np.testing.assert_array_equal(gradient.astype(jnp.float32), np.eye(3)[1][:, None, None] * np.ones((3, 2, 4)))
+
+
+class Wide(eqx.Module):
+    """A layer with an array that is large, one that is read in another order, and one that is small."""
+
+    up: eqx.nn.Linear
+    down: jax.Array
+
+    def __init__(self, key):
+        self.up = eqx.nn.Linear(128, 128, key=key)
+        self.down = jax.random.normal(key, (16, 8, 128)) / 11
+
+    def __call__(self, x, batch, state):
+        return self.dense(x), state
+
+    def dense(self, x):
+        hidden = jax.nn.relu(jax.vmap(self.up)(x))
+        return x + hidden @ self.down.reshape(128, 128).T
+
+
+def test_a_stack_that_is_apart_is_the_same_and_copies_no_large_array():
+    stack, state = eqx.nn.make_with_state(LayerStack.make)(Wide, keys_of(3))
+    parts, x = stack.apart(), jax.random.normal(jax.random.key(0), (2, 128))
+    batch = paged.RaggedBatch.decode([1, 1], [[0], [1]])
+    step = jax.jit(lambda stack, x, state: stack(x, batch, state)[0])
+    want = step(stack, x, state)
+    np.testing.assert_allclose(step(parts, x, state), want, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda stack, x: stack.dense(x))(parts, x), want, atol=1e-5)
+    copied = [step.lower(each, x, state).as_text().count("tensor<1x128x128xf32>") for each in (stack, parts)]
+    assert copied[0] > 0 and copied[1] == 0
+    chex.assert_trees_all_equal(parts.together(), stack)
+    chex.assert_trees_all_equal(parts.unstack(), stack.unstack())
+    chex.assert_trees_all_equal(parts.with_layers(stack.unstack()), stack)
