@@ -48,7 +48,6 @@ def serve_and_check(file: pathlib.Path, questions: tuple[str, ...], new_tokens: 
     """Answer the questions with the model of a file. The exit code."""
     started = time.perf_counter()
     model, state, tokenizer = load(file, num_pages=NUM_PAGES, page_size=PAGE_SIZE, dtype=jnp.float32)
-    model = model.apart() if jax.default_backend() == "cpu" else model
     assert tokenizer is not None
     parameters = sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
     print(f"{file.name}: {parameters:,} parameters, loaded in {time.perf_counter() - started:.1f} s (measured)")
@@ -56,7 +55,8 @@ def serve_and_check(file: pathlib.Path, questions: tuple[str, ...], new_tokens: 
         tokenizer.chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
         for question in questions
     ]
-    results = serve(model, state, tokenizer, prompts, new_tokens)
+    served = model.apart() if jax.default_backend() == "cpu" else model
+    results = serve(served, state, tokenizer, prompts, new_tokens)
     for question, result in zip(questions, results, strict=True):
         shown = textwrap.shorten(question, 110, placeholder=" ...")
         answer = textwrap.fill(tokenizer.decode(result.tokens), 110, initial_indent="    ", subsequent_indent="    ")
