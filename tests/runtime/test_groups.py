@@ -168,7 +168,11 @@ def poisoned(model, state, pool):
 
 @pytest.mark.parametrize(
     "order",
-    ["packed", pytest.param("split", marks=pytest.mark.kernels), pytest.param("interleaved", marks=pytest.mark.slow)],
+    [
+        pytest.param("packed", marks=pytest.mark.kernels),
+        pytest.param("split", marks=pytest.mark.slow),
+        pytest.param("interleaved", marks=pytest.mark.slow),
+    ],
 )
 def test_freed_pages_may_hold_nan(order):
     """A random program of chunks, decode steps and releases over three slots, by groups of the least size.

@@ -303,7 +303,13 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("sink and window", "of a user", "where") else pytest.param(name, marks=pytest.mark.kernels)
+        for name in MASKS
+    ],
+)
 def test_trim_frees_what_no_query_to_come_sees_and_nothing_else(name):
     """By the mask's value for every pair of positions, for every length; `Where` says nothing, so it keeps all."""
     mask, size, width = MASKS[name], 2, 12
