@@ -7,6 +7,7 @@ from ._groups import GroupUsage as GroupUsage
 from ._groups import most_pages as most_pages
 from ._groups import page_groups as page_groups
 from ._groups import pages_for as pages_for
+from ._prefix_hit import PrefixHit as PrefixHit
 from ._serve import StepReport as StepReport
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache
@@ -18,7 +19,6 @@ from .grouped_pool import GroupedPool as GroupedPool
 from .layer_stack import LayerStack as LayerStack
 from .pool import PagePool as PagePool
 from .prefix_cache import PrefixCache as PrefixCache
-from .prefix_cache import PrefixHit as PrefixHit
 from .rotary import Rotary as Rotary
 from .rotary_scaling import LinearScaling as LinearScaling
 from .rotary_scaling import Llama3Scaling as Llama3Scaling

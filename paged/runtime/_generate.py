@@ -1,6 +1,7 @@
 """`generate`: serve a batch of unequal prompts by continuous batching, over one page pool."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from jaxtyping import Integer as AnyInt
 
-from paged.spec import AttentionSpec, Everything, as_bool
+from paged.spec import AttentionSpec, Everything, Pages, as_bool
 
 from ._arguments import end_ids, integer, limits_of, prompts_of, values_of_prompts
 from ._groups import Masks, keeps_all, page_groups
@@ -21,7 +22,9 @@ from ._scheduler import Request, Scheduler
 from ._serve import Model, Serve, StepReport
 from .grouped_pool import GroupedPool
 from .pool import PagePool
+from .prefix_cache import PrefixCache
 from .sampling import Sampler
+from .stacked_state import StackedState
 
 Integer = int | np.integer | AnyInt[Array | np.ndarray, ""]
 Integers = Sequence[Integer] | AnyInt[Array | np.ndarray, " _"]
@@ -67,7 +70,8 @@ def generate(
     num_pages: Integer | None = None, page_size: Integer | None = None, pages_per_seq: Integer | None = None,
     chunk_size: Integer = 64, sampler: Sampler | None = None, key: PRNGKeyArray | None = None,
     eos: Integer | Iterable[Integer] | None = None, donate_state: Literal[False] = False,
-    on_step: Callable[[StepReport], None] | None = None, values: Mapping[str, Any] | None = None,
+    on_step: Callable[[StepReport], None] | None = None, values: Mapping[str, Any] | None = None, n: Integer = 1,
+    prefix_cache: bool | np.bool_ | None = None,
 ) -> list[Generation]: ...
 @overload
 def generate(
@@ -75,7 +79,8 @@ def generate(
     num_pages: Integer | None = None, page_size: Integer | None = None, pages_per_seq: Integer | None = None,
     chunk_size: Integer = 64, sampler: Sampler | None = None, key: PRNGKeyArray | None = None,
     eos: Integer | Iterable[Integer] | None = None, donate_state: Literal[True],
-    on_step: Callable[[StepReport], None] | None = None, values: Mapping[str, Any] | None = None,
+    on_step: Callable[[StepReport], None] | None = None, values: Mapping[str, Any] | None = None, n: Integer = 1,
+    prefix_cache: bool | np.bool_ | None = None,
 ) -> tuple[list[Generation], eqx.nn.State]: ...
 # fmt: on
 def generate(
@@ -95,6 +100,8 @@ def generate(
     donate_state: bool | np.bool_ = False,
     on_step: Callable[[StepReport], None] | None = None,
     values: Mapping[str, Any] | None = None,
+    n: Integer = 1,
+    prefix_cache: bool | np.bool_ | None = None,
 ) -> list[Generation] | tuple[list[Generation], eqx.nn.State]:
     """Generate from a list of prompts of any lengths, by continuous batching over one page pool.
 
@@ -127,8 +134,16 @@ def generate(
     - `on_step`: called after each step with a `StepReport`.
     - `values`: numbers of each prompt that the model's specs name by `Value`: for each name [prompts], or
       [prompts, size]. None where they name nothing.
+    - `n`: samples of each prompt. A prompt is prefilled once, and its samples share the pages of its tokens: see
+      `PagePool.fork`. Draws of other samples than the first depend on the number of the sample and of the prompts too.
+    - `prefix_cache`: whether pages are kept when their sequence has ended, for prompts that begin with the same tokens,
+      see `PrefixCache`. Such tokens are not prefilled again. A sequence that was preempted finds its own. Kept pages
+      are given up when the pool has no others. None: where it changes no result but by rounding, which is where every
+      mask of the model is known and shows no token a later one, no number of a request is named by a mask or a score,
+      and the state holds nothing but pages. True: raise where that is not so.
 
-    **Returns:** one `Generation` per prompt, in order; no prompts give an empty list. With ``donate_state`` a pair:
+    **Returns:** one `Generation` per prompt, in order, or with `n` the samples of the first prompt, then those of the
+    second, and so on; no prompts give an empty list. With ``donate_state`` a pair:
     this list, and the state, to be used again. What its pages hold means nothing to another call.
 
     Before each step the values of its batch are checked on the host, for any mask, so that layers with ``check`` do
@@ -160,14 +175,19 @@ def generate(
     specs = specs_of(model)
     groups = page_groups(specs) or ((Everything(),),)
     sizes = group_sizes(model, state, groups, num_pages, page_size)
-    requests = _requests(prompts, max_new_tokens, values, specs)
+    samples = integer("n", n, 1)
+    requests = _requests(prompts, max_new_tokens, values, specs, samples)
     pages_per_seq = _table_width(requests, groups, sizes, pages_per_seq, chunk_size)
     require_cuts([spec.visibility for spec in specs], requests, chunk_size)
-    scheduler = Scheduler(_pool(groups, sizes, num_slots, pages_per_seq), requests, chunk_size)
+    pool = _pool(groups, sizes, num_slots, pages_per_seq)
+    cache = PrefixCache.init(pool) if _has_prefix_cache(prefix_cache, specs, requests, state) else None
+    scheduler = Scheduler(pool, [request for request in requests if not request.sample], chunk_size, cache)
     minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
     longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=0)
     of_groups = groups, sizes.bytes_per_page
-    serve = Serve(model, state, scheduler, sampler, key, ends, chunk_size, minima, longest, *of_groups, on_step)
+    serve = Serve(
+        model, state, scheduler, sampler, key, ends, chunk_size, minima, longest, *of_groups, on_step, samples
+    )
     if requests:
         _require_in_vocabulary(requests, ends, serve.vocabulary_size())
     if not donate_state:
@@ -210,7 +230,37 @@ def _pool(groups: Sequence[Masks], sizes: GroupSizes, num_slots: int, pages_per_
     return pools[0] if len(groups) == 1 and keeps_all(groups[0]) else GroupedPool(pools, groups)
 
 
-def _requests(prompts: Any, max_new_tokens: Any, values: Any, specs: Sequence[AttentionSpec]) -> list[Request]:
+def _has_prefix_cache(
+    asked: Any, specs: Sequence[AttentionSpec], requests: Sequence[Request], state: eqx.nn.State
+) -> bool:
+    """Whether a prefix cache is used. ``ValueError`` where it is asked for, and equal tokens may have other pages."""
+    if asked is not None and not as_bool("prefix_cache", asked):
+        return False
+    reason = None
+    if not specs:
+        reason = "the model holds no attention whose mask is known"
+    elif any(spec.values for spec in specs):
+        reason = f"a mask or a score names {sorted({v.name for s in specs for v in s.values})}, numbers of a request"
+    elif any(request.cuts is not None for request in requests):
+        reason = "a mask shows tokens to others before them"
+    elif _has_more_than_pages(state):
+        reason = "the model's state holds more than pages, which later steps may need"
+    if asked is not None and reason is not None:
+        raise ValueError(f"prefix_cache=True needs pages that depend on the tokens before them alone: {reason}.")
+    return reason is None
+
+
+def _has_more_than_pages(state: eqx.nn.State) -> bool:
+    parts = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages | StackedState))
+    of_stacks = [x.value for x in parts if isinstance(x, StackedState)]
+    parts = [x for x in parts if not isinstance(x, StackedState)]
+    parts += jax.tree.leaves(of_stacks, is_leaf=lambda x: isinstance(x, Pages))
+    return any(eqx.is_array(x) for x in parts)
+
+
+def _requests(
+    prompts: Any, max_new_tokens: Any, values: Any, specs: Sequence[AttentionSpec], samples: int
+) -> list[Request]:
     ids = prompts_of(prompts)
     numbers = values_of_prompts(values, specs, len(ids))
     for index, prompt in enumerate(ids):
@@ -218,7 +268,13 @@ def _requests(prompts: Any, max_new_tokens: Any, values: Any, specs: Sequence[At
             raise ValueError(f"prompts[{index}] is empty, so no token can follow it: begin it with a bos token.")
     limits = limits_of(max_new_tokens, len(ids))
     own = [{name: x[i] for name, x in numbers.items()} for i in range(len(ids))]
-    return [Request(i, ids[i], limits[i], list(ids[i]), values=own[i]) for i in range(len(ids))]
+    requests = []
+    for i, sample in itertools.product(range(len(ids)), range(samples)):
+        place: dict[str, Any] = {"sample": sample, "place": i * samples + sample, "draw": i + sample * len(ids)}
+        requests.append(Request(i, ids[i], limits[i], list(ids[i]), values=own[i], **place))
+    for first in requests[::samples]:
+        first.followers = requests[first.place + 1 : first.place + samples]
+    return requests
 
 
 def _table_width(

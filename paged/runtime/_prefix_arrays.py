@@ -41,6 +41,11 @@ def _mixed(x: UInt[Array, "..."]) -> UInt[Array, "..."]:
     return x ^ (x >> 16)
 
 
+def first_tokens(rows: Int[Array, "pages page_size"], counts: Int[Array, " pages"]) -> Int[Array, "pages page_size"]:
+    """The first ``counts`` tokens of each page, and -1 past them."""
+    return jnp.where(jnp.arange(rows.shape[1], dtype=jnp.int32)[None] < counts[:, None], rows, -1)
+
+
 def first_equal(keys: UInt[Array, " nodes"], wanted: UInt[Array, " pages"], is_used: Bool[Array, " nodes"]) -> Array:
     """For each key that is wanted, the first node in use that has it; -1 where none has."""
     is_equal = (keys[None] == wanted[:, None]) & is_used[None]
@@ -65,6 +70,17 @@ def with_ancestors(is_node: Bool[Array, " nodes"], parents: Int[Array, " nodes"]
     for _ in range(max(depth - 1, 0).bit_length()):
         is_node = is_node | jnp.zeros(nodes, bool).at[end].max(is_node, mode="drop")
         end = jnp.where(end < nodes, end[jnp.minimum(end, nodes - 1)], nodes)
+    return is_node
+
+
+def with_descendants(
+    is_node: Bool[Array, " nodes"], parents: Int[Array, " nodes"], depth: int
+) -> Bool[Array, " nodes"]:
+    """These nodes and all that come after them, as `with_ancestors` finds those before them."""
+    above = parents
+    for _ in range(max(depth - 1, 0).bit_length()):
+        is_node = is_node | ((above >= 0) & is_node[above])
+        above = jnp.where(above >= 0, above[above], -1)
     return is_node
 
 

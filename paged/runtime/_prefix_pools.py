@@ -8,25 +8,27 @@ from jaxtyping import Bool
 
 from paged.spec import Mask, values_of
 
+from ._groups import keeps_all, mask_of
 from ._kept import kept_pages
+from .grouped_pool import GroupedPool
 from .pool import PagePool
 
 
-def pools_of_groups(pool: PagePool) -> tuple[PagePool, ...]:
+def pools_of_groups(pool: PagePool | GroupedPool) -> tuple[PagePool, ...]:
     """The pool of each group."""
-    return (pool,)
+    return pool.pools if isinstance(pool, GroupedPool) else (pool,)
 
 
-def with_pools_of_groups(pool: PagePool, pools: Any) -> PagePool:
+def with_pools_of_groups(pool: PagePool | GroupedPool, pools: Any) -> Any:
     """``pool`` with other pools of its groups."""
-    del pool
-    return pools[0]
+    return GroupedPool(pools, pool.masks) if isinstance(pool, GroupedPool) else pools[0]
 
 
-def masks_of(pool: PagePool) -> tuple[Mask | None, ...]:
+def masks_of(pool: PagePool | GroupedPool) -> tuple[Mask | None, ...]:
     """For each group the mask that says which pages are needed; None where all are."""
-    del pool
-    return (None,)
+    if not isinstance(pool, GroupedPool):
+        return (None,)
+    return tuple(None if keeps_all(masks) else mask_of(masks) for masks in pool.masks)
 
 
 def require_no_values(masks: tuple[Mask | None, ...]) -> None:

@@ -5,48 +5,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from paged.spec import GroupedBatch, RaggedBatch
+from paged.spec import Everything, GroupedBatch, RaggedBatch
 
+from . import _pool_steps as steps
 from ._groups import Masks, keeps_all, mask_of, most_pages
+from ._pool_steps import Pool, padded
 from .grouped_pool import GroupedPool
 from .pool import PagePool
+from .prefix_cache import PrefixCache
 
-Pool = PagePool | GroupedPool
 Batch = RaggedBatch | GroupedBatch
-
-# The operations of a pool, each compiled once for the pool's shapes.
-_release = eqx.filter_jit(lambda pool, is_released: pool.release(is_released))
-_prefill_batch = eqx.filter_jit(lambda pool, slot, rows: pool.prefill_batch(slot, rows))
-_decode_batch = eqx.filter_jit(lambda pool, is_decoding: pool.decode_batch(is_decoding))
-
-
-@eqx.filter_jit
-def _reserve(pool: Pool, tokens: Int[Array, " seqs"]) -> tuple[Pool, Bool[Array, " seqs"], Array]:
-    """`reserve`, in groups that keep every page: the others get their pages step by step. And what was free before."""
-    free = pool.num_free
-    if isinstance(pool, PagePool):
-        reserved, ok = pool.reserve(tokens)
-        return reserved, ok, free
-    keeping = [keeps_all(masks) for masks in pool.masks]
-    if not any(keeping):
-        return pool, jnp.ones(pool.num_slots, bool), free
-    first = keeping.index(True)  # there is one such group
-    reserved, ok = pool.pools[first].reserve(tokens)
-    return GroupedPool((*pool.pools[:first], reserved, *pool.pools[first + 1 :]), pool.masks), ok, free
-
-
-@eqx.filter_jit
-def _extend(pool: Pool, tokens: Int[Array, " seqs"], values: Any) -> tuple[Pool, Bool[Array, " seqs"], Array]:
-    """`extend`, after pages that no query sees any more are freed; and how many were."""
-    trimmed = pool.trim(values) if isinstance(pool, GroupedPool) else pool
-    freed = jnp.atleast_1d(trimmed.num_free - pool.num_free)
-    extended, ok = trimmed.extend(tokens)
-    return extended, ok, freed
 
 
 @dataclasses.dataclass
@@ -54,17 +26,21 @@ class Request:
     """One prompt on its way through the server.
 
     * ``index``: the prompt's place among those of the call.
+    * ``sample``, ``place``: which sample of the prompt it is, and its place among all results.
+    * ``draw``: the number from which its draws follow, besides the number of each token.
     * ``prompt``: its token ids.
     * ``max_new_tokens``: the most tokens to draw.
     * ``known``: the prompt and every token drawn so far.
     * ``cached``: how many of the known tokens have their keys and values in pages.
+    * ``is_begun``: whether a step has computed some of these, since it got its slot.
     * ``preemptions``: how often the sequence gave up its pages.
     * ``values``: the prompt's numbers, by name, that the model's specs name by `Value`.
     * ``cuts`` bool[most_cached + 1]: where its tokens may be cut into steps; None for everywhere.
     * ``finish_reason``: why the sequence ended, None while it has not.
+    * ``followers``: the other samples of the prompt, which begin when it is prefilled.
 
     A running sequence that lacks one known token decodes: that token is its row, and the next token its result. A
-    sequence that lacks more than one prefills.
+    sequence that lacks more than one prefills, and so does one with followers.
     """
 
     index: int
@@ -72,10 +48,15 @@ class Request:
     max_new_tokens: int
     known: list[int]
     cached: int = 0
+    is_begun: bool = False
     preemptions: int = 0
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cuts: np.ndarray | None = None
     finish_reason: Literal["eos", "length", "no_token"] | None = None
+    sample: int = 0
+    place: int = 0
+    draw: int = 0
+    followers: list["Request"] = dataclasses.field(default_factory=list)
 
     @property
     def most_cached(self) -> int:
@@ -102,8 +83,8 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether all but the last known token are cached."""
-        return len(self.known) - self.cached == 1
+        """Whether all but the last known token are cached, and no other sample waits for that token's step."""
+        return len(self.known) - self.cached == 1 and not self.followers
 
 
 class Scheduler:
@@ -116,25 +97,98 @@ class Scheduler:
     empty pool always finishes.
     """
 
-    def __init__(self, pool: Pool, requests: Sequence[Request], chunk_size: int = 64):
+    def __init__(self, pool: Pool, requests: Sequence[Request], chunk_size: int = 64, cache: PrefixCache | None = None):
         self.pool = pool
+        self.cache = cache
         self.chunk_size = chunk_size
         self.waiting = collections.deque(requests)
         self.running: dict[int, Request] = {}  # by slot, in order of admission
         self.freed: Any = None  # pages of each group that were freed by masks before the latest step
+        self.reused = self.evicted = 0  # tokens found in the cache, and pages that it gave up, since the latest report
+        masks = pool.masks if isinstance(pool, GroupedPool) else ((Everything(),),)
+        self._is_keeping = np.array([keeps_all(group) for group in masks])  # such a group has room or is not ok
         # What a slot without a request brings: numbers that nobody reads.
         self.examples = requests[0].values if requests else {}
 
     def admit(self) -> None:
         """Start waiting requests, in order, until one does not fit."""
-        while self.waiting and len(self.running) < self.pool.num_slots:
-            slot = next(s for s in range(self.pool.num_slots) if s not in self.running)
-            request = self.waiting[0]
-            pool, ok, free = _reserve(self.pool, self._per_slot({slot: len(request.known)}))
-            if not ok[slot] or np.any(self._needed(request) > np.asarray(free)):
+        while self.waiting and (slot := self._free_slot()) is not None:
+            if not self._begin(slot, self.waiting[0], self.pool):
                 return
-            self.pool = pool
             self.running[slot] = self.waiting.popleft()
+
+    def begin_prefill(self, slot: int) -> None:
+        """Look again for the beginning of a sequence of which nothing is prefilled yet.
+
+        Since it was admitted others may have computed the same tokens.
+        """
+        request = self.running[slot]
+        if self.cache is None or request.is_begun:
+            return
+        found = int(steps.lookup(self.cache, *self._tokens_to_find(request)))
+        if found > request.cached:
+            released = steps.release(self.pool, self._is_in([slot]))
+            self._begin(slot, request, released)
+
+    def _begin(self, slot: int, request: Request, pool: Pool) -> bool:
+        """Give an empty slot of ``pool`` what the cache has of a request's tokens, and pages for the others."""
+        cache, found = self.cache, 0
+        if cache is not None:
+            cache, with_found, count = steps.attach(cache, pool, jnp.asarray(slot), *self._tokens_to_find(request))
+            found = int(count)
+            if found and self._reserve(slot, request, with_found, cache, found):
+                return True
+        # A page whose beginning only is shared needs a copy beside it, for which there may be no room.
+        return self._reserve(slot, request, pool, self.cache, 0)
+
+    def _reserve(self, slot: int, request: Request, pool: Pool, cache: PrefixCache | None, found: int) -> bool:
+        """Reserve pages for a request's known tokens, of which ``found`` are there, with room made in the cache."""
+        tokens, evicted = self._per_slot({slot: len(request.known)}), 0
+        # With what was found a page may be shared of which the slot needs a copy.
+        needed = self._needed(request) - (np.asarray(steps.pages_held(pool, jnp.asarray(slot))) - 1 if found else 0)
+        for _ in range(2):
+            reserved, ok, free = steps.reserve(pool, tokens)
+            if ok[slot] and np.all(self._is_keeping | (needed <= np.asarray(free))):
+                self.reused += max(found - request.cached, 0)
+                self.pool, self.cache, request.cached = reserved, cache, found
+                self.evicted += evicted
+                return True
+            if cache is None:
+                return False
+            cache, pool, gone = steps.make_room(cache, pool, jnp.asarray(needed, jnp.int32))
+            evicted = int(np.sum(gone))
+            if not evicted:
+                return False
+        return False
+
+    def keep(self, slot: int, *, has_partial: bool = False) -> None:
+        """Let the cache keep the pages of a slot's cached tokens, the last one too if its sequence goes no further."""
+        if self.cache is None:
+            return
+        request = self.running[slot]
+        tokens = padded(request.known[: request.cached], self.pool.capacity)
+        arguments = jnp.asarray(slot), jnp.asarray(tokens), jnp.asarray(request.cached)
+        is_whole = jnp.asarray(has_partial)
+        self.cache, self.pool = steps.insert(self.cache, self.pool, *arguments, has_partial=is_whole)
+
+    def fork(self, slot: int, followers: Sequence[Request]) -> None:
+        """Give each of these requests a free slot with all tokens of ``slot``. Those without one wait, first of all."""
+        placed, source = 0, self.running[slot]
+        for request in followers:
+            free = self._free_slot()
+            if free is None:
+                break
+            self.pool, _ = steps.fork(self.pool, self._per_slot({free: slot}, -1))
+            self.running[free], request.cached, request.is_begun = request, source.cached, True
+            placed += 1
+        self.waiting.extendleft(reversed(followers[placed:]))
+
+    def _free_slot(self) -> int | None:
+        return next((slot for slot in range(self.pool.num_slots) if slot not in self.running), None)
+
+    def _tokens_to_find(self, request: Request) -> tuple[Array, Array]:
+        """The known tokens, and how many may be found: the last one is computed, because the next follows from it."""
+        return jnp.asarray(padded(request.known, self.pool.capacity)), jnp.asarray(len(request.known) - 1)
 
     def next_prefill(self) -> int | None:
         """The slot of the oldest sequence that lacks more than one token, or None."""
@@ -148,7 +202,7 @@ class Scheduler:
         """How many pages of each group a request holds at once while its known tokens are prefilled."""
         pool, tokens = self.pool, len(request.known)
         if isinstance(pool, PagePool):
-            return np.asarray(-(-tokens // pool.page_size))
+            return np.asarray([-(-tokens // pool.page_size)])
         sizes = tokens, pool.page_size, self.chunk_size
         return np.asarray([request.most_pages(masks, *sizes) for masks in pool.masks])
 
@@ -159,10 +213,7 @@ class Scheduler:
         where it was the newest, and is preempted itself.
         """
         while slot in self.running:
-            pool, ok, freed = _extend(self.pool, self._per_slot({slot: tokens}), self._values_of_slots())
-            if ok[slot]:
-                self.pool, self.freed = pool, freed
-                self.running[slot].cached += tokens
+            if self._extend({slot: tokens}):
                 return True
             self._preempt_newest()
         return False
@@ -173,24 +224,43 @@ class Scheduler:
         Returns the slots of the sequences that go on, in order of admission.
         """
         while slots := self.decoding():
-            pool, ok, freed = _extend(self.pool, self._per_slot(dict.fromkeys(slots, 1)), self._values_of_slots())
-            if np.asarray(ok)[slots].all():
-                self.pool, self.freed = pool, freed
-                for slot in slots:
-                    self.running[slot].cached += 1
+            if self._extend(dict.fromkeys(slots, 1)):
                 return slots
             self._preempt_newest()
         return []
 
+    def _extend(self, counts: dict[int, int]) -> bool:
+        """Count more tokens of slots as cached, if there are pages for all, with room made in the cache."""
+        tokens, values, slots = self._per_slot(counts), self._values_of_slots(), list(counts)
+        cache, pool, evicted = self.cache, self.pool, 0
+        for _ in range(2):
+            extended, ok, freed = steps.extend(pool, tokens, values)
+            if np.asarray(ok)[slots].all():
+                self.pool, self.cache, self.freed = extended, cache, freed
+                self.evicted += evicted
+                for slot, count in counts.items():
+                    self.running[slot].is_begun = True
+                    self.running[slot].cached += count
+                return True
+            if cache is None:
+                return False
+            # At most the pages of these tokens, and for each slot one more: in place of one that others hold.
+            wanted = sum(-(-count // pool.page_size) + 1 for count in counts.values())
+            cache, pool, gone = steps.make_room(cache, pool, jnp.asarray(wanted, jnp.int32))
+            evicted = int(np.sum(gone))
+            if not evicted:
+                return False
+        return False
+
     def prefill_batch(self, slot: int, rows: int) -> Batch:
         """A step of the last ``rows`` cached tokens of a slot."""
         # As arrays: Python ints would be static, and every slot and every length would compile a program.
-        batch = _prefill_batch(self.pool, jnp.asarray(slot), jnp.asarray(rows))
+        batch = steps.prefill_batch(self.pool, jnp.asarray(slot), jnp.asarray(rows))
         return self._with_values(batch, [self.running.get(slot)])
 
     def decode_batch(self, slots: Sequence[int]) -> Batch:
         """A step of one row for every slot, of which those in ``slots`` are live."""
-        batch = _decode_batch(self.pool, self._is_in(slots))
+        batch = steps.decode_batch(self.pool, self._is_in(slots))
         return self._with_values(batch, self._by_slot())
 
     def _by_slot(self) -> list[Request | None]:
@@ -215,7 +285,9 @@ class Scheduler:
 
     def release(self, slots: Sequence[int]) -> None:
         """The sequences in these slots are done: free their pages and slots."""
-        self.pool = _release(self.pool, self._is_in(slots))
+        for slot in slots:
+            self.keep(slot, has_partial=True)
+        self.pool = steps.release(self.pool, self._is_in(slots))
         for slot in slots:
             del self.running[slot]
 
@@ -228,13 +300,13 @@ class Scheduler:
             )
         slot, request = next(reversed(self.running.items()))
         self.release([slot])
-        request.cached = 0
+        request.cached, request.is_begun = 0, False
         request.preemptions += 1
         self.waiting.appendleft(request)
 
-    def _per_slot(self, counts: dict[int, int]) -> Int[Array, " seqs"]:
-        """Counts for some slots, 0 for the others."""
-        return jnp.asarray([counts.get(slot, 0) for slot in range(self.pool.num_slots)], jnp.int32)
+    def _per_slot(self, counts: dict[int, int], other: int = 0) -> Int[Array, " seqs"]:
+        """Numbers of some slots, and another for all others."""
+        return jnp.asarray([counts.get(slot, other) for slot in range(self.pool.num_slots)], jnp.int32)
 
     def _is_in(self, slots: Sequence[int]) -> Bool[Array, " seqs"]:
         return jnp.asarray(np.isin(np.arange(self.pool.num_slots), list(slots)))

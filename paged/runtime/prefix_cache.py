@@ -10,26 +10,13 @@ from jaxtyping import Array, Bool, Int, Integer, UInt
 
 from paged.spec import Mask
 
+from . import _prefix_arrays as _arrays
 from ._arguments import Number
 from ._pool_arrays import counted
-from ._prefix_arrays import chain_keys, common_lengths, first_equal, oldest, with_ancestors
+from ._prefix_hit import PrefixHit as PrefixHit
 from ._prefix_pools import kept_at, masks_of, pools_of_groups, require_no_values, with_pools_of_groups
 
 Tokens = Integer[Array | np.ndarray, " tokens"]
-
-
-class PrefixHit(eqx.Module):
-    """What `PrefixCache.lookup` has found.
-
-    * ``count`` i32[]: how many tokens.
-    * ``nodes`` i32[entries]: the node of each page in token order, -1 past them. Where the last one is of a page whose
-      first tokens only are wanted, the slot that writes on gets a copy of it.
-    * ``pages`` i32[groups, entries]: the pages, as a block table has them.
-    """
-
-    count: Int[Array, ""]
-    nodes: Int[Array, " entries"]
-    pages: Int[Array, "groups entries"]
 
 
 class PrefixCache(eqx.Module):
@@ -43,8 +30,9 @@ class PrefixCache(eqx.Module):
     * A hit compares every token and every parent. A hash finds the place to compare, and proves nothing.
     * ``salt``, a number of each lookup and insertion, keeps sequences apart that have the same tokens but other keys
       and values: one number for each tenant or adapter. `with_new_weights` makes everything unfit that is in the cache.
-    * Pages that were used longest ago are given up first, children before parents. Pages that a slot holds, and nodes
-      that are pinned, are never given up.
+    * Pages that were used longest ago are given up first, children before parents. Pages that a slot holds are never
+      freed, and nodes that are pinned stay.
+    * In a `GroupedPool` a node has a page in each group. A group may lack those that its masks hide.
 
     All operations are pure functions of arrays of fixed shapes, and are traced once under ``jax.jit``. None reads keys
     or values.
@@ -87,7 +75,7 @@ class PrefixCache(eqx.Module):
 
         **Arguments:**
 
-        - `pool`: the pool. Of its values nothing is read.
+        - `pool`: a `PagePool` or a `GroupedPool`. Of its values nothing is read.
         - `num_nodes`: the most pages that are kept, in each group. None: as many as the pool has, so that only the
           pool is a limit.
 
@@ -117,7 +105,7 @@ class PrefixCache(eqx.Module):
 
     @property
     def num_used(self) -> Int[Array, ""]:
-        """How many nodes are not free, i32[]."""
+        """How many nodes are not free."""
         return jnp.sum(self.counts > 0, dtype=jnp.int32)
 
     def lookup(self, tokens: Tokens, length: Number, salt: Number = 0) -> PrefixHit:
@@ -134,16 +122,16 @@ class PrefixCache(eqx.Module):
         """
         rows, length, salt = self._paged(tokens), jnp.asarray(length, jnp.int32), jnp.asarray(salt, jnp.int32)
         found, whole = self._chain(rows, length, salt)
-        entry = jnp.arange(rows.shape[0], dtype=jnp.int32)
-        pages = jnp.where(found >= 0, self.pages[:, found], -1)
         kept = [kept_at(mask, self.page_size, rows.shape[0]) for mask in self.masks]
-        for own, is_kept in zip(pages, kept, strict=True):
-            # With so many whole pages, does the group have every page that its masks show to later tokens?
+        # With so many whole pages, does each group have every page that its masks show to later tokens?
+        numbers = jnp.arange(rows.shape[0] + 1, dtype=jnp.int32)
+        is_before = numbers[None, :-1] < numbers[:, None]
+        may = numbers <= jnp.minimum(whole, length // self.page_size)  # a page that is not full is no whole one
+        for group, is_kept in enumerate(kept):
             if is_kept is not None:
-                is_before = entry[None] < jnp.arange(rows.shape[0] + 1, dtype=jnp.int32)[:, None]
-                may = ~jnp.any(is_before & is_kept & (own < 0)[None], axis=1)
-                whole = jnp.max(jnp.where(may & (jnp.arange(may.shape[0]) <= whole), jnp.arange(may.shape[0]), 0))
-        return self._hit(rows, length, salt, found, whole.astype(jnp.int32), kept)
+                is_lacking = jnp.where(found >= 0, self.pages[group, found], -1) < 0
+                may &= ~jnp.any(is_before & is_kept & is_lacking[None], axis=1)
+        return self._hit(rows, length, salt, found, jnp.max(jnp.where(may, numbers, 0)), kept)
 
     def _hit(self, rows: Array, length: Array, salt: Array, found: Array, whole: Array, kept: list[Any]) -> PrefixHit:
         """The hit of ``whole`` pages, and of the tokens that some child of the last one begins with."""
@@ -153,7 +141,7 @@ class PrefixCache(eqx.Module):
         is_child = (self.counts > 0) & (self.parents == last) & self._is_of(salt) & jnp.all(self.pages >= 0, axis=0)
         is_child &= whole < entries
         rest = jnp.clip(length - whole * size, 0, size)
-        common = common_lengths(self.tokens, self.counts, rows[jnp.minimum(whole, entries - 1)], rest)
+        common = _arrays.common_lengths(self.tokens, self.counts, rows[jnp.minimum(whole, entries - 1)], rest)
         common = jnp.where(is_child, common, 0)
         best = jnp.argmax(common).astype(jnp.int32)
         partial = common[best]
@@ -161,7 +149,7 @@ class PrefixCache(eqx.Module):
         pages = []
         for group, is_kept in enumerate(kept):
             own = jnp.where(nodes >= 0, self.pages[group, nodes], -1)
-            pages.append(own if is_kept is None else jnp.where(is_kept[whole] | (entry >= whole), own, -1))
+            pages.append(own if is_kept is None else jnp.where(jnp.asarray(is_kept)[whole] | (entry >= whole), own, -1))
         return PrefixHit(whole * size + partial, nodes, jnp.stack(pages))
 
     def attach(
@@ -237,7 +225,7 @@ class PrefixCache(eqx.Module):
         counts = jnp.clip(length - entry * size, 0, size)
         room = dataclasses.replace(
             room,
-            tokens=put(room.tokens, self._row_tokens(rows, counts)),
+            tokens=put(room.tokens, _arrays.first_tokens(rows, counts)),
             counts=put(room.counts, counts),
             parents=put(room.parents, parents),
             depths=put(room.depths, entry),
@@ -251,8 +239,9 @@ class PrefixCache(eqx.Module):
     def evict(self, pool: Any, num_free: Any) -> tuple["PrefixCache", Any]:
         """Give up pages until the pool has some number of free ones, or no page can be given up any more.
 
-        Those that were used longest ago go first, and of one sequence the last page first. Pages that a slot holds,
-        and the nodes before them, stay, and so do pinned nodes and those before them.
+        Those that were used longest ago go first, and of one sequence the last page first. Pinned nodes stay, and those
+        before them. Pages that slots hold are not freed. Nodes of such pages, and those before them, stay as long as
+        others are enough. After that they leave the cache where this frees a page that no slot holds.
 
         **Arguments:**
 
@@ -267,13 +256,20 @@ class PrefixCache(eqx.Module):
         whole = [lacking[group] for group, mask in enumerate(self.masks) if mask is None]
         cache = self
         if whole:
-            gone = oldest(self._may_go(pools), self.last_used, self.depths, jnp.max(jnp.stack(whole)))
-            cache, pools = self._without(pools, gone)
+            count, may_go = jnp.max(jnp.stack(whole)), self._may_go(pools)
+            cache, pools = self._without(pools, _arrays.oldest(may_go, self.last_used, self.depths, count))
+            count -= jnp.sum(may_go, dtype=jnp.int32)  # more than may go without others
+            depth = pools[0].pages_per_seq
+            is_pinned = _arrays.with_ancestors(cache.pins > 0, cache.parents, depth)
+            is_free = (cache.counts > 0) & ~cache._is_held(pools) & ~is_pinned
+            gone = _arrays.oldest(is_free, cache.last_used, cache.depths, count)
+            gone = _arrays.with_descendants(gone, cache.parents, depth)
+            cache, pools = cache._without(pools, gone)
         pages, new = cache.pages, []
         for group, (own, mask) in enumerate(zip(pools, self.masks, strict=True)):
             if mask is not None:  # a node may do without such a page
                 is_free = (pages[group] >= 0) & (own.ref_counts[pages[group]] == 1) & (cache.pins == 0)
-                gone = oldest(is_free, cache.last_used, cache.depths, wanted[group] - own.num_free)
+                gone = _arrays.oldest(is_free, cache.last_used, cache.depths, wanted[group] - own.num_free)
                 counts = counted(own.ref_counts, jnp.where(gone, pages[group], -1), -1)
                 own, pages = (
                     dataclasses.replace(own, ref_counts=counts),
@@ -315,12 +311,8 @@ class PrefixCache(eqx.Module):
         more = -tokens.shape[0] % self.page_size
         return jnp.pad(tokens, (0, more), constant_values=-1).reshape(-1, self.page_size)
 
-    def _row_tokens(self, rows: Array, counts: Array) -> Array:
-        place = jnp.arange(self.page_size, dtype=jnp.int32)[None]
-        return jnp.where(place < counts[:, None], rows, -1)
-
     def _keys(self, rows: Array, counts: Array, salt: Array) -> Array:
-        return chain_keys(self._row_tokens(rows, counts), salt, self.epoch)
+        return _arrays.chain_keys(_arrays.first_tokens(rows, counts), salt, self.epoch)
 
     def _is_of(self, salt: Array) -> Bool[Array, " nodes"]:
         return (self.salts == salt) & (self.epochs == self.epoch)
@@ -332,9 +324,9 @@ class PrefixCache(eqx.Module):
         """
         size, entries = self.page_size, rows.shape[0]
         counts = jnp.clip(length - jnp.arange(entries, dtype=jnp.int32) * size, 0, size)
-        found = first_equal(self.keys, self._keys(rows, counts, salt), self.counts > 0)
+        found = _arrays.first_equal(self.keys, self._keys(rows, counts, salt), self.counts > 0)
         before = jnp.concatenate([jnp.full(1, -1, jnp.int32), found[:-1]])
-        is_same = jnp.all(self.tokens[found] == self._row_tokens(rows, counts), axis=1)
+        is_same = jnp.all(self.tokens[found] == _arrays.first_tokens(rows, counts), axis=1)
         is_same &= (found >= 0) & (counts > 0) & (self.counts[found] == counts)
         is_same &= (self.parents[found] == before) & self._is_of(salt)[found]
         count = jnp.sum(jnp.cumsum(~is_same) == 0, dtype=jnp.int32)
@@ -348,10 +340,16 @@ class PrefixCache(eqx.Module):
 
     def _may_go(self, pools: Any) -> Bool[Array, " nodes"]:
         """The nodes that nobody needs: no slot holds a page of them or of a node after them, and none is pinned."""
-        is_held = self.pins > 0
-        for own, pages in zip(pools, self.pages, strict=True):
-            is_held |= (pages >= 0) & (own.ref_counts[pages] > 1)
-        return (self.counts > 0) & ~with_ancestors(is_held, self.parents, pools[0].pages_per_seq)
+        is_needed = self._is_held(pools) | (self.pins > 0)
+        return (self.counts > 0) & ~_arrays.with_ancestors(is_needed, self.parents, pools[0].pages_per_seq)
+
+    def _is_held(self, pools: Any) -> Bool[Array, " nodes"]:
+        """The nodes of which a slot holds the page: in the groups that keep every page, if there are any."""
+        is_held, has_whole = jnp.zeros(self.num_nodes, bool), None in self.masks
+        for own, pages, mask in zip(pools, self.pages, self.masks, strict=True):
+            if mask is None or not has_whole:
+                is_held |= (pages >= 0) & (own.ref_counts[pages] > 1)
+        return is_held
 
     def _without(self, pools: Any, gone: Bool[Array, " nodes"]) -> tuple["PrefixCache", Any]:
         """The cache without these nodes, and the pools of the groups, with a holder less for each of their pages."""
@@ -373,7 +371,7 @@ class PrefixCache(eqx.Module):
         at = jnp.where(kept >= 0, kept, self.num_nodes)
         may_go = self._may_go(pools).at[at].set(False, mode="drop")
         lacking = count - (self.num_nodes - self.num_used)
-        return self._without(pools, oldest(may_go, self.last_used, self.depths, lacking))
+        return self._without(pools, _arrays.oldest(may_go, self.last_used, self.depths, lacking))
 
     def _holding(self, pool: Any, pools: Any, nodes: Array, tables: Array) -> tuple["PrefixCache", Any]:
         """The cache with the pages of these nodes that it has not held yet, and was used now; and the pool."""

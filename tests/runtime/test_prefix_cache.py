@@ -233,6 +233,7 @@ def test_salt_and_weights_keep_sequences_apart():
     server.insert(0, True)
     tokens = jnp.array([1, 2, 3, 4, 5, 6])
     assert [int(server.cache.lookup(tokens, 6, salt).count) for salt in (5, 4, 0)] == [5, 0, 0]
+    assert int(server.cache.lookup(tokens, 5, 5).count) == 5  # the very tokens of a page that is not full
     assert int(server.cache.lookup(tokens, 3, 5).count) == 3  # the beginning of a page, to be copied when it is written
     assert int(server.cache.with_new_weights().lookup(tokens, 6, 5).count) == 0
 
