@@ -23,6 +23,12 @@ def model_and_state():
 
 
 @pytest.fixture(scope="module")
+def counted():
+    """A model that only one kind of prefill step and one kind of decode step have traced."""
+    return tiny(seed=1)
+
+
+@pytest.fixture(scope="module")
 def expected(model_and_state):
     model, _ = model_and_state
     return [greedy_ref(model, prompt, count) for prompt, count in zip(PROMPTS, NEW_TOKENS, strict=True)]
@@ -101,18 +107,16 @@ def test_penalties_know_the_prompt_and_the_answer(model_and_state):
         assert len(set(answer.tokens)) == len(answer.tokens) and not set(answer.tokens) & set(answer.prompt)
 
 
-def test_one_trace_a_kind_while_everything_varies():
-    model, state = tiny(seed=1)
-    run((model, state), num_pages=8)
-    run((model, state), prompts=[[1] * 17, [2]], max_new_tokens=[3, 20], num_pages=8)
-    assert sorted(model.traces) == [3, 4], "rows of the decode step (slots) and of the prefill step (chunk)"
+def test_one_trace_a_kind_while_everything_varies(counted):
+    run(counted, num_pages=8)
+    run(counted, prompts=[[1] * 17, [2]], max_new_tokens=[3, 20], num_pages=8)
+    assert sorted(counted[0].traces) == [3, 4], "rows of the decode step (slots) and of the prefill step (chunk)"
 
 
-def test_other_lengths_compile_nothing_at_all():
+def test_other_lengths_compile_nothing_at_all(counted):
     """Neither the steps of the model nor the small programs around them."""
-    model, state = tiny(seed=1)
     compiled: list[str] = []
-    run((model, state), num_pages=8)
+    run(counted, num_pages=8)
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
     )
@@ -120,20 +124,20 @@ def test_other_lengths_compile_nothing_at_all():
         jax.jit(lambda x: x + 1)(1)
         assert compiled, "the listener hears of a compilation"
         compiled.clear()
-        run((model, state), prompts=[[1] * 6, [2], [3] * 17], max_new_tokens=[3, 20, 2], num_pages=8)
+        run(counted, prompts=[[1] * 6, [2], [3] * 17], max_new_tokens=[3, 20, 2], num_pages=8)
         assert not compiled
     finally:
         jax.monitoring.clear_event_listeners()
 
 
-def test_the_callers_state_survives_unless_donated():
-    model, state = tiny(seed=2)
-    run((model, state), prompts=[[1, 2]], max_new_tokens=2)
+def test_the_callers_state_survives_unless_donated(model_and_state):
+    model, state = model_and_state[0], jax.tree.map(jnp.copy, model_and_state[1])
+    run((model, state), prompts=[[1, 2]], max_new_tokens=2, num_pages=8)
     pages = state.get(model.layers[0].cache.index)
     assert not pages.arrays[0].any()
-    results, after = run((model, state), prompts=[[1, 2]], max_new_tokens=2, donate_state=True)
+    results, after = run((model, state), prompts=[[1, 2]], max_new_tokens=2, num_pages=8, donate_state=True)
     assert pages.arrays[0].is_deleted()
-    again, _ = run((model, after), prompts=[[1, 2]], max_new_tokens=2, donate_state=True)
+    again, _ = run((model, after), prompts=[[1, 2]], max_new_tokens=2, num_pages=8, donate_state=True)
     assert again == results, "what the pages held before means nothing"
 
 
