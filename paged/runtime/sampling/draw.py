@@ -180,7 +180,7 @@ def _one(mass: Array, keys: Array) -> Array:
     """
     rows, vocab = mass.shape
     runs = jnp.pad(mass, ((0, 0), (0, -vocab % _RUN))).reshape(rows, -1, _RUN)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
     run = _place(jnp.sum(runs, axis=2), uniform[:, 0])
     of_run = jnp.take_along_axis(runs, run[:, None, None], axis=1)[:, 0]
     return run * _RUN + _place(of_run, uniform[:, 1])
