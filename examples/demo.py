@@ -100,8 +100,10 @@ def serve(
     seconds = time.perf_counter() - started
     print_pages_over_time(reports, NUM_PAGES)
     generated = sum(len(result.tokens) for result in results)
-    rates = f"{generated / seconds:.1f} per second, {(generated + sum(lengths)) / seconds:.1f} with the prompts'"
+    computed, reused = sum(report.tokens for report in reports), sum(report.tokens_reused for report in reports)
+    rates = f"{generated / seconds:.1f} per second, {computed / seconds:.1f} with the prompts'"
     print(f"{generated} tokens generated: {rates} (measured, wall time, compilation included)")
+    print(f"{reused} tokens were in pages already, of prompts that begin alike or of preempted sequences")
     print(f"first token after {first:.1f} s; {sum(result.preemptions for result in results)} preemptions")
     return results
 

@@ -152,7 +152,8 @@ class _Show:
     def __post_init__(self) -> None:
         self.streams = [self.tokenizer.stream() for _ in self.texts]
         self.waiting, self.left = [""] * len(self.texts), set(range(len(self.texts)))
-        self.head, self.tokens, self.most_pages, self.first = 0, 0, 0, None
+        self.head, self.tokens, self.reused, self.most_pages = 0, 0, 0, 0
+        self.first: float | None = None
         self.bar.show(0, self._total(), "first step")
 
     def step(self, report: StepReport) -> None:
@@ -166,6 +167,7 @@ class _Show:
         for i in report.ended:
             self.waiting[i] += self.streams[i].finish()
         self.left -= set(report.ended)
+        self.reused += report.tokens_reused
         self.most_pages = max(self.most_pages, report.pages_in_use)
         self._print()
         what = f"{report.pages_in_use}/{self.num_pages} pages, {report.running} running, {report.waiting} waiting"
@@ -209,5 +211,6 @@ class _Show:
             f"{prompts} of {read} tokens, {self.tokens} tokens generated in {seconds:.1f} s: "
             f"{self.tokens / seconds:.1f} tokens per second, compilation included; first token after {first}; "
             f"at most {self.most_pages} of {self.num_pages} pages in use; "
-            f"{sum(result.preemptions for result in results)} preemptions"
+            f"{sum(result.preemptions for result in results)} preemptions; "
+            f"{self.reused} tokens found in the prefix cache"
         )

@@ -57,7 +57,7 @@ def test_answers_are_those_of_generate_in_the_order_of_prompts(folder, tmp_path,
 def _reports():
     """Two prompts: the second ends first."""
     steps = [({0: (1,)}, ()), ({0: (2,), 1: (3, 4)}, (1,)), ({0: (5,)}, (0,))]
-    return [StepReport("decode", 1, len(drawn), 3, 2, 0, drawn, ended, 0, ()) for drawn, ended in steps]
+    return [StepReport("decode", 1, len(drawn), 3, 2, 0, drawn, ended, tokens_reused=4) for drawn, ended in steps]
 
 
 @pytest.mark.parametrize("has_tqdm", [True, False])
@@ -74,7 +74,10 @@ def test_text_comes_with_its_step_and_others_wait_for_their_turn(capsys, monkeyp
     results = [Generation((7, 8), tokens, "length", 1) for tokens in ((1, 2, 5), (3, 4))]
     summary = show.summary(results, show.first - 1, show.first + 1)
     assert "2 prompts of 4 tokens, 5 tokens generated in 2.0 s: 2.5 tokens per second" in summary
-    assert "first token after 1.0 s; at most 3 of 8 pages in use; 2 preemptions" in summary
+    assert (
+        "first token after 1.0 s; at most 3 of 8 pages in use; 2 preemptions; 12 tokens found in the prefix cache"
+        in summary
+    )
 
 
 FAULTS = {
