@@ -7,6 +7,7 @@ from paged.lower import Attend, Sequences
 from paged.runtime import PagePool, _pool_requests
 from paged.runtime import cache as cache_module
 from paged.runtime import pool as pool_module
+from paged.runtime._pool_batches import PoolBatches
 from paged.runtime.cache import PagedCache
 
 from .base import Mutant
@@ -44,6 +45,14 @@ def _not_freed(pool):
 
 def _not_counted(original):
     return lambda ref_counts, used: ref_counts
+
+
+def _never_shared(original):
+    def asked_of(*args):
+        asked = original(*args)
+        return asked._replace(is_shared=jnp.zeros_like(asked.is_shared))
+
+    return asked_of
 
 
 def _all_or_none(original):
@@ -85,6 +94,19 @@ POOL = (
     Mutant(
         "pool", "new pages fill the entries of freed ones", method(PagePool, "entries", lambda _: _not_freed),
         "pool", "block_tables", in_every_run=False,
+    ),
+    Mutant(
+        "pool", "pages of several holders are written", attribute(_pool_requests, "asked_of", _never_shared),
+        "pool", "only free pages are handed out",
+    ),
+    Mutant(
+        "pool", "a step does not know what to copy",
+        method(PoolBatches, "_copies_for", lambda of: lambda self, rows: jnp.full_like(of(self, rows), -1)),
+        "pool", "tokens", in_every_run=False,
+    ),
+    Mutant(
+        "pool", "a fork is no holder", method(PagePool, "attach", _with("ref_counts")),
+        "pool", "ref_counts", in_every_run=False,
     ),
     Mutant(
         "pool", "one free page too many",

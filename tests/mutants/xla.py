@@ -182,6 +182,14 @@ WRITES = (
         "xla, write", "writes",
     ),
     Mutant(
+        "writes", "shared pages are not copied first",
+        method(
+            "lower.program.PageCopies", "between",
+            lambda of: lambda cls, source, target, *args: of(cls, source, jnp.full_like(target, -1), *args),
+        ),
+        "xla, write", "writes", "shared pages",
+    ),
+    Mutant(
         "writes", "rows into holes",
         method(
             "lower.xla.write.Places", "of",
