@@ -100,6 +100,7 @@ def test_a_batch_marked_for_a_mask_is_refused_by_name():
         export.export(jax.jit(attend.__call__))(built.q, built.pages, batch).serialize()
 
 
+@pytest.mark.kernels  # a stack of layers runs always
 def test_a_layer_and_its_pool_are_one_program():
     """A serving step: pages are reserved, a layer attends, the pool and the pages come back."""
     layer = random_layer(GLOBAL, 8, jax.random.key(0), check=False)

@@ -44,6 +44,9 @@ OF_GRID = ("equals the reference", "page order is invisible", "other sequences a
 OF_GRID += ("bad values stay in their sequence", "update")
 # Faults of tables, which `tpu/test_interval.py` has for this kernel in every run: each is one more program.
 OF_TABLES = ("holes are invisible", "past the table")
+# Writes and bad values, which `tpu/test_update.py` and `tpu/test_live.py` have for this kernel in every run.
+OF_WRITES = ("update", "bad values stay in their sequence")
+ALWAYS_OF_PROMPTS = ("equals the reference", "huge scores", "page order is invisible", "padding is nothing")
 # What says most about numbers, heads and trees on a kernel; `make test-slow` runs the other checks too.
 BROUGHT_TO_KERNELS = ("equals the reference", "page order is invisible", "other sequences are invisible")
 
@@ -84,22 +87,22 @@ def run(name, check, specs, phases):
 
 
 def _is_fast(name, check):
-    """XLA in full; of other runners what needs no program of its own; little of those that are much like another."""
-    if name == "tpu-decode inline" and check in OF_TABLES:
+    """Of XLA every check; of others what needs no program of its own; of those that are much like another little."""
+    if name == "tpu-decode inline" and check in (*OF_TABLES, *OF_WRITES):
+        return False
+    if name == "tpu-ragged" and check not in ALWAYS_OF_PROMPTS:
         return False
     if name == "tpu-decode grid":
         return check == "equals the reference"
-    if name == "tpu-ragged" and check in (*WRITES, *OF_NEIGHBOURS):
-        return False
     if name in MESHES:
         return check in ("equals the reference", "holes are invisible", "bad values stay in their sequence")
     return name == "xla" or check not in LOWERS_MORE
 
 
 def _part(name, specs, phases):
-    """What of a check runs always: of kernels and meshes one spec in one phase, of entry points one spec."""
+    """What of a check runs always: of kernels and meshes one spec in one phase, of others all phases of some specs."""
     if name == "xla":
-        return specs, phases
+        return [spec for spec in specs if spec != "plain" or len(specs) == 1], phases
     return specs[:1], phases if name in ENTRIES else phases[:1]
 
 
@@ -120,7 +123,10 @@ def _rows():
             if is_fast or (name, check) in LATEST:
                 yield row(*part, id=f"{name}-{check}", marks=marks + [pytest.mark.kernels] * (not is_fast))
             if not is_fast or part != (specs, phases):
-                yield row(specs, phases, id=f"{name}-{check}-all", marks=[later, *marks])
+                rest = [spec for spec in specs if name != "xla" or spec not in part[0]]
+                yield row(
+                    rest, phases, id=f"{name}-{check}-{'rest' if name == 'xla' else 'all'}", marks=[later, *marks]
+                )
             if own.once or not brought:
                 continue
             # Numbers of sequences, masks by head and trees: few of them in every run.

@@ -107,7 +107,7 @@ def _schedule(row):
 @every_lowering
 @pytest.mark.parametrize(
     "row",
-    [pytest.param(row, id=named(row), marks=[pytest.mark.kernels] * (i % 4 > 0)) for i, row in enumerate(ROWS)],
+    [pytest.param(row, id=named(row), marks=[pytest.mark.kernels] * (i % 8 > 0)) for i, row in enumerate(ROWS)],
 )
 def test_any_two_features_together_equal_the_reference(lowering, row):
     case = case_of_row(row)

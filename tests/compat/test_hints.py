@@ -186,7 +186,10 @@ def test_the_public_arguments_of_ragged_batches_reach_the_kernel():
         assert _jaxpr(ragged_page_attention_v2, *V2, target="tpu", **{name: value}) == plain, name
 
 
-@pytest.mark.parametrize(("compute_dtype", "window"), [("bfloat16", 31), ("float16", 32), ("float32", 33)])
+@pytest.mark.parametrize(
+    ("compute_dtype", "window"),
+    [("bfloat16", 31), *(pytest.param(*row, marks=pytest.mark.kernels) for row in (("float16", 32), ("float32", 33)))],
+)
 def test_compute_dtype_widens_to_float32_and_narrows_nothing(compute_dtype, window, monkeypatch):
     """Each call has another window, because calls with equal arguments are traced once."""
     calls = []

@@ -158,7 +158,7 @@ _EQUAL = "equals the reference"
 PREFILL = (
     _prefill(
         "the next whole block is not waited for", _impatient,
-        "prefill, late", _EQUAL, "not finite", in_every_run=True,
+        "prefill, late", _EQUAL, "not finite", in_every_run=False,
     ),
     _prefill(
         "no wait for results", method(TileKernel, "run", _not_waiting_before_results),

@@ -67,7 +67,7 @@ def test_equals_dense_recomputation_with_waiting_and_preemption(model_and_state,
         pytest.param({"chunk_size": 1}, marks=pytest.mark.kernels),
         pytest.param({"chunk_size": 64}, marks=pytest.mark.kernels),
         pytest.param({"num_slots": 1}, marks=pytest.mark.kernels),
-        {"num_slots": 5, "num_pages": 32},
+        pytest.param({"num_slots": 5, "num_pages": 32}, marks=pytest.mark.kernels),
     ],
     ids=str,
 )

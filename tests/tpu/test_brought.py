@@ -145,7 +145,7 @@ def _mode(name):
     return "eager" if name in EAGER else "on_wait"
 
 
-@pytest.mark.parametrize("name", rows_of(NUMBERS, fast=("causal or prefix",)))
+@pytest.mark.parametrize("name", rows_of(NUMBERS))
 def test_a_number_for_each_sequence(name):
     terms, values, is_run = NUMBERS[name]
     # One row, the last of its sequence, has no key ahead.

@@ -62,7 +62,9 @@ WHOLE_CORNERS = {
 }
 
 
-@pytest.mark.parametrize("corner", WHOLE_CORNERS)
+@pytest.mark.parametrize(
+    "corner", [pytest.param(x, marks=[pytest.mark.kernels] * (x != "then a part")) for x in WHOLE_CORNERS]
+)
 def test_whole_blocks_visible_in_full(corner):
     assert_equals_reference(
         interpreted(WHOLE, _schedule(pages_per_block=1, buffers=3)), build(WHOLE.replace(corner=WHOLE_CORNERS[corner]))
