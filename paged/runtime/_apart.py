@@ -13,8 +13,7 @@ LARGE = 2**16  # bytes: smaller arrays hardly matter to a cache
 
 # What only says how an array is read. It is done where the array is multiplied.
 _VIEWS = ("reshape", "convert_element_type", "transpose", "squeeze")
-# A product, or the choice of one by platform.
-_PRODUCTS = ("dot_general", "cond")
+_MOST_OPERATIONS = 8  # of a choice of products by platform: one more branch for each layer must stay cheap to compile
 
 
 class Apart(eqx.Module):
@@ -76,7 +75,9 @@ def is_view(eqn: JaxprEqn) -> bool:
 
 def is_product(eqn: JaxprEqn) -> bool:
     """Whether an operation is done once for each layer, with that layer's array where it lies."""
-    return eqn.primitive.name in _PRODUCTS
+    if eqn.primitive.name == "cond":  # as of `jax.lax.platform_dependent`
+        return all(len(branch.jaxpr.eqns) <= _MOST_OPERATIONS for branch in eqn.params["branches"])
+    return eqn.primitive.name == "dot_general"
 
 
 def run_at(place: Array, run: Any, eqn: JaxprEqn, views: dict[Var, View], known: dict[Var, Any]) -> list[Array]:

@@ -215,6 +215,25 @@ def test_thirty_layers_are_compiled_like_two():
     assert lines[0] == lines[1] > 100
 
 
+def test_a_model_that_is_apart_copies_no_weights_and_is_saved_as_it_was(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    config = Config.from_keys({"model_type": "llama", **sizes, "num_hidden_layers": 2})
+    layout = config.layout(4, "float32")
+    make = eqx.filter_jit(lambda key: eqx.nn.make_with_state(Decoder)(config, layout, 8, check=False, key=key))
+    model, state = make(jax.random.key(0))
+    batch = RaggedBatch.decode(lengths=[5, 3], block_tables=[[1, 0], [2, 3]])
+    tokens = jnp.zeros(2, jnp.int32)
+    for name, each in (("whole", model), ("apart", model.apart())):
+        arrays, static = eqx.partition(each, eqx.is_array)
+        step = jax.jit(lambda arrays, state, static=static: eqx.combine(arrays, static)(tokens, batch, state)[0])
+        program = step.lower(arrays, state).as_text()
+        copied = re.findall(r"dynamic_slice.*-> tensor<1x(?:\d+x)+(?:128|256)xf32>", program)
+        assert len(copied) == (4 if name == "whole" else 0), copied
+        save(each, tmp_path / name)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "apart")]
+    assert files[0] == files[1]
+
+
 def test_layers_of_one_kind_are_one_run():
     config = Config.from_keys(json.loads((CHECKPOINTS / "gemma3" / "config.json").read_text()))
     layout = config.layout(4, jnp.float32)
