@@ -57,7 +57,12 @@ def assert_same_bits(got, want):
         np.testing.assert_array_equal(*(np.atleast_1d(np.asarray(x)).view(np.uint8) for x in (a, b)))
 
 
-@pytest.mark.parametrize("order", PAGE_ORDERS)
+ORDERS = [
+    pytest.param(order, marks=[pytest.mark.kernels] * (order in ("joined", "interleaved"))) for order in PAGE_ORDERS
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_pages_are_copied_bit_for_bit_and_no_others(order):
     for dtype, scales in DTYPES:
         pages = random_pages(layout_of(order, dtype, scales))
@@ -77,6 +82,7 @@ def sharing_batch():
     return RaggedBatch([6, 7, 9], tables, [0, 1, 3, 5], copy_from=[6, 6, -1])
 
 
+@pytest.mark.kernels
 def test_an_update_attends_over_what_was_copied():
     """With a plan and without, and in the second of two layers of one pool: as after `copy_pages` by hand."""
     layout, batch = layout_of(), sharing_batch()
@@ -119,9 +125,9 @@ def test_the_gradient_of_a_copy_goes_to_the_page_it_came_from():
     np.testing.assert_allclose(*moved, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_the_compiled_copy_makes_no_copy_of_the_pool(dtype):
-    for order in PAGE_ORDERS:
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_compiled_copy_makes_no_copy_of_the_pool(order):
+    for dtype in ("float32", "bfloat16", "int8"):
         layout = layout_of(order, dtype, "token" if dtype == "int8" else None)
         pages, ids = layout.init(512), jnp.arange(8, dtype=jnp.int32)
         optimised = {"xla_backend_optimization_level": 3}  # tests compile without

@@ -48,6 +48,7 @@ def test_a_hit_gives_the_tokens_of_a_miss(model_and_state, expected, num_pages):
         assert max(r.pages_shared for r in reports) >= 2 and sum(r.pages_copied for r in reports) >= 1
 
 
+@pytest.mark.kernels
 def test_samples_share_the_pages_of_their_prompt(model_and_state, expected):
     """Greedy samples are equal; the prompt is prefilled once; the last page is copied for each at most."""
     results, reports = run(model_and_state, prompts=PROMPTS[:1], n=3, num_pages=32)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged.runtime import PagePool, PrefixCache
+import paged
+from paged.runtime import GroupedPool, PagePool, PrefixCache
 from paged.runtime import _prefix_arrays as prefix_arrays
 
 PAGES, SLOTS, WIDTH, SIZE, NODES = 14, 4, 5, 4, 9
@@ -171,6 +172,7 @@ def test_long_random_programs(seed):
     random_program(Server(pages=int(rng.integers(8, 24)), nodes=int(rng.integers(2, 24))), rng, 1500)
 
 
+@pytest.mark.kernels
 def test_equal_hashes_prove_nothing(monkeypatch):
     """With one hash for everything, whatever is found is right."""
     monkeypatch.setattr(prefix_arrays, "_mixed", lambda x: x * 0)
@@ -189,6 +191,7 @@ def test_equal_hashes_prove_nothing(monkeypatch):
         jax.clear_caches()
 
 
+@pytest.mark.kernels
 def test_old_pages_go_first_and_children_before_parents():
     server = Server(pages=10, nodes=10)
     for tokens in ([1] * 8, [2] * 8, [3] * 8):
@@ -215,7 +218,7 @@ def test_pages_in_use_and_pinned_nodes_stay():
         server.insert(slot, False)
     server.release(1)
     server.release(2)
-    hit = server.cache.lookup(jnp.asarray([3] * 8), 8)
+    hit = jax.jit(PrefixCache.lookup)(server.cache, jnp.asarray([3] * 8), 8)
     server.cache = server.cache.pin(hit.nodes)
     server.cache, server.pool = _evict(server.cache, server.pool, 10)
     assert sorted(known for *_, known in server.nodes().values()) == [(1,) * 4, (1,) * 8, (3,) * 4, (3,) * 8]
@@ -231,11 +234,13 @@ def test_salt_and_weights_keep_sequences_apart():
     server.slots[0] = 5, 0, ()
     server.write(0, [1, 2, 3, 4, 5])
     server.insert(0, True)
-    tokens = jnp.array([1, 2, 3, 4, 5, 6])
-    assert [int(server.cache.lookup(tokens, 6, salt).count) for salt in (5, 4, 0)] == [5, 0, 0]
-    assert int(server.cache.lookup(tokens, 5, 5).count) == 5  # the very tokens of a page that is not full
-    assert int(server.cache.lookup(tokens, 3, 5).count) == 3  # the beginning of a page, to be copied when it is written
-    assert int(server.cache.with_new_weights().lookup(tokens, 6, 5).count) == 0
+    tokens, lookup = jnp.array([1, 2, 3, 4, 5, 6]), jax.jit(PrefixCache.lookup)
+    assert [int(lookup(server.cache, tokens, 6, salt).count) for salt in (5, 4, 0)] == [5, 0, 0]
+    assert int(lookup(server.cache, tokens, 5, 5).count) == 5  # the very tokens of a page that is not full
+    assert (
+        int(lookup(server.cache, tokens, 3, 5).count) == 3
+    )  # the beginning of a page, to be copied when it is written
+    assert int(lookup(server.cache.with_new_weights(), tokens, 6, 5).count) == 0
 
 
 @pytest.mark.slow
@@ -266,3 +271,32 @@ def test_operations_on_4096_pages_take_less_than_a_millisecond():
             jax.block_until_ready(run(cache, *arguments))
             times.append(time.process_time() - start)
         assert min(times) < 1e-3, (name, min(times))
+
+
+@pytest.mark.kernels
+def test_a_hit_needs_of_windowed_layers_what_the_window_still_sees():
+    """Pages of 4 tokens and a window of 5: token 16 sees page 3, and token 15 sees token 11 of page 2 too."""
+    full = paged.AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=1)
+    specs = [full, full.replace(window=5)]
+    pool = GroupedPool.init(specs, PAGES, SLOTS, WIDTH, SIZE, chunk_size=CAPACITY)
+    extend, lookup = jax.jit(GroupedPool.extend), jax.jit(PrefixCache.lookup)
+    cache, tokens = PrefixCache.init(pool), jnp.arange(CAPACITY)
+    pool, ok = extend(pool, jnp.array([16, 0, 0, 0]))
+    assert ok[0]
+    cache, pool = _insert(cache, jax.jit(GroupedPool.trim)(pool), 0, tokens, 16)
+    freed = [page < 0 for page in pool.pools[1].block_tables[0, :4].tolist()]
+    assert freed == [True, True, True, False]
+    assert [int(lookup(cache, tokens, length).count) for length in (20, 16, 15, 12)] == [16, 16, 0, 0]
+    cache, pool, count = _attach(cache, pool, 1, tokens, 16)
+    tables = [own.block_tables[1, :4].tolist() for own in pool.pools]
+    assert int(count) == 16 and min(tables[0]) >= 0 and tables[1][:3] == [-1] * 3 and tables[1][3] >= 0
+    # What another sequence computes anew fills the gaps, and shorter beginnings are found then.
+    pool, ok = extend(pool, jnp.array([0, 0, 12, 0]))
+    assert ok[2]
+    cache, pool = _insert(cache, pool, 2, tokens, 12)
+    assert [int(lookup(cache, tokens, length).count) for length in (20, 12, 11, 4)] == [16, 12, 11, 4]
+    pool = pool.release(jnp.ones(SLOTS, bool))
+    cache, pool = _evict(cache, pool, jnp.array([0, pool.pools[1].num_pages]))
+    assert pool.num_free.tolist() == [PAGES - 4, pool.pools[1].num_pages] and int(lookup(cache, tokens, 20).count) == 0
+    cache, pool = _clear(cache, pool)
+    assert pool.num_free.tolist() == list(pool.num_pages)
