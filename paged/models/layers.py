@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from paged.lower import Step, dense_attention
+from paged.lower import MULTIPLIES_WHILE_READING, Step, dense_attention
 from paged.runtime import PagedCache, Rotary
 from paged.spec import PageLayout
 
@@ -57,7 +57,12 @@ def product(
 
     XLA:CPU multiplies faster where the larger matrix comes first (measured for 16 rows and SmolLM2-135M's weights, on
     one core: 96 against 72 GFLOP/s). So there the weight comes first, and the result is transposed, which is small.
+
+    For one row the product takes as long as it takes to read the weight. A weight that is a part of a stack is copied
+    before XLA:CPU multiplies with it, unless it multiplies while it reads. It does so for one row that is short, and a
+    weight that is transposed (`MULTIPLIES_WHILE_READING`). Of a longer row it would make a transposed copy.
     """
+    is_short = x.size == x.shape[-1] and x.size * weight.dtype.itemsize < _SHORT_ROW and weight.ndim == 2
 
     def weight_first(x: Array, weight: Array) -> Array:
         y = jax.lax.dot_general(weight, x, (((weight.ndim - 1,), (x.ndim - 1,)), ((), ())))
@@ -65,10 +70,18 @@ def product(
         outputs, rows = range(weight.ndim - 1), range(weight.ndim - 1, y.ndim)
         return jnp.transpose(y, (*rows, *outputs))
 
+    def one_row(x: Array, weight: Array) -> Array:
+        x = jax.lax.optimization_barrier(x)  # or what makes it would be computed again for every output
+        return x @ weight.T
+
     def rows_first(x: Array, weight: Array) -> Array:
         return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
 
-    return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=rows_first)
+    on_cpu = one_row if is_short and MULTIPLIES_WHILE_READING else weight_first
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=rows_first)
+
+
+_SHORT_ROW = 16 * 1024  # bytes: XLA:CPU's own limit
 
 
 class Projection(eqx.Module):
