@@ -24,7 +24,7 @@ def refusal(mha: Any) -> str | None:
             return (
                 f"{name}.weight has {rank} dimensions, as stacked layers have: take them apart by "
                 "[jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, stacked) for i in range(n)], and convert "
-                "these; paged.runtime.LayerStack.of makes them one scan again"
+                "these; docs/layers.md makes them one scan again"
             )
         if dtype not in FLOAT_DTYPES:
             return f"{name}.weight is {dtype}, and queries must be float16, bfloat16 or float32"
