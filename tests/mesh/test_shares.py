@@ -110,7 +110,13 @@ def test_updates_write_to_donated_pages_what_one_device_writes(name):
         assert_states_close(rows_of(state, i, shards), exact_state(one), held[i].error_unit, "float32")
 
 
-@pytest.mark.parametrize("facts", [{"order": "split"}, {**INT8, "scales": "token"}], ids=["split", "int8, token"])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        pytest.param({"order": "split"}, id="split"),
+        pytest.param({**INT8, "scales": "token"}, id="int8, token", marks=pytest.mark.kernels),
+    ],
+)
 def test_pages_are_copied_from_device_to_device(facts):
     """Devices that share a context: every page that is copied may lie on another device than its copy."""
     case = _case("decode", **facts)
