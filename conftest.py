@@ -81,7 +81,7 @@ _PACKAGES = ("paged.spec", "paged.lower", "paged.runtime", "paged.models", "page
 _MOST_MAPPINGS = 20_000
 # What a process may hold in memory between two tests. The peak of a process must stay under 2.5 GB; every run ends with
 # a line that says what it was.
-_MOST_BYTES = 2_000_000_000
+_MOST_BYTES = 1_900_000_000
 _PEAKS: dict[str, int] = {}
 
 # Tracing makes millions of objects, of which few are garbage. Measured over tests of gradients: a full collection takes
