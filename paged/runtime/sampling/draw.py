@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from paged.lower import vary_alike
 from paged.spec import LARGEST_INT32
 
 from .samplers import Samplers
@@ -98,7 +99,8 @@ def _by_chance(logits: Array, largest: Array, has_token: Array, samplers: Sample
     below = _over_temperature(logits, largest, samplers.temperature[:, None])
     depth, token = jax.lax.bitcast_convert_type(jnp.abs(below), jnp.int32), jnp.arange(vocab, dtype=jnp.int32)[None]
     asks = ((samplers.top_k < vocab) | (samplers.top_p < 1)) & has_token & ~samplers.is_greedy
-    everything = _Last(*(jnp.full(logits.shape[0], x, jnp.int32) for x in (np.float32(np.inf).view(np.int32), vocab)))
+    everything = (jnp.full(logits.shape[0], x, jnp.int32) for x in (np.float32(np.inf).view(np.int32), vocab))
+    _, everything = vary_alike(depth, _Last(*everything))
     mass = jnp.exp(below)
     last = jax.lax.cond(jnp.any(asks), lambda: _last_kept(below, depth, mass, asks, samplers), lambda: everything)
     is_likely = below >= jnp.log(samplers.min_p)[:, None]
@@ -163,8 +165,8 @@ def _last_before(depth: Array, weights: Array, limit: Array) -> _Last:
         is_less = weight_above(middle) < limit
         return jnp.where(is_less, middle, least), jnp.where(is_less, most, middle - 1)
 
-    start = jnp.zeros(len(depth), jnp.int32), jnp.max(depth, axis=1)
-    bound, _ = jax.lax.fori_loop(0, 31, halve, start)
+    least, most, _ = vary_alike(jnp.zeros(len(depth), jnp.int32), jnp.max(depth, axis=1), limit)
+    bound, _ = jax.lax.fori_loop(0, 31, halve, (least, most))
     is_tie = depth == bound[:, None]
     ties_before = (jnp.cumsum(is_tie, axis=1, dtype=jnp.int32) - is_tie.astype(jnp.int32)).astype(jnp.float32)
     each = jnp.max(jnp.where(is_tie, weights, 0.0), axis=1, keepdims=True)
