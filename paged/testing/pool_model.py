@@ -79,6 +79,8 @@ class PoolModel:
         before, ok = [*self.tables], []
         for slot, (at, count) in enumerate(zip(source, tokens, strict=True)):
             may = 0 <= at < SLOTS and not before[slot] and 0 <= count <= self.lengths[at]
+            # Fewer tokens than the source has may need a page that it has trimmed.
+            may = may and (count == self.lengths[at] or min(self._first_pages(at, count), default=0) >= 0)
             ok.append(may or at == -1)
             if may:
                 self.tables[slot], self.lengths[slot] = self._first_pages(at, count), count
