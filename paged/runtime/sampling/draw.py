@@ -84,13 +84,14 @@ def draw(
 def take_largest(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
     """The token with the largest logit of each row, the first of several; -1 where no token can be drawn.
 
-    Two reductions that XLA:CPU makes with vectors: `jnp.argmax` takes ten times as long there (measured, 16 rows of
+    Reductions that XLA:CPU makes with vectors: `jnp.argmax` takes ten times as long there (measured, 16 rows of
     49152 logits).
     """
-    largest = jnp.max(logits, axis=1, keepdims=True)  # NaN, where there is one
+    largest = jnp.max(logits, axis=1, keepdims=True)
     token = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
     first = jnp.min(jnp.where(logits == largest, token, LARGEST_INT32), axis=1)
-    return jnp.where(largest[:, 0] > -jnp.inf, first, -1)
+    # A maximum of XLA:CPU may pass over NaN.
+    return jnp.where((largest[:, 0] > -jnp.inf) & ~jnp.any(jnp.isnan(logits), axis=1), first, -1)
 
 
 def _by_chance(logits: Array, largest: Array, has_token: Array, samplers: Samplers, keys: Array) -> Array:
