@@ -97,7 +97,7 @@ POOL = (
     ),
     Mutant(
         "pool", "pages of several holders are written", attribute(_pool_requests, "asked_of", _never_shared),
-        "pool", "only free pages are handed out",
+        "pool", "only free pages are handed out", in_every_run=False,
     ),
     Mutant(
         "pool", "a step does not know what to copy",
