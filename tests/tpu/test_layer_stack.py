@@ -42,11 +42,20 @@ def test_no_loop_over_layers_copies_a_pool(windows, num_layers):
     stack, state = eqx.filter_eval_shape(make)
     arrays, static = eqx.partition(stack, lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
-    def step(arrays, x, lengths, tables, state):
-        return eqx.combine(arrays, static)(x, paged.RaggedBatch.decode(lengths, tables), state)
+    def step(arrays, x, lengths, tables, copy_from, state):
+        batch = paged.RaggedBatch.decode(lengths, tables, copy_from=copy_from)  # shared pages are copied in every layer
+        return eqx.combine(arrays, static)(x, batch, state)
 
     shape = lambda *dims, dtype=jnp.int32: jax.ShapeDtypeStruct(dims, dtype)
-    args = (arrays, shape(SLOTS, EMBED, dtype=jnp.bfloat16), shape(SLOTS), shape(SLOTS, PAGES_PER_SEQ), state)
-    compiled = compile_on(CHIPS["v6e"], jax.jit(step, donate_argnums=4), *args)
+    args = (
+        arrays,
+        shape(SLOTS, EMBED, dtype=jnp.bfloat16),
+        shape(SLOTS),
+        shape(SLOTS, PAGES_PER_SEQ),
+        shape(SLOTS),
+        state,
+    )
+    compiled = compile_on(CHIPS["v6e"], jax.jit(step, donate_argnums=5), *args)
     assert copies_in_loops(compiled.as_text(), NUM_PAGES * LAYOUT.bytes_per_page) == []
+    assert "paged_copy" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
