@@ -12,19 +12,17 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from jaxtyping import Integer as AnyInt
 
-from paged.spec import AttentionSpec, Everything, Pages, as_bool
+from paged.spec import AttentionSpec, Everything, as_bool
 
 from ._arguments import end_ids, integer, limits_of, prompts_of, values_of_prompts
 from ._groups import Masks, keeps_all, page_groups
 from ._held import GroupSizes, group_sizes
 from ._masks import require_cuts, specs_of
+from ._new_pools import new_pool, why_not_shared
 from ._scheduler import Request, Scheduler
 from ._serve import Model, Serve, StepReport
-from .grouped_pool import GroupedPool
-from .pool import PagePool
 from .prefix_cache import PrefixCache
 from .sampling import Sampler
-from .stacked_state import StackedState
 
 Integer = int | np.integer | AnyInt[Array | np.ndarray, ""]
 Integers = Sequence[Integer] | AnyInt[Array | np.ndarray, " _"]
@@ -179,7 +177,7 @@ def generate(
     requests = _requests(prompts, max_new_tokens, values, specs, samples)
     pages_per_seq = _table_width(requests, groups, sizes, pages_per_seq, chunk_size)
     require_cuts([spec.visibility for spec in specs], requests, chunk_size)
-    pool = _pool(groups, sizes, num_slots, pages_per_seq)
+    pool = new_pool(groups, sizes, num_slots, pages_per_seq)
     cache = PrefixCache.init(pool) if _has_prefix_cache(prefix_cache, specs, requests, state) else None
     scheduler = Scheduler(pool, [request for request in requests if not request.sample], chunk_size, cache)
     minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
@@ -224,38 +222,18 @@ def _require_sampler(sampler: Any, key: Any) -> tuple[Sampler, PRNGKeyArray]:
     return sampler, key
 
 
-def _pool(groups: Sequence[Masks], sizes: GroupSizes, num_slots: int, pages_per_seq: int) -> PagePool | GroupedPool:
-    """The pool of a model's groups. Where nothing is ever freed, one `PagePool`."""
-    pools = [PagePool.init(pages, num_slots, pages_per_seq, sizes.page_size) for pages in sizes.num_pages]
-    return pools[0] if len(groups) == 1 and keeps_all(groups[0]) else GroupedPool(pools, groups)
-
-
 def _has_prefix_cache(
     asked: Any, specs: Sequence[AttentionSpec], requests: Sequence[Request], state: eqx.nn.State
 ) -> bool:
     """Whether a prefix cache is used. ``ValueError`` where it is asked for, and equal tokens may have other pages."""
     if asked is not None and not as_bool("prefix_cache", asked):
         return False
-    reason = None
-    if not specs:
-        reason = "the model holds no attention whose mask is known"
-    elif any(spec.values for spec in specs):
-        reason = f"a mask or a score names {sorted({v.name for s in specs for v in s.values})}, numbers of a request"
-    elif any(request.cuts is not None for request in requests):
+    reason = why_not_shared(specs, state)
+    if reason is None and any(request.cuts is not None for request in requests):
         reason = "a mask shows tokens to others before them"
-    elif _has_more_than_pages(state):
-        reason = "the model's state holds more than pages, which later steps may need"
     if asked is not None and reason is not None:
         raise ValueError(f"prefix_cache=True needs pages that depend on the tokens before them alone: {reason}.")
     return reason is None
-
-
-def _has_more_than_pages(state: eqx.nn.State) -> bool:
-    parts = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages | StackedState))
-    of_stacks = [x.value for x in parts if isinstance(x, StackedState)]
-    parts = [x for x in parts if not isinstance(x, StackedState)]
-    parts += jax.tree.leaves(of_stacks, is_leaf=lambda x: isinstance(x, Pages))
-    return any(eqx.is_array(x) for x in parts)
 
 
 def _requests(

@@ -1,0 +1,158 @@
+"""`Requests`: what the serve loop knows of every request, as arrays of fixed shapes."""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from ..sampling import Sampler, Samplers
+
+
+class Status(enum.IntEnum):
+    """Where a request is: its row is free, it waits for a slot, it has one, or it is done."""
+
+    FREE = 0
+    WAITING = 1
+    RUNNING = 2
+    DONE = 3
+
+
+class Reason(enum.IntEnum):
+    """Why a request is done: see `Generation`. NONE while it is not."""
+
+    NONE = 0
+    EOS = 1
+    STOP = 2
+    LENGTH = 3
+    NO_TOKEN = 4
+    CANCELLED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class NewRequest:
+    """One request on the host, checked: what a row of `Requests` is made of.
+
+    * ``prompt``: its token ids.
+    * ``most_tokens``: of the prompt and the answer together.
+    * ``sampler``, ``key``: how its tokens are drawn; a typed PRNG key.
+    * ``ends``: token ids that end the answer. ``stops``: sequences of token ids that do.
+    * ``priority``: larger ones are admitted first. ``arrival``: among equal ones the smaller.
+    * ``salt``: requests share pages of equal tokens only where it is the same.
+    * ``values``: the numbers that the model's specs name.
+    """
+
+    prompt: tuple[int, ...]
+    most_tokens: int
+    sampler: Sampler
+    key: Any
+    ends: tuple[int, ...] = ()
+    stops: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
+    arrival: int = 0
+    salt: int = 0
+    values: Any = dataclasses.field(default_factory=dict)
+
+
+class Sizes(eqx.Module):
+    """The static sizes of `Requests`.
+
+    * ``requests``: rows. * ``tokens``: the most of a request, prompt and answer.
+    * ``ends``, ``stops``, ``stop_tokens``, ``biases``: how many each request may have, and tokens of one stop.
+    """
+
+    requests: int = eqx.field(static=True)
+    tokens: int = eqx.field(static=True)
+    ends: int = eqx.field(static=True, default=4)
+    stops: int = eqx.field(static=True, default=4)
+    stop_tokens: int = eqx.field(static=True, default=8)
+    biases: int = eqx.field(static=True, default=16)
+
+
+class Requests(eqx.Module):
+    """The table of requests, one row each.
+
+    * ``tokens`` i32[requests, tokens]: of the prompt, then of the answer; -1 past them.
+    * ``prompt``, ``known``, ``most`` i32[requests]: how many tokens the prompt has, how many are known, and may be.
+    * ``samplers``, ``keys``: how tokens are drawn.
+    * ``ends`` i32[requests, ends]: ids that end an answer; ``stops`` i32[requests, stops, tokens]: sequences that do,
+      each at the right, -1 before it.
+    * ``priority``, ``arrival`` i32[requests]: in which order they are admitted.
+    * ``salt`` i32[requests]: requests share pages of equal tokens only where it is the same.
+    * ``status``, ``reason`` i32[requests]: see `Status` and `Reason`.
+    * ``values``: the numbers that the model's specs name, [requests, ...] each.
+    """
+
+    tokens: Int[Array, "requests tokens"]
+    prompt: Int[Array, " requests"]
+    known: Int[Array, " requests"]
+    most: Int[Array, " requests"]
+    samplers: Samplers
+    keys: Key[Array, " requests"]
+    ends: Int[Array, "requests ends"]
+    stops: Int[Array, "requests stops stop_tokens"]
+    priority: Int[Array, " requests"]
+    arrival: Int[Array, " requests"]
+    salt: Int[Array, " requests"]
+    status: Int[Array, " requests"]
+    reason: Int[Array, " requests"]
+    values: dict[str, Array]
+
+    @classmethod
+    def init(cls, sizes: Sizes, values: dict[str, Array] | None = None) -> "Requests":
+        """A table whose rows are all free. ``values`` are examples of each number, without the leading axis."""
+        nobody = NewRequest((), 0, Sampler(), jax.random.key(0), values=values or {})
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (sizes.requests, *x.shape[1:])), cls.of([nobody], sizes))
+        return dataclasses.replace(rows, status=jnp.full(sizes.requests, Status.FREE, jnp.int32))
+
+    @classmethod
+    def of(cls, new: Sequence[NewRequest], sizes: Sizes) -> "Requests":
+        """Rows of waiting requests, which `put` puts into a table of these sizes."""
+        padded = lambda rows, width: _padded(rows, (len(new), width))
+        stops = np.full((len(new), sizes.stops, sizes.stop_tokens), -1, np.int32)
+        for row, request in enumerate(new):
+            for place, stop in enumerate(request.stops):
+                stops[row, place, sizes.stop_tokens - len(stop) :] = stop
+        ints = lambda numbers: jnp.asarray(np.asarray(list(numbers), np.int32))
+        lengths = ints(len(request.prompt) for request in new)
+        return cls(
+            tokens=padded([request.prompt for request in new], sizes.tokens),
+            prompt=lengths,
+            known=lengths,
+            most=ints(request.most_tokens for request in new),
+            samplers=Samplers.of([request.sampler for request in new], sizes.biases),
+            keys=jnp.stack([request.key for request in new]),
+            ends=padded([request.ends for request in new], sizes.ends),
+            stops=jnp.asarray(stops),
+            priority=ints(request.priority for request in new),
+            arrival=ints(request.arrival for request in new),
+            salt=ints(request.salt for request in new),
+            status=jnp.full(len(new), Status.WAITING, jnp.int32),
+            reason=jnp.full(len(new), Reason.NONE, jnp.int32),
+            values={name: jnp.stack([jnp.asarray(r.values[name]) for r in new]) for name in new[0].values},
+        )
+
+    def put(self, rows: Int[Array, " new"], new: "Requests") -> "Requests":
+        """The table with new requests in some rows. A row past the table's drops its request."""
+        return jax.tree.map(lambda old, own: old.at[rows].set(own, mode="drop"), self, new)
+
+    def at(self, rows: Int[Array, " slots"]) -> "Requests":
+        """The requests in some rows. A negative number gives any row."""
+        return jax.tree.map(lambda x: x[jnp.maximum(rows, 0)], self)
+
+    @property
+    def drawn(self) -> Int[Array, " requests"]:
+        """How many tokens have been drawn for each."""
+        return self.known - self.prompt
+
+
+def _padded(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> Array:
+    table = np.full(shape, -1, np.int32)
+    for row, numbers in enumerate(rows):
+        table[row, : len(numbers)] = numbers
+    return jnp.asarray(table)

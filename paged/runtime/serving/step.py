@@ -1,0 +1,206 @@
+"""`serve_step`: one step of serving, and `serve_many`: many of them, on the device."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from paged.spec import CheckedFor, Everything, GroupedBatch, Minimum, RaggedBatch
+
+from .._serve import TwoPartModel
+from .._step_plans import StepPlans
+from ..sampling import draw, tokens_from
+from .admit import admit, make_room, plan_rows
+from .requests import Reason, Status
+from .reuse import keep
+from .state import Queue, ServeState
+
+
+class StepEvents(eqx.Module):
+    """What one step did to each slot, or many steps, with a leading axis.
+
+    * ``request`` i32[slots]: the row of the request that drew a token, -1 for none.
+    * ``token`` i32[slots]: the token, -1 where none could be drawn.
+    * ``reason`` i32[slots]: why the request is done with it, see `Reason`.
+    """
+
+    request: Int[Array, "*steps slots"]
+    token: Int[Array, "*steps slots"]
+    reason: Int[Array, "*steps slots"]
+
+    @classmethod
+    def none(cls, slots: int) -> "StepEvents":
+        nobody = jnp.full(slots, -1, jnp.int32)
+        return cls(nobody, nobody, jnp.full(slots, Reason.NONE, jnp.int32))
+
+
+def serve_step(
+    model: Any, state: ServeState, *, budget: int, minima: tuple[Minimum, ...] = ()
+) -> tuple[ServeState, StepEvents]:
+    """Admit requests, page, run the model once, draw tokens, and let go of what is done: a pure function.
+
+    **Arguments:**
+
+    - `model`: ``model(tokens, batch, state) -> (logits, state)``, as `generate` takes it.
+    - `state`: what the loop carries.
+    - `budget`: the most rows of a step; at least as many as there are slots.
+    - `minima`: what the numbers of the requests have been checked for.
+
+    **Returns:** the new state, and what happened.
+    """
+    queue = admit(state.queue)
+    rows = plan_rows(queue, budget)
+    queue, rows = make_room(queue, rows)
+    logits, model_state = _run(model, queue, rows, state.model_state, budget, minima)
+    queue, events = _record(queue, rows, logits)
+    return ServeState(queue, model_state), events
+
+
+def serve_many(
+    model: Any, state: ServeState, steps: int, limit: Any = None, *, budget: int, minima: tuple[Minimum, ...] = ()
+) -> tuple[ServeState, StepEvents, Int[Array, ""]]:
+    """`serve_step` until nothing runs and nothing waits, at most ``steps`` times.
+
+    **Arguments:**
+
+    - `model`, `state`, `budget`, `minima`: as for `serve_step`.
+    - `steps`: the most steps, an int: for so many there is room in the events.
+    - `limit`: the most steps of this call, i32[], at most ``steps``; may be traced. None for ``steps``.
+
+    **Returns:** the new state; the events of all steps, [steps, slots]; and how many steps there were.
+    """
+    limit = steps if limit is None else jnp.minimum(limit, steps)
+    slots = state.queue.request.shape[0]
+    events = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps, *x.shape)), StepEvents.none(slots))
+
+    def goes_on(carry: tuple) -> Array:
+        i, state, _ = carry
+        return (i < limit) & (jnp.any(state.queue.is_running) | jnp.any(state.queue.is_waiting))
+
+    def one(carry: tuple) -> tuple:
+        i, state, events = carry
+        state, own = serve_step(model, state, budget=budget, minima=minima)
+        return i + 1, state, jax.tree.map(lambda all_, x: all_.at[i].set(x), events, own)
+
+    done, state, events = jax.lax.while_loop(goes_on, one, (jnp.zeros((), jnp.int32), state, events))
+    return state, events, done
+
+
+def logits_of(model: Any, queue: Queue, state: eqx.nn.State, budget: int, minima: Any) -> Array:
+    """The logits that a step makes of a queue: to be traced for their shape."""
+    return _run(model, queue, jnp.zeros_like(queue.request), state, budget, minima)[0]
+
+
+def _run(
+    model: Any, queue: Queue, rows: Int[Array, " slots"], state: eqx.nn.State, budget: int, minima: Any
+) -> tuple[Float[Array, "slots vocab"], eqx.nn.State]:
+    """Logits of the last row of each slot; of a slot without rows, anything.
+
+    Where every slot has one row or none, the batch has one row for each slot: kernels for decoding take it.
+    """
+    slots, known = rows.shape[0], queue.of_slots
+
+    def decode(state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
+        place = jnp.maximum(queue.pool.lengths - 1, 0)
+        tokens = jnp.take_along_axis(known.tokens, place[:, None], axis=1)[:, 0]
+        batch = _trusted(queue.pool.decode_batch(rows > 0), queue, slots, minima)
+        x, state = _apply(model, jnp.where(rows > 0, tokens, 0), batch, state)
+        return _logits(model, x, jnp.arange(slots)), state
+
+    def mixed(state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
+        batch = _trusted(queue.pool.ragged_batch(rows), queue, budget, minima)
+        starts, row = jnp.cumsum(rows) - rows, jnp.arange(budget, dtype=jnp.int32)
+        slot = jnp.repeat(jnp.arange(slots, dtype=jnp.int32), rows, total_repeat_length=budget)
+        place = queue.pool.lengths[slot] - rows[slot] + row - starts[slot]
+        tokens = known.tokens[slot, jnp.clip(place, 0, known.tokens.shape[1] - 1)]
+        x, state = _apply(model, jnp.where(row < jnp.sum(rows), tokens, 0), batch, state)
+        return _logits(model, x, jnp.maximum(starts + rows - 1, 0)), state
+
+    if budget == slots:
+        return decode(state)
+    # Each form is a loop of one turn or none. XLA updates what a loop carries in place; a branch would get a copy of
+    # every page.
+    logits = jax.eval_shape(lambda state: decode(state)[0], state)
+    is_decode, carry = jnp.all(rows <= 1), (jnp.zeros(logits.shape, logits.dtype), state)
+    for runs, form in ((is_decode, decode), (~is_decode, mixed)):
+        carry = jax.lax.fori_loop(0, runs.astype(jnp.int32), lambda _, carry, form=form: form(carry[1]), carry)
+    return carry
+
+
+def _apply(model: Any, tokens: Array, batch: Any, state: eqx.nn.State) -> Any:
+    with StepPlans.of(batch).shared():
+        return (model.features if isinstance(model, TwoPartModel) else model)(tokens, batch, state)
+
+
+def _logits(model: Any, x: Array, rows: Array) -> Array:
+    return model.logits(x[rows]) if isinstance(model, TwoPartModel) else x[rows]
+
+
+def _trusted(batch: Any, queue: Queue, tokens: int, minima: Any) -> Any:
+    """The batch, marked as checked: a pool's tables are sound, and requests are checked when they are submitted."""
+    values, size = dict(queue.of_slots.values), queue.pool.page_size
+
+    def marked(own: RaggedBatch, num_pages: int) -> RaggedBatch:
+        facts = CheckedFor(size, num_pages, tokens, Everything(), minima)
+        return dataclasses.replace(own, values=values, checked_for=facts)
+
+    if not isinstance(batch, GroupedBatch):
+        return marked(batch, queue.pool.num_pages)
+    return GroupedBatch(map(marked, batch.batches, queue.pool.num_pages), batch.masks)
+
+
+def _record(queue: Queue, rows: Int[Array, " slots"], logits: Array) -> tuple[Queue, StepEvents]:
+    """Draw a token for every sequence whose known tokens are all in pages, and let go of those that are done."""
+    of_slots, lengths = queue.of_slots, queue.pool.lengths
+    draws = queue.is_running & (rows > 0) & (lengths == of_slots.known)
+    keys = jax.vmap(jax.random.fold_in)(of_slots.keys, of_slots.drawn)
+    token = draw(logits, of_slots.samplers, keys, *_history(queue, logits.shape[1]))
+    is_token = draws & (token >= 0)
+    place = jnp.where(is_token, of_slots.known, of_slots.tokens.shape[1])
+    tokens = queue.requests.tokens.at[queue.rows_of(is_token), place].set(token, mode="drop")
+    queue = queue.replace(requests=dataclasses.replace(queue.requests, tokens=tokens))
+    queue = queue.with_column(is_token, known=of_slots.known + 1)
+    reason = jnp.where(draws, _reason(queue, token), Reason.NONE)
+    is_done = reason != Reason.NONE
+    queue = queue.with_column(is_done, reason=reason)
+    is_prefilled = (rows > 0) & (rows > jnp.where(draws, 1, 0))
+    queue = keep(queue, is_prefilled | is_done, is_done)
+    events = StepEvents(jnp.where(draws, queue.request, -1), jnp.where(draws, token, -1), reason)
+    counts = queue.counts.plus(
+        steps=1,
+        decode_steps=jnp.all(rows <= 1),
+        prompt_tokens=jnp.sum(jnp.where(is_prefilled, rows, 0)),
+        new_tokens=jnp.sum(is_token),
+        done=jnp.sum(is_done),
+    )
+    return queue.replace(counts=counts).without(is_done, Status.DONE), events
+
+
+def _history(queue: Queue, vocab: int) -> tuple[Bool[Array, "slots vocab"], Bool[Array, "slots vocab"]]:
+    """For penalties: which tokens each slot's request has, and which its answer. Computed if any slot asks."""
+    of_slots = queue.of_slots
+
+    def found() -> tuple[Array, Array]:
+        first = jnp.zeros_like(of_slots.prompt)
+        return tokens_from(of_slots.tokens, first, vocab), tokens_from(of_slots.tokens, of_slots.prompt, vocab)
+
+    none = jnp.zeros((of_slots.prompt.shape[0], vocab), bool)
+    return jax.lax.cond(jnp.any(queue.is_running & of_slots.samplers.needs_history), found, lambda: (none, none))
+
+
+def _reason(queue: Queue, token: Int[Array, " slots"]) -> Int[Array, " slots"]:
+    """Why each request is done after its token, if it is: the first reason that holds."""
+    of_slots = queue.of_slots
+    is_end = jnp.any((of_slots.ends == token[:, None]) & (token >= 0)[:, None], axis=1)
+    length = of_slots.stops.shape[2]
+    place = of_slots.known[:, None] - length + jnp.arange(length, dtype=jnp.int32)[None]
+    latest = jnp.take_along_axis(of_slots.tokens, jnp.maximum(place, 0), axis=1)
+    latest = jnp.where(place >= of_slots.prompt[:, None], latest, -2)[:, None]  # a stop lies in the answer
+    is_equal = jnp.all((of_slots.stops < 0) | (of_slots.stops == latest), axis=2)
+    is_stop = jnp.any(is_equal & (of_slots.stops[..., -1] >= 0), axis=1)
+    reasons = [token < 0, is_end, is_stop, of_slots.known >= of_slots.most]
+    names = [Reason.NO_TOKEN, Reason.EOS, Reason.STOP, Reason.LENGTH]
+    return jnp.select(reasons, [jnp.full_like(token, name) for name in names], jnp.full_like(token, Reason.NONE))
