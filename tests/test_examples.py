@@ -54,7 +54,14 @@ def _annotations_rest(is_wrong_on_purpose):
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.name)
+# Pages of a test of seconds: they run with the kernels' tables.
+LONG = ("engine.md",)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.name, marks=[pytest.mark.kernels] * (path.name in LONG)) for path in WITH_CODE],
+)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_says(path):
     names: dict[str, object] = {}
     for code, _, shown in re.findall(r"```python\n(.*?)```(\s*```text\n(.*?)```)?", path.read_text(), re.DOTALL):

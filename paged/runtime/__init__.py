@@ -34,5 +34,9 @@ from .sampling import sample as sample
 from .sampling import top_log_probs as top_log_probs
 from .saving import load as load
 from .saving import save as save
+from .serving import Engine as Engine
+from .serving import EngineStats as EngineStats
+from .serving import Event as Event
+from .serving import Handle as Handle
 from .stacked_state import StackedState as StackedState
 from .stacked_state import pools_of as pools_of

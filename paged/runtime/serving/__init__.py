@@ -1,0 +1,17 @@
+"""The serve loop: requests, slots, pages and the model's step, on the device."""
+
+from .engine import Engine as Engine
+from .handles import EngineStats as EngineStats
+from .handles import Event as Event
+from .handles import Handle as Handle
+from .intake import Intake as Intake
+from .requests import NewRequest as NewRequest
+from .requests import Reason as Reason
+from .requests import Requests as Requests
+from .requests import Sizes as Sizes
+from .requests import Status as Status
+from .state import Queue as Queue
+from .state import ServeState as ServeState
+from .step import StepEvents as StepEvents
+from .step import serve_many as serve_many
+from .step import serve_step as serve_step

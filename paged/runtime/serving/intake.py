@@ -1,0 +1,100 @@
+"""What the engine accepts: every argument of a request, checked before anything of it reaches the device."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from paged.spec import AttentionSpec
+
+from .._arguments import end_ids, integer, token_ids, values_of_prompts
+from ..sampling import Sampler
+from .requests import NewRequest, Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Intake:
+    """The facts that requests are checked against.
+
+    * ``sizes``: of the table of requests.
+    * ``vocab``: how many tokens the model knows.
+    * ``capacity``: the most tokens of a sequence that the pool can ever hold.
+    * ``specs``: of the model's attentions.
+    """
+
+    sizes: Sizes
+    vocab: int
+    capacity: int
+    specs: tuple[AttentionSpec, ...]
+
+    def checked(
+        self, prompt: Any, max_new_tokens: Any, *, sampler: Any, key: Any, eos: Any, stop: Any, priority: Any,
+        salt: Any, arrival: int, values: Any,
+    ) -> NewRequest:  # fmt: skip
+        """The request, or ``ValueError`` or ``TypeError`` that names the argument."""
+        ids, limit = token_ids("prompt", prompt), integer("max_new_tokens", max_new_tokens, least=1)
+        if not ids:
+            raise ValueError("prompt is empty: a model needs a token to begin with.")
+        self._require_in_vocabulary("prompt", ids)
+        most = min(self.sizes.tokens, self.capacity + 1)  # the last token drawn is in no page
+        if len(ids) + limit > most:
+            raise ValueError(
+                f"prompt has {len(ids)} tokens, and max_new_tokens is {limit}: this engine holds {most} tokens of a "
+                "request. Ask for fewer, or make it with more pages and max_tokens."
+            )
+        sampler = Sampler() if sampler is None else sampler
+        if not isinstance(sampler, Sampler):
+            raise TypeError(f"sampler must be a Sampler; got {sampler!r}.")
+        self._require_in_vocabulary("logit_bias", [token for token, _ in sampler.logit_bias])
+        self._require_room("logit_bias", len(sampler.logit_bias), self.sizes.biases)
+        ends = tuple(sorted(end_ids(eos)))
+        self._require_in_vocabulary("eos", ends)
+        self._require_room("eos", len(ends), self.sizes.ends)
+        return NewRequest(
+            ids,
+            len(ids) + limit,
+            sampler,
+            require_key(key),
+            ends,
+            self._stops(stop),
+            integer("priority", priority),
+            arrival,
+            integer("salt", salt),
+            self._values(values),
+        )
+
+    def _stops(self, stop: Any) -> tuple[tuple[int, ...], ...]:
+        if isinstance(stop, str | bytes) or not isinstance(stop, Sequence):
+            raise TypeError(f"stop must be a list of sequences of token ids; got {stop!r}.")
+        stops = tuple(token_ids(f"stop[{i}]", each) for i, each in enumerate(stop))
+        self._require_room("stop", len(stops), self.sizes.stops)
+        for i, each in enumerate(stops):
+            if not 1 <= len(each) <= self.sizes.stop_tokens:
+                raise ValueError(
+                    f"stop[{i}] must have 1 to {self.sizes.stop_tokens} tokens; got {len(each)}. The engine's "
+                    "stop_tokens says how many."
+                )
+            self._require_in_vocabulary(f"stop[{i}]", each)
+        return stops
+
+    def _values(self, values: Any) -> Mapping[str, np.ndarray]:
+        rows = None if values is None else {name: np.asarray(x)[None] for name, x in dict(values).items()}
+        return {name: x[0] for name, x in values_of_prompts(rows, self.specs, 1).items()}
+
+    def _require_in_vocabulary(self, name: str, ids: Sequence[int]) -> None:
+        outside = next((token for token in ids if token >= self.vocab), None)
+        if outside is not None:
+            raise ValueError(f"{name} has the token {outside}, and the model knows {self.vocab}.")
+
+    def _require_room(self, name: str, count: int, room: int) -> None:
+        if count > room:
+            raise ValueError(f"{name} has {count} entries, and this engine's requests have room for {room}.")
+
+
+def require_key(key: Any) -> Any:
+    """A typed PRNG key, or ``TypeError``."""
+    if not isinstance(key, jax.Array) or not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
+        raise TypeError(f"key must be one typed PRNG key, such as jax.random.key(0); got {key!r}.")
+    return key

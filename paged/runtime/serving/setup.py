@@ -1,0 +1,87 @@
+"""What an engine is made of: the pool of a model's groups, the table of requests, and what requests are checked for."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged.lower import first_rows
+from paged.spec import Everything, Minimum, values_of
+
+from .._arguments import integer
+from .._groups import keeps_all, mask_of, most_pages, page_groups
+from .._held import GroupSizes, group_sizes
+from .._masks import specs_of
+from .._new_pools import new_pool, why_not_shared
+from ..prefix_cache import PrefixCache
+from .intake import Intake
+from .requests import Requests, Sizes
+from .state import Queue
+from .step import logits_of
+
+
+class Setup(NamedTuple):
+    """What an engine is made of.
+
+    * ``intake``: what requests are checked against. * ``queue``: without requests.
+    * ``budget``: the most rows of a step. * ``minima``: what the numbers of requests are checked for.
+    """
+
+    intake: Intake
+    queue: Queue
+    budget: int
+    minima: tuple[Minimum, ...]
+
+    @classmethod
+    def of(
+        cls, model: Any, state: eqx.nn.State, sizes: Sizes, *, num_slots: Any, chunk_size: Any, num_pages: Any,
+        page_size: Any, prefix_cache: Any,
+    ) -> "Setup":  # fmt: skip
+        """The parts of an engine, see `Engine`. ``ValueError`` or ``TypeError`` for a model that it cannot serve."""
+        num_slots, budget = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
+        budget += num_slots
+        specs = tuple(specs_of(model))
+        for mask in dict.fromkeys(spec.visibility for spec in specs):
+            _require_nothing_ahead(mask, sizes.tokens)
+        groups = page_groups(specs) or ((Everything(),),)
+        held = group_sizes(model, state, groups, num_pages, page_size)
+        pool = new_pool(groups, held, num_slots, -(-(sizes.tokens - 1) // held.page_size))
+        reason = why_not_shared(specs, state)
+        if prefix_cache and reason is not None:
+            raise ValueError(f"prefix_cache=True needs pages that depend on the tokens before them alone: {reason}.")
+        has_cache = reason is None if prefix_cache is None else prefix_cache
+        # Any numbers: those of a row without a request are read by nobody.
+        values = {v.name: jnp.ones(() if v.size is None else v.size, v.dtype) for s in specs for v in s.values}
+        queue = Queue.init(Requests.init(sizes, values), pool, PrefixCache.init(pool) if has_cache else None)
+        # A new pool and a new cache have arrays in common, which cannot be donated twice.
+        queue = jax.tree.map(jnp.copy, queue)
+        minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
+        logits = eqx.filter_eval_shape(logits_of, model, queue, state, budget, minima)
+        return cls(
+            Intake(sizes, logits.shape[1], _capacity(groups, held, sizes.tokens, budget), specs), queue, budget, minima
+        )
+
+
+def _capacity(groups: Any, held: GroupSizes, tokens: int, budget: int) -> int:
+    """The most tokens that one sequence can have in pages when it has all of them."""
+    most = tokens
+    for masks, num_pages in zip(groups, held.num_pages, strict=True):
+        if keeps_all(masks):
+            most = min(most, num_pages * held.page_size)
+        elif (needed := most_pages(mask_of(masks), tokens, held.page_size, budget)) > num_pages:
+            raise ValueError(
+                f"Layers with the mask {masks[0]} hold {needed} pages of {held.page_size} tokens at once for one "
+                f"sequence of {tokens} tokens in steps of {budget} rows, and have {num_pages}. Make max_tokens or "
+                "chunk_size smaller, or give these layers more pages."
+            )
+    return most
+
+
+def _require_nothing_ahead(mask: Any, tokens: int) -> None:
+    if not values_of(mask) and not np.array_equal(first_rows(mask, tokens), np.arange(tokens)):
+        raise ValueError(
+            f"The mask {mask} of a layer shows tokens to others before them. An engine computes prompts in chunks of "
+            "any size, in which such a row would miss keys. `generate` cuts prompts where the mask allows it."
+        )
