@@ -1,5 +1,6 @@
 """What `PrefixCache` computes with arrays: hashes of pages of tokens, ancestors of nodes, and the oldest nodes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,9 @@ def chain_keys(
     """
     count, size = tokens.shape
     weights = jnp.asarray(_powers(0x85EBCA6B, size))
-    hashes = _mixed(jnp.sum(_mixed(tokens.astype(jnp.uint32)) * weights[None], axis=1, dtype=jnp.uint32))
+    # Not 0, which stays 0 when it is mixed: pages of the token 0 would all have one key.
+    mixed = _mixed(tokens.astype(jnp.uint32) + jnp.uint32(0x27D4EB2F))
+    hashes = _mixed(jnp.sum(mixed * weights[None], axis=1, dtype=jnp.uint32))
     seed = _mixed(salt.astype(jnp.uint32) * jnp.uint32(0xC2B2AE35) + _mixed(epoch.astype(jnp.uint32)))
     sums = jnp.cumsum(hashes * jnp.asarray(_powers(_INVERSE, count)), dtype=jnp.uint32)
     return _mixed((sums + seed) * jnp.asarray(_powers(_FACTOR, count)))
@@ -46,12 +49,30 @@ def first_tokens(rows: Int[Array, "pages page_size"], counts: Int[Array, " pages
     return jnp.where(jnp.arange(rows.shape[1], dtype=jnp.int32)[None] < counts[:, None], rows, -1)
 
 
-def first_equal(keys: UInt[Array, " nodes"], wanted: UInt[Array, " pages"], is_used: Bool[Array, " nodes"]) -> Array:
-    """For each key that is wanted, the first node in use that has it; -1 where none has."""
-    is_equal = (keys[None] == wanted[:, None]) & is_used[None]
+def first_equal(
+    keys: UInt[Array, " nodes"], wanted: UInt[Array, " pages"], depths: Int[Array, " nodes"], may: Bool[Array, " nodes"]
+) -> Int[Array, " pages"]:
+    """For the key of each page in order, the first node of its depth that has it and may be found; -1 for none."""
+    entry = jnp.arange(wanted.shape[0], dtype=jnp.int32)[:, None]
+    is_equal = (keys[None] == wanted[:, None]) & (depths[None] == entry) & may[None]
     number = jnp.where(is_equal, jnp.arange(keys.shape[0], dtype=jnp.int32)[None], keys.shape[0])
     first = jnp.min(number, axis=1)
     return jnp.where(first < keys.shape[0], first, -1)
+
+
+def first_hidden(
+    pages: Int[Array, "groups nodes"], tables: Int[Array, "groups entries"], old: Array, num_pages: Sequence[int]
+) -> Int[Array, ""]:
+    """The first entry from ``old`` on whose page a node has already, which another one with an equal hash hides.
+
+    No page is that of two nodes: neither would ever be given up.
+    """
+    entry = jnp.arange(tables.shape[1], dtype=jnp.int32)
+    is_hidden = jnp.zeros(entry.shape, bool)
+    for own, table, count in zip(pages, tables, num_pages, strict=True):
+        is_kept = jnp.zeros(count, bool).at[jnp.where(own >= 0, own, count)].set(True, mode="drop")
+        is_hidden |= (table >= 0) & is_kept[table]
+    return jnp.min(jnp.where(is_hidden & (entry >= old), entry, tables.shape[1]))
 
 
 def common_lengths(

@@ -211,6 +211,7 @@ class PrefixCache(eqx.Module):
         entry = jnp.arange(rows.shape[0], dtype=jnp.int32)
         tables = jnp.stack([_resized(own.block_tables[slot], rows.shape[0]) for own in pools])
         found = jnp.where(entry < old, found, -1)
+        entries = jnp.minimum(entries, _arrays.first_hidden(self.pages, tables, old, [own.num_pages for own in pools]))
         room, pools = self._with_free_nodes(pools, found, entries - old)
         # In token order, each of them the parent of the next, until nodes run out.
         free = jnp.nonzero(room.counts == 0, size=rows.shape[0], fill_value=room.num_nodes)[0].astype(jnp.int32)
@@ -324,11 +325,12 @@ class PrefixCache(eqx.Module):
         """
         size, entries = self.page_size, rows.shape[0]
         counts = jnp.clip(length - jnp.arange(entries, dtype=jnp.int32) * size, 0, size)
-        found = _arrays.first_equal(self.keys, self._keys(rows, counts, salt), self.counts > 0)
+        may = (self.counts > 0) & self._is_of(salt)
+        found = _arrays.first_equal(self.keys, self._keys(rows, counts, salt), self.depths, may)
         before = jnp.concatenate([jnp.full(1, -1, jnp.int32), found[:-1]])
         is_same = jnp.all(self.tokens[found] == _arrays.first_tokens(rows, counts), axis=1)
         is_same &= (found >= 0) & (counts > 0) & (self.counts[found] == counts)
-        is_same &= (self.parents[found] == before) & self._is_of(salt)[found]
+        is_same &= self.parents[found] == before
         count = jnp.sum(jnp.cumsum(~is_same) == 0, dtype=jnp.int32)
         return jnp.where(jnp.arange(entries) < count, found, -1), count
 
