@@ -41,9 +41,7 @@ class _Launch(NamedTuple):
 
     events: StepEvents
     steps: Any
-    counts: Counts
-    pages_in_use: Any
-    pages_cached: Any
+    figures: Any
     handles: dict[int, Handle]
 
 
@@ -128,7 +126,7 @@ class Engine:
         self._in_flight: collections.deque[_Launch] = collections.deque()
         self._outbox: collections.deque[Event] = collections.deque()
         self._submitted = self._launches = self._done = 0
-        self._latest: _Launch | None = None
+        self._figures: Any = (Counts.zero(), 0, 0)
         self._seconds_to_first, self._seconds_after = [], []
 
     @property
@@ -182,9 +180,10 @@ class Engine:
         self._model = model
 
     def stats(self) -> EngineStats:
-        """Figures up to the latest launch that has come back."""
-        latest, num_pages = self._latest, self._state.queue.pool.num_pages
-        counts = Counts.zero() if latest is None else latest.counts
+        """Figures up to now, or while a launch runs, up to the latest one that has come back."""
+        if not self._in_flight:
+            self._figures = jax.device_get(_figures(self._state.queue))
+        counts, in_use, cached = self._figures
         mean = lambda values: sum(values) / len(values) if values else None
         running = sum(handle.first_token is not None for handle in self._handles.values())
         return EngineStats(
@@ -195,9 +194,9 @@ class Engine:
             waiting=len(self._pending) + len(self._handles) - running,
             done=self._done,
             preemptions=int(counts.preempted),
-            pages=int(np.sum(num_pages)),
-            pages_in_use=0 if latest is None else int(np.sum(latest.pages_in_use)),
-            pages_cached=0 if latest is None else int(np.sum(latest.pages_cached)),
+            pages=int(np.sum(self._state.queue.pool.num_pages)),
+            pages_in_use=int(np.sum(in_use)),
+            pages_cached=int(np.sum(cached)),
             seconds_to_first_token=mean(self._seconds_to_first),
             seconds_per_token=mean(self._seconds_after),
         )
@@ -280,8 +279,7 @@ class Engine:
     def _collect(self) -> None:
         """The events of the oldest launch: one read of the device."""
         launch = self._in_flight.popleft()
-        self._latest = launch = _Launch(*jax.device_get(launch[:-1]), handles=launch.handles)
-        events, steps = launch.events, launch.steps
+        events, steps, self._figures = jax.device_get(launch[:-1])
         tokens: dict[int, list[int]] = {}
         reasons: dict[int, FinishReason] = {}
         for step, slot in np.argwhere(events.request[: int(steps)] >= 0):
@@ -319,8 +317,12 @@ def _kind(x: Any) -> Any:
 def _serve(inputs: tuple, state: ServeState) -> tuple:
     model, limit, budget, minima = inputs
     state, events, done = serve_many(model, state, _MOST_STEPS, limit, budget=budget, minima=minima)
-    queue = state.queue
-    return state, events, done, queue.counts, queue.pool.pages_in_use, pages_cached(queue)
+    return state, events, done, _figures(state.queue)
+
+
+@eqx.filter_jit
+def _figures(queue: Queue) -> tuple:
+    return queue.counts, queue.pool.pages_in_use, pages_cached(queue)
 
 
 @eqx.filter_jit(donate="all-except-first")
