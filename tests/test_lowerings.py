@@ -37,6 +37,7 @@ LATEST = {
     for check in (
         *("holes are invisible", "scores of zero", "page order is invisible", "padding is nothing"),
         *("past the table", "bad values stay in their sequence", "chunks are invisible", "update"),
+        *("num_seqs is clamped", "the order of sequences is invisible"),
     )
 }
 # What the decode kernel is asked again with its sequences on the grid; `make test-slow` asks the rest.

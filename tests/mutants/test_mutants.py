@@ -24,7 +24,12 @@ IN_EVERY_RUN = {mutant.trial for mutant in FEW}
 
 
 # Trials of 20 seconds each, of bugs that are much like others in the list.
-LONGEST = ("decode: an item past the end together with the last", "decode: cursor a block ahead")
+LONGEST = (
+    "decode: an item past the end together with the last",
+    "decode: an empty item together with another",
+    "decode: cursor a block ahead",
+    "pool: a step does not know what to copy",
+)
 
 
 def _marked(name, value, in_every_run):

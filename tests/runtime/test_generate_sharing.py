@@ -1,11 +1,14 @@
 """`generate` with pages that are shared: a prefix cache and samples by fork give the tokens of dense recomputation."""
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from paged.runtime import Sampler, generate
+from paged.runtime import GroupedPool, PrefixCache, Sampler, generate
 
-from .tiny import VOCAB, greedy_ref, tiny
+from .tiny import GLOBAL, LOCAL, PAGE_SIZE, VOCAB, greedy_ref, tiny
 
 SETUP = {"num_slots": 3, "pages_per_seq": 8, "chunk_size": 4}
 SYSTEM = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]  # two pages, and half of one
@@ -46,6 +49,22 @@ def test_a_hit_gives_the_tokens_of_a_miss(model_and_state, expected, num_pages):
     else:
         assert prefilled(reports) <= len(SYSTEM) + sum(len(prompt) - len(SYSTEM) + 1 for prompt in PROMPTS)
         assert max(r.pages_shared for r in reports) >= 2 and sum(r.pages_copied for r in reports) >= 1
+
+
+@pytest.mark.kernels
+def test_log_probabilities_after_a_hit_are_those_of_a_miss():
+    """The last page is shared in part: its copy is written on. One layer has a window, whose pages are trimmed."""
+    (model, state), known = tiny(), jnp.asarray(PROMPTS[2], jnp.int32)
+    pool = GroupedPool.init([LOCAL, GLOBAL], 32, 2, 8, PAGE_SIZE, chunk_size=16)
+    pool, _ = pool.extend([len(known), 0])
+    want, state = eqx.filter_jit(model)(known, pool.ragged_batch([len(known), 0]), state)
+    cache, pool = PrefixCache.init(pool).insert(pool.trim(), 0, known, len(known), has_partial=True)
+    cache, pool, count = cache.attach(pool, 1, known, len(known) - 1)
+    rest = len(known) - int(count)
+    pool, ok = pool.extend([0, rest])
+    got, state = eqx.filter_jit(model)(known[-rest:], pool.ragged_batch([0, rest]), state)
+    assert ok.all() and rest == 1
+    np.testing.assert_allclose(jax.nn.log_softmax(got), jax.nn.log_softmax(want[-rest:]), atol=1e-5)
 
 
 @pytest.mark.kernels

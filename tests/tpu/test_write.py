@@ -164,8 +164,9 @@ def test_all_orders_and_dtypes(name):
     _assert_writes(layout, BATCHES, mode, CHIPS[generation])
 
 
-@pytest.mark.kernels
-@pytest.mark.parametrize("generation", ["v4", "v5e"])
+@pytest.mark.parametrize(
+    "generation", [pytest.param("v4", marks=pytest.mark.slow), pytest.param("v5e", marks=pytest.mark.kernels)]
+)
 def test_lists_too_long_for_scalar_memory_are_cut_into_kernels(generation, small_rings):
     chip = small_rings(generation, generation="forgetful", smem_bytes=200)
     _assert_writes(_layout(), ("mixed", "neighbours", "holes"), "on_wait", chip)
