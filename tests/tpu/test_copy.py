@@ -77,7 +77,7 @@ COMPILED = [(name, list(CHIPS)[i % 5]) for i, name in enumerate(LAYOUTS)] + [("l
 @needs_libtpu
 @pytest.mark.parametrize(("name", "generation"), marked(COMPILED, (("llama", "v5e"),)))
 def test_compiles_in_place(name, generation):
-    """64 copies in a pool of 256 MiB that is donated: no temporary memory but a few pages."""
+    """64 copies in a pool of 256 MiB that is donated: no temporary memory but a few pages, padded to 128 features."""
     facts = {"page_size": 16, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", **LAYOUTS[name]}
     layout = layout_of(**facts)
     num_pages = 256 * 2**20 // layout.bytes_per_page
@@ -91,4 +91,5 @@ def test_compiles_in_place(name, generation):
     memory = compiled.memory_analysis()
     assert ("paged_copy" in compiled.as_text()) == (refuses_copy(layout) is None)
     assert memory.alias_size_in_bytes >= 256 * 2**20
-    assert memory.temp_size_in_bytes < 64 * layout.bytes_per_page
+    padded = layout.bytes_per_page * 128 // min(layout.head_dim, 128)
+    assert memory.temp_size_in_bytes < 64 * padded + 2**18
