@@ -42,6 +42,7 @@ from .program import Call as Call
 from .program import Program as Program
 from .program import QueryRows as QueryRows
 from .program import Sequences as Sequences
+from .program import implies as implies
 from .program import normal_form as normal_form
 from .program import page_coverage as page_coverage
 from .program import visits_by_scatter as visits_by_scatter

@@ -263,7 +263,7 @@ def _counts(pool: Any, cache: Any) -> Int[Array, "counts groups"]:
 
 
 @eqx.filter_jit
-def _apply(model: Any, tokens: Any, batch: Batch, state: eqx.nn.State) -> Any:
+def apply(model: Any, tokens: Any, batch: Batch, state: eqx.nn.State) -> Any:
     """The model, or its first part, with a jit of its own: what was traced to learn shapes is not traced again."""
     with StepPlans.of(batch).shared():  # by several stacks, and by layers in a list
         return (model.features if _has_two_parts(model) else model)(tokens, batch, state)
@@ -273,9 +273,14 @@ def _has_two_parts(model: Any) -> bool:
     return isinstance(model, TwoPartModel)
 
 
+def logits_of_rows(model: Any, x: Any, rows: Any) -> Any:
+    """The logits of some rows of what `apply` gave."""
+    return model.logits(x[rows]) if _has_two_parts(model) else x[rows]
+
+
 def _shapes(model: Any, *step: Any) -> Any:
     """What the whole model gives for a step."""
-    result = _apply(model, *step)
+    result = apply(model, *step)
     return (model.logits(result[0]), result[1]) if _has_two_parts(model) else result
 
 
@@ -285,8 +290,8 @@ def _shapes(model: Any, *step: Any) -> Any:
 def _model_step(inputs: tuple, state: eqx.nn.State) -> tuple[Int[Array, " requests"], eqx.nn.State]:
     """The one step on the device: run the model, and draw a token from the logits of each of ``rows``."""
     model, tokens, batch, rows, draws, history, key, sampler = inputs
-    x, state = _apply(model, tokens, batch, state)
-    logits = model.logits(x[rows]) if _has_two_parts(model) else x[rows]
+    x, state = apply(model, tokens, batch, state)
+    logits = logits_of_rows(model, x, rows)
     past: dict[str, Any] = {}
     if history is not None:
         known, of_prompt = history

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from paged.runtime import Sampler
 from paged.runtime.serving import Engine
+from paged.spec import Causal, Prefix, Value
 
-from .tiny import VOCAB, greedy_ref, tiny
+from .tiny import GLOBAL, VOCAB, greedy_ref, random_layer, tiny
 
 pytestmark = pytest.mark.kernels  # the loop compiles for seconds; its example runs with every test
 
@@ -133,6 +135,23 @@ def test_events_come_to_tasks_too():
     assert [token for event in events for token in event.tokens] == list(greedy_ref(MODEL, [5, 6], 7)) == handle.tokens
 
 
+def test_other_weights_find_no_pages_of_those_before():
+    served, prompt = engine(), [3, 1, 4, 1, 5, 9, 2, 6, 5]
+    for _ in range(2):
+        served.submit(prompt, 3)
+        run(served)
+    assert served.stats().reused_tokens >= 8
+    running = served.submit(prompt, 12)
+    next(served.stream())  # some tokens of the weights before
+    begun = len(running.tokens)
+    other = jax.tree.map(lambda x: x[::-1] if eqx.is_array(x) else x, MODEL)
+    served.update_model(other)
+    new = served.submit(prompt, 6)
+    run(served)
+    assert tuple(new.tokens) == greedy_ref(other, prompt, 6) != greedy_ref(MODEL, prompt, 6)
+    assert begun and len(running.tokens) == 12 and running.finish_reason == "length"
+
+
 def test_nothing_is_traced_after_the_first_requests_whatever_comes():
     served = engine()
     served.submit([1, 2], 3)
@@ -170,3 +189,10 @@ def test_an_error_of_one_request_names_its_argument_and_the_others_go_on(call, e
         call(served)
     run(served)
     assert tuple(other.tokens) == greedy_ref(MODEL, [1, 2], 3)
+
+
+@pytest.mark.parametrize("mask", [Prefix(3), Causal() | Prefix(Value("n"))], ids=str)
+def test_a_mask_that_may_see_ahead_is_refused(mask):
+    model, state = eqx.nn.make_with_state(random_layer)(GLOBAL.replace(causal=False, mask=mask), 8, jax.random.key(0))
+    with pytest.raises(ValueError, match="may show tokens to others before them"):
+        Engine(model, state, num_slots=2, max_tokens=16)

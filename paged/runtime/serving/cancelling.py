@@ -9,6 +9,12 @@ from .requests import Reason, Status
 from .state import Queue
 
 
+def renewed(queue: Queue) -> Queue:
+    """The queue for other weights: nothing in the prefix cache is found again, and what runs is computed again."""
+    queue = queue.without(queue.is_running, Status.WAITING)
+    return queue if queue.cache is None else queue.replace(cache=queue.cache.with_new_weights())
+
+
 def cancel(queue: Queue, rows: Int[Array, " some"]) -> Queue:
     """End requests, whether they wait or run: their slots and pages are free.
 

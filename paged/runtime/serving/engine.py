@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from .._arguments import integer
 from ..sampling import Sampler
-from .cancelling import cancel
+from .cancelling import cancel, renewed
 from .handles import EngineStats, Event, FinishReason, Handle
 from .intake import require_key
 from .requests import NewRequest, Reason, Requests, Sizes
@@ -173,11 +173,15 @@ class Engine:
         self._end(handle, "cancelled")
 
     def update_model(self, model: Any) -> None:
-        """Serve with other weights from the next launch on: of the same structure, shapes and dtypes."""
+        """Serve with other weights from the next launch on: of the same structure, shapes and dtypes.
+
+        Pages of the weights before are not used again: sequences that run are prefilled again, with their tokens.
+        """
         old, new = (jax.tree.map(_kind, m) for m in (self._model, model))
         if not eqx.tree_equal(old, new):
             raise ValueError("update_model needs a model of the same structure, shapes and dtypes as the engine's.")
         self._model = model
+        self._set_queue(_renewed(self._state.queue))
 
     def stats(self) -> EngineStats:
         """Figures up to now, or while a launch runs, up to the latest one that has come back."""
@@ -328,6 +332,11 @@ def _figures(queue: Queue) -> tuple:
 @eqx.filter_jit(donate="all-except-first")
 def _put(new: tuple, queue: Queue) -> Queue:
     return queue.replace(requests=queue.requests.put(*new))
+
+
+@eqx.filter_jit(donate="all")
+def _renewed(queue: Queue) -> Queue:
+    return renewed(queue)
 
 
 @eqx.filter_jit(donate="all-except-first")

@@ -62,7 +62,8 @@ class NewRequest:
 class Sizes(eqx.Module):
     """The static sizes of `Requests`.
 
-    * ``requests``: rows. * ``tokens``: the most of a request, prompt and answer.
+    * ``requests``: rows.
+    * ``tokens``: the most of a request, prompt and answer.
     * ``ends``, ``stops``, ``stop_tokens``, ``biases``: how many each request may have, and tokens of one stop.
     """
 

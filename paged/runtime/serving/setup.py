@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged.lower import first_rows
-from paged.spec import Everything, Minimum, values_of
+from paged.lower import first_rows, implies
+from paged.spec import Causal, Everything, Minimum, values_of
 
 from .._arguments import integer
 from .._groups import keeps_all, mask_of, most_pages, page_groups
@@ -80,8 +80,10 @@ def _capacity(groups: Any, held: GroupSizes, tokens: int, budget: int) -> int:
 
 
 def _require_nothing_ahead(mask: Any, tokens: int) -> None:
-    if not values_of(mask) and not np.array_equal(first_rows(mask, tokens), np.arange(tokens)):
+    # Of numbers that requests bring, nothing is known: such a mask must hide what comes later by a term of its own.
+    is_ahead = not implies(mask, Causal()) if values_of(mask) else np.any(first_rows(mask, tokens) < np.arange(tokens))
+    if is_ahead:
         raise ValueError(
-            f"The mask {mask} of a layer shows tokens to others before them. An engine computes prompts in chunks of "
-            "any size, in which such a row would miss keys. `generate` cuts prompts where the mask allows it."
+            f"The mask {mask} of a layer may show tokens to others before them. An engine computes prompts in chunks "
+            "of any size, in which such a row would miss keys. `generate` cuts prompts where the mask allows it."
         )

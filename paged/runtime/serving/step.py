@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paged.spec import CheckedFor, Everything, GroupedBatch, Minimum, RaggedBatch
 
-from .._serve import TwoPartModel
-from .._step_plans import StepPlans
+from .._serve import apply, logits_of_rows
 from ..sampling import draw, tokens_from
 from .admit import admit, make_room, plan_rows
 from .requests import Reason, Status
@@ -107,8 +106,8 @@ def _run(
         place = jnp.maximum(queue.pool.lengths - 1, 0)
         tokens = jnp.take_along_axis(known.tokens, place[:, None], axis=1)[:, 0]
         batch = _trusted(queue.pool.decode_batch(rows > 0), queue, slots, minima)
-        x, state = _apply(model, jnp.where(rows > 0, tokens, 0), batch, state)
-        return _logits(model, x, jnp.arange(slots)), state
+        x, state = apply(model, jnp.where(rows > 0, tokens, 0), batch, state)
+        return logits_of_rows(model, x, jnp.arange(slots)), state
 
     def mixed(state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
         batch = _trusted(queue.pool.ragged_batch(rows), queue, budget, minima)
@@ -116,8 +115,8 @@ def _run(
         slot = jnp.repeat(jnp.arange(slots, dtype=jnp.int32), rows, total_repeat_length=budget)
         place = queue.pool.lengths[slot] - rows[slot] + row - starts[slot]
         tokens = known.tokens[slot, jnp.clip(place, 0, known.tokens.shape[1] - 1)]
-        x, state = _apply(model, jnp.where(row < jnp.sum(rows), tokens, 0), batch, state)
-        return _logits(model, x, jnp.maximum(starts + rows - 1, 0)), state
+        x, state = apply(model, jnp.where(row < jnp.sum(rows), tokens, 0), batch, state)
+        return logits_of_rows(model, x, jnp.maximum(starts + rows - 1, 0)), state
 
     if budget == slots:
         return decode(state)
@@ -128,15 +127,6 @@ def _run(
     for runs, form in ((is_decode, decode), (~is_decode, mixed)):
         carry = jax.lax.fori_loop(0, runs.astype(jnp.int32), lambda _, carry, form=form: form(carry[1]), carry)
     return carry
-
-
-def _apply(model: Any, tokens: Array, batch: Any, state: eqx.nn.State) -> Any:
-    with StepPlans.of(batch).shared():
-        return (model.features if isinstance(model, TwoPartModel) else model)(tokens, batch, state)
-
-
-def _logits(model: Any, x: Array, rows: Array) -> Array:
-    return model.logits(x[rows]) if isinstance(model, TwoPartModel) else x[rows]
 
 
 def _trusted(batch: Any, queue: Queue, tokens: int, minima: Any) -> Any:
