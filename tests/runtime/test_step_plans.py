@@ -8,7 +8,7 @@ import pytest
 
 import paged
 from paged.runtime import LayerStack, cache
-from paged.runtime._serve import _apply
+from paged.runtime._serve import apply
 from tests.support.jaxprs import primitives
 
 from .test_layer_stack import NUM_PAGES, Block, blocks, keys_of, model_of
@@ -78,9 +78,9 @@ def test_a_step_of_generate_is_planned_once_for_each_mask(is_stack, monkeypatch)
     batch = paged.check(GLOBAL, LAYOUT.init(NUM_PAGES), paged.RaggedBatch.decode([6, 5], [[7, 2], [4, 3]]), 2)
     args = jnp.array([3, 1]), batch, state
     # The function under the jit, which keeps what it has traced.
-    step = lambda: jax.make_jaxpr(lambda *args: _apply.__wrapped__(model, *args))(*args)
+    step = lambda: jax.make_jaxpr(lambda *args: apply.__wrapped__(model, *args))(*args)
     assert list(primitives(step().jaxpr)).count("sort") == len(SPECS)
-    planned = jax.jit(lambda *args: _apply.__wrapped__(model, *args))(*args)
+    planned = jax.jit(lambda *args: apply.__wrapped__(model, *args))(*args)
     _unplanned(monkeypatch)
     assert list(primitives(step().jaxpr)).count("sort") == (2 if is_stack else 4)
-    _assert_bitwise(planned, jax.jit(lambda *args: _apply.__wrapped__(model, *args))(*args))
+    _assert_bitwise(planned, jax.jit(lambda *args: apply.__wrapped__(model, *args))(*args))
