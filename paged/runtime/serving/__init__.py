@@ -5,6 +5,7 @@ from .handles import EngineStats as EngineStats
 from .handles import Event as Event
 from .handles import Handle as Handle
 from .intake import Intake as Intake
+from .record import StepEvents as StepEvents
 from .requests import NewRequest as NewRequest
 from .requests import Reason as Reason
 from .requests import Requests as Requests
@@ -12,6 +13,5 @@ from .requests import Sizes as Sizes
 from .requests import Status as Status
 from .state import Queue as Queue
 from .state import ServeState as ServeState
-from .step import StepEvents as StepEvents
 from .step import serve_many as serve_many
 from .step import serve_step as serve_step

@@ -17,11 +17,12 @@ from ..sampling import Sampler
 from .cancelling import cancel, renewed
 from .handles import EngineStats, Event, FinishReason, Handle
 from .intake import require_key
+from .record import StepEvents
 from .requests import NewRequest, Reason, Requests, Sizes
 from .reuse import pages_cached
 from .setup import Setup
 from .state import Counts, Queue, ServeState
-from .step import StepEvents, serve_many
+from .step import serve_many
 
 _NAMES: dict[int, FinishReason] = {
     Reason.EOS: "eos",
@@ -287,9 +288,8 @@ class Engine:
         tokens: dict[int, list[int]] = {}
         reasons: dict[int, FinishReason] = {}
         for step, slot in np.argwhere(events.request[: int(steps)] >= 0):
-            row, token, reason = (int(x[step, slot]) for x in (events.request, events.token, events.reason))
-            own = tokens.setdefault(row, [])
-            own += [token] if token >= 0 else []
+            row, count, reason = (int(x[step, slot]) for x in (events.request, events.count, events.reason))
+            tokens.setdefault(row, []).extend(events.token[step, slot, :count].tolist())
             if reason != Reason.NONE:
                 reasons[row] = _NAMES[reason]
         for row, own in tokens.items():

@@ -6,34 +6,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from paged.spec import CheckedFor, Everything, GroupedBatch, Minimum, RaggedBatch
 
 from .._serve import apply, logits_of_rows
-from ..sampling import draw, tokens_from
 from .admit import admit, make_room, plan_rows
-from .requests import Reason, Status
-from .reuse import keep
+from .record import StepEvents, record
 from .state import Queue, ServeState
-
-
-class StepEvents(eqx.Module):
-    """What one step did to each slot, or many steps, with a leading axis.
-
-    * ``request`` i32[slots]: the row of the request that drew a token, -1 for none.
-    * ``token`` i32[slots]: the token, -1 where none could be drawn.
-    * ``reason`` i32[slots]: why the request is done with it, see `Reason`.
-    """
-
-    request: Int[Array, "*steps slots"]
-    token: Int[Array, "*steps slots"]
-    reason: Int[Array, "*steps slots"]
-
-    @classmethod
-    def none(cls, slots: int) -> "StepEvents":
-        nobody = jnp.full(slots, -1, jnp.int32)
-        return cls(nobody, nobody, jnp.full(slots, Reason.NONE, jnp.int32))
 
 
 def serve_step(
@@ -54,7 +34,7 @@ def serve_step(
     rows = plan_rows(queue, budget)
     queue, rows = make_room(queue, rows)
     logits, model_state = _run(model, queue, rows, state.model_state, budget, minima)
-    queue, events = _record(queue, rows, logits)
+    queue, events = record(queue, rows, logits[:, None])
     return ServeState(queue, model_state), events
 
 
@@ -69,7 +49,7 @@ def serve_many(
     - `steps`: the most steps, an int: for so many there is room in the events.
     - `limit`: the most steps of this call, i32[], at most ``steps``; may be traced. None for ``steps``.
 
-    **Returns:** the new state; the events of all steps, [steps, slots]; and how many steps there were.
+    **Returns:** the new state; the events of all steps, [steps, slots] each; and how many steps there were.
     """
     limit = steps if limit is None else jnp.minimum(limit, steps)
     slots = state.queue.request.shape[0]
@@ -140,57 +120,3 @@ def _trusted(batch: Any, queue: Queue, tokens: int, minima: Any) -> Any:
     if not isinstance(batch, GroupedBatch):
         return marked(batch, queue.pool.num_pages)
     return GroupedBatch(map(marked, batch.batches, queue.pool.num_pages), batch.masks)
-
-
-def _record(queue: Queue, rows: Int[Array, " slots"], logits: Array) -> tuple[Queue, StepEvents]:
-    """Draw a token for every sequence whose known tokens are all in pages, and let go of those that are done."""
-    of_slots, lengths = queue.of_slots, queue.pool.lengths
-    draws = queue.is_running & (rows > 0) & (lengths == of_slots.known)
-    keys = jax.vmap(jax.random.fold_in)(of_slots.keys, of_slots.drawn)
-    token = draw(logits, of_slots.samplers, keys, *_history(queue, logits.shape[1]))
-    is_token = draws & (token >= 0)
-    place = jnp.where(is_token, of_slots.known, of_slots.tokens.shape[1])
-    tokens = queue.requests.tokens.at[queue.rows_of(is_token), place].set(token, mode="drop")
-    queue = queue.replace(requests=dataclasses.replace(queue.requests, tokens=tokens))
-    queue = queue.with_column(is_token, known=of_slots.known + 1)
-    reason = jnp.where(draws, _reason(queue, token), Reason.NONE)
-    is_done = reason != Reason.NONE
-    queue = queue.with_column(is_done, reason=reason)
-    is_prefilled = (rows > 0) & (rows > jnp.where(draws, 1, 0))
-    queue = keep(queue, is_prefilled | is_done, is_done)
-    events = StepEvents(jnp.where(draws, queue.request, -1), jnp.where(draws, token, -1), reason)
-    counts = queue.counts.plus(
-        steps=1,
-        decode_steps=jnp.all(rows <= 1),
-        prompt_tokens=jnp.sum(jnp.where(is_prefilled, rows, 0)),
-        new_tokens=jnp.sum(is_token),
-        done=jnp.sum(is_done),
-    )
-    return queue.replace(counts=counts).without(is_done, Status.DONE), events
-
-
-def _history(queue: Queue, vocab: int) -> tuple[Bool[Array, "slots vocab"], Bool[Array, "slots vocab"]]:
-    """For penalties: which tokens each slot's request has, and which its answer. Computed if any slot asks."""
-    of_slots = queue.of_slots
-
-    def found() -> tuple[Array, Array]:
-        first = jnp.zeros_like(of_slots.prompt)
-        return tokens_from(of_slots.tokens, first, vocab), tokens_from(of_slots.tokens, of_slots.prompt, vocab)
-
-    none = jnp.zeros((of_slots.prompt.shape[0], vocab), bool)
-    return jax.lax.cond(jnp.any(queue.is_running & of_slots.samplers.needs_history), found, lambda: (none, none))
-
-
-def _reason(queue: Queue, token: Int[Array, " slots"]) -> Int[Array, " slots"]:
-    """Why each request is done after its token, if it is: the first reason that holds."""
-    of_slots = queue.of_slots
-    is_end = jnp.any((of_slots.ends == token[:, None]) & (token >= 0)[:, None], axis=1)
-    length = of_slots.stops.shape[2]
-    place = of_slots.known[:, None] - length + jnp.arange(length, dtype=jnp.int32)[None]
-    latest = jnp.take_along_axis(of_slots.tokens, jnp.maximum(place, 0), axis=1)
-    latest = jnp.where(place >= of_slots.prompt[:, None], latest, -2)[:, None]  # a stop lies in the answer
-    is_equal = jnp.all((of_slots.stops < 0) | (of_slots.stops == latest), axis=2)
-    is_stop = jnp.any(is_equal & (of_slots.stops[..., -1] >= 0), axis=1)
-    reasons = [token < 0, is_end, is_stop, of_slots.known >= of_slots.most]
-    names = [Reason.NO_TOKEN, Reason.EOS, Reason.STOP, Reason.LENGTH]
-    return jnp.select(reasons, [jnp.full_like(token, name) for name in names], jnp.full_like(token, Reason.NONE))

@@ -1,0 +1,107 @@
+"""What a step has drawn: the tokens of each slot, in the table and as events, and which requests they end."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ..sampling import draw, tokens_from
+from .requests import Reason, Status
+from .reuse import keep
+from .state import Queue
+
+
+class StepEvents(eqx.Module):
+    """What one step did to each slot, or many steps, with a leading axis.
+
+    * ``request`` i32[slots]: the row of the request that drew tokens, -1 for none.
+    * ``token`` i32[slots, most]: the tokens in order, -1 past them.
+    * ``count`` i32[slots]: how many they are; 0 too where none could be drawn.
+    * ``reason`` i32[slots]: why the request is done with the last one, see `Reason`.
+    """
+
+    request: Int[Array, "*steps slots"]
+    token: Int[Array, "*steps slots most"]
+    count: Int[Array, "*steps slots"]
+    reason: Int[Array, "*steps slots"]
+
+    @classmethod
+    def none(cls, slots: int, most: int = 1) -> "StepEvents":
+        """The events of a step in which no slot draws, with room for ``most`` tokens of each."""
+        nobody, zero = jnp.full(slots, -1, jnp.int32), jnp.zeros(slots, jnp.int32)
+        return cls(nobody, jnp.full((slots, most), -1, jnp.int32), zero, jnp.full(slots, Reason.NONE, jnp.int32))
+
+
+def record(
+    queue: Queue, rows: Int[Array, " slots"], logits: Float[Array, "slots most vocab"]
+) -> tuple[Queue, StepEvents]:
+    """Draw tokens for every sequence whose known tokens are all in pages, and let go of those that are done.
+
+    **Arguments:**
+
+    - `queue`: after the step; its pool counts the known tokens that are in pages.
+    - `rows`: how many rows of known tokens each slot had.
+    - `logits`: of the last known token of each slot.
+
+    **Returns:** the queue and the events.
+    """
+    draws = queue.is_running & (rows > 0) & (queue.pool.lengths == queue.of_slots.known)
+    queue, token, reason = _draw_next(queue, draws, logits[:, 0])
+    token, count = token[:, None], (token >= 0).astype(jnp.int32)
+    is_done = reason != Reason.NONE
+    queue = queue.with_column(is_done, reason=reason)
+    is_prefilled = (rows > 0) & (rows > jnp.where(draws, 1, 0))
+    queue = keep(queue, is_prefilled | is_done, is_done)
+    events = StepEvents(jnp.where(draws, queue.request, -1), token, count, reason)
+    counts = queue.counts.plus(
+        steps=1,
+        decode_steps=jnp.all(rows <= 1),
+        prompt_tokens=jnp.sum(jnp.where(is_prefilled, rows, 0)),
+        new_tokens=jnp.sum(count),
+        done=jnp.sum(is_done),
+    )
+    return queue.replace(counts=counts).without(is_done, Status.DONE), events
+
+
+def _draw_next(
+    queue: Queue, goes_on: Bool[Array, " slots"], logits: Float[Array, "slots vocab"]
+) -> tuple[Queue, Int[Array, " slots"], Int[Array, " slots"]]:
+    """One token more for the request of each slot that goes on, -1 for none; and why the request is done with it."""
+    of_slots = queue.of_slots
+    keys = jax.vmap(jax.random.fold_in)(of_slots.keys, of_slots.drawn)
+    token = draw(logits, of_slots.samplers, keys, *_history(queue, logits.shape[1]))
+    is_token = goes_on & (token >= 0)
+    place = jnp.where(is_token, of_slots.known, of_slots.tokens.shape[1])
+    tokens = queue.requests.tokens.at[queue.rows_of(is_token), place].set(token, mode="drop")
+    queue = queue.replace(requests=dataclasses.replace(queue.requests, tokens=tokens))
+    queue = queue.with_column(is_token, known=of_slots.known + 1)
+    return queue, jnp.where(is_token, token, -1), jnp.where(goes_on, _reason(queue, token), Reason.NONE)
+
+
+def _history(queue: Queue, vocab: int) -> tuple[Bool[Array, "slots vocab"], Bool[Array, "slots vocab"]]:
+    """For penalties: which tokens each slot's request has, and which its answer. Computed if any slot asks."""
+    of_slots = queue.of_slots
+
+    def found() -> tuple[Array, Array]:
+        first = jnp.zeros_like(of_slots.prompt)
+        return tokens_from(of_slots.tokens, first, vocab), tokens_from(of_slots.tokens, of_slots.prompt, vocab)
+
+    none = jnp.zeros((of_slots.prompt.shape[0], vocab), bool)
+    return jax.lax.cond(jnp.any(queue.is_running & of_slots.samplers.needs_history), found, lambda: (none, none))
+
+
+def _reason(queue: Queue, token: Int[Array, " slots"]) -> Int[Array, " slots"]:
+    """Why each request is done after its token, if it is: the first reason that holds."""
+    of_slots = queue.of_slots
+    is_end = jnp.any((of_slots.ends == token[:, None]) & (token >= 0)[:, None], axis=1)
+    length = of_slots.stops.shape[2]
+    place = of_slots.known[:, None] - length + jnp.arange(length, dtype=jnp.int32)[None]
+    latest = jnp.take_along_axis(of_slots.tokens, jnp.maximum(place, 0), axis=1)
+    latest = jnp.where(place >= of_slots.prompt[:, None], latest, -2)[:, None]  # a stop lies in the answer
+    is_equal = jnp.all((of_slots.stops < 0) | (of_slots.stops == latest), axis=2)
+    is_stop = jnp.any(is_equal & (of_slots.stops[..., -1] >= 0), axis=1)
+    reasons = [token < 0, is_end, is_stop, of_slots.known >= of_slots.most]
+    names = [Reason.NO_TOKEN, Reason.EOS, Reason.STOP, Reason.LENGTH]
+    return jnp.select(reasons, [jnp.full_like(token, name) for name in names], jnp.full_like(token, Reason.NONE))
