@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from paged.lower import Attend, ShardedAttend, first_rows, may_cut, seen_ahead
-from paged.spec import AttentionSpec, Given, Mask, values_of
+from paged.lower import Attend, ShardedAttend, first_rows, may_cut
+from paged.spec import AttentionSpec, Mask, values_of
 
+from ._cuts import cut_through, given, longest_piece, require_decoding
 from ._scheduler import Request
 from .cache import PagedCache
 
@@ -74,44 +75,14 @@ def require_cuts(masks: Sequence[Mask], requests: Sequence[Request], chunk_size:
         if is_static and np.array_equal(first, np.arange(longest)):
             continue
         for request in requests:
-            end = request.most_cached
-            own = first[:end] if is_static else first_rows(_mask_of(mask, request), end)
-            _require_decoding(mask, request, own)
+            end, name = request.most_cached, f"prompts[{request.index}]"
+            own = first[:end] if is_static else first_rows(given(mask, request.values), end)
+            require_decoding(name, mask, len(request.prompt), own)
             may = may_cut(own)
             request.cuts = may if request.cuts is None else request.cuts & may
-            start, needed = _longest_step(request)
+            start, needed = longest_piece(request.cuts, len(request.prompt))
             if needed > chunk_size:
-                cut = start + chunk_size
-                row, key = seen_ahead(own, cut)
-                enough = max([needed, *(_longest_step(other)[1] for other in requests if other.cuts is not None)])
-                raise ValueError(
-                    f"chunk_size={chunk_size} cuts prompts[{request.index}] after {cut} tokens, and the mask {mask} of "
-                    f"a layer sees ahead: token {row} sees token {key}, which a later chunk writes. Pass "
-                    f"chunk_size={enough}."
-                )
-
-
-def _mask_of(mask: Mask, request: Request) -> Any:
-    numbers = {name: tuple(x.tolist()) if np.ndim(x) else x.item() for name, x in request.values.items()}
-    return mask.given(Given(numbers))
-
-
-def _require_decoding(mask: Mask, request: Request, first: np.ndarray) -> None:
-    """Every generated token is a step of its own, so that no row before it may see it."""
-    prompt, may = len(request.prompt), may_cut(first)
-    cut = next((step for step in range(prompt, request.most_cached) if not may[step]), None)
-    if cut is not None:
-        row, key = seen_ahead(first, cut)
-        raise ValueError(
-            f"prompts[{request.index}] has {prompt} tokens, and the mask {mask} of a layer sees ahead: token {row} "
-            f"sees token {key}, which is generated when token {row} has been computed already. Let the mask hide "
-            "generated tokens from those before them, shorten a prefix to the prompt, or pass max_new_tokens=1."
-        )
-
-
-def _longest_step(request: Request) -> tuple[int, int]:
-    """The longest piece of a prompt that may not be cut: where it starts, and its tokens."""
-    assert request.cuts is not None
-    cuts = np.append(np.flatnonzero(request.cuts[: len(request.prompt)]), len(request.prompt))
-    longest = int(np.argmax(np.diff(cuts)))
-    return int(cuts[longest]), int(cuts[longest + 1] - cuts[longest])
+                pairs = [(other.cuts, len(other.prompt)) for other in requests if other.cuts is not None]
+                enough = max([needed, *(longest_piece(cuts, prompt)[1] for cuts, prompt in pairs)])
+                text = cut_through(name, mask, own, start + chunk_size, chunk_size)
+                raise ValueError(f"{text} Pass chunk_size={enough}.")

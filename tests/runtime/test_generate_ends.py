@@ -9,45 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 import paged
-from paged.runtime import PagedAttention, PartialGenerations, generate
+from paged.runtime import PartialGenerations, generate
 from paged.runtime._masks import specs_of
 from paged.spec import Causal, Chunk, Everything, Prefix, Where, Window
 
-from .tiny import EMBED, LAYOUT, VOCAB, greedy_ref, random_layer
+from .tiny import LAYOUT, VOCAB, greedy_ref, two_layers
 
-SPEC = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, causal=False, scale=1.5)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-
-
-class TwoLayers(eqx.Module):
-    """A causal layer, then one whose mask sees ahead."""
-
-    embedding: jax.Array
-    layers: tuple[PagedAttention, PagedAttention]
-
-    def __init__(self, mask, *, key):
-        keys = jax.random.split(key, 3)
-        specs = SPEC.replace(causal=True), SPEC.replace(mask=mask)
-        self.layers = tuple(random_layer(spec, 16, key) for spec, key in zip(specs, keys[1:], strict=True))
-        self.embedding = jax.random.normal(keys[0], (VOCAB, EMBED))
-
-    def __call__(self, tokens, batch, state):
-        x = self.embedding[tokens]
-        for layer in self.layers:
-            y, state = layer(x, batch, state)
-            x = x + 3 * y
-        return x @ self.embedding.T, state
-
-    def dense(self, tokens):
-        x = self.embedding[tokens][None]
-        for layer in self.layers:
-            x = x + 3 * layer.dense(x)
-        return (x @ self.embedding.T)[0]
-
-
-@functools.cache
-def two_layers(mask):
-    return eqx.nn.make_with_state(TwoLayers)(mask, key=jax.random.key(0))
 
 
 def serve(mask, chunk_size, prompts=(PROMPT,), max_new_tokens=4, **options):
@@ -131,8 +99,8 @@ def test_a_mask_that_sees_all_serves_one_token_in_one_chunk(monkeypatch):
 
 
 def test_masks_are_found_wherever_a_model_keeps_its_attention():
-    attend = paged.lower(SPEC.replace(mask=PREFIX), LAYOUT)
-    layer = two_layers(PREFIX)[0].layers[1]
+    attend = paged.lower(two_layers(PREFIX)[0].layers[0].cache.attend.spec, LAYOUT)
+    layer = two_layers(PREFIX)[0].layers[0]
 
     @dataclasses.dataclass
     class Plain:
@@ -152,7 +120,7 @@ def test_masks_are_found_wherever_a_model_keeps_its_attention():
     holders += [closure, jax.jit(closure), eqx.filter_jit(closure), functools.partial(print, attend), lambda: closure()]
     for holder in holders:
         assert [spec.mask for spec in specs_of(holder)] == [PREFIX], holder
-    assert [spec.mask for spec in specs_of(two_layers(PREFIX)[0])] == [PREFIX, None] and specs_of(print) == []
+    assert [spec.mask for spec in specs_of(two_layers(PREFIX)[0])] == [None, PREFIX] and specs_of(print) == []
 
 
 class Counter(eqx.Module):

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from paged.runtime import Sampler
 from paged.runtime.serving import Engine
-from paged.spec import Causal, Prefix, Value
 
-from .tiny import GLOBAL, VOCAB, greedy_ref, random_layer, tiny
+from .tiny import VOCAB, greedy_ref, tiny
 
 pytestmark = pytest.mark.kernels  # the loop compiles for seconds; its example runs with every test
 
@@ -189,10 +188,3 @@ def test_an_error_of_one_request_names_its_argument_and_the_others_go_on(call, e
         call(served)
     run(served)
     assert tuple(other.tokens) == greedy_ref(MODEL, [1, 2], 3)
-
-
-@pytest.mark.parametrize("mask", [Prefix(3), Causal() | Prefix(Value("n"))], ids=str)
-def test_a_mask_that_may_see_ahead_is_refused(mask):
-    model, state = eqx.nn.make_with_state(random_layer)(GLOBAL.replace(causal=False, mask=mask), 8, jax.random.key(0))
-    with pytest.raises(ValueError, match="may show tokens to others before them"):
-        Engine(model, state, num_slots=2, max_tokens=16)

@@ -1,5 +1,7 @@
 """A tiny random language model with every feature that serving may get wrong, and its dense recomputation."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -56,6 +58,42 @@ class Tiny(eqx.Module):
         for layer in self.layers:
             x = x + 3 * layer.dense(x)
         return (x @ self.unembedding.T)[0]
+
+
+_AHEAD = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, causal=False, scale=1.5)
+
+
+class TwoLayers(eqx.Module):
+    """A layer whose mask sees ahead, then a causal one, which reads what each row of the first one saw."""
+
+    embedding: jax.Array
+    layers: tuple[PagedAttention, PagedAttention]
+    unembedding: jax.Array  # not the embedding: by that one the likeliest next token would be the last one
+
+    def __init__(self, mask, *, key):
+        keys = jax.random.split(key, 4)
+        specs = _AHEAD.replace(mask=mask), _AHEAD.replace(causal=True)
+        self.layers = tuple(random_layer(spec, 16, key) for spec, key in zip(specs, keys[1:3], strict=True))
+        self.embedding = jax.random.normal(keys[0], (VOCAB, EMBED))
+        self.unembedding = jax.random.normal(keys[3], (VOCAB, EMBED))
+
+    def __call__(self, tokens, batch, state):
+        x = self.embedding[tokens]
+        for layer in self.layers:
+            y, state = layer(x, batch, state)
+            x = x + 3 * y
+        return x @ self.unembedding.T, state
+
+    def dense(self, tokens):
+        x = self.embedding[tokens][None]
+        for layer in self.layers:
+            x = x + 3 * layer.dense(x)
+        return (x @ self.unembedding.T)[0]
+
+
+@functools.cache
+def two_layers(mask):
+    return eqx.nn.make_with_state(TwoLayers)(mask, key=jax.random.key(0))
 
 
 class _Traces(list):

@@ -68,15 +68,29 @@ def plan_rows(queue: Queue, budget: int) -> Int[Array, " slots"]:
     """How many rows each slot has in the next step, at most ``budget`` in all.
 
     A sequence that lacks one token has one row. What is left of the budget goes to those that lack more, in the order
-    of their admission.
+    of their admission. A prompt of a model whose masks see ahead ends a step only where it may be cut.
     """
     lacking = jnp.where(queue.is_running, queue.of_slots.known - queue.pool.lengths, 0)
     is_decoding = lacking == 1
     wanted = jnp.where(is_decoding, 0, lacking)
     order = jnp.argsort(queue.admission)
-    before = jnp.zeros_like(wanted).at[order].set(jnp.cumsum(wanted[order]) - wanted[order])
     left = budget - jnp.sum(is_decoding, dtype=jnp.int32)
+    cuts = queue.of_slots.cuts
+    if cuts is not None:
+        return is_decoding.astype(jnp.int32) + _up_to_cuts(cuts, queue.pool.lengths, wanted, order, left)
+    before = jnp.zeros_like(wanted).at[order].set(jnp.cumsum(wanted[order]) - wanted[order])
     return is_decoding.astype(jnp.int32) + jnp.clip(left - before, 0, wanted)
+
+
+def _up_to_cuts(cuts: Array, lengths: Array, wanted: Array, order: Array, left: Array) -> Int[Array, " slots"]:
+    """What the slots get of the rows that are left, in order, each up to the last place where it may be cut."""
+
+    def one(left: Array, slot: Array) -> tuple[Array, Array]:
+        end = cuts[slot, lengths[slot] + jnp.minimum(wanted[slot], left)]
+        rows = jnp.maximum(end - lengths[slot], 0)
+        return left - rows, rows
+
+    return jnp.zeros_like(wanted).at[order].set(jax.lax.scan(one, left, order)[1])
 
 
 def make_room(queue: Queue, rows: Int[Array, " slots"]) -> tuple[Queue, Int[Array, " slots"]]:

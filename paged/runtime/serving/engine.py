@@ -18,7 +18,7 @@ from .cancelling import cancel, renewed
 from .handles import EngineStats, Event, FinishReason, Handle
 from .intake import require_key
 from .record import StepEvents
-from .requests import NewRequest, Reason, Requests, Sizes
+from .requests import NewRequest, Reason, Requests
 from .reuse import pages_cached
 from .setup import Setup
 from .state import Counts, Queue, ServeState
@@ -97,7 +97,8 @@ class Engine:
         - `num_slots`: how many sequences run at once.
         - `max_tokens`: the most tokens of a request, prompt and answer together.
         - `num_pages`, `page_size`: as for `generate`.
-        - `chunk_size`: rows of a step for prompts, besides one for each slot.
+        - `chunk_size`: rows of a step for prompts, besides one for each slot. Where masks show tokens to others before
+          them, at least as many as tokens of a prompt that may not be cut.
         - `prefix_cache`: whether pages are kept for later requests that begin with the same tokens. None: where the
           pages depend on nothing else. ``ValueError`` for True where they may.
         - `max_requests`: how many may wait or run on the device; more wait on the host.
@@ -111,7 +112,7 @@ class Engine:
         sizes = {"tokens": max_tokens, "requests": max_requests, "ends": max_ends, "stops": max_stops}
         sizes |= {"stop_tokens": max_stop_tokens, "biases": max_biases}
         self._intake, queue, self._budget, self._minima = Setup.of(
-            model, state, Sizes(**{name: integer(f"max_{name}", n, 1) for name, n in sizes.items()}),
+            model, state, {name: integer(f"max_{name}", n, 1) for name, n in sizes.items()},
             num_slots=num_slots, chunk_size=chunk_size, num_pages=num_pages, page_size=page_size,
             prefix_cache=prefix_cache,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,8 +10,33 @@ import numpy as np
 from paged.spec import AttentionSpec
 
 from .._arguments import end_ids, integer, token_ids, values_of_prompts
+from .._cuts import AheadMasks
+from .._groups import Masks, mask_of, most_pages
 from ..sampling import Sampler
 from .requests import NewRequest, Sizes
+
+
+class PagesOfValues(NamedTuple):
+    """Groups of layers whose pages may not suffice, by the numbers of a request.
+
+    * ``groups``: masks, and how many pages the group has. * ``page_size``, ``budget``: tokens, and rows of a step.
+    """
+
+    groups: tuple[tuple[Masks, int], ...]
+    page_size: int
+    budget: int
+
+    def require(self, tokens: int, values: Mapping[str, Any]) -> None:
+        """``ValueError`` if one sequence of so many tokens holds more pages at once than there are."""
+        for masks, num_pages in self.groups:
+            if -(-tokens // self.page_size) > num_pages:
+                needed = most_pages(mask_of(masks), tokens, self.page_size, self.budget, values)
+                if needed > num_pages:
+                    raise ValueError(
+                        f"prompt and max_new_tokens need {needed} pages of {self.page_size} tokens at once in layers "
+                        f"with the mask {masks[0]}, and there are {num_pages}. Ask for fewer, or give these layers "
+                        "more pages."
+                    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +46,18 @@ class Intake:
     * ``sizes``: of the table of requests.
     * ``vocab``: how many tokens the model knows.
     * ``capacity``: the most tokens of a sequence that the pool can ever hold.
-    * ``specs``: of the model's attentions.
+    * ``specs``: of the model's attentions. * ``ahead``: those of its masks that may see ahead.
+    * ``chunk_size``: the most rows of a prompt for which a step always has room.
+    * ``pages``: what the numbers of a request may ask for.
     """
 
     sizes: Sizes
     vocab: int
     capacity: int
     specs: tuple[AttentionSpec, ...]
+    ahead: AheadMasks
+    chunk_size: int
+    pages: PagesOfValues
 
     def checked(
         self, prompt: Any, max_new_tokens: Any, *, sampler: Any, key: Any, eos: Any, stop: Any, priority: Any,
@@ -52,6 +82,8 @@ class Intake:
         ends = tuple(sorted(end_ids(eos)))
         self._require_in_vocabulary("eos", ends)
         self._require_room("eos", len(ends), self.sizes.ends)
+        numbers, cached = self._values(values), len(ids) + limit - 1
+        self.pages.require(cached, numbers)
         return NewRequest(
             ids,
             len(ids) + limit,
@@ -62,7 +94,8 @@ class Intake:
             integer("priority", priority),
             arrival,
             integer("salt", salt),
-            self._values(values),
+            numbers,
+            self.ahead.cuts(len(ids), cached, numbers, self.chunk_size),
         )
 
     def _stops(self, stop: Any) -> tuple[tuple[int, ...], ...]:

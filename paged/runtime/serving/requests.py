@@ -45,6 +45,7 @@ class NewRequest:
     * ``priority``: larger ones are admitted first. ``arrival``: among equal ones the smaller.
     * ``salt``: requests share pages of equal tokens only where it is the same.
     * ``values``: the numbers that the model's specs name.
+    * ``cuts`` bool[tokens + 1]: where its tokens may be cut into steps; None for everywhere.
     """
 
     prompt: tuple[int, ...]
@@ -57,6 +58,7 @@ class NewRequest:
     arrival: int = 0
     salt: int = 0
     values: Any = dataclasses.field(default_factory=dict)
+    cuts: np.ndarray | None = None
 
 
 class Sizes(eqx.Module):
@@ -65,6 +67,7 @@ class Sizes(eqx.Module):
     * ``requests``: rows.
     * ``tokens``: the most of a request, prompt and answer.
     * ``ends``, ``stops``, ``stop_tokens``, ``biases``: how many each request may have, and tokens of one stop.
+    * ``has_cuts``: whether a request may say where its tokens may be cut into steps.
     """
 
     requests: int = eqx.field(static=True)
@@ -73,6 +76,7 @@ class Sizes(eqx.Module):
     stops: int = eqx.field(static=True, default=4)
     stop_tokens: int = eqx.field(static=True, default=8)
     biases: int = eqx.field(static=True, default=16)
+    has_cuts: bool = eqx.field(static=True, default=False)
 
 
 class Requests(eqx.Module):
@@ -87,6 +91,8 @@ class Requests(eqx.Module):
     * ``salt`` i32[requests]: requests share pages of equal tokens only where it is the same.
     * ``status``, ``reason`` i32[requests]: see `Status` and `Reason`.
     * ``values``: the numbers that the model's specs name, [requests, ...] each.
+    * ``cuts`` i32[requests, tokens + 1]: for each number of tokens the largest, at most that, after which they may be
+      cut into steps. None where that is everywhere, for all requests.
     """
 
     tokens: Int[Array, "requests tokens"]
@@ -103,6 +109,7 @@ class Requests(eqx.Module):
     status: Int[Array, " requests"]
     reason: Int[Array, " requests"]
     values: dict[str, Array]
+    cuts: Int[Array, "requests places"] | None
 
     @classmethod
     def init(cls, sizes: Sizes, values: dict[str, Array] | None = None) -> "Requests":
@@ -136,6 +143,7 @@ class Requests(eqx.Module):
             status=jnp.full(len(new), Status.WAITING, jnp.int32),
             reason=jnp.full(len(new), Reason.NONE, jnp.int32),
             values={name: jnp.stack([jnp.asarray(r.values[name]) for r in new]) for name in new[0].values},
+            cuts=_cuts([request.cuts for request in new], sizes.tokens) if sizes.has_cuts else None,
         )
 
     def put(self, rows: Int[Array, " new"], new: "Requests") -> "Requests":
@@ -156,4 +164,13 @@ def _padded(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> Array:
     table = np.full(shape, -1, np.int32)
     for row, numbers in enumerate(rows):
         table[row, : len(numbers)] = numbers
+    return jnp.asarray(table)
+
+
+def _cuts(rows: Sequence[np.ndarray | None], tokens: int) -> Array:
+    places = np.arange(tokens + 1, dtype=np.int32)
+    table = np.broadcast_to(places, (len(rows), tokens + 1)).copy()
+    for row, cuts in zip(table, rows, strict=True):
+        if cuts is not None:
+            row[: len(cuts)] = np.maximum.accumulate(np.where(cuts, places[: len(cuts)], 0))
     return jnp.asarray(table)

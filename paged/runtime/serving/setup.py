@@ -5,18 +5,17 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from paged.lower import first_rows, implies
-from paged.spec import Causal, Everything, Minimum, values_of
+from paged.spec import Everything, Minimum, values_of
 
 from .._arguments import integer
-from .._groups import keeps_all, mask_of, most_pages, page_groups
+from .._cuts import AheadMasks
+from .._groups import Masks, keeps_all, mask_of, most_pages, page_groups
 from .._held import GroupSizes, group_sizes
 from .._masks import specs_of
 from .._new_pools import new_pool, why_not_shared
 from ..prefix_cache import PrefixCache
-from .intake import Intake
+from .intake import Intake, PagesOfValues
 from .requests import Requests, Sizes
 from .state import Queue
 from .step import logits_of
@@ -36,19 +35,19 @@ class Setup(NamedTuple):
 
     @classmethod
     def of(
-        cls, model: Any, state: eqx.nn.State, sizes: Sizes, *, num_slots: Any, chunk_size: Any, num_pages: Any,
+        cls, model: Any, state: eqx.nn.State, most: dict[str, int], *, num_slots: Any, chunk_size: Any, num_pages: Any,
         page_size: Any, prefix_cache: Any,
     ) -> "Setup":  # fmt: skip
         """The parts of an engine, see `Engine`. ``ValueError`` or ``TypeError`` for a model that it cannot serve."""
-        num_slots, budget = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
-        budget += num_slots
-        specs = tuple(specs_of(model))
-        for mask in dict.fromkeys(spec.visibility for spec in specs):
-            _require_nothing_ahead(mask, sizes.tokens)
+        num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
+        budget, specs = num_slots + chunk_size, tuple(specs_of(model))
+        ahead = AheadMasks.of([spec.visibility for spec in specs], most["tokens"])
+        sizes = Sizes(**most, has_cuts=bool(ahead.masks))
         groups = page_groups(specs) or ((Everything(),),)
         held = group_sizes(model, state, groups, num_pages, page_size)
         pool = new_pool(groups, held, num_slots, -(-(sizes.tokens - 1) // held.page_size))
         reason = why_not_shared(specs, state)
+        reason = "a mask shows tokens to others before them" if reason is None and ahead.masks else reason
         if prefix_cache and reason is not None:
             raise ValueError(f"prefix_cache=True needs pages that depend on the tokens before them alone: {reason}.")
         has_cache = reason is None if prefix_cache is None else prefix_cache
@@ -59,31 +58,28 @@ class Setup(NamedTuple):
         queue = jax.tree.map(jnp.copy, queue)
         minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
         logits = eqx.filter_eval_shape(logits_of, model, queue, state, budget, minima)
-        return cls(
-            Intake(sizes, logits.shape[1], _capacity(groups, held, sizes.tokens, budget), specs), queue, budget, minima
-        )
+        capacity, unknown = _capacity(groups, held, sizes.tokens, budget)
+        pages = PagesOfValues(unknown, held.page_size, budget)
+        return cls(Intake(sizes, logits.shape[1], capacity, specs, ahead, chunk_size, pages), queue, budget, minima)
 
 
-def _capacity(groups: Any, held: GroupSizes, tokens: int, budget: int) -> int:
-    """The most tokens that one sequence can have in pages when it has all of them."""
-    most = tokens
+def _capacity(groups: Any, held: GroupSizes, tokens: int, budget: int) -> tuple[int, tuple[tuple[Masks, int], ...]]:
+    """The most tokens that one sequence can have in pages when it has all of them.
+
+    And groups whose pages may not suffice, by numbers that a request brings: their masks and pages.
+    """
+    most, unknown = tokens, []
     for masks, num_pages in zip(groups, held.num_pages, strict=True):
         if keeps_all(masks):
             most = min(most, num_pages * held.page_size)
-        elif (needed := most_pages(mask_of(masks), tokens, held.page_size, budget)) > num_pages:
+        elif (needed := most_pages(mask_of(masks), tokens, held.page_size, budget)) <= num_pages:
+            continue
+        elif values_of(mask_of(masks)):
+            unknown.append((masks, num_pages))
+        else:
             raise ValueError(
                 f"Layers with the mask {masks[0]} hold {needed} pages of {held.page_size} tokens at once for one "
                 f"sequence of {tokens} tokens in steps of {budget} rows, and have {num_pages}. Make max_tokens or "
                 "chunk_size smaller, or give these layers more pages."
             )
-    return most
-
-
-def _require_nothing_ahead(mask: Any, tokens: int) -> None:
-    # Of numbers that requests bring, nothing is known: such a mask must hide what comes later by a term of its own.
-    is_ahead = not implies(mask, Causal()) if values_of(mask) else np.any(first_rows(mask, tokens) < np.arange(tokens))
-    if is_ahead:
-        raise ValueError(
-            f"The mask {mask} of a layer may show tokens to others before them. An engine computes prompts in chunks "
-            "of any size, in which such a row would miss keys. `generate` cuts prompts where the mask allows it."
-        )
+    return most, tuple(unknown)
