@@ -69,12 +69,12 @@ if TYPE_CHECKING:  # at run time `paged.lower` is the package, which is called l
 
 
 def __getattr__(name: str) -> Any:
-    """`paged.runtime`, `paged.models`, `paged.compat` and `paged.testing`, imported when they are first used.
+    """The packages that are imported when they are first used: `paged.runtime`, `paged.pictures` and so on.
 
     So is `paged.convert`, which is `paged.runtime.convert`.
     """
     if name == "convert":
         return importlib.import_module(f"{__name__}.runtime").convert
-    if name in ("compat", "models", "runtime", "testing"):
+    if name in ("compat", "models", "pictures", "runtime", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

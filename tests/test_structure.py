@@ -23,15 +23,16 @@ LAYERS = {
     "lower": ("spec",),
     "runtime": ("spec", "files", "lower"),
     "models": ("spec", "files", "lower", "runtime"),
-    "command": ("spec", "lower", "runtime", "models"),
+    "command": ("spec", "lower", "runtime", "models", "pictures"),
     "compat": ("spec", "lower"),
     "testing": ("spec", "lower", "runtime", "compat"),
+    "pictures": ("spec", "lower", "runtime"),
 }
 # The rooms of a folder, lowest first: a room may import those before it. No circle can then close.
 ROOMS = {
     "paged/lower": (
         "jax_version", "_around", "program", "base", "schedule", "require", "_ahead", "_check", "plan", "xla", "tpu",
-        "registry", "tree", "_explain", "run", "attend", "_compile_for", "tuning", "mesh", "door",
+        "registry", "tree", "_pages_seen", "_explain", "run", "attend", "_compile_for", "tuning", "mesh", "door",
     ),
     "paged/lower/tpu": ("chips", "references", "pages", "transforms", "write", "copy", "base", "decode", "prefill"),
 }  # fmt: skip
@@ -170,7 +171,10 @@ def _is_overload(node):
 
 def _public_names():
     """``(file, definition)`` of every name that the doors re-export, found by following the re-exports."""
-    doors = (ROOT / "paged", *(ROOT / "paged" / layer for layer in ("compat", "models", "runtime", "testing")))
+    doors = (
+        ROOT / "paged",
+        *(ROOT / "paged" / layer for layer in ("compat", "models", "pictures", "runtime", "testing")),
+    )
     pending, seen = [(door / "__init__.py", None) for door in doors], []
     while pending:
         path, wanted = pending.pop()

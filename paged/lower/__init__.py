@@ -21,6 +21,8 @@ from ._compile_for import Compiled as Compiled
 from ._compile_for import CompileError as CompileError
 from ._compile_for import compile_for as compile_for
 from ._explain import Explanation as Explanation
+from ._pages_seen import PagesSeen as PagesSeen
+from ._pages_seen import pages_seen as pages_seen
 from .attend import Attend as Attend
 from .base import Lowering as Lowering
 from .base import Schedule as Schedule
@@ -43,6 +45,7 @@ from .program import Program as Program
 from .program import QueryRows as QueryRows
 from .program import Sequences as Sequences
 from .program import implies as implies
+from .program import is_ancestor as is_ancestor
 from .program import normal_form as normal_form
 from .program import page_coverage as page_coverage
 from .program import visits_by_scatter as visits_by_scatter

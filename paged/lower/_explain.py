@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from paged.spec import PageLayout, RaggedBatch
 
+from ._pages_seen import pages_seen
 from .base import Schedule
-from .program import Call, Program, Sequences, page_coverage
+from .program import Call, Program
 from .registry import LOWERINGS
 from .schedule import HEURISTIC, Choice
 
@@ -78,21 +77,8 @@ def explain(
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if call is None or batch is None:
         return Explanation(program, layout, schedule, refused, None, None, source=source)
-    visited, held, freed = _count_pages(program, layout.page_size, call, batch)
+    sizes = {"tokens": call.tokens, "page_size": layout.page_size, "num_pages": call.num_pages}
+    seen = pages_seen(program, batch, **sizes)
+    visited, held, freed = (int(np.sum(x)) for x in (seen.some, seen.is_filled, seen.is_freed))
     notes = lowering.describe(program, layout, call, schedule, visited * layout.bytes_per_page)
     return Explanation(program, layout, schedule, refused, visited, held, tuple(notes), source, freed)
-
-
-def _count_pages(program: Program, size: int, call: Call, batch: RaggedBatch) -> tuple[int, int, int]:
-    """How many pages of ``size`` tokens the live sequences may see, their tokens fill, and their tables lack."""
-    seqs = Sequences.of(batch, call.tokens, size)
-
-    def count(rows, table):
-        return jnp.sum(page_coverage(program, rows, table, size, call.num_pages).some)
-
-    visited = jax.vmap(count)(seqs.query_rows(), seqs.tables)
-    held = jnp.where(seqs.counts > 0, -(-seqs.lengths // size), 0)
-    tables = np.asarray(seqs.tables)
-    is_filled = np.arange(tables.shape[1]) < np.asarray(held)[:, None]
-    freed = np.sum(is_filled & ((tables < 0) | (tables >= call.num_pages)))
-    return int(np.sum(visited)), int(np.sum(held)), int(freed)
