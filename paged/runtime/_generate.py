@@ -18,9 +18,10 @@ from ._arguments import end_ids, integer, limits_of, prompts_of, values_of_promp
 from ._groups import Masks, keeps_all, page_groups
 from ._held import GroupSizes, group_sizes
 from ._masks import require_cuts, specs_of
+from ._model_call import Model
 from ._new_pools import new_pool, why_not_shared
 from ._scheduler import Request, Scheduler
-from ._serve import Model, Serve, StepReport
+from ._serve import Serve, StepReport
 from .prefix_cache import PrefixCache
 from .sampling import Sampler
 

@@ -2,41 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from paged.lower import check_values
 from paged.spec import Everything, GroupedBatch, Minimum
 
 from ._groups import GroupUsage, Masks, mask_of, names_of
+from ._model_call import Model, apply, logits_of_rows, vocabulary_of
 from ._pool_steps import counts_of
 from ._scheduler import Batch, Request, Scheduler
-from ._step_plans import StepPlans
 from .grouped_pool import GroupedPool, pages_trimmed
 from .sampling import Sampler, sample, tokens_from
-
-Model = Callable[[Int[Array, " tokens"], Any, eqx.nn.State], tuple[Float[Array, "tokens vocab"], eqx.nn.State]]
-
-
-@runtime_checkable
-class TwoPartModel(Protocol):
-    """A model that is called in two parts, so that logits are made of those rows only from which a token is drawn.
-
-    ``model(tokens, batch, state)`` must be the one after the other: logits of all rows.
-    """
-
-    def features(self, tokens: Any, batch: Any, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
-        """What the layers give for each row, rows first, and the new state."""
-        ...
-
-    def logits(self, x: Any) -> Any:
-        """Logits of rows of `features`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +83,7 @@ class Serve:
         """How many columns the logits have. The model is traced for it, for the prefill step, and nothing runs."""
         tokens = np.zeros(self.chunk_size, np.int32)
         batch = self._checked(self.scheduler.prefill_batch(0, 1), tokens)
-        result = eqx.filter_eval_shape(_shapes, self.model, jnp.asarray(tokens), batch, self.state)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"The model must return a pair (logits, state); got {type(result).__name__}.")
-        logits = result[0]
-        is_float = isinstance(logits, jax.ShapeDtypeStruct) and jnp.issubdtype(logits.dtype, jnp.floating)
-        if not is_float or len(logits.shape) != 2 or logits.shape[0] != self.chunk_size or logits.shape[1] < 1:
-            got = f"{logits.dtype.name}{list(logits.shape)}" if isinstance(logits, jax.ShapeDtypeStruct) else logits
-            raise TypeError(
-                f"The model must return logits float[rows, vocab], here [{self.chunk_size}, vocab]; got {got}."
-            )
-        return logits.shape[1]
+        return vocabulary_of(self.model, jnp.asarray(tokens), batch, self.state)
 
     def run(self) -> None:
         scheduler = self.scheduler
@@ -260,28 +232,6 @@ def _counts(pool: Any, cache: Any) -> Int[Array, "counts groups"]:
     """For each group of layers the pages held, shared, only cached, and trimmed."""
     pools = pool.pools if isinstance(pool, GroupedPool) else (pool,)
     return jnp.stack([*counts_of(pool, cache), jnp.stack([pages_trimmed(own) for own in pools])])
-
-
-@eqx.filter_jit
-def apply(model: Any, tokens: Any, batch: Batch, state: eqx.nn.State) -> Any:
-    """The model, or its first part, with a jit of its own: what was traced to learn shapes is not traced again."""
-    with StepPlans.of(batch).shared():  # by several stacks, and by layers in a list
-        return (model.features if _has_two_parts(model) else model)(tokens, batch, state)
-
-
-def _has_two_parts(model: Any) -> bool:
-    return isinstance(model, TwoPartModel)
-
-
-def logits_of_rows(model: Any, x: Any, rows: Any) -> Any:
-    """The logits of some rows of what `apply` gave."""
-    return model.logits(x[rows]) if _has_two_parts(model) else x[rows]
-
-
-def _shapes(model: Any, *step: Any) -> Any:
-    """What the whole model gives for a step."""
-    result = apply(model, *step)
-    return (model.logits(result[0]), result[1]) if _has_two_parts(model) else result
 
 
 # All but the state are one argument, because Equinox donates either every argument or all but the first: the state is

@@ -8,7 +8,7 @@ import pytest
 
 import paged
 from paged.runtime import LayerStack, cache
-from paged.runtime._serve import apply
+from paged.runtime._model_call import apply
 from tests.support.jaxprs import primitives
 
 from .test_layer_stack import NUM_PAGES, Block, blocks, keys_of, model_of

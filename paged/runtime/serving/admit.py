@@ -68,11 +68,12 @@ def plan_rows(queue: Queue, budget: int) -> Int[Array, " slots"]:
     """How many rows each slot has in the next step, at most ``budget`` in all.
 
     A sequence that lacks one token has one row. What is left of the budget goes to those that lack more, in the order
-    of their admission. A prompt of a model whose masks see ahead ends a step only where it may be cut.
+    of their admission: to one sequence at most as many as a step always has room for, ``budget - slots``. A prompt of a
+    model whose masks see ahead ends a step only where it may be cut.
     """
     lacking = jnp.where(queue.is_running, queue.of_slots.known - queue.pool.lengths, 0)
     is_decoding = lacking == 1
-    wanted = jnp.where(is_decoding, 0, lacking)
+    wanted = jnp.where(is_decoding, 0, jnp.minimum(lacking, max(budget - lacking.shape[0], 1)))
     order = jnp.argsort(queue.admission)
     left = budget - jnp.sum(is_decoding, dtype=jnp.int32)
     cuts = queue.of_slots.cuts
@@ -112,16 +113,26 @@ def make_room(queue: Queue, rows: Int[Array, " slots"]) -> tuple[Queue, Int[Arra
         newest = jnp.argmax(jnp.where(queue.is_running, queue.admission, -1))
         is_newest = jnp.arange(rows.shape[0]) == newest
         queue = keep(queue, is_newest, is_newest)
+        queue = queue.with_column(is_newest, preemptions=queue.of_slots.preemptions + 1)
         queue = queue.without(is_newest & queue.is_running, Status.WAITING)
         queue, rows = queue.replace(counts=queue.counts.plus(preempted=1)), jnp.where(is_newest, 0, rows)
         queue = make_free(queue, _most_new_pages(queue, rows))
         return queue, rows, *extended(queue, rows)
 
-    pool = queue.pool.settle()
-    queue = queue.replace(pool=pool.trim(queue.of_slots.values or None) if isinstance(pool, GroupedPool) else pool)
-    start = make_free(queue, _most_new_pages(queue, rows))
+    start = _trimmed(queue.replace(pool=queue.pool.settle()))
+    start = make_free(start, _most_new_pages(start, rows))
     queue, rows, pool, _ = jax.lax.while_loop(lambda carry: ~carry[-1], preempt, (start, rows, *extended(start, rows)))
     return queue.replace(pool=pool), rows
+
+
+def _trimmed(queue: Queue) -> Queue:
+    """The queue without the pages that masks hide from every later query of their slot."""
+    pool = queue.pool
+    if not isinstance(pool, GroupedPool):
+        return queue
+    trimmed = pool.trim(queue.of_slots.values or None)
+    entries = lambda pool: sum(jnp.sum(own.block_tables >= 0, dtype=jnp.int32) for own in pool.pools)
+    return queue.replace(pool=trimmed, counts=queue.counts.plus(freed_pages=entries(pool) - entries(trimmed)))
 
 
 def _most_new_pages(queue: Queue, rows: Int[Array, " slots"]) -> Int[Array, ""]:

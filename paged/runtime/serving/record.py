@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..sampling import draw, tokens_from
+from .figures import StepFigures
 from .requests import Reason, Status
 from .reuse import keep
 from .state import Queue
@@ -20,12 +21,14 @@ class StepEvents(eqx.Module):
     * ``token`` i32[slots, most]: the tokens in order, -1 past them.
     * ``count`` i32[slots]: how many they are; 0 too where none could be drawn.
     * ``reason`` i32[slots]: why the request is done with the last one, see `Reason`.
+    * ``figures``: of the step; None where they are not asked for.
     """
 
     request: Int[Array, "*steps slots"]
     token: Int[Array, "*steps slots most"]
     count: Int[Array, "*steps slots"]
     reason: Int[Array, "*steps slots"]
+    figures: StepFigures | None = None
 
     @classmethod
     def none(cls, slots: int, most: int = 1) -> "StepEvents":

@@ -90,6 +90,7 @@ class Requests(eqx.Module):
     * ``priority``, ``arrival`` i32[requests]: in which order they are admitted.
     * ``salt`` i32[requests]: requests share pages of equal tokens only where it is the same.
     * ``status``, ``reason`` i32[requests]: see `Status` and `Reason`.
+    * ``preemptions`` i32[requests]: how often each gave up its slot.
     * ``values``: the numbers that the model's specs name, [requests, ...] each.
     * ``cuts`` i32[requests, tokens + 1]: for each number of tokens the largest, at most that, after which they may be
       cut into steps. None where that is everywhere, for all requests.
@@ -108,6 +109,7 @@ class Requests(eqx.Module):
     salt: Int[Array, " requests"]
     status: Int[Array, " requests"]
     reason: Int[Array, " requests"]
+    preemptions: Int[Array, " requests"]
     values: dict[str, Array]
     cuts: Int[Array, "requests places"] | None
 
@@ -142,6 +144,7 @@ class Requests(eqx.Module):
             salt=ints(request.salt for request in new),
             status=jnp.full(len(new), Status.WAITING, jnp.int32),
             reason=jnp.full(len(new), Reason.NONE, jnp.int32),
+            preemptions=jnp.zeros(len(new), jnp.int32),
             values={name: jnp.stack([jnp.asarray(r.values[name]) for r in new]) for name in new[0].values},
             cuts=_cuts([request.cuts for request in new], sizes.tokens) if sizes.has_cuts else None,
         )

@@ -17,6 +17,7 @@ class Counts(eqx.Module):
     * ``steps``, ``decode_steps``: of the model; those in which every sequence had one row.
     * ``prompt_tokens``: rows that were prefilled, again after a preemption too. ``new_tokens``: tokens drawn.
     * ``reused_tokens``: found in the prefix cache. ``evicted_pages``: that it gave up.
+    * ``freed_pages``: that slots gave up because their masks hide them from every later query.
     * ``admitted``, ``preempted``, ``done``: requests.
     """
 
@@ -26,6 +27,7 @@ class Counts(eqx.Module):
     new_tokens: Int[Array, ""]
     reused_tokens: Int[Array, ""]
     evicted_pages: Int[Array, ""]
+    freed_pages: Int[Array, ""]
     admitted: Int[Array, ""]
     preempted: Int[Array, ""]
     done: Int[Array, ""]

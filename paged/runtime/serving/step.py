@@ -10,14 +10,15 @@ from jaxtyping import Array, Float, Int
 
 from paged.spec import CheckedFor, Everything, GroupedBatch, Minimum, RaggedBatch
 
-from .._serve import apply, logits_of_rows
+from .._model_call import apply, logits_of_rows
 from .admit import admit, make_room, plan_rows
+from .figures import StepFigures
 from .record import StepEvents, record
 from .state import Queue, ServeState
 
 
 def serve_step(
-    model: Any, state: ServeState, *, budget: int, minima: tuple[Minimum, ...] = ()
+    model: Any, state: ServeState, *, budget: int, minima: tuple[Minimum, ...] = (), has_figures: bool = False
 ) -> tuple[ServeState, StepEvents]:
     """Admit requests, page, run the model once, draw tokens, and let go of what is done: a pure function.
 
@@ -27,25 +28,34 @@ def serve_step(
     - `state`: what the loop carries.
     - `budget`: the most rows of a step; at least as many as there are slots.
     - `minima`: what the numbers of the requests have been checked for.
+    - `has_figures`: whether the events bring the step's `StepFigures`.
 
     **Returns:** the new state, and what happened.
     """
     queue = admit(state.queue)
     rows = plan_rows(queue, budget)
     queue, rows = make_room(queue, rows)
+    figures = StepFigures.of(state.queue, queue, rows) if has_figures else None
     logits, model_state = _run(model, queue, rows, state.model_state, budget, minima)
     queue, events = record(queue, rows, logits[:, None])
-    return ServeState(queue, model_state), events
+    return ServeState(queue, model_state), dataclasses.replace(events, figures=figures)
 
 
 def serve_many(
-    model: Any, state: ServeState, steps: int, limit: Any = None, *, budget: int, minima: tuple[Minimum, ...] = ()
+    model: Any,
+    state: ServeState,
+    steps: int,
+    limit: Any = None,
+    *,
+    budget: int,
+    minima: tuple[Minimum, ...] = (),
+    has_figures: bool = False,
 ) -> tuple[ServeState, StepEvents, Int[Array, ""]]:
     """`serve_step` until nothing runs and nothing waits, at most ``steps`` times.
 
     **Arguments:**
 
-    - `model`, `state`, `budget`, `minima`: as for `serve_step`.
+    - `model`, `state`, `budget`, `minima`, `has_figures`: as for `serve_step`.
     - `steps`: the most steps, an int: for so many there is room in the events.
     - `limit`: the most steps of this call, i32[], at most ``steps``; may be traced. None for ``steps``.
 
@@ -53,7 +63,8 @@ def serve_many(
     """
     limit = steps if limit is None else jnp.minimum(limit, steps)
     slots = state.queue.request.shape[0]
-    events = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps, *x.shape)), StepEvents.none(slots))
+    none = dataclasses.replace(StepEvents.none(slots), figures=StepFigures.zero(state.queue) if has_figures else None)
+    events = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps, *x.shape)), none)
 
     def goes_on(carry: tuple) -> Array:
         i, state, _ = carry
@@ -61,7 +72,7 @@ def serve_many(
 
     def one(carry: tuple) -> tuple:
         i, state, events = carry
-        state, own = serve_step(model, state, budget=budget, minima=minima)
+        state, own = serve_step(model, state, budget=budget, minima=minima, has_figures=has_figures)
         return i + 1, state, jax.tree.map(lambda all_, x: all_.at[i].set(x), events, own)
 
     done, state, events = jax.lax.while_loop(goes_on, one, (jnp.zeros((), jnp.int32), state, events))
