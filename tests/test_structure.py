@@ -31,10 +31,12 @@ LAYERS = {
 # The rooms of a folder, lowest first: a room may import those before it. No circle can then close.
 ROOMS = {
     "paged/lower": (
-        "jax_version", "_around", "program", "base", "schedule", "require", "_ahead", "_check", "plan", "xla", "tpu",
-        "registry", "tree", "_pages_seen", "_explain", "run", "attend", "_compile_for", "tuning", "mesh", "door",
+        "jax_version", "_around", "program", "base", "schedule", "require", "_ahead", "_check", "plan", "xla",
+        "transforms", "tpu", "gpu", "registry", "tree", "_pages_seen", "_explain", "run", "attend", "_compile_for",
+        "tuning", "mesh", "door",
     ),
-    "paged/lower/tpu": ("chips", "references", "pages", "transforms", "write", "copy", "base", "decode", "prefill"),
+    "paged/lower/tpu": ("chips", "references", "pages", "write", "copy", "base", "decode", "prefill"),
+    "paged/lower/gpu": ("chips", "schedule", "terms", "kernel", "launch", "plan", "lowering"),
 }  # fmt: skip
 FILE_LINES, FUNCTION_LINES = 400, 60
 

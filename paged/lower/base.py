@@ -106,12 +106,14 @@ class Lowering(abc.ABC):
     ``target`` is what `lower` calls it by; ``schedule_type`` is its class of schedules. Everything is decided from
     static facts: the program, the page layout, and the shapes of a call. ``generations`` lists the chips that it can be
     lowered for by name, with JAX's names of their devices. ``has_kernels`` says whether it runs kernels of its own,
-    which can be interpreted and which hints about kernels mean.
+    which can be interpreted and which hints about kernels mean. ``by_name_only`` says that target "auto" leaves it out,
+    because no device has timed it.
     """
 
     target: ClassVar[str]
     schedule_type: ClassVar[type[Schedule]]
     has_kernels: ClassVar[bool] = False
+    by_name_only: ClassVar[bool] = False
     generations: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @property

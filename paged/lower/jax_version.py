@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 _VERSION = jax.__version_info__
@@ -29,6 +31,30 @@ HAS_BIT_UPDATES_IN_PLACE = _VERSION < (0, 12)
 # does not copy the matrix first. A decode step of one row of SmolLM2-135M takes 0.7 times as long as with copies in JAX
 # 0.10, and 3.8 times as long in JAX 0.12 (measured).
 MULTIPLIES_WHILE_READING = _VERSION < (0, 11)
+
+# Whether Pallas has what the kernel for GPUs is written with. Its interface changed in JAX 0.11.
+HAS_GPU_KERNELS = _VERSION >= (0, 11)
+
+
+def gpu_interpreter(interpret: Any) -> Any:
+    """Settings of Pallas's interpreter of GPU kernels, or False; True stands for the default settings.
+
+    Raises ``ValueError`` before JAX 0.12, whose interpreter is the first one that is public, and ``TypeError`` for
+    anything else.
+    """
+    if isinstance(interpret, (bool, np.bool_)) and not interpret:
+        return False
+    settings = getattr(plgpu, "InterpretGPUParams", None)
+    if settings is None:
+        raise ValueError(f"interpret={interpret!r} needs JAX 0.12 or later for GPU kernels; this is {jax.__version__}.")
+    if isinstance(interpret, (bool, np.bool_)):
+        return settings()
+    if not isinstance(interpret, settings):
+        raise TypeError(
+            "interpret must be True, False or a jax.experimental.pallas.mosaic_gpu.InterpretGPUParams; got "
+            f"{interpret!r}."
+        )
+    return interpret
 
 
 def on_devices(run: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:

@@ -5,12 +5,13 @@ import jax
 from paged.spec import PageLayout
 
 from .base import Lowering, Schedule
+from .gpu import GPU_DECODE
 from .program import Call, Program
 from .tpu import TPU_DECODE, TPU_RAGGED, Chip
 from .xla import XLA_BLOCKS
 
 # In order of preference. A new lowering is one more entry; its target is then accepted by `lower`.
-LOWERINGS: tuple[Lowering, ...] = (TPU_DECODE, TPU_RAGGED, XLA_BLOCKS)
+LOWERINGS: tuple[Lowering, ...] = (TPU_DECODE, TPU_RAGGED, GPU_DECODE, XLA_BLOCKS)
 TARGETS = ("auto", *sorted({low.target for low in LOWERINGS}))
 
 
@@ -80,4 +81,4 @@ def _candidates(target: str) -> list[Lowering]:
 
 
 def _runs_here(lowering: Lowering) -> bool:
-    return lowering.target in ("xla", jax.default_backend())
+    return lowering.target in ("xla", jax.default_backend()) and not lowering.by_name_only

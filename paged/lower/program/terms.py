@@ -7,7 +7,7 @@ makes everything early that depends on the query head alone, because kernels com
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +25,18 @@ from .factors import merge_factors, variables
 from .program import Program
 
 # What a kernel may compute of a tile: elementwise arithmetic, and changes of shape that cost nothing.
-_ELEMENTWISE = """
+_ELEMENTWISE = frozenset(
+    """
 abs add and atan2 ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt integer_pow
 is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n shift_left
 shift_right_arithmetic shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
 broadcast_in_dim iota squeeze reshape
-"""
+""".split()
+)
 _NESTED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint")
 _LENGTH = jax.ShapeDtypeStruct((), jnp.int32)
+# The results of an equation of a trace, from the values of its operands.
+Compute = Callable[[Any, list[Any]], list[Any]]
 
 
 class Terms(NamedTuple):
@@ -57,13 +61,13 @@ class Terms(NamedTuple):
 
 class _Cut(NamedTuple):
     """A traced function cut in two. ``late(early(*known), *unknown)`` is its value, if the first unknown comes
-    multiplied by ``factor``. ``used`` tells which unknowns are read, and ``refused`` names what a kernel cannot do."""
+    multiplied by ``factor``. ``used`` tells which unknowns are read, and ``late_names`` are the late operations."""
 
     early: Callable[..., tuple[Array, ...]]
     late: Callable[..., Array]
     factor: float = 1.0
     used: tuple[bool, ...] = ()
-    refused: tuple[str, ...] = ()
+    late_names: tuple[str, ...] = ()
 
 
 def plain_terms(program: Program, heads: int, rows: int, keys: int, like: Any = 0) -> Terms:
@@ -92,21 +96,28 @@ def plain_terms(program: Program, heads: int, rows: int, keys: int, like: Any = 
     return _terms(scores, visible, len(scores.early()))
 
 
-def kernel_terms(program: Program, rows: int, keys: int, unit: float = 1.0) -> Terms:
+def kernel_terms(
+    program: Program, rows: int, keys: int, unit: float = 1.0, compute: Compute | None = None
+) -> Terms:
     """Terms for kernels, which have no gradient of their own.
 
     A tile is ``[rows, keys]``: products ``s``, and positions ``p`` and ``j`` of every pair; ``h [rows, 1]`` are its
-    heads. Scores come out multiplied by ``unit``: log2(e) where weights are powers of two.
+    heads. Scores come out multiplied by ``unit``: log2(e) where weights are powers of two. ``compute`` computes one
+    operation of a tile, where a kernel needs another way than `_compute`.
     """
-    scores, visible = _cuts(program, rows, keys, unit)
+    scores, visible = _cuts(program, rows, keys, unit, compute or _compute)
     num_scores = len(jax.eval_shape(scores.early, jax.ShapeDtypeStruct((rows, 1), jnp.int32)))
     return _terms(scores, visible, num_scores)
 
 
-def refused_operations(program: Program) -> tuple[str, ...]:
-    """Operations in the program's terms that a kernel has no rule for, such as a gather by position."""
+def refused_operations(program: Program, allowed: Collection[str] = _ELEMENTWISE) -> tuple[str, ...]:
+    """Operations in the program's terms that a kernel has no rule for, such as a gather by position.
+
+    ``allowed`` are the names of the operations that it has rules for.
+    """
     scores, visible = _cuts(program, 8, 128)
-    return tuple(dict.fromkeys((*scores.refused, *visible.refused)))
+    names = dict.fromkeys((*scores.late_names, *visible.late_names))
+    return tuple(name for name in names if name not in allowed)
 
 
 def _terms(scores: _Cut, visible: _Cut, num_scores: int) -> Terms:
@@ -137,7 +148,9 @@ def _close(fn: Callable[..., Array], *tile: Any) -> _Cut:
     return _Cut(lambda: tuple(jnp.asarray(constant) for constant in closed.consts), late)
 
 
-def _cuts(program: Program, rows: int, keys: int, unit: float = 1.0) -> tuple[_Cut, _Cut]:
+def _cuts(
+    program: Program, rows: int, keys: int, unit: float = 1.0, compute: Compute | None = None
+) -> tuple[_Cut, _Cut]:
     s = jax.ShapeDtypeStruct((rows, keys), jnp.float32)
     position = jax.ShapeDtypeStruct((rows, keys), jnp.int32)
     head = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
@@ -151,12 +164,15 @@ def _cuts(program: Program, rows: int, keys: int, unit: float = 1.0) -> tuple[_C
     def visible_of(h: Any, given: Given, p: Any, j: Any, length: Any) -> Any:
         return program.visible(p, j, length, given._replace(head=h if program.has_heads else None))
 
-    scores = _cut(scores_of, (head,), (s, position, position, given._replace(is_ancestor=None)), merges=True)
+    compute, of_tile = compute or _compute, (s, position, position, given._replace(is_ancestor=None))
+    scores = _cut(scores_of, (head,), of_tile, compute, merges=True)
     scores = scores._replace(late=lambda arrays, given, s, p, j, late=scores.late: late(arrays, s, p, j, given))
-    return scores, _cut(visible_of, (head,), (given, position, position, _LENGTH))
+    return scores, _cut(visible_of, (head,), (given, position, position, _LENGTH), compute)
 
 
-def _cut(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, ...], merges: bool = False) -> _Cut:
+def _cut(
+    fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, ...], compute: Compute, merges: bool = False
+) -> _Cut:
     """``fn`` with everything early that depends on ``known`` alone and has no axis of keys.
 
     With ``merges``, successive constant factors of the first unknown are merged.
@@ -180,17 +196,17 @@ def _cut(fn: Callable[..., Array], known: tuple[Any, ...], unknown: tuple[Any, .
 
     def run_early(*args: Array) -> tuple[Array, ...]:
         env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=False))
-        _evaluate(early, env)
+        _evaluate(early, env, _compute)
         return tuple(jnp.asarray(env[v]) for v in crossing)
 
     def run_late(arrays: tuple[Array, ...], *args: Any) -> Array:
         # Kernels hold Booleans as numbers.
         arrays = tuple(x != 0 if v.aval.dtype == bool else x for v, x in zip(crossing, arrays, strict=True))
         env = dict(zip(crossing, arrays, strict=True)) | dict(zip(unknowns, _leaves(args), strict=True))
-        _evaluate(late, env)
+        _evaluate(late, env, compute)
         return _read(env, jaxpr.outvars[0])
 
-    return _Cut(run_early, run_late, factor, tuple(v in reads for v in unknowns), tuple(_refused(late)))
+    return _Cut(run_early, run_late, factor, tuple(v in reads for v in unknowns), tuple(_names(late)))
 
 
 def _leaves(args: Any) -> list[Any]:
@@ -198,37 +214,38 @@ def _leaves(args: Any) -> list[Any]:
     return [x for arg in args for x in ([arg] if arg is None else jax.tree.leaves(arg))]
 
 
-def _evaluate(eqns: Any, env: dict[Any, Any]) -> None:
-    """Compute equations as a kernel can: nested functions inlined, and no broadcast of Booleans."""
+def _evaluate(eqns: Any, env: dict[Any, Any], compute: Compute) -> None:
+    """Compute equations, with nested functions inlined."""
     for eqn in eqns:
         values = [_read(env, v) for v in eqn.invars]
         if eqn.primitive.name in _NESTED:
             closed = _nested_jaxpr(eqn)
             inner = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
             inner |= dict(zip(closed.jaxpr.invars, values, strict=True))
-            _evaluate(closed.jaxpr.eqns, inner)
+            _evaluate(closed.jaxpr.eqns, inner, compute)
             results = [_read(inner, v) for v in closed.jaxpr.outvars]
-        elif eqn.primitive.name == "broadcast_in_dim" and jnp.issubdtype(jnp.result_type(values[0]), jnp.bool_):
-            # Kernels broadcast numbers, not masks.
-            bind = functools.partial(eqn.primitive.bind, **eqn.params)
-            results = [bind(jnp.asarray(values[0]).astype(jnp.int32)) != 0]
         else:
-            results = eqn.primitive.bind(*values, **eqn.params)
-            results = results if eqn.primitive.multiple_results else [results]
+            results = compute(eqn, values)
         env.update(zip(eqn.outvars, results, strict=True))
+
+
+def _compute(eqn: Any, values: list[Any]) -> list[Any]:
+    """An operation as TPU kernels can: they broadcast numbers, not masks."""
+    if eqn.primitive.name == "broadcast_in_dim" and jnp.issubdtype(jnp.result_type(values[0]), jnp.bool_):
+        bind = functools.partial(eqn.primitive.bind, **eqn.params)
+        return [bind(jnp.asarray(values[0]).astype(jnp.int32)) != 0]
+    results = eqn.primitive.bind(*values, **eqn.params)
+    return results if eqn.primitive.multiple_results else [results]
 
 
 def _read(env: dict[Any, Any], v: Any) -> Any:
     return np.asarray(v.val)[()] if isinstance(v, jex.Literal) else env[v]
 
 
-def _refused(eqns: Any) -> list[str]:
+def _names(eqns: Any) -> list[str]:
     names = []
     for eqn in eqns:
-        if eqn.primitive.name in _NESTED:
-            names += _refused(_nested_jaxpr(eqn).jaxpr.eqns)
-        elif eqn.primitive.name not in _ELEMENTWISE.split():
-            names.append(eqn.primitive.name)
+        names += _names(_nested_jaxpr(eqn).jaxpr.eqns) if eqn.primitive.name in _NESTED else [eqn.primitive.name]
     return names
 
 

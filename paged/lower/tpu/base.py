@@ -18,7 +18,7 @@ from ..xla import XLA_BLOCKS
 from .chips import CHIPS, LANES, Chip, chip_named, this_chip
 from .copy import copy_pages, refuses_copy
 from .pages import refuses_layout
-from .transforms import run_kernels
+from ..transforms import run_kernels
 from .write import refuses_write, write_rows
 
 # What a state is: exact enough to be merged, and without sinks, which enter once.

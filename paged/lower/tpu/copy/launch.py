@@ -18,7 +18,7 @@ from ...xla import copy_scales
 from ..chips import LANES, Chip
 from ..pages import pools_of, refuses_layout
 from ..references import Copies, Ref, call_kernel
-from ..transforms import run_kernels
+from ...transforms import run_kernels
 from ..write import pipeline
 
 # Copies on their way at once, of each core.

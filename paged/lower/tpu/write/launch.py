@@ -20,7 +20,7 @@ from ...program import Sequences
 from ...xla import XLA_BLOCKS, Places, stored_rows, write_scales
 from ..chips import Chip
 from ..references import Ref, call_kernel
-from ..transforms import run_kernels
+from ...transforms import run_kernels
 from . import partial, whole
 from .granules import GRANULE, GranuleLists, Granules, first_position, token_axis
 from .plan import Writer

@@ -11,7 +11,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from ..xla import Linear, linear
+from .xla import Linear, linear
 
 Function = Callable[..., Any]
 

@@ -1,0 +1,125 @@
+"""The decode lowering for Hopper GPUs: attention by one kernel, writes by XLA."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+from jaxtyping import Array
+
+from paged.spec import AttentionState, PageLayout, Pages
+
+from ..base import Lowering, Schedule
+from ..jax_version import gpu_interpreter
+from ..program import Call, PageCopies, Program, Sequences
+from ..transforms import run_kernels
+from ..xla import XLA_BLOCKS
+from .chips import GPUS, Gpu, gpu_named, this_gpu
+from .launch import shared_bytes
+from .plan import (
+    alternatives,
+    fits,
+    launch_of,
+    neighbours,
+    plan_schedule,
+    refuses_call,
+    refuses_program,
+    rows_of,
+)
+from .schedule import GpuDecodeSchedule
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuDecode(Lowering):
+    """Decode on Hopper GPUs: one query row per sequence, or a few, the same number for all.
+
+    No GPU has run it yet: it was proven in Pallas's interpreter and by the compiler. So it runs by name only. ``gpu``
+    is the GPU that it is for, or this process's if that is None; ``interpret`` is passed to Pallas.
+    """
+
+    target: ClassVar[str] = "gpu"
+    schedule_type: ClassVar[type[Schedule]] = GpuDecodeSchedule
+    has_kernels: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
+    generations: ClassVar[dict[str, tuple[str, ...]]] = {name: gpu.device_kinds for name, gpu in GPUS.items()}
+
+    gpu: Gpu | None = dataclasses.field(default=None, kw_only=True)
+    interpret: Any = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def target_gpu(self) -> Gpu:
+        """The GPU that it is lowered for."""
+        return self.gpu or this_gpu()
+
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether kernels are interpreted."""
+        return bool(self.interpret)
+
+    def interpreted(self, interpret: Any) -> Self:
+        """This lowering with its kernel interpreted as told: True stands for the interpreter's default settings."""
+        return dataclasses.replace(self, interpret=gpu_interpreter(interpret))
+
+    def on_chip(self, generation: str | Gpu) -> Self:
+        """This lowering for another GPU, compiled."""
+        return dataclasses.replace(self, gpu=gpu_named(generation), interpret=False)
+
+    def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
+        """Why this lowering refuses the program, the layout or the call; None if it accepts them."""
+        reason = refuses_program(program, layout)
+        return reason if reason is not None or call is None else refuses_call(program, layout, call)
+
+    def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> GpuDecodeSchedule:
+        """A schedule of which two blocks of threads fit a multiprocessor, with KV splits to fill the GPU."""
+        return plan_schedule(program, layout, call, self.target_gpu)
+
+    def cannot_honour(
+        self, program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSchedule
+    ) -> str | None:
+        """Why a schedule does not fit shared memory or the block tables, or None."""
+        return fits(program, layout, call, schedule, self.target_gpu)
+
+    def alternatives(
+        self, program: Program, layout: PageLayout, call: Call, own: GpuDecodeSchedule
+    ) -> Iterator[GpuDecodeSchedule]:
+        """Blocks of 64 and 128 tokens, fewer stages, and other KV splits."""
+        del program
+        return alternatives(layout, call, own)
+
+    def neighbours(self, layout: PageLayout, call: Call, asked: GpuDecodeSchedule) -> Iterator[GpuDecodeSchedule]:
+        """Blocks of 64 or 128 tokens, fewer stages and splits."""
+        return neighbours(layout, call, asked)
+
+    def describe(
+        self, program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSchedule, bytes_visited: int
+    ) -> list[str]:
+        """Shared memory, the least time of the transfers, and that no GPU has run it."""
+        gpu, taken = self.target_gpu, shared_bytes(layout, rows_of(program, call), schedule) / 2**10
+        microseconds = 1e6 * bytes_visited / gpu.hbm_bytes_per_second
+        return [
+            f"{call.slots * program.num_kv_heads * schedule.kv_splits} blocks of threads, two on each of "
+            f"{gpu.multiprocessors} multiprocessors, each with {schedule.stages} tiles of "
+            f"{schedule.pages_per_block * layout.page_size} tokens and {taken:.0f} KiB of shared memory",
+            f"at least {microseconds:.1f} us for its transfers at {gpu.hbm_bytes_per_second / 1e9:.0f} GB/s "
+            f"({gpu.generation}, data sheet)",
+            "never timed: proven in Pallas's interpreter and by the compiler, and no GPU has run it",
+        ]
+
+    def state(
+        self, program: Program, schedule: GpuDecodeSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences
+    ) -> AttentionState:
+        """The state in float32, with the XLA lowering's derivatives."""
+        like = functools.partial(XLA_BLOCKS.state, program, XLA_BLOCKS.schedule(program, pages.layout), call)
+        launch = launch_of(program, pages.layout, call, schedule, self.interpret)
+        return run_kernels(launch, like, q, pages, seqs, is_interpreted=self.is_interpreted)
+
+    def write(self, k: Array, v: Array, pages: Pages, seqs: Sequences, query_rows: int | None) -> Pages:
+        """The pages with new rows written, by XLA, in place where they are donated."""
+        return XLA_BLOCKS.write(k, v, pages, seqs, query_rows)
+
+    def copy(self, pages: Pages, copies: PageCopies) -> Pages:
+        """The pages with some of them copied to others, by XLA."""
+        return XLA_BLOCKS.copy(pages, copies)
+
+
+GPU_DECODE = GpuDecode()

@@ -1,0 +1,135 @@
+"""The decode kernel's schedules for GPUs: what it refuses, the heuristic, what fits, and what to time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from paged.spec import PageLayout
+
+from ..jax_version import HAS_GPU_KERNELS
+from ..program import COMMON, Call, Program, most_pages_seen, refused_operations
+from ..schedule import around, grid, halvings
+from .chips import Gpu
+from .launch import DecodeLaunch, shared_bytes
+from .schedule import GpuDecodeSchedule
+from .terms import ELEMENTWISE
+
+# What one step of the softmax takes: the least that the matrix unit multiplies, and twice that.
+_TOKENS = (64, 128)
+_MOST_ROWS = 32
+_MOST_STAGES = 8
+# Shared memory that the compiler adds: barriers, and exchanges of maxima between warps.
+_ADDED = 4 * 2**10
+# How often the blocks of threads of a call should fill the GPU, so that long sequences do not run alone at the end.
+_FILLS = 2
+
+
+def refuses_program(program: Program, layout: PageLayout) -> str | None:
+    """Why the kernel does not accept this program over this layout, or None."""
+    reason = _refuses_layout(layout)
+    if reason is not None:
+        return reason
+    if program.has_ancestors:
+        return "a mask with a Tree asks for a row's ancestors, which the kernel does not know"
+    operations = refused_operations(program, ELEMENTWISE)
+    if operations:
+        return (
+            f"a mask or bias uses {', '.join(operations)}, which the kernel has no rule for: only elementwise "
+            "arithmetic of positions, and anything of the head alone"
+        )
+    if program.page_intervals(layout.page_size) is None:
+        return (
+            "it streams one run of pages per sequence, and the mask's visible pages are not proven to be one: causal "
+            "masks, windows, chunks and their intersections are"
+        )
+    if not HAS_GPU_KERNELS:
+        return "its kernel is written for JAX 0.11 or later (Python 3.12)"
+    return None
+
+
+def _refuses_layout(layout: PageLayout) -> str | None:
+    if layout.order not in ("packed", "split"):
+        return f'order="{layout.order}" is not one that it copies pages of: use order="packed" or "split"'
+    if layout.dtype not in ("float16", "bfloat16"):
+        return f"the pages must be float16 or bfloat16, which the matrix unit multiplies as they lie; got {layout.dtype}"
+    if layout.head_dim not in (64, 128, 256) or layout.value_dim != layout.head_dim:
+        dims = f"{layout.head_dim} with values of {layout.value_dim}"
+        return f"head_dim must be 64, 128 or 256, and value_dim the same (got {dims})"
+    if layout.page_size not in (8, 16, 32, 64):
+        return f"page_size must be 8, 16, 32 or 64 (got {layout.page_size})"
+    return None
+
+
+def refuses_call(program: Program, layout: PageLayout, call: Call) -> str | None:
+    """Why the kernel does not accept this call, or None."""
+    if call.query_rows is None or not call.has_even_rows:
+        return "it decodes, with as many query rows for every sequence (RaggedBatch.decode), and this batch's rows vary"
+    if call.query_rows * program.group > _MOST_ROWS:
+        return (
+            f"it decodes: {call.query_rows} query rows per sequence are {call.query_rows * program.group} rows per KV "
+            f"head, of at most {_MOST_ROWS}"
+        )
+    if call.has_own_rows:
+        return "the batch brings positions of its rows, which the kernel does not read"
+    if call.q_dtype != layout.dtype:
+        return f"queries must have the dtype of the pages, {layout.dtype}, since both are multiplied as they lie; got {call.q_dtype}"
+    if not call.num_pages or not call.pages_per_seq:
+        return "there is no page to copy"
+    return None
+
+
+def launch_of(
+    program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSchedule, interpret: Any
+) -> DecodeLaunch:
+    """The kernel that a schedule describes."""
+    intervals = program.page_intervals(layout.page_size)
+    assert intervals is not None and call.query_rows is not None
+    return DecodeLaunch(program, intervals, call.query_rows, schedule, interpret)
+
+
+def plan_schedule(program: Program, layout: PageLayout, call: Call | None, gpu: Gpu) -> GpuDecodeSchedule:
+    """The heuristic: steps of 64 tokens, as many tiles as two blocks of threads have room for, and enough KV splits to
+    fill the GPU's multiprocessors twice."""
+    call = call or COMMON
+    pages = max(1, _TOKENS[0] // layout.page_size)
+    seen = -(-most_pages_seen(program, layout.page_size, call) // pages)
+    items = call.slots * program.num_kv_heads
+    wanted = -(-2 * _FILLS * gpu.multiprocessors // items)
+    schedule = GpuDecodeSchedule(pages_per_block=pages, stages=_MOST_STAGES, kv_splits=max(1, min(wanted, seen // 4)))
+    while schedule.stages > 3 and fits(program, layout, call, schedule, gpu) is not None:
+        schedule = schedule.replace(stages=schedule.stages - 1)
+    return schedule
+
+
+def fits(program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSchedule, gpu: Gpu) -> str | None:
+    """Why a schedule cannot run, or None."""
+    tokens = schedule.pages_per_block * layout.page_size
+    if tokens not in _TOKENS:
+        return f"its page blocks have {tokens} tokens, and the matrix unit's long side has {_TOKENS[0]} or {_TOKENS[1]}."
+    taken = shared_bytes(layout, rows_of(program, call), schedule) + _ADDED
+    if taken > gpu.shared_for_a_block:
+        return (
+            f"its tiles take {taken} bytes of shared memory, and a block of threads has {gpu.shared_for_a_block} while "
+            "two run on a multiprocessor: lower stages or pages_per_block."
+        )
+    if schedule.kv_splits > call.pages_per_seq:
+        return f"it splits sequences into kv_splits={schedule.kv_splits}, and they have {call.pages_per_seq} pages."
+    return None
+
+
+def rows_of(program: Program, call: Call) -> int:
+    """Query rows of a KV head, padded: the matrix unit multiplies multiples of 8."""
+    return -(-(call.query_rows or 1) * program.group // 8) * 8
+
+
+def alternatives(layout: PageLayout, call: Call, own: GpuDecodeSchedule) -> Iterator[GpuDecodeSchedule]:
+    """Schedules to time beside ``own``: more tokens per step, fewer stages, half and twice as many KV splits."""
+    blocks = [tokens // layout.page_size for tokens in _TOKENS]
+    yield from grid(own, pages_per_block=blocks, stages=range(3, own.stages + 1))
+    yield from grid(own, kv_splits=[splits for splits in around(own.kv_splits) if splits <= call.pages_per_seq])
+
+
+def neighbours(layout: PageLayout, call: Call, asked: GpuDecodeSchedule) -> Iterator[GpuDecodeSchedule]:
+    """Schedules like ``asked`` with blocks that the matrix unit multiplies, fewer stages, and no more splits than pages."""
+    blocks = [tokens // layout.page_size for tokens in _TOKENS]
+    splits = halvings(min(asked.kv_splits, call.pages_per_seq))
+    yield from grid(asked, pages_per_block=blocks, stages=range(3, asked.stages + 1), kv_splits=splits)
