@@ -15,6 +15,7 @@ from .lower import Compiled as Compiled
 from .lower import CompileError as CompileError
 from .lower import DecodeSchedule as DecodeSchedule
 from .lower import Explanation as Explanation
+from .lower import GpuDecodeSchedule as GpuDecodeSchedule
 from .lower import Plan as Plan
 from .lower import Program as Program
 from .lower import RaggedSchedule as RaggedSchedule

@@ -37,9 +37,9 @@ ERRORS = {
         r"layout.head_dim must equal .*= 8; got 4",
     ),
     "target": (
-        lambda: paged.lower(SPEC, LAYOUT, "gpu"),
+        lambda: paged.lower(SPEC, LAYOUT, "npu"),
         ValueError,
-        r"target must be one of .*'tpu', 'xla'.*got 'gpu'",
+        r"target must be one of .*'gpu', 'tpu', 'xla'.*got 'npu'",
     ),
     "schedule": (
         lambda: paged.lower(SPEC, LAYOUT, "xla", schedule=paged.DecodeSchedule(pages_per_block=1)),

@@ -10,9 +10,9 @@ from paged.spec import AttentionState
 from paged.testing import Built, Case
 
 # One row a lowering that runs compiled on any machine: a new one in `paged.lower.LOWERINGS` is tested from the day it
-# is listed. Kernels for TPUs are not here: off a TPU they are interpreted, which takes seconds a case where these take
-# milliseconds, so `tests/tpu` has a matrix of their own, chosen to be small.
-ALL_LOWERINGS: dict[str, Lowering] = {lowering.name: lowering for lowering in LOWERINGS if lowering.target != "tpu"}
+# is listed. Kernels are not here: off their device they are interpreted, which takes seconds a case where these take
+# milliseconds, so `tests/tpu` and `tests/gpu` have a matrix of their own, chosen to be small.
+ALL_LOWERINGS: dict[str, Lowering] = {lowering.name: lowering for lowering in LOWERINGS if not lowering.has_kernels}
 
 # Tests' sequences have a few pages, so a schedule for real ones would take them in one step: these make several.
 SMALL_SCHEDULES = {"xla-blocks": {"pages_per_block": 2, "rows_per_tile": 4, "blocks_per_step": 1}}

@@ -274,7 +274,7 @@ class Decode:
             seen = jnp.max(jnp.where(visible, 1.0, 0.0).astype(jnp.float32), axis=1)
             for column in range(0, self.layout.head_dim, _COLUMNS):
                 part = refs.scratch.tiles.at[stage, :, pl.ds(column, _COLUMNS)]
-                v = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                v = plgpu.load(part, layout=plgpu.Layout.WGMMA)  # pyright: ignore
                 part[...] = jnp.where(jax.lax.broadcast_in_dim(seen, v.shape, [0]) > 0, v, jnp.zeros_like(v))
 
     def store(self, refs: Refs, item: Item, sums: Sums) -> None:
@@ -301,7 +301,9 @@ class Decode:
         return jax.lax.broadcast_in_dim(x, (keys, self.rows), [1])
 
     def _row_array(self, ref: Ref, head: Any) -> Any:
-        return self._of_rows(plgpu.load(ref.at[head], layout=plgpu.Layout.WGMMA.reduce(0)), self.keys)
+        # Rows are few, so that the load is no whole line of the cache. It comes once.
+        layout: Any = plgpu.Layout.WGMMA.reduce(0)
+        return self._of_rows(plgpu.load(ref.at[head], layout=layout, optimized=False), self.keys)  # pyright: ignore
 
 
 class Present(NamedTuple):
@@ -325,7 +327,7 @@ def _product(a: Ref, b: Ref) -> Any:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))  # pyright: ignore
 
 
 def _ceil_div(a: Any, b: int) -> Any:

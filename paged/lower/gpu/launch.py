@@ -48,9 +48,7 @@ class DecodeLaunch:
         """These rows, padded: the matrix unit multiplies multiples of 8."""
         return -(-self.used_rows // 8) * 8
 
-    def __call__(
-        self, q: Float[Array, "tokens q_heads dim"], pages: Pages, seqs: Sequences
-    ) -> AttentionState:
+    def __call__(self, q: Float[Array, "tokens q_heads dim"], pages: Pages, seqs: Sequences) -> AttentionState:
         """Run the kernel, and return the state of all rows in float32."""
         layout, schedule = pages.layout, self.schedule
         block = schedule.pages_per_block * layout.page_size
@@ -60,9 +58,7 @@ class DecodeLaunch:
         )
         facts, floats = self._facts(seqs, layout.page_size)
         # In a caller's `jax.shard_map`, a kernel's operands and results vary over the same mesh axes.
-        inputs = vary_alike(
-            Inputs(self._queries(q), pages.arrays, seqs.tables, facts, floats, self._arrays(terms))
-        )
+        inputs = vary_alike(Inputs(self._queries(q), pages.arrays, seqs.tables, facts, floats, self._arrays(terms)))
         leaves, tree = jax.tree.flatten(inputs)
         slots, heads = seqs.starts.shape[0], layout.num_kv_heads
         shape = (slots, heads, schedule.kv_splits)
@@ -73,7 +69,9 @@ class DecodeLaunch:
 
         def body(*refs: Any) -> None:
             count = len(leaves)
-            decode.run(Refs(tree.unflatten(refs[:count]), Outputs(*refs[count : count + 2]), Scratch(*refs[count + 2 :])))
+            decode.run(
+                Refs(tree.unflatten(refs[:count]), Outputs(*refs[count : count + 2]), Scratch(*refs[count + 2 :]))
+            )
 
         kernel = plgpu.kernel(
             body,

@@ -61,7 +61,9 @@ class GpuDecode(Lowering):
         return dataclasses.replace(self, interpret=gpu_interpreter(interpret))
 
     def on_chip(self, generation: str | Gpu) -> Self:
-        """This lowering for another GPU, compiled."""
+        """This lowering for another GPU, compiled. For a chip that is no GPU it stays as it is."""
+        if not isinstance(generation, Gpu) and generation not in GPUS:
+            return self
         return dataclasses.replace(self, gpu=gpu_named(generation), interpret=False)
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:

@@ -50,7 +50,9 @@ def _refuses_layout(layout: PageLayout) -> str | None:
     if layout.order not in ("packed", "split"):
         return f'order="{layout.order}" is not one that it copies pages of: use order="packed" or "split"'
     if layout.dtype not in ("float16", "bfloat16"):
-        return f"the pages must be float16 or bfloat16, which the matrix unit multiplies as they lie; got {layout.dtype}"
+        return (
+            f"the pages must be float16 or bfloat16, which the matrix unit multiplies as they lie; got {layout.dtype}"
+        )
     if layout.head_dim not in (64, 128, 256) or layout.value_dim != layout.head_dim:
         dims = f"{layout.head_dim} with values of {layout.value_dim}"
         return f"head_dim must be 64, 128 or 256, and value_dim the same (got {dims})"
@@ -71,7 +73,7 @@ def refuses_call(program: Program, layout: PageLayout, call: Call) -> str | None
     if call.has_own_rows:
         return "the batch brings positions of its rows, which the kernel does not read"
     if call.q_dtype != layout.dtype:
-        return f"queries must have the dtype of the pages, {layout.dtype}, since both are multiplied as they lie; got {call.q_dtype}"
+        return f"queries must be {layout.dtype}, as the pages: both are multiplied as they lie; got {call.q_dtype}"
     if not call.num_pages or not call.pages_per_seq:
         return "there is no page to copy"
     return None
@@ -104,7 +106,9 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSc
     """Why a schedule cannot run, or None."""
     tokens = schedule.pages_per_block * layout.page_size
     if tokens not in _TOKENS:
-        return f"its page blocks have {tokens} tokens, and the matrix unit's long side has {_TOKENS[0]} or {_TOKENS[1]}."
+        return (
+            f"its page blocks have {tokens} tokens, and the matrix unit's long side has {_TOKENS[0]} or {_TOKENS[1]}."
+        )
     taken = shared_bytes(layout, rows_of(program, call), schedule) + _ADDED
     if taken > gpu.shared_for_a_block:
         return (
@@ -129,7 +133,7 @@ def alternatives(layout: PageLayout, call: Call, own: GpuDecodeSchedule) -> Iter
 
 
 def neighbours(layout: PageLayout, call: Call, asked: GpuDecodeSchedule) -> Iterator[GpuDecodeSchedule]:
-    """Schedules like ``asked`` with blocks that the matrix unit multiplies, fewer stages, and no more splits than pages."""
+    """Schedules like ``asked`` with blocks that the matrix unit multiplies, fewer stages, and fewer KV splits."""
     blocks = [tokens // layout.page_size for tokens in _TOKENS]
     splits = halvings(min(asked.kv_splits, call.pages_per_seq))
     yield from grid(asked, pages_per_block=blocks, stages=range(3, asked.stages + 1), kv_splits=splits)

@@ -12,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 # What the compiler has rules for, of what a kernel may compute.
-ELEMENTWISE = frozenset(
-    """
+ELEMENTWISE = """
 abs add and atan2 clamp convert_element_type cos div eq erf exp exp2 ge gt integer_pow le log logistic lt max min mul ne
 neg not or rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sqrt square sub tanh
 xor broadcast_in_dim squeeze reshape copy stop_gradient
-""".split()
-)
+"""
 _MOVES = ("broadcast_in_dim", "squeeze", "reshape", "copy", "stop_gradient")
 
 
@@ -38,6 +36,6 @@ def spread(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """A number as a tile; a tile as it is."""
     if np.shape(x) == shape:
         return x
-    if dtype == bool:  # the compiler broadcasts numbers, not masks
+    if jnp.issubdtype(dtype, jnp.bool_):  # the compiler broadcasts numbers, not masks
         return spread(jnp.asarray(x).astype(jnp.int32), shape, jnp.int32) != 0
     return jax.lax.broadcast(jnp.asarray(x, dtype), shape)

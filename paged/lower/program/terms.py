@@ -7,7 +7,7 @@ makes everything early that depends on the query head alone, because kernels com
 """
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +25,12 @@ from .factors import merge_factors, variables
 from .program import Program
 
 # What a kernel may compute of a tile: elementwise arithmetic, and changes of shape that cost nothing.
-_ELEMENTWISE = frozenset(
-    """
+_ELEMENTWISE = """
 abs add and atan2 ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt integer_pow
 is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n shift_left
 shift_right_arithmetic shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
 broadcast_in_dim iota squeeze reshape
-""".split()
-)
+"""
 _NESTED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint")
 _LENGTH = jax.ShapeDtypeStruct((), jnp.int32)
 # The results of an equation of a trace, from the values of its operands.
@@ -96,9 +94,7 @@ def plain_terms(program: Program, heads: int, rows: int, keys: int, like: Any = 
     return _terms(scores, visible, len(scores.early()))
 
 
-def kernel_terms(
-    program: Program, rows: int, keys: int, unit: float = 1.0, compute: Compute | None = None
-) -> Terms:
+def kernel_terms(program: Program, rows: int, keys: int, unit: float = 1.0, compute: Compute | None = None) -> Terms:
     """Terms for kernels, which have no gradient of their own.
 
     A tile is ``[rows, keys]``: products ``s``, and positions ``p`` and ``j`` of every pair; ``h [rows, 1]`` are its
@@ -110,14 +106,14 @@ def kernel_terms(
     return _terms(scores, visible, num_scores)
 
 
-def refused_operations(program: Program, allowed: Collection[str] = _ELEMENTWISE) -> tuple[str, ...]:
+def refused_operations(program: Program, allowed: str = _ELEMENTWISE) -> tuple[str, ...]:
     """Operations in the program's terms that a kernel has no rule for, such as a gather by position.
 
-    ``allowed`` are the names of the operations that it has rules for.
+    ``allowed`` are the names of those that it has rules for, with spaces between them.
     """
     scores, visible = _cuts(program, 8, 128)
     names = dict.fromkeys((*scores.late_names, *visible.late_names))
-    return tuple(name for name in names if name not in allowed)
+    return tuple(name for name in names if name not in allowed.split())
 
 
 def _terms(scores: _Cut, visible: _Cut, num_scores: int) -> Terms:

@@ -14,11 +14,11 @@ from paged.spec import AttentionState, PageLayout, Pages
 
 from ..base import Lowering, Schedule
 from ..program import Call, PageCopies, Program, Results, Sequences, Wanted, refused_operations
+from ..transforms import run_kernels
 from ..xla import XLA_BLOCKS
 from .chips import CHIPS, LANES, Chip, chip_named, this_chip
 from .copy import copy_pages, refuses_copy
 from .pages import refuses_layout
-from ..transforms import run_kernels
 from .write import refuses_write, write_rows
 
 # What a state is: exact enough to be merged, and without sinks, which enter once.

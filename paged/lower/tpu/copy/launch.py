@@ -13,12 +13,12 @@ from paged.spec import PageLayout, Pages
 
 from ...jax_version import vary_alike
 from ...program import PageCopies
+from ...transforms import run_kernels
 from ...xla import copy_pages as copy_pages_by_xla
 from ...xla import copy_scales
 from ..chips import LANES, Chip
 from ..pages import pools_of, refuses_layout
 from ..references import Copies, Ref, call_kernel
-from ...transforms import run_kernels
 from ..write import pipeline
 
 # Copies on their way at once, of each core.

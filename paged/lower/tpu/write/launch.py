@@ -17,10 +17,10 @@ from jaxtyping import Array
 from paged.spec import Pages
 
 from ...program import Sequences
+from ...transforms import run_kernels
 from ...xla import XLA_BLOCKS, Places, stored_rows, write_scales
 from ..chips import Chip
 from ..references import Ref, call_kernel
-from ...transforms import run_kernels
 from . import partial, whole
 from .granules import GRANULE, GranuleLists, Granules, first_position, token_axis
 from .plan import Writer
