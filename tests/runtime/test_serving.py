@@ -188,3 +188,44 @@ def test_an_error_of_one_request_names_its_argument_and_the_others_go_on(call, e
         call(served)
     run(served)
     assert tuple(other.tokens) == greedy_ref(MODEL, [1, 2], 3)
+
+
+@pytest.mark.parametrize("prefix_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_samples_of_a_prompt_share_its_pages_and_draw_as_if_alone(prefix_cache):
+    """More samples than slots, under preemption, and when the first is cancelled."""
+    served, prompt, rule = engine(prefix_cache=prefix_cache), [3, 1, 4, 1, 5, 9], Sampler(temperature=1.0)
+    keys = jax.random.split(jax.random.key(5), 3)
+    alone = [served.submit(prompt, 20, sampler=rule, key=jax.random.fold_in(keys[0], i)) for i in range(5)]
+    alone += [served.submit(prompt, 20, sampler=rule, key=key) for key in keys]
+    run(served)
+    before = served.stats()
+    samples = served.submit(prompt, 20, n=5, sampler=rule, key=keys[0])
+    samples += served.submit(prompt, 20, n=3, sampler=rule, key=keys)
+    run(served)
+    assert [sample.tokens for sample in samples] == [own.tokens for own in alone]
+    assert [sample.sample for sample in samples] == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert len({tuple(own.tokens) for own in alone}) > 5 and served.stats().preemptions > before.preemptions
+    one, *others = served.submit(prompt, 20, n=3, sampler=rule, key=keys[0])
+    next(served.stream())
+    served.cancel(one)
+    run(served)
+    assert one.finish_reason == "cancelled" and [own.tokens for own in others] == [own.tokens for own in alone[1:3]]
+    stats = served.stats()
+    assert stats.pages_in_use == stats.pages_cached and stats.done == len(alone + samples) + 3
+
+
+@pytest.mark.parametrize("prefix_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [3, 8, 14])
+def test_a_prompt_of_several_samples_is_computed_once(length, prefix_cache):
+    served, prompt = engine(prefix_cache=prefix_cache), [7, 7, 3, 1, 8, 2, 5, 5, 9, 3, 1, 4, 1, 5][:length]
+    samples = served.submit(prompt, 2, n=3)
+    run(served)
+    stats = served.stats()
+    assert [tuple(sample.tokens) for sample in samples] == [greedy_ref(MODEL, prompt, 2)] * 3
+    assert (stats.prompt_tokens, stats.reused_tokens) == (length, 2 * (length - 1))
+    # One of three writes on in the page that they share, which nobody else holds then.
+    assert served.stats().copied_pages >= 2
+    with pytest.raises(ValueError, match="key must be one typed PRNG key, or n = 2 of them"):
+        served.submit(prompt, 2, n=2, key=jax.random.split(jax.random.key(0), 3))
+    with pytest.raises(ValueError, match="n must be at least 1; got 0"):
+        served.submit(prompt, 2, n=0)

@@ -1,6 +1,7 @@
 """Which requests get a slot, which give theirs up, and how many rows each has in a step."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,14 @@ def make_room(queue: Queue, rows: Int[Array, " slots"]) -> tuple[Queue, Int[Arra
     start = _trimmed(queue.replace(pool=queue.pool.settle()))
     start = make_free(start, _most_new_pages(start, rows))
     queue, rows, pool, _ = jax.lax.while_loop(lambda carry: ~carry[-1], preempt, (start, rows, *extended(start, rows)))
-    return queue.replace(pool=pool), rows
+    copied = jnp.sum(jnp.where(rows > 0, _copies(pool), 0))
+    return queue.replace(pool=pool, counts=queue.counts.plus(copied_pages=copied)), rows
+
+
+def _copies(pool: Any) -> Array:
+    """For each slot how many pages its next step copies, of all groups."""
+    pools = pool.pools if isinstance(pool, GroupedPool) else (pool,)
+    return jnp.sum(jnp.stack([own.copy_from >= 0 for own in pools]), axis=0, dtype=jnp.int32)
 
 
 def _trimmed(queue: Queue) -> Queue:

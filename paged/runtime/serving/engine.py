@@ -2,9 +2,10 @@
 
 import asyncio
 import collections
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import equinox as eqx
 import jax
@@ -16,7 +17,7 @@ from .._arguments import integer
 from ..sampling import Sampler
 from .cancelling import cancel, renewed
 from .handles import EngineStats, Event, FinishReason, Handle
-from .intake import require_key
+from .intake import keys_of_samples, require_key
 from .record import StepEvents
 from .requests import NewRequest, Reason, Requests
 from .reuse import pages_cached
@@ -32,7 +33,7 @@ _NAMES: dict[int, FinishReason] = {
 }
 # Requests that one upload brings, and rows that one cancellation ends: static, so that neither is traced again.
 _AT_ONCE = 8
-_COUNTED = ("steps", "decode_steps", "prompt_tokens", "reused_tokens", "new_tokens", "evicted_pages")
+_COUNTED = ("steps", "decode_steps", "prompt_tokens", "reused_tokens", "new_tokens", "evicted_pages", "copied_pages")
 # The most steps of a launch: for so many there is room in what it gives back.
 _MOST_STEPS = 64
 
@@ -136,20 +137,36 @@ class Engine:
         """Whether no request waits or runs, and every event has been given out."""
         return not (self._handles or self._pending or self._in_flight or self._ended or self._outbox)
 
+    # fmt: off
+    @overload
     def submit(
-        self, prompt: Any, max_new_tokens: Any = 64, *, sampler: Sampler | None = None, key: Any = None,
+        self, prompt: Any, max_new_tokens: Any = 64, *, n: None = None, sampler: Sampler | None = None, key: Any = None,
         eos: Any = None, stop: Sequence[Any] = (), priority: int = 0, salt: int = 0,
         deadline: float | None = None, values: Any = None,
-    ) -> Handle:  # fmt: skip
+    ) -> Handle: ...
+    @overload
+    def submit(
+        self, prompt: Any, max_new_tokens: Any = 64, *, n: int, sampler: Sampler | None = None, key: Any = None,
+        eos: Any = None, stop: Sequence[Any] = (), priority: int = 0, salt: int = 0,
+        deadline: float | None = None, values: Any = None,
+    ) -> list[Handle]: ...
+    # fmt: on
+    def submit(
+        self, prompt: Any, max_new_tokens: Any = 64, *, n: int | None = None, sampler: Sampler | None = None,
+        key: Any = None, eos: Any = None, stop: Sequence[Any] = (), priority: int = 0, salt: int = 0,
+        deadline: float | None = None, values: Any = None,
+    ) -> Handle | list[Handle]:  # fmt: skip
         """Take a request, at any time. It runs while events are asked for.
 
         **Arguments:**
 
         - `prompt`: its token ids.
         - `max_new_tokens`: the most tokens to draw.
+        - `n`: how many samples of the prompt. It is computed once: they share its pages. Each sample is a request,
+          with a handle of its own.
         - `sampler`: how they are drawn. None: the likeliest.
         - `key`: a typed PRNG key. Draws depend on it and on the token's number only. None: the engine's key and the
-          number of the request.
+          number of the request. With `n`, sample ``i`` draws by ``fold_in(key, i)``; or `key` is ``n`` keys, one each.
         - `eos`: the token id, or a list or set of several, that ends the answer.
         - `stop`: sequences of token ids that end it. They must lie in the answer, of which they are part.
         - `priority`: requests of larger ones are admitted first.
@@ -157,18 +174,22 @@ class Engine:
         - `deadline`: seconds from now, after which the request is ended.
         - `values`: the numbers that the model's specs name by `Value`, one for each name, or [size].
 
-        **Returns:** the handle. Raises ``ValueError`` or ``TypeError`` that names the argument, for a request that
-        could never fit too; other requests go on.
+        **Returns:** the handle; with `n` a list of ``n`` handles. Raises ``ValueError`` or ``TypeError`` that names the
+        argument, for a request that could never fit too; other requests go on.
         """
         key = jax.random.fold_in(self._key, self._submitted) if key is None else key
-        how: dict[str, Any] = {"sampler": sampler, "key": key, "eos": eos, "stop": stop}
+        keys = keys_of_samples(key, n)
+        how: dict[str, Any] = {"sampler": sampler, "key": keys[0], "eos": eos, "stop": stop}
         how |= {"priority": priority, "salt": salt}
         new = self._intake.checked(prompt, max_new_tokens, **how, arrival=self._submitted, values=values)
-        now = time.monotonic()
-        handle = Handle(new.prompt, deadline=None if deadline is None else now + deadline, submitted=now)
-        self._submitted += 1
-        self._pending.append((handle, new))
-        return handle
+        now, family = time.monotonic(), self._submitted if len(keys) > 1 else -1
+        deadline = None if deadline is None else now + deadline
+        handles = [Handle(new.prompt, sample=i, deadline=deadline, submitted=now) for i in range(len(keys))]
+        for handle, key in zip(handles, keys, strict=True):
+            own = dataclasses.replace(new, key=key, arrival=self._submitted, family=family)
+            self._pending.append((handle, own))
+            self._submitted += 1
+        return handles[0] if n is None else handles
 
     def cancel(self, handle: Handle) -> None:
         """End a request, wherever it is. Its last event says so."""

@@ -11,6 +11,7 @@ class Handle:
     """A request of an `Engine`, as far as its tokens have come back from the device.
 
     * ``prompt``: its token ids. * ``tokens``: those drawn so far.
+    * ``sample``: its number among the samples of the prompt, from 0.
     * ``finish_reason``: ``"eos"``; ``"stop"`` for a stop sequence; ``"length"`` where ``max_new_tokens`` were drawn;
       ``"no_token"`` where the logits held NaN, or nothing but ``-inf``; ``"cancelled"``; ``"deadline"``. None while
       the request goes on.
@@ -19,6 +20,7 @@ class Handle:
 
     prompt: tuple[int, ...]
     row: int = -1
+    sample: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
     deadline: float | None = None
@@ -52,7 +54,8 @@ class EngineStats:
     * ``steps``, ``decode_steps``: of the model; those in which every sequence had one row.
     * ``launches``: programs given to the device, each of many steps.
     * ``prompt_tokens``, ``new_tokens``: rows that were prefilled, again after preemptions too; tokens drawn.
-    * ``reused_tokens``: of prompts, found in the prefix cache. ``evicted_pages``: that the cache gave up.
+    * ``reused_tokens``: of prompts, found in the prefix cache or in the pages of another sample. ``evicted_pages``:
+      that the cache gave up. ``copied_pages``: that others held when a sequence went on to write in them.
     * ``submitted``, ``running``, ``waiting``, ``done``: requests. ``preemptions``: how often one gave up its slot.
     * ``pages``, ``pages_in_use``, ``pages_cached``: of the pool, and those in use that only the prefix cache holds; of
       all groups together.
@@ -67,6 +70,7 @@ class EngineStats:
     reused_tokens: int
     new_tokens: int
     evicted_pages: int
+    copied_pages: int
     submitted: int
     running: int
     waiting: int

@@ -131,3 +131,16 @@ def require_key(key: Any) -> Any:
     if not isinstance(key, jax.Array) or not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
         raise TypeError(f"key must be one typed PRNG key, such as jax.random.key(0); got {key!r}.")
     return key
+
+
+def keys_of_samples(key: Any, n: Any) -> list[Any]:
+    """The key of each sample, or ``ValueError`` or ``TypeError`` that names the argument."""
+    samples = 1 if n is None else integer("n", n, 1)
+    if n is not None and isinstance(key, jax.Array) and key.ndim == 1:
+        if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or len(key) != samples:
+            raise ValueError(
+                f"key must be one typed PRNG key, or n = {samples} of them; got {key.dtype} of shape {key.shape}."
+            )
+        return list(key)
+    require_key(key)
+    return [key] if n is None else [jax.random.fold_in(key, i) for i in range(samples)]

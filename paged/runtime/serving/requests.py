@@ -46,6 +46,7 @@ class NewRequest:
     * ``salt``: requests share pages of equal tokens only where it is the same.
     * ``values``: the numbers that the model's specs name.
     * ``cuts`` bool[tokens + 1]: where its tokens may be cut into steps; None for everywhere.
+    * ``family``: a number that the samples of one prompt have in common; -1 for the only one.
     """
 
     prompt: tuple[int, ...]
@@ -59,6 +60,7 @@ class NewRequest:
     salt: int = 0
     values: Any = dataclasses.field(default_factory=dict)
     cuts: np.ndarray | None = None
+    family: int = -1
 
 
 class Sizes(eqx.Module):
@@ -94,6 +96,7 @@ class Requests(eqx.Module):
     * ``values``: the numbers that the model's specs name, [requests, ...] each.
     * ``cuts`` i32[requests, tokens + 1]: for each number of tokens the largest, at most that, after which they may be
       cut into steps. None where that is everywhere, for all requests.
+    * ``family`` i32[requests]: a number that the samples of one prompt have in common; -1 for the only one.
     """
 
     tokens: Int[Array, "requests tokens"]
@@ -112,6 +115,7 @@ class Requests(eqx.Module):
     preemptions: Int[Array, " requests"]
     values: dict[str, Array]
     cuts: Int[Array, "requests places"] | None
+    family: Int[Array, " requests"]
 
     @classmethod
     def init(cls, sizes: Sizes, values: dict[str, Array] | None = None) -> "Requests":
@@ -147,6 +151,7 @@ class Requests(eqx.Module):
             preemptions=jnp.zeros(len(new), jnp.int32),
             values={name: jnp.stack([jnp.asarray(r.values[name]) for r in new]) for name in new[0].values},
             cuts=_cuts([request.cuts for request in new], sizes.tokens) if sizes.has_cuts else None,
+            family=ints(request.family for request in new),
         )
 
     def put(self, rows: Int[Array, " new"], new: "Requests") -> "Requests":

@@ -16,7 +16,8 @@ class Counts(eqx.Module):
 
     * ``steps``, ``decode_steps``: of the model; those in which every sequence had one row.
     * ``prompt_tokens``: rows that were prefilled, again after a preemption too. ``new_tokens``: tokens drawn.
-    * ``reused_tokens``: found in the prefix cache. ``evicted_pages``: that it gave up.
+    * ``reused_tokens``: found in the prefix cache or in the pages of another sample. ``evicted_pages``: that the cache
+      gave up. ``copied_pages``: that others held when a sequence went on to write in them.
     * ``freed_pages``: that slots gave up because their masks hide them from every later query.
     * ``admitted``, ``preempted``, ``done``: requests.
     """
@@ -28,6 +29,7 @@ class Counts(eqx.Module):
     reused_tokens: Int[Array, ""]
     evicted_pages: Int[Array, ""]
     freed_pages: Int[Array, ""]
+    copied_pages: Int[Array, ""]
     admitted: Int[Array, ""]
     preempted: Int[Array, ""]
     done: Int[Array, ""]
