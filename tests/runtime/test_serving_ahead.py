@@ -11,7 +11,7 @@ from paged.spec import Causal, Chunk, Everything, Prefix, Value, Window
 from .tiny import greedy_ref, two_layers
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-# A cut after the seventh token of these, within a span, gives other tokens.
+# A cut within the second span of these gives other tokens.
 CUT_WRONGLY = [[17, 29, 8, 26, 21, 0, 12, 27, 17], [26, 20, 29, 16, 19, 31, 23, 20, 17]]
 SPANS = Causal() | paged.Spans(Value("starts", 2), Value("ends", 2))
 
