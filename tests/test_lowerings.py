@@ -49,7 +49,10 @@ OF_TABLES = ("holes are invisible", "past the table")
 OF_WRITES = ("update", "bad values stay in their sequence")
 ALWAYS_OF_PROMPTS = ("equals the reference", "huge scores", "page order is invisible", "padding is nothing")
 # What says most about numbers, heads and trees on a kernel; `make test-slow` runs the other checks too.
-BROUGHT_TO_KERNELS = ("equals the reference", "page order is invisible", "other sequences are invisible")
+BROUGHT_TO_KERNELS = {
+    "tpu-decode inline": ("equals the reference", "page order is invisible", "other sequences are invisible"),
+    "tpu-ragged": ("equals the reference", "other sequences are invisible"),
+}
 
 
 @functools.cache
@@ -136,7 +139,7 @@ def _rows():
             # Numbers of sequences, masks by head and trees: few of them in every run.
             if name == "xla" and "ragged" in phases and check not in WRITES:
                 yield row(brought, ["ragged"], id=f"{name}-{check}-brought")
-            if name in ("tpu-decode inline", "tpu-ragged") and check in BROUGHT_TO_KERNELS:
+            if check in BROUGHT_TO_KERNELS.get(name, ()):
                 yield row(brought, phases[:1], id=f"{name}-{check}-brought", marks=[pytest.mark.kernels])
             if name != "xla" or len(phases) > 1:
                 yield row(brought, phases, id=f"{name}-{check}-brought-all", marks=[pytest.mark.slow, *marks])

@@ -50,7 +50,7 @@ def schedule_of_row(row) -> RaggedSchedule:
     )
 
 
-@pytest.mark.parametrize("row", marked(ROWS, FAST, 14))
+@pytest.mark.parametrize("row", marked(ROWS, FAST, 10))
 def test_any_two_features_together_equal_the_reference(row):
     phase, rows = row["rows"]
     case = case_of_row(row, phase, rows or 1)
