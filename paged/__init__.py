@@ -79,3 +79,6 @@ def __getattr__(name: str) -> Any:
     if name in ("compat", "models", "pictures", "runtime", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+lower.draw_with(lambda explanation: __getattr__("pictures").explained(explanation))

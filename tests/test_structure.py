@@ -31,8 +31,8 @@ LAYERS = {
 # The rooms of a folder, lowest first: a room may import those before it. No circle can then close.
 ROOMS = {
     "paged/lower": (
-        "jax_version", "_around", "program", "base", "schedule", "require", "_ahead", "_check", "plan", "xla",
-        "transforms", "tpu", "gpu", "registry", "tree", "_pages_seen", "_explain", "run", "attend", "_compile_for",
+        "jax_version", "_around", "program", "work", "base", "schedule", "require", "_ahead", "_check", "plan",
+        "xla", "transforms", "tpu", "gpu", "registry", "tree", "_pages_seen", "_explain", "run", "attend", "_compile_for",
         "tuning", "mesh", "door",
     ),
     "paged/lower/tpu": ("chips", "references", "pages", "write", "copy", "base", "decode", "prefill"),

@@ -1,9 +1,10 @@
-"""The command line, `python -m paged`: generate from a checkpoint, and tune an attention."""
+"""The command line, `python -m paged`: generate from a checkpoint, explain an attention, and tune it."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
+from . import explain as _explain
 from . import generate as _generate
 from . import tune as _tune
 
@@ -41,6 +42,6 @@ def parser() -> argparse.ArgumentParser:
     """
     whole = argparse.ArgumentParser(prog="python -m paged", description="Attention over a paged KV cache.")
     commands = whole.add_subparsers(dest="command", required=True)
-    for room in (_generate, _tune):
+    for room in (_generate, _explain, _tune):
         room.add_parser(commands)
     return whole

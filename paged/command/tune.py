@@ -4,11 +4,9 @@ import argparse
 import functools
 from typing import Any
 
-import jax.numpy as jnp
-
 from paged.lower import TARGETS, Shape, Timing, Tuned, TuningFile, lower, synthetic, tune
-from paged.spec import PAGE_ORDERS, SCALE_KINDS, ALiBi, AttentionSpec, PageLayout
 
+from .attention import add_attention, layout_of, q_dtype_of, spec_of
 from .progress import Bar
 
 _EXAMPLE = """\
@@ -31,7 +29,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     tuning.set_defaults(run=run)
-    _add_attention(tuning.add_argument_group("the attention"))
+    add_attention(tuning.add_argument_group("the attention"))
     _add_batch(tuning.add_argument_group("the batch"))
     timing = tuning.add_argument_group("timing")
     timing.add_argument("--target", default="auto", choices=TARGETS, help='default: "auto"')
@@ -52,22 +50,6 @@ def run(options: argparse.Namespace) -> int:
         return _show_or_clear(file, options.clear)
     print(_tune(options, file))
     return 0
-
-
-def _add_attention(group: Any) -> None:
-    number = functools.partial(group.add_argument, type=int, metavar="N")
-    number("--q-heads", default=32, help="query heads (default: 32)")
-    number("--kv-heads", default=8, help="KV heads (default: 8)")
-    number("--head-dim", default=128, help="default: 128")
-    number("--page-size", default=16, help="tokens per page (default: 16)")
-    number("--window", help="how many tokens a query sees, its own included")
-    group.add_argument("--soft-cap", type=float, metavar="C", help="scores become C * tanh(score / C)")
-    group.add_argument("--alibi", action="store_true", help="with ALiBi biases")
-    group.add_argument("--sinks", action="store_true", help="with a sink for each query head")
-    group.add_argument("--dtype", default="bfloat16", help="dtype of pages (default: bfloat16)")
-    group.add_argument("--scales", choices=SCALE_KINDS, help="scales of quantised pages")
-    group.add_argument("--q-dtype", help="dtype of queries (default: the pages', and bfloat16 over quantised pages)")
-    group.add_argument("--order", default="packed", choices=PAGE_ORDERS, help="order of pages (default: packed)")
 
 
 def _add_batch(group: Any) -> None:
@@ -102,23 +84,6 @@ def _show_or_clear(file: TuningFile | None, is_clearing: bool) -> int:
 
 
 def _tune(options: argparse.Namespace, file: TuningFile | None) -> str:
-    spec = AttentionSpec(
-        num_q_heads=options.q_heads,
-        num_kv_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        window=options.window,
-        soft_cap=options.soft_cap,
-        sinks=options.sinks,
-        scores=(ALiBi(),) if options.alibi else (),
-    )
-    layout = PageLayout(
-        page_size=options.page_size,
-        num_kv_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        dtype=jnp.dtype(options.dtype),
-        order=options.order,
-        scales=options.scales,
-    )
     shape = Shape(
         slots=options.slots,
         context=options.context,
@@ -126,8 +91,8 @@ def _tune(options: argparse.Namespace, file: TuningFile | None) -> str:
         max_context=options.max_context,
         is_mixed=options.mixed,
     )
-    q_dtype = None if options.q_dtype is None else jnp.dtype(options.q_dtype)
-    attend, arrays = lower(spec, layout, options.target), synthetic(spec, layout, shape, q_dtype)
+    spec, layout = spec_of(options), layout_of(options)
+    attend, arrays = lower(spec, layout, options.target), synthetic(spec, layout, shape, q_dtype_of(options))
     with Bar() as bar:
         tuned = tune(
             attend,

@@ -21,6 +21,7 @@ from ._compile_for import Compiled as Compiled
 from ._compile_for import CompileError as CompileError
 from ._compile_for import compile_for as compile_for
 from ._explain import Explanation as Explanation
+from ._explain import draw_with as draw_with
 from ._pages_seen import PagesSeen as PagesSeen
 from ._pages_seen import pages_seen as pages_seen
 from .attend import Attend as Attend
@@ -70,6 +71,8 @@ from .tuning import Trial as Trial
 from .tuning import Tuned as Tuned
 from .tuning import synthetic as synthetic
 from .tuning import tune as tune
+from .work import Work as Work
+from .work import WorkItem as WorkItem
 from .xla import XlaSchedule as XlaSchedule
 from .xla import at_index as at_index
 from .xla import dense_attention as dense_attention

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from paged.spec import AttentionState, PageLayout, Pages, require_positive_int
 
 from .program import Call, PageCopies, Program, Results, Sequences, Wanted
+from .work import Work
 
 # Every lowering's class of schedules, by the lowering's name.
 _CLASSES: dict[str, type["Schedule"]] = {}
@@ -200,6 +201,13 @@ class Lowering(abc.ABC):
         further on in the pool. Lists depend on the mask of ``program`` only, and not on its scores.
         """
         del program, schedule, call, layout, seqs
+
+    def work(
+        self, program: Program, schedule: Any, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> tuple[Work, ...]:
+        """How a step of concrete sequences is divided, in the order of the work; () where that is not told."""
+        del program, schedule, call, layout, seqs
+        return ()
 
     @abc.abstractmethod
     def state(

@@ -271,6 +271,9 @@ class ShardedAttend:
             pages_held=sum(part.pages_held for part in parts),
             pages_freed=sum(part.pages_freed for part in parts),
             notes=(*parts[0].notes, *self._notes()),
+            lowering=None,
+            call=None,
+            batch=None,
         )
 
     def _notes(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import itertools
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ from paged.spec import AttentionState, PageLayout, Pages
 from ..base import Lowering, Schedule
 from ..program import Call, PageCopies, Program, Results, Sequences, Wanted, refused_operations
 from ..transforms import run_kernels
+from ..work import Work, items_of, with_pages
 from ..xla import XLA_BLOCKS
 from .chips import CHIPS, LANES, Chip, chip_named, this_chip
 from .copy import copy_pages, refuses_copy
-from .pages import refuses_layout
+from .pages import WorkList, refuses_layout
 from .write import refuses_write, write_rows
 
 # What a state is: exact enough to be merged, and without sinks, which enter once.
@@ -202,6 +204,16 @@ class TpuLowering(Lowering):
         if refuses_copy(pages.layout) is not None:
             return XLA_BLOCKS.copy(pages, copies)
         return copy_pages(self.target_chip, self.interpret, pages, copies)
+
+
+def work_of(words: str, work: WorkList, schedule: Any, chip: Chip, parts: int = 1) -> Work:
+    """A work list as pictures read it: the items of each core that have a page."""
+    items, bounds = (
+        items_of(work.row, work.rows, work.count, work.num_full, parts=parts),
+        np.asarray(work.bounds).tolist(),
+    )
+    cores = tuple(with_pages(items[first:last]) for first, last in itertools.pairwise(bounds))
+    return Work(words, cores, schedule.pages_per_block, schedule.buffers, chip.hbm_bytes_per_second / len(cores))
 
 
 def _interpreter(interpret: Any) -> Any:

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ..base import Lowering, Schedule
 from ..jax_version import vary_alike, varying_axes
-from ..program import Call, PageCopies, Program, Sequences, at_most, plain_terms
+from ..program import Call, PageCopies, Program, Sequences, at_most, page_coverage, plain_terms
+from ..work import Work, items_of, with_pages
 from .alternatives import alternatives
 from .blocks import RowBlocks
 from .copy import copy_pages
@@ -101,6 +103,28 @@ class XlaBlocks(Lowering):
             row_blocks = RowBlocks.of(seqs, is_member, rows, call.tokens)
             phases.append(with_visits(program, row_blocks, seqs, rows, at_once, *sizes))
         return XlaLists(tuple(phases), Places.of(seqs, call.tokens, *sizes))
+
+    def work(
+        self, program: Program, schedule: XlaSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> tuple[Work, ...]:
+        """The row blocks of each phase."""
+        found = []
+        for rows, is_member in _phases(schedule, call, seqs):
+            row_blocks = RowBlocks.of(seqs, is_member, rows, call.tokens)
+
+            def of_one(which: Array, row_blocks: RowBlocks = row_blocks, rows: int = rows) -> tuple[Array, ...]:
+                block = row_blocks.block(seqs, which, rows)
+                pages = page_coverage(
+                    program, block.query_rows, seqs.tables[block.seq], layout.page_size, call.num_pages
+                )
+                return block.row[0], jnp.sum(block.is_row), jnp.sum(pages.some), jnp.sum(pages.full)
+
+            items = items_of(*jax.vmap(of_one)(jnp.arange(row_blocks.seq.shape[0], dtype=jnp.int32)))
+            blocks_per_step = schedule.blocks_per_step if program.group * rows <= FEW_ROWS else 1
+            pages_per_step = schedule.pages_per_block * blocks_per_step
+            words = "row blocks of one row" if rows == 1 else f"row blocks of up to {rows} rows"
+            found.append(Work(words, (with_pages(items),), pages_per_step))
+        return tuple(found)
 
 
 def _lists(seqs: Sequences) -> XlaLists | None:

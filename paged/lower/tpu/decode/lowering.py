@@ -13,7 +13,8 @@ from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ...base import Schedule
 from ...program import Call, Program, Results, Sequences, Wanted
-from ..base import STATE, TpuLowering
+from ...work import Work
+from ..base import STATE, TpuLowering, work_of
 from ..pages import Brought, PageTables, TileVisits, WorkList, copies_of_pages, kernel_slices
 from .launch import DecodeLaunch, New, Tables
 from .plan import (
@@ -100,6 +101,15 @@ class TpuDecode(TpuLowering):
         with jax.enable_x64(False):  # as all that kernels are given
             works = tuple(_lists(launch, call.num_pages, seqs))
             return DecodeLists(works, Targets.of(seqs, launch.views.query_rows, layout.page_size, call.num_pages))
+
+    def work(
+        self, program: Program, schedule: DecodeSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> tuple[Work, ...]:
+        """The items of each kernel. The scalar core computes the same from intervals, where there is no list."""
+        launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret)
+        words = "sequences" if schedule.kv_splits == 1 else f"sequences in {schedule.kv_splits} KV splits"
+        lists = list(_lists(launch, call.num_pages, seqs))
+        return tuple(work_of(words, one, schedule, self.target_chip, schedule.kv_splits) for one in lists)
 
     def run_state(
         self, program: Program, schedule: DecodeSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences

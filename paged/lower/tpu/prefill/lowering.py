@@ -17,7 +17,8 @@ from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ...base import Schedule
 from ...program import COMMON, Call, Program, Results, Sequences, Wanted, visits_by_sort
-from ..base import STATE, TpuLowering
+from ...work import Work
+from ..base import STATE, TpuLowering, work_of
 from ..decode import TpuDecode
 from ..pages import Brought, TileVisits, WorkList, copies_of_pages, rows_and_entries
 from .intervals import Batch, Uncut, intervals_of
@@ -91,6 +92,21 @@ class TpuRagged(TpuLowering):
         if call.query_rows is None:
             lines.append(f"sequences of one query row: {schedule.single_rows or 'tiles, as all others'}")
         return lines + copies_of_pages(layout, call.num_pages, program.scale)
+
+    def work(
+        self, program: Program, schedule: RaggedSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> tuple[Work, ...]:
+        """Sequences of one row, where the decode kernel has them; then tiles."""
+        chip, rows, found = self.target_chip, schedule.rows_per_tile, ()
+        single_rows = schedule.single_rows if call.query_rows is None else None
+        if single_rows is not None:
+            alone = seqs._replace(counts=(seqs.counts == 1).astype(jnp.int32))
+            found = self._decode.work(program, single_rows, dataclasses.replace(call, query_rows=None), layout, alone)
+        least = 1 if single_rows is None else 2
+        tiles = cut(seqs, seqs.counts >= least, call.tokens, rows, most_tiles(call.tokens, call.slots, rows))
+        listed = _listed(program, seqs, tiles, layout.page_size, call.num_pages)
+        work = _work(schedule, slice(0, seqs.tables.shape[1]), listed)
+        return (*found, work_of(f"tiles of up to {rows} rows", work, schedule, chip))
 
     def run_state(
         self, program: Program, schedule: RaggedSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences
@@ -181,7 +197,7 @@ class TpuRagged(TpuLowering):
             schedule.rows_per_tile,
             -(-most // tiles_per_kernel) * tiles_per_kernel,
         )
-        listed = _listed(program, seqs, tiles, pages)
+        listed = _listed(program, seqs, tiles, layout.page_size, pages.num_pages)
         # One kernel after the other writes into one array. What is merged of several has an array of its own.
         before, found = single.out if single is not None and is_whole else None, []
         for entries in slices:
@@ -225,9 +241,8 @@ class _Listed(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, tiles), self)
 
 
-def _listed(program: Program, seqs: Sequences, tiles: Sequences, pages: Pages) -> _Listed:
+def _listed(program: Program, seqs: Sequences, tiles: Sequences, size: int, num_pages: int) -> _Listed:
     """The pages that tiles visit."""
-    size, num_pages = pages.layout.page_size, pages.num_pages
     if seqs.own is None:
         return _Listed(TileVisits.of(program, tiles, size, num_pages), None)
     seen = query_rows(seqs, tiles)
