@@ -273,7 +273,7 @@ class Attend:
 
     def explain(
         self,
-        q: Float[Array, "tokens q_heads head_dim"] | None = None,
+        q: Float[Array | jax.ShapeDtypeStruct, "tokens q_heads head_dim"] | None = None,
         pages: Pages | None = None,
         batch: Step | None = None,
     ) -> Explanation:
@@ -282,7 +282,7 @@ class Attend:
         **Arguments:**
 
         - `q`, `pages`, `batch`: the arrays of a call; or none of them, for a common call. Only the batch, or the plan,
-          must be concrete.
+          must be concrete: ``jax.ShapeDtypeStruct`` does for queries.
 
         **Returns:** the explanation. With a batch it also counts the pages and bytes that the call touches.
 
