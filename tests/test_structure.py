@@ -32,8 +32,8 @@ LAYERS = {
 ROOMS = {
     "paged/lower": (
         "jax_version", "_around", "program", "work", "base", "schedule", "require", "_ahead", "_check", "plan",
-        "xla", "transforms", "tpu", "gpu", "registry", "tree", "_pages_seen", "_explain", "run", "attend", "_compile_for",
-        "tuning", "mesh", "door",
+        "xla", "transforms", "tpu", "gpu", "registry", "tree", "_pages_seen", "_explain", "run", "attend",
+        "_compile_for", "tuning", "mesh", "door",
     ),
     "paged/lower/tpu": ("chips", "references", "pages", "write", "copy", "base", "decode", "prefill"),
     "paged/lower/gpu": ("chips", "schedule", "terms", "kernel", "launch", "plan", "lowering"),

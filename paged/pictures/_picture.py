@@ -57,8 +57,8 @@ _HEAD = """<!doctype html>
 body{{margin:0 auto;max-width:800px;padding:16px;background:#fff;color:#1c2330;
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}}
 h1{{font-size:1.3em}}
-pre,.scroll{{overflow-x:auto;margin:0 0 16px}}pre{{background:#f3f5f8;padding:12px;border-radius:6px;font-size:13px;white-space:pre-wrap;
-overflow-wrap:anywhere}}
+pre,.scroll{{overflow-x:auto;margin:0 0 16px}}pre{{background:#f3f5f8;padding:12px;border-radius:6px;font-size:13px;
+white-space:pre-wrap;overflow-wrap:anywhere}}
 .scroll svg.pgd{{min-width:600px;max-width:none;width:100%}}
 @media(prefers-color-scheme:dark){{body{{background:#15181e;color:#e8eaee}}pre{{background:#1f242c}}}}
 </style>

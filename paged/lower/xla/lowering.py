@@ -119,7 +119,7 @@ class XlaBlocks(Lowering):
                 )
                 return block.row[0], jnp.sum(block.is_row), jnp.sum(pages.some), jnp.sum(pages.full)
 
-            items = items_of(*jax.vmap(of_one)(jnp.arange(row_blocks.seq.shape[0], dtype=jnp.int32)))
+            items = items_of(*jax.jit(jax.vmap(of_one))(jnp.arange(row_blocks.seq.shape[0], dtype=jnp.int32)))
             blocks_per_step = schedule.blocks_per_step if program.group * rows <= FEW_ROWS else 1
             pages_per_step = schedule.pages_per_block * blocks_per_step
             words = "row blocks of one row" if rows == 1 else f"row blocks of up to {rows} rows"

@@ -108,7 +108,7 @@ class TpuDecode(TpuLowering):
         """The items of each kernel. The scalar core computes the same from intervals, where there is no list."""
         launch = launch_of(program, layout, call, schedule, self.target_chip, self.interpret)
         words = "sequences" if schedule.kv_splits == 1 else f"sequences in {schedule.kv_splits} KV splits"
-        lists = list(_lists(launch, call.num_pages, seqs))
+        lists = jax.jit(lambda seqs: tuple(_lists(launch, call.num_pages, seqs)))(seqs)
         return tuple(work_of(words, one, schedule, self.target_chip, schedule.kv_splits) for one in lists)
 
     def run_state(

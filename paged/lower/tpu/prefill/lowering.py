@@ -103,10 +103,13 @@ class TpuRagged(TpuLowering):
             alone = seqs._replace(counts=(seqs.counts == 1).astype(jnp.int32))
             found = self._decode.work(program, single_rows, dataclasses.replace(call, query_rows=None), layout, alone)
         least = 1 if single_rows is None else 2
-        tiles = cut(seqs, seqs.counts >= least, call.tokens, rows, most_tiles(call.tokens, call.slots, rows))
-        listed = _listed(program, seqs, tiles, layout.page_size, call.num_pages)
-        work = _work(schedule, slice(0, seqs.tables.shape[1]), listed)
-        return (*found, work_of(f"tiles of up to {rows} rows", work, schedule, chip))
+
+        def listed(seqs: Sequences) -> WorkList:
+            tiles = cut(seqs, seqs.counts >= least, call.tokens, rows, most_tiles(call.tokens, call.slots, rows))
+            pages_of_tiles = _listed(program, seqs, tiles, layout.page_size, call.num_pages)
+            return _work(schedule, slice(0, seqs.tables.shape[1]), pages_of_tiles)
+
+        return (*found, work_of(f"tiles of up to {rows} rows", jax.jit(listed)(seqs), schedule, chip))
 
     def run_state(
         self, program: Program, schedule: RaggedSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences
