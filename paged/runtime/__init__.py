@@ -38,5 +38,7 @@ from .serving import Engine as Engine
 from .serving import EngineStats as EngineStats
 from .serving import Event as Event
 from .serving import Handle as Handle
+from .serving import ModelDraft as ModelDraft
+from .serving import NGramDraft as NGramDraft
 from .stacked_state import StackedState as StackedState
 from .stacked_state import pools_of as pools_of

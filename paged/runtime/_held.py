@@ -37,7 +37,14 @@ class GroupSizes(NamedTuple):
     bytes_per_page: tuple[int, ...]
 
 
-def group_sizes(model: Any, state: eqx.nn.State, groups: Sequence[Masks], num_pages: Any, page_size: Any) -> GroupSizes:
+def group_sizes(
+    model: Any,
+    state: eqx.nn.State,
+    groups: Sequence[Masks],
+    num_pages: Any,
+    page_size: Any,
+    drafting: Sequence[tuple[Any, eqx.nn.State]] = (),
+) -> GroupSizes:
     """The sizes of the pools of a model's groups.
 
     A pool has no more pages than any layer of its group: else writes would be dropped. Pages of an unknown layer count
@@ -50,11 +57,12 @@ def group_sizes(model: Any, state: eqx.nn.State, groups: Sequence[Masks], num_pa
     - `num_pages`: the pages of a group that keeps every page, and the most of another one; None for as many as there
       are.
     - `page_size`: None for that of the state's pages.
+    - `drafting`: other models that use the same pools, with their states.
 
     Raises ``ValueError`` where the state's pages are fewer, or of another size, and where it holds none and a size is
     None.
     """
-    held = list(_held(model, state))
+    held = [x for pair in ((model, state), *drafting) for x in _held(*pair)]
     if not held and (num_pages is None or page_size is None):
         raise ValueError("The state holds no Pages that would say num_pages and page_size: pass both.")
     page_size = held[0].layout.page_size if page_size is None else integer("page_size", page_size, 1)

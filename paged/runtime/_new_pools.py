@@ -26,12 +26,13 @@ def why_not_shared(specs: Sequence[AttentionSpec], state: eqx.nn.State) -> str |
         return "the model holds no attention whose mask is known"
     if any(spec.values for spec in specs):
         return f"a mask or a score names {sorted({v.name for s in specs for v in s.values})}, numbers of a request"
-    if _has_more_than_pages(state):
+    if has_more_than_pages(state):
         return "the model's state holds more than pages, which later steps may need"
     return None
 
 
-def _has_more_than_pages(state: eqx.nn.State) -> bool:
+def has_more_than_pages(state: eqx.nn.State) -> bool:
+    """Whether a model's state holds arrays that are no pages."""
     parts = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Pages | StackedState))
     of_stacks = [x.value for x in parts if isinstance(x, StackedState)]
     parts = [x for x in parts if not isinstance(x, StackedState)]

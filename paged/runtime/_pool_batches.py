@@ -56,12 +56,13 @@ class PoolBatches(eqx.Module):
         starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(query_rows, dtype=jnp.int32)])
         return RaggedBatch(self.lengths, self.block_tables, starts, copy_from=self._copies_for(query_rows))
 
-    def decode_batch(self, is_decoding: Flags | None = None) -> RaggedBatch:
-        """A step in which row ``s`` is the last token of slot ``s``.
+    def decode_batch(self, is_decoding: Flags | None = None, query_rows: int = 1) -> RaggedBatch:
+        """A step in which every slot has its last token as a row, or as many of its last tokens as every other slot.
 
         **Arguments:**
 
         - `is_decoding`: which slots take part; None for all.
+        - `query_rows`: rows of each slot: 1 to decode, more to verify drafts.
 
         **Returns:** the batch. Empty slots and slots that take no part have length 0: their rows give 0 and write
         nothing. Raises ``ValueError`` or ``TypeError`` unless ``is_decoding`` is bool[seqs].
@@ -73,8 +74,8 @@ class PoolBatches(eqx.Module):
         lengths = self.lengths
         if is_decoding is not None:
             lengths = jnp.where(slot_flags("is_decoding", is_decoding, self.num_slots), lengths, 0)
-        copy_from = self._copies_for(jnp.minimum(lengths, 1))
-        return RaggedBatch.decode(lengths, self.block_tables, copy_from=copy_from)
+        copy_from = self._copies_for(jnp.where(lengths > 0, query_rows, 0))
+        return RaggedBatch.decode(lengths, self.block_tables, query_rows=query_rows, copy_from=copy_from)
 
     def prefill_batch(self, slot: Number, query_rows: Number) -> RaggedBatch:
         """A step of one sequence.

@@ -277,14 +277,14 @@ class GroupedPool(eqx.Module):
         """
         return self._batch(lambda pool: pool.ragged_batch(query_rows))
 
-    def decode_batch(self, is_decoding: Flags | None = None) -> GroupedBatch:
-        """A step in which row ``s`` is the last token of slot ``s``. See `PagePool.decode_batch`.
+    def decode_batch(self, is_decoding: Flags | None = None, query_rows: int = 1) -> GroupedBatch:
+        """A step of each slot's last token, or of several. See `PagePool.decode_batch`.
 
         **Arguments:**
 
-        - `is_decoding`: which slots take part; None for all.
+        - `is_decoding`, `query_rows`: as there.
         """
-        return self._batch(lambda pool: pool.decode_batch(is_decoding))
+        return self._batch(lambda pool: pool.decode_batch(is_decoding, query_rows))
 
     def prefill_batch(self, slot: Number, query_rows: Number) -> GroupedBatch:
         """A step of one sequence. See `PagePool.prefill_batch`.

@@ -1,5 +1,7 @@
 """The serve loop: requests, slots, pages and the model's step, on the device."""
 
+from .drafting import ModelDraft as ModelDraft
+from .drafting import NGramDraft as NGramDraft
 from .engine import Engine as Engine
 from .handles import EngineStats as EngineStats
 from .handles import Event as Event

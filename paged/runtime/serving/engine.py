@@ -16,12 +16,14 @@ from jaxtyping import PRNGKeyArray
 from .._arguments import integer
 from ..sampling import Sampler
 from .cancelling import cancel, renewed
+from .drafting import ModelDraft
 from .handles import EngineStats, Event, FinishReason, Handle
 from .intake import keys_of_samples, require_key
 from .record import StepEvents
 from .requests import NewRequest, Reason, Requests
 from .reuse import pages_cached
 from .setup import Setup
+from .speculation import Speculation
 from .state import Counts, Queue, ServeState
 from .step import serve_many
 
@@ -89,6 +91,7 @@ class Engine:
         max_stop_tokens: int = 8,
         max_biases: int = 16,
         steps: int = 16,
+        speculation: Speculation | None = None,
         key: PRNGKeyArray | None = None,
     ):
         """**Arguments:**
@@ -106,6 +109,8 @@ class Engine:
         - `max_ends`, `max_stops`, `max_stop_tokens`, `max_biases`: how many ids of ``eos``, stop sequences, tokens of
           one, and logit biases a request may have.
         - `steps`: of one launch, at most 64. Tokens come back when it ends, and requests that come later wait for it.
+        - `speculation`: where drafts come from, `NGramDraft` or `ModelDraft`; None for none. A step verifies the drafts
+          of a sequence at once, and draws the same tokens in fewer steps.
         - `key`: a typed PRNG key. A request without a key of its own draws by this one and its number.
 
         Raises ``ValueError`` or ``TypeError`` that names the argument.
@@ -115,9 +120,12 @@ class Engine:
         self._intake, queue, self._budget, self._minima = Setup.of(
             model, state, {name: integer(f"max_{name}", n, 1) for name, n in sizes.items()},
             num_slots=num_slots, chunk_size=chunk_size, num_pages=num_pages, page_size=page_size,
-            prefix_cache=prefix_cache,
+            prefix_cache=prefix_cache, speculation=speculation,
         )  # fmt: skip
-        self._model, self._state = model, ServeState(queue, state)
+        self._model, self._state, self._speculation = model, ServeState(queue, state), speculation
+        if isinstance(speculation, ModelDraft):
+            self._state = ServeState(queue, state, speculation.state)
+            self._speculation = speculation.without_state
         self._steps = integer("steps", steps, 1)
         if self._steps > _MOST_STEPS:
             raise ValueError(f"steps must be at most {_MOST_STEPS}; got {steps}.")
@@ -128,7 +136,7 @@ class Engine:
         self._ended: list[Handle] = []  # by the host, and not told yet
         self._in_flight: collections.deque[_Launch] = collections.deque()
         self._outbox: collections.deque[Event] = collections.deque()
-        self._submitted = self._launches = self._done = 0
+        self._submitted = self._launches = self._done = self._drafted = self._accepted = 0
         self._figures: Any = (Counts.zero(), 0, 0)
         self._seconds_to_first, self._seconds_after = [], []
 
@@ -215,6 +223,8 @@ class Engine:
         running = sum(handle.first_token is not None for handle in self._handles.values())
         return EngineStats(
             **{name: int(getattr(counts, name)) for name in _COUNTED},
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             launches=self._launches,
             submitted=self._submitted,
             running=running,
@@ -259,7 +269,7 @@ class Engine:
 
     def _launch(self) -> None:
         self._upload()
-        inputs = self._model, jnp.asarray(self._steps, jnp.int32), self._budget, self._minima
+        inputs = self._model, jnp.asarray(self._steps, jnp.int32), self._budget, self._minima, self._speculation
         self._state, *told = _serve(inputs, self._state)
         self._launches += 1
         self._in_flight.append(_Launch(*told, handles=dict(self._handles)))
@@ -277,7 +287,7 @@ class Engine:
             self._set_queue(_put((jnp.asarray(rows), table), self._state.queue))
 
     def _set_queue(self, queue: Queue) -> None:
-        self._state = ServeState(queue, self._state.model_state)
+        self._state = dataclasses.replace(self._state, queue=queue)
 
     def _end(self, handle: Handle, reason: FinishReason) -> None:
         if not handle.is_done:
@@ -312,10 +322,16 @@ class Engine:
         for step, slot in np.argwhere(events.request[: int(steps)] >= 0):
             row, count, reason = (int(x[step, slot]) for x in (events.request, events.count, events.reason))
             tokens.setdefault(row, []).extend(events.token[step, slot, :count].tolist())
+            if events.drafted is not None:
+                self._count_drafts(launch.handles[row], int(events.drafted[step, slot]), max(count - 1, 0))
             if reason != Reason.NONE:
                 reasons[row] = _NAMES[reason]
         for row, own in tokens.items():
             self._record(launch.handles[row], own, reasons.get(row))
+
+    def _count_drafts(self, handle: Handle, drafted: int, accepted: int) -> None:
+        handle.drafted, handle.accepted = handle.drafted + drafted, handle.accepted + accepted
+        self._drafted, self._accepted = self._drafted + drafted, self._accepted + accepted
 
     def _record(self, handle: Handle, tokens: list[int], reason: FinishReason | None) -> None:
         if handle.is_done:  # ended by the host meanwhile
@@ -341,8 +357,9 @@ def _kind(x: Any) -> Any:
 
 @eqx.filter_jit(donate="all-except-first")
 def _serve(inputs: tuple, state: ServeState) -> tuple:
-    model, limit, budget, minima = inputs
-    state, events, done = serve_many(model, state, _MOST_STEPS, limit, budget=budget, minima=minima)
+    model, limit, *facts = inputs
+    how = dict(zip(("budget", "minima", "speculation"), facts, strict=True))
+    state, events, done = serve_many(model, state, _MOST_STEPS, limit, **how)
     return state, events, done, _figures(state.queue)
 
 

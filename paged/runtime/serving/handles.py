@@ -15,6 +15,7 @@ class Handle:
     * ``finish_reason``: ``"eos"``; ``"stop"`` for a stop sequence; ``"length"`` where ``max_new_tokens`` were drawn;
       ``"no_token"`` where the logits held NaN, or nothing but ``-inf``; ``"cancelled"``; ``"deadline"``. None while
       the request goes on.
+    * ``drafted``, ``accepted``: how many drafts of it were verified, and how many of its tokens were drafts.
     * ``submitted``, ``first_token``, ``finished``: seconds of ``time.monotonic``; None while they have not come.
     """
 
@@ -24,6 +25,8 @@ class Handle:
     tokens: list[int] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
     deadline: float | None = None
+    drafted: int = 0
+    accepted: int = 0
     submitted: float = 0.0
     first_token: float | None = None
     finished: float | None = None
@@ -51,11 +54,12 @@ class Event:
 class EngineStats:
     """Figures of an `Engine` since it was made.
 
-    * ``steps``, ``decode_steps``: of the model; those in which every sequence had one row.
+    * ``steps``, ``decode_steps``: of the model; those in which every sequence had one row, and drafts.
     * ``launches``: programs given to the device, each of many steps.
     * ``prompt_tokens``, ``new_tokens``: rows that were prefilled, again after preemptions too; tokens drawn.
     * ``reused_tokens``: of prompts, found in the prefix cache or in the pages of another sample. ``evicted_pages``:
       that the cache gave up. ``copied_pages``: that others held when a sequence went on to write in them.
+    * ``drafted_tokens``, ``accepted_tokens``: drafts that were verified, and new tokens that were drafts.
     * ``submitted``, ``running``, ``waiting``, ``done``: requests. ``preemptions``: how often one gave up its slot.
     * ``pages``, ``pages_in_use``, ``pages_cached``: of the pool, and those in use that only the prefix cache holds; of
       all groups together.
@@ -69,6 +73,8 @@ class EngineStats:
     prompt_tokens: int
     reused_tokens: int
     new_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     evicted_pages: int
     copied_pages: int
     submitted: int

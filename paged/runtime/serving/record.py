@@ -1,15 +1,17 @@
 """What a step has drawn: the tokens of each slot, in the table and as events, and which requests they end."""
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..sampling import draw, tokens_from
+from .drafting import Drafts
 from .figures import StepFigures
-from .requests import Reason, Status
+from .requests import Reason, Requests, Status
 from .reuse import keep
 from .state import Queue
 
@@ -22,6 +24,8 @@ class StepEvents(eqx.Module):
     * ``count`` i32[slots]: how many they are; 0 too where none could be drawn.
     * ``reason`` i32[slots]: why the request is done with the last one, see `Reason`.
     * ``figures``: of the step; None where they are not asked for.
+    * ``drafted`` i32[slots]: how many drafts of each slot were verified; None in a loop without speculation. Of the
+      ``count`` tokens all but the first were drafts.
     """
 
     request: Int[Array, "*steps slots"]
@@ -29,35 +33,50 @@ class StepEvents(eqx.Module):
     count: Int[Array, "*steps slots"]
     reason: Int[Array, "*steps slots"]
     figures: StepFigures | None = None
+    drafted: Int[Array, "*steps slots"] | None = None
 
     @classmethod
-    def none(cls, slots: int, most: int = 1) -> "StepEvents":
-        """The events of a step in which no slot draws, with room for ``most`` tokens of each."""
+    def none(cls, slots: int, num_drafts: int = 0) -> "StepEvents":
+        """The events of a step in which no slot draws, with room for one token of each and so many drafts."""
         nobody, zero = jnp.full(slots, -1, jnp.int32), jnp.zeros(slots, jnp.int32)
-        return cls(nobody, jnp.full((slots, most), -1, jnp.int32), zero, jnp.full(slots, Reason.NONE, jnp.int32))
+        token = jnp.full((slots, 1 + num_drafts), -1, jnp.int32)
+        reason = jnp.full(slots, Reason.NONE, jnp.int32)
+        return cls(nobody, token, zero, reason, drafted=zero if num_drafts else None)
 
 
 def record(
-    queue: Queue, rows: Int[Array, " slots"], logits: Float[Array, "slots most vocab"]
+    queue: Queue,
+    rows: Int[Array, " slots"],
+    logits: Float[Array, "most slots vocab"],
+    drafts: Drafts | None = None,
 ) -> tuple[Queue, StepEvents]:
     """Draw tokens for every sequence whose known tokens are all in pages, and let go of those that are done.
 
     **Arguments:**
 
-    - `queue`: after the step; its pool counts the known tokens that are in pages.
-    - `rows`: how many rows of known tokens each slot had.
-    - `logits`: of the last known token of each slot.
+    - `queue`: after the step; its pool counts the known tokens that are in pages, and no drafts.
+    - `rows`: how many of them each slot had in the step.
+    - `logits`: of the last known token of each slot, and of its drafts.
+    - `drafts`: those of the step; None for none.
 
-    **Returns:** the queue and the events.
+    **Returns:** the queue and the events. A slot's first token is drawn from its first logits. While the token that is
+    drawn is the one that was drafted, the next logits are those of this token, and one more is drawn: so all tokens are
+    those that a step for each of them would have drawn. The tokens after one that ends the request are dropped.
     """
     draws = queue.is_running & (rows > 0) & (queue.pool.lengths == queue.of_slots.known)
-    queue, token, reason = _draw_next(queue, draws, logits[:, 0])
-    token, count = token[:, None], (token >= 0).astype(jnp.int32)
+    if drafts is None:
+        queue, token, reason = _draw_next(queue, draws, logits[0])
+        token, count, drafted = token[:, None], (token >= 0).astype(jnp.int32), None
+    else:
+        queue, token, count, reason = _draw_while_equal(queue, draws, logits, drafts)
+        drafted = drafts.count
+        # What was accepted is in pages, but for the last token: it is drawn and not computed yet.
+        queue = queue.with_lengths(queue.pool.lengths + jnp.maximum(count - 1, 0))
     is_done = reason != Reason.NONE
     queue = queue.with_column(is_done, reason=reason)
     is_prefilled = (rows > 0) & (rows > jnp.where(draws, 1, 0))
     queue = keep(queue, is_prefilled | is_done, is_done)
-    events = StepEvents(jnp.where(draws, queue.request, -1), token, count, reason)
+    events = StepEvents(jnp.where(draws, queue.request, -1), token, count, reason, drafted=drafted)
     counts = queue.counts.plus(
         steps=1,
         decode_steps=jnp.all(rows <= 1),
@@ -68,13 +87,38 @@ def record(
     return queue.replace(counts=counts).without(is_done, Status.DONE), events
 
 
+def _draw_while_equal(
+    queue: Queue, draws: Bool[Array, " slots"], logits: Float[Array, "most slots vocab"], drafts: Drafts
+) -> tuple[Queue, Int[Array, "slots most"], Int[Array, " slots"], Int[Array, " slots"]]:
+    """Tokens of each slot until one is not the draft, or ends the request: with their count and why it is done."""
+
+    def goes_on(carry: tuple) -> Array:
+        return jnp.any(carry[1])
+
+    def one(carry: tuple) -> tuple:
+        i, goes_on, table, known, token, reason = carry
+        own = queue.replace(requests=dataclasses.replace(queue.requests, tokens=table, known=known))
+        own, next_, why = _draw_next(own, goes_on, logits[i])
+        reason = jnp.where(goes_on, why, reason)
+        is_draft = (i < drafts.count) & (next_ == drafts.tokens[:, jnp.minimum(i, drafts.tokens.shape[1] - 1)])
+        goes_on = goes_on & (why == Reason.NONE) & is_draft
+        return i + 1, goes_on, own.requests.tokens, own.requests.known, token.at[:, i].set(next_), reason
+
+    none = StepEvents.none(draws.shape[0], drafts.tokens.shape[1])
+    table, known = queue.requests.tokens, queue.requests.known
+    start = jnp.zeros((), jnp.int32), draws, table, known, none.token, none.reason
+    _, _, table, known, token, reason = jax.lax.while_loop(goes_on, one, start)
+    queue = queue.replace(requests=dataclasses.replace(queue.requests, tokens=table, known=known))
+    return queue, token, jnp.sum(token >= 0, axis=1, dtype=jnp.int32), reason
+
+
 def _draw_next(
     queue: Queue, goes_on: Bool[Array, " slots"], logits: Float[Array, "slots vocab"]
 ) -> tuple[Queue, Int[Array, " slots"], Int[Array, " slots"]]:
     """One token more for the request of each slot that goes on, -1 for none; and why the request is done with it."""
     of_slots = queue.of_slots
-    keys = jax.vmap(jax.random.fold_in)(of_slots.keys, of_slots.drawn)
-    token = draw(logits, of_slots.samplers, keys, *_history(queue, logits.shape[1]))
+    past = history(queue, of_slots.tokens, logits.shape[1])
+    token = draw(logits, of_slots.samplers, keys_of(of_slots), *past)
     is_token = goes_on & (token >= 0)
     place = jnp.where(is_token, of_slots.known, of_slots.tokens.shape[1])
     tokens = queue.requests.tokens.at[queue.rows_of(is_token), place].set(token, mode="drop")
@@ -83,13 +127,20 @@ def _draw_next(
     return queue, jnp.where(is_token, token, -1), jnp.where(goes_on, _reason(queue, token), Reason.NONE)
 
 
-def _history(queue: Queue, vocab: int) -> tuple[Bool[Array, "slots vocab"], Bool[Array, "slots vocab"]]:
+def keys_of(of_slots: Requests, more: Any = 0) -> Key[Array, " slots"]:
+    """The key of each slot's next token, or of the one that comes ``more`` tokens later."""
+    return jax.vmap(jax.random.fold_in)(of_slots.keys, of_slots.drawn + more)
+
+
+def history(
+    queue: Queue, tokens: Int[Array, "slots width"], vocab: int
+) -> tuple[Bool[Array, "slots vocab"], Bool[Array, "slots vocab"]]:
     """For penalties: which tokens each slot's request has, and which its answer. Computed if any slot asks."""
     of_slots = queue.of_slots
 
     def found() -> tuple[Array, Array]:
         first = jnp.zeros_like(of_slots.prompt)
-        return tokens_from(of_slots.tokens, first, vocab), tokens_from(of_slots.tokens, of_slots.prompt, vocab)
+        return tokens_from(tokens, first, vocab), tokens_from(tokens, of_slots.prompt, vocab)
 
     none = jnp.zeros((of_slots.prompt.shape[0], vocab), bool)
     return jax.lax.cond(jnp.any(queue.is_running & of_slots.samplers.needs_history), found, lambda: (none, none))

@@ -15,10 +15,12 @@ from .._held import GroupSizes, group_sizes
 from .._masks import specs_of
 from .._new_pools import new_pool, why_not_shared
 from ..prefix_cache import PrefixCache
+from .drafting import ModelDraft
+from .forward import logits_of
 from .intake import Intake, PagesOfValues
 from .requests import Requests, Sizes
+from .speculation import require_speculation
 from .state import Queue
-from .step import logits_of
 
 
 class Setup(NamedTuple):
@@ -36,17 +38,20 @@ class Setup(NamedTuple):
     @classmethod
     def of(
         cls, model: Any, state: eqx.nn.State, most: dict[str, int], *, num_slots: Any, chunk_size: Any, num_pages: Any,
-        page_size: Any, prefix_cache: Any,
+        page_size: Any, prefix_cache: Any, speculation: Any,
     ) -> "Setup":  # fmt: skip
         """The parts of an engine, see `Engine`. ``ValueError`` or ``TypeError`` for a model that it cannot serve."""
         num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
-        budget, specs = num_slots + chunk_size, tuple(specs_of(model))
+        budget, served = num_slots + chunk_size, _served(model, state, speculation)
+        if speculation is not None:  # a step in which every sequence has all its drafts must fit
+            budget = max(budget, num_slots * (1 + speculation.num_tokens))
+        specs = tuple(dict.fromkeys(spec for one, _ in served for spec in specs_of(one)))
         ahead = AheadMasks.of([spec.visibility for spec in specs], most["tokens"])
         sizes = Sizes(**most, has_cuts=bool(ahead.masks))
         groups = page_groups(specs) or ((Everything(),),)
-        held = group_sizes(model, state, groups, num_pages, page_size)
+        held = _sizes(served, groups, num_pages, page_size)
         pool = new_pool(groups, held, num_slots, -(-(sizes.tokens - 1) // held.page_size))
-        reason = why_not_shared(specs, state)
+        reason = _why_not_shared(served)
         reason = "a mask shows tokens to others before them" if reason is None and ahead.masks else reason
         if prefix_cache and reason is not None:
             raise ValueError(f"prefix_cache=True needs pages that depend on the tokens before them alone: {reason}.")
@@ -57,10 +62,56 @@ class Setup(NamedTuple):
         # A new pool and a new cache have arrays in common, which cannot be donated twice.
         queue = jax.tree.map(jnp.copy, queue)
         minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
-        logits = eqx.filter_eval_shape(logits_of, model, queue, state, budget, minima)
-        capacity, unknown = _capacity(groups, held, sizes.tokens, budget)
+        vocab, (capacity, unknown) = (
+            _vocab(served, queue, budget, minima),
+            _capacity(groups, held, sizes.tokens, budget),
+        )
         pages = PagesOfValues(unknown, held.page_size, budget)
-        return cls(Intake(sizes, logits.shape[1], capacity, specs, ahead, chunk_size, pages), queue, budget, minima)
+        return cls(Intake(sizes, vocab, capacity, specs, ahead, chunk_size, pages), queue, budget, minima)
+
+
+def _served(model: Any, state: eqx.nn.State, speculation: Any) -> list[tuple[Any, Any]]:
+    """The models that are run, with their states: the served one, and a draft model."""
+    if speculation is None:
+        return [(model, state)]
+    require_speculation(state, speculation)
+    draft = [(speculation.model, speculation.state)] if isinstance(speculation, ModelDraft) else []
+    return [(model, state), *draft]
+
+
+def _sizes(served: Any, groups: tuple[Masks, ...], num_pages: Any, page_size: Any) -> GroupSizes:
+    """The sizes of the pools. ``ValueError`` where a draft model has fewer pages than the served model alone has."""
+    (model, state), *drafting = served
+    held = group_sizes(model, state, groups, num_pages, page_size, drafting)
+    if drafting:
+        own = group_sizes(model, state, page_groups(specs_of(model)) or ((Everything(),),), num_pages, page_size)
+        if max(held.num_pages) < max(own.num_pages):
+            raise ValueError(
+                f"A ModelDraft needs as many pages as the model that it drafts for, because both use the same block "
+                f"tables: that one has {max(own.num_pages)}, and the draft model {max(held.num_pages)}. Make its state "
+                f"with as many, or the engine with num_pages={max(held.num_pages)}."
+            )
+    return held
+
+
+def _why_not_shared(served: Any) -> str | None:
+    """Why a prefix cache cannot share the pages of these models. A draft model without any has none to share."""
+    (model, state), *drafting = served
+    having = [(own, pages) for own, pages in drafting if any(map(eqx.is_array, jax.tree.leaves(pages)))]
+    reasons = (why_not_shared(specs_of(own), pages) for own, pages in ((model, state), *having))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _vocab(served: Any, queue: Queue, budget: int, minima: Any) -> int:
+    """How many tokens the model knows: as many as its draft model."""
+    logits = [eqx.filter_eval_shape(logits_of, model, queue, state, budget, minima) for model, state in served]
+    sizes = [own.shape[2] for own in logits]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"A ModelDraft must know the tokens of the model that it drafts for: that one has {sizes[0]} logits, and "
+            f"the draft model {sizes[1]}."
+        )
+    return sizes[0]
 
 
 def _capacity(groups: Any, held: GroupSizes, tokens: int, budget: int) -> tuple[int, tuple[tuple[Masks, int], ...]]:

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from .._prefix_pools import pools_of_groups, with_pools_of_groups
 from ..prefix_cache import PrefixCache
 from .requests import Requests, Status
 
@@ -14,7 +15,7 @@ from .requests import Requests, Status
 class Counts(eqx.Module):
     """What has been done since the state was made, i32[] each.
 
-    * ``steps``, ``decode_steps``: of the model; those in which every sequence had one row.
+    * ``steps``, ``decode_steps``: of the model; those in which every sequence had one row, and drafts.
     * ``prompt_tokens``: rows that were prefilled, again after a preemption too. ``new_tokens``: tokens drawn.
     * ``reused_tokens``: found in the prefix cache or in the pages of another sample. ``evicted_pages``: that the cache
       gave up. ``copied_pages``: that others held when a sequence went on to write in them.
@@ -88,6 +89,11 @@ class Queue(eqx.Module):
         """This queue with some parts changed."""
         return dataclasses.replace(self, **changes)
 
+    def with_lengths(self, lengths: Int[Array, " slots"]) -> "Queue":
+        """This queue with other lengths of its slots. Their pages stay."""
+        pools = [dataclasses.replace(own, lengths=lengths) for own in pools_of_groups(self.pool)]
+        return self.replace(pool=with_pools_of_groups(self.pool, pools))
+
     def rows_of(self, which: Bool[Array, " slots"]) -> Int[Array, " slots"]:
         """The row of each of these slots' requests, and for the others a row past the table: to scatter to."""
         return jnp.where(which & self.is_running, self.request, self.requests.status.shape[0])
@@ -109,7 +115,9 @@ class ServeState(eqx.Module):
 
     * ``queue``: requests, slots and the pool.
     * ``model_state``: of the model, with the pages.
+    * ``draft_state``: of a draft model, with its pages; None without one.
     """
 
     queue: Queue
     model_state: eqx.nn.State
+    draft_state: eqx.nn.State | None = None

@@ -1,0 +1,120 @@
+"""The model's part of a step: which rows it computes, in which form, and whose logits are made."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from paged.spec import CheckedFor, Everything, GroupedBatch, Minimum, RaggedBatch
+
+from .._model_call import apply, logits_of_rows
+from .drafting import Drafts
+from .state import Queue
+
+
+def logits_of(model: Any, queue: Queue, state: eqx.nn.State, budget: int, minima: Any) -> Array:
+    """The logits that a step makes of a queue, [1, slots, vocab]: to be traced for their shape."""
+    return forward(model, queue, jnp.zeros_like(queue.request), None, state, budget, minima)[0]
+
+
+def forward(
+    model: Any,
+    queue: Queue,
+    rows: Int[Array, " slots"],
+    drafts: Drafts | None,
+    state: eqx.nn.State,
+    budget: int,
+    minima: tuple[Minimum, ...],
+) -> tuple[Float[Array, "most slots vocab"], eqx.nn.State]:
+    """Run the model on a step's rows.
+
+    **Arguments:**
+
+    - `queue`: its pool counts the rows, and has pages for the drafts.
+    - `rows`: how many known tokens each slot computes: its last ones.
+    - `drafts`: tokens that are computed after these; None for none.
+    - `budget`, `minima`: as for `serve_step`.
+
+    **Returns:** the logits of each slot's last row and of its drafts, and the state. Where there is no such row they
+    are anything.
+
+    The step has one of three forms. Where every slot has one row or none, the batch has one row for each slot, or one
+    and ``num_tokens`` for each if any slot has drafts: kernels for decoding take it. Else it is ragged.
+    """
+    slots, lengths = rows.shape[0], queue.pool.lengths
+    most = 1 if drafts is None else 1 + drafts.tokens.shape[1]
+    tokens = queue.of_slots.tokens if drafts is None else drafts.after(queue.of_slots)
+    last, takes = jnp.arange(slots, dtype=jnp.int32), rows > 0
+
+    def even(each: int, state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
+        own = queue.with_lengths(lengths + each - 1)
+        ids, batch = rows_for_each(own, tokens, takes, each, minima)
+        x, state = apply(model, ids, batch, state)
+        # Row by row of all slots, as they are drawn from.
+        logits = logits_of_rows(model, x, (last[None] * each + jnp.arange(each, dtype=jnp.int32)[:, None]).reshape(-1))
+        return logits.reshape(each, slots, -1), state
+
+    def ragged(state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
+        more = jnp.zeros_like(rows) if drafts is None else drafts.count
+        own = queue.with_lengths(lengths + more)
+        ids, batch = ragged_rows(own, tokens, rows + more, budget, minima)
+        x, state = apply(model, ids, batch, state)
+        first = jnp.cumsum(rows + more) - more - 1
+        row = jnp.clip(first[None] + jnp.arange(most, dtype=jnp.int32)[:, None], 0, budget - 1)
+        return logits_of_rows(model, x, row.reshape(-1)).reshape(most, slots, -1), state
+
+    if budget == 1:
+        return even(1, state)
+    is_even, has_drafts = jnp.all(rows <= 1), jnp.zeros((), bool) if drafts is None else jnp.any(drafts.count > 0)
+    forms = [(is_even & ~has_drafts, lambda state: even(1, state))]
+    if drafts is not None:
+        forms.append((is_even & has_drafts, lambda state: even(most, state)))
+    logits = jax.eval_shape(lambda state: even(1, state)[0], state)
+    carry = jnp.zeros((most, *logits.shape[1:]), logits.dtype), state
+
+    def run(form: Any, carry: tuple) -> tuple:
+        new, state = form(carry[1])
+        return jax.lax.dynamic_update_slice(carry[0], new, (0, 0, 0)), state
+
+    # Each form is a loop of one turn or none. XLA updates what a loop carries in place; a branch would get a copy of
+    # every page.
+    for runs, form in (*forms, (~is_even, ragged)):
+        carry = jax.lax.fori_loop(0, runs.astype(jnp.int32), lambda _, carry, form=form: run(form, carry), carry)
+    return carry
+
+
+def rows_for_each(
+    queue: Queue, tokens: Int[Array, "slots width"], takes: Bool[Array, " slots"], each: int, minima: Any
+) -> tuple[Int[Array, " rows"], Any]:
+    """The ids and the batch of a step that computes the last ``each`` tokens of every slot that takes part."""
+    place = queue.pool.lengths[:, None] - each + jnp.arange(each, dtype=jnp.int32)[None]
+    ids = jnp.take_along_axis(tokens, jnp.clip(place, 0, tokens.shape[1] - 1), axis=1)
+    batch = _trusted(queue.pool.decode_batch(takes, query_rows=each), queue, takes.shape[0] * each, minima)
+    return jnp.where(takes[:, None], ids, 0).reshape(-1), batch
+
+
+def ragged_rows(
+    queue: Queue, tokens: Int[Array, "slots width"], rows: Int[Array, " slots"], budget: int, minima: Any
+) -> tuple[Int[Array, " budget"], Any]:
+    """The ids and the batch of a step that computes the last ``rows`` tokens of each slot."""
+    starts, row = jnp.cumsum(rows) - rows, jnp.arange(budget, dtype=jnp.int32)
+    slot = jnp.repeat(jnp.arange(rows.shape[0], dtype=jnp.int32), rows, total_repeat_length=budget)
+    place = queue.pool.lengths[slot] - rows[slot] + row - starts[slot]
+    ids = tokens[slot, jnp.clip(place, 0, tokens.shape[1] - 1)]
+    return jnp.where(row < jnp.sum(rows), ids, 0), _trusted(queue.pool.ragged_batch(rows), queue, budget, minima)
+
+
+def _trusted(batch: Any, queue: Queue, tokens: int, minima: Any) -> Any:
+    """The batch, marked as checked: a pool's tables are sound, and requests are checked when they are submitted."""
+    values, size = dict(queue.of_slots.values), queue.pool.page_size
+
+    def marked(own: RaggedBatch, num_pages: int) -> RaggedBatch:
+        facts = CheckedFor(size, num_pages, tokens, Everything(), minima)
+        return dataclasses.replace(own, values=values, checked_for=facts)
+
+    if not isinstance(batch, GroupedBatch):
+        return marked(batch, queue.pool.num_pages)
+    return GroupedBatch(map(marked, batch.batches, queue.pool.num_pages), batch.masks)
