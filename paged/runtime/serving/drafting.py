@@ -45,8 +45,8 @@ class NGramDraft(eqx.Module):
 
     Raises ``TypeError`` or ``ValueError`` unless they are positive integers, and ``min_ngram`` is at most ``ngram``.
 
-    >>> NGramDraft(num_tokens=4, ngram=2)
-    NGramDraft(num_tokens=4, ngram=2, min_ngram=1)
+    >>> NGramDraft(num_tokens=3, ngram=2)
+    NGramDraft(num_tokens=3, ngram=2)
     """
 
     num_tokens: int = eqx.field(static=True, default=4)

@@ -102,7 +102,8 @@ class Engine:
         - `max_tokens`: the most tokens of a request, prompt and answer together.
         - `num_pages`, `page_size`: as for `generate`.
         - `chunk_size`: rows of a step for prompts, besides one for each slot. Where masks show tokens to others before
-          them, at least as many as tokens of a prompt that may not be cut.
+          them, at least as many as tokens of a prompt that may not be cut. There are more where
+          all slots' drafts need more.
         - `prefix_cache`: whether pages are kept for later requests that begin with the same tokens. None: where the
           pages depend on nothing else. ``ValueError`` for True where they may.
         - `max_requests`: how many may wait or run on the device; more wait on the host.
@@ -110,7 +111,8 @@ class Engine:
           one, and logit biases a request may have.
         - `steps`: of one launch, at most 64. Tokens come back when it ends, and requests that come later wait for it.
         - `speculation`: where drafts come from, `NGramDraft` or `ModelDraft`; None for none. A step verifies the drafts
-          of a sequence at once, and draws the same tokens in fewer steps.
+          of a sequence at once, and draws the same tokens in fewer steps. ``ValueError`` for models whose state holds
+          more than pages, and for a draft model of other tokens or fewer pages.
         - `key`: a typed PRNG key. A request without a key of its own draws by this one and its number.
 
         Raises ``ValueError`` or ``TypeError`` that names the argument.
