@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.worker import Worker
 from paged import models
 
-from .protocol import Worker
 
 _WORKERS = {"paged": "benchmarks.models.paged_worker", "transformers": "benchmarks.models.transformers_worker"}
 
@@ -56,12 +56,12 @@ def _as_folder(path: pathlib.Path, folder: str) -> str:
 def _row(workers: dict[str, Worker], size: int, prompt: int, new: int, rounds: int) -> dict[str, Any]:
     """Answers to the same prompts by both in turn. The first round compiles, and is told apart."""
     prompts = np.random.default_rng(0).integers(1000, 40_000, (size, prompt)).tolist()
-    answers = {name: [worker.run(prompts, new)] for name, worker in workers.items()}
+    answers = {name: [worker.ask(prompts=prompts, new_tokens=new)] for name, worker in workers.items()}
     for _ in range(rounds):
         for name, worker in workers.items():
-            answers[name].append(worker.run(prompts, new))
+            answers[name].append(worker.ask(prompts=prompts, new_tokens=new))
     first = {name: own[0] for name, own in answers.items()}
-    pairs = zip(first["paged"]["tokens"], first["transformers"]["tokens"], strict=True)
+    pairs = zip(first["paged"]["result"], first["transformers"]["result"], strict=True)
     row: dict[str, Any] = {"batch": size, "equal": sum(ours == theirs for ours, theirs in pairs)}
     for kind in ("cpu", "clock"):
         seconds = {name: [answer[kind] for answer in own[1:]] for name, own in answers.items()}

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 
+from benchmarks.worker import Generate, serve
 from paged import models
 from paged.runtime import generate
 
-from .protocol import Generate, serve
 
 _PAGE_SIZE = 16
 _PAGES = 400  # of each layer: 6400 tokens

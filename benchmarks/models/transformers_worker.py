@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from .protocol import Generate, serve
+from benchmarks.worker import Generate, serve
 
 
 def load(path: str, dtype: str, threads: int) -> Generate:

@@ -12,12 +12,13 @@ from typing import Any, TextIO
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
-def serve(load: Callable[[str, str, int], Generate]) -> None:
+def serve(load: Callable[[str, str, int], Callable[..., Any]]) -> None:
     """Be a worker: load a model once, then answer requests until the input ends.
 
     **Arguments:**
 
-    - `load`: ``load(path, dtype, threads)`` gives ``generate(prompts, new_tokens)``, which gives the tokens.
+    - `load`: ``load(path, dtype, threads)`` gives what is called with each request's arguments, such as
+      ``generate(prompts, new_tokens)``. Its result can be written as JSON.
     """
     options = argparse.ArgumentParser()
     options.add_argument("path")
@@ -28,11 +29,11 @@ def serve(load: Callable[[str, str, int], Generate]) -> None:
     os.dup2(2, 1)
     cores = [int(core) for core in given.cores.split(",")]
     os.sched_setaffinity(0, cores)
-    generate, seconds = _timed(load, given.path, given.dtype, len(cores))
+    answer, seconds = _timed(load, given.path, given.dtype, len(cores))
     _say(answers, {"load": seconds})
     for line in sys.stdin:
-        tokens, seconds = _timed(generate, **json.loads(line))
-        _say(answers, {"tokens": tokens, **seconds})
+        result, seconds = _timed(answer, **json.loads(line))
+        _say(answers, {"result": result, **seconds})
 
 
 class Worker:
@@ -53,10 +54,10 @@ class Worker:
         )
         self.load = self._answer()["load"]
 
-    def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """One request: its tokens, and the seconds of CPU time and of the clock that it took."""
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request: its ``result``, and the seconds of CPU time and of the clock that it took."""
         stdin: Any = self._process.stdin
-        _say(stdin, {"prompts": prompts, "new_tokens": new_tokens})
+        _say(stdin, request)
         return self._answer()
 
     def close(self) -> None:
