@@ -13,7 +13,6 @@ import numpy as np
 from benchmarks.worker import Worker
 from paged import models
 
-
 _WORKERS = {"paged": "benchmarks.models.paged_worker", "transformers": "benchmarks.models.transformers_worker"}
 
 

@@ -8,7 +8,6 @@ from benchmarks.worker import Generate, serve
 from paged import models
 from paged.runtime import generate
 
-
 _PAGE_SIZE = 16
 _PAGES = 400  # of each layer: 6400 tokens
 
