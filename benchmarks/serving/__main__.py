@@ -109,9 +109,8 @@ def _print(served: dict[str, list[dict[str, Any]]], given: Any, load: Load) -> N
     come = f"{load.rate} per second (Poisson)" if load.rate else "all at once"
     print(f"{load.requests} requests, {come}. Prompts: {load.system} tokens in common, then log-normal ones, median")
     print(f"{load.prompt}; answers log-normal, median {load.new}; spread of both {load.spread}. {given.slots} slots,")
-    print(
-        f"{given.dtype}, cores {given.cores}, {given.clock} time, *measured*: medians of {given.rounds} rounds in turn.\n"
-    )
+    how = f"{given.dtype}, cores {given.cores}, {given.clock} time"
+    print(f"{how}, *measured*: medians of {given.rounds} rounds in turn.\n")
     print("| server | tokens per second | first token, median | 95 % | per token, median | 95 % | the first round |")
     print("|---|---|---|---|---|---|---|")
     for name, rounds in served.items():
