@@ -31,7 +31,9 @@ from .terms import kernel_terms as kernel_terms
 from .terms import plain_terms as plain_terms
 from .terms import refused_operations as refused_operations
 from .visits import Visits as Visits
+from .visits import most_pages_of_any as most_pages_of_any
 from .visits import most_pages_seen as most_pages_seen
 from .visits import page_coverage as page_coverage
 from .visits import visits_by_scatter as visits_by_scatter
 from .visits import visits_by_sort as visits_by_sort
+from .visits import visits_in_place as visits_in_place

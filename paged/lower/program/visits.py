@@ -1,17 +1,23 @@
 """Which pages a range of query rows visits: those in which the program cannot rule out a visible key."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from paged.spec import Coverage
+from paged.spec import LARGEST_INT32, Coverage
 
 from .brought import QueryRows
 from .call import Call
 from .program import Program
+from .sequences import count_up_to
+
+
+# Pairs of positions and pages that are asked about at most, to bound how many pages a row sees.
+_MOST_PAIRS = 2**20
 
 
 class Visits(NamedTuple):
@@ -19,16 +25,18 @@ class Visits(NamedTuple):
 
     The first ``count`` entries are valid, and the first ``num_full`` of them need no mask. ``index`` counts pages of
     the sequence (page ``i`` holds tokens ``i * P`` onward); ``page`` is where each lies in the pool. Entries past
-    ``count`` hold any page of the table, or page 0.
+    ``count`` hold any page of the table, or page 0. Where ``is_seen`` is given, an entry is to be visited only if it is
+    True there.
 
     There are two ways to make the list, with the same result: `visits_by_scatter` for one sequence, and
-    `visits_by_sort` for many at once, on hardware that scatters slowly.
+    `visits_by_sort` for many at once, on hardware that scatters slowly. `visits_in_place` does not sort the pages.
     """
 
     index: Int[Array, "*tiles pages_per_seq"]
     page: Int[Array, "*tiles pages_per_seq"]
     num_full: Int[Array, "*tiles"]
     count: Int[Array, "*tiles"]
+    is_seen: Bool[Array, "*tiles pages_per_seq"] | None = None
 
 
 def visits_by_scatter(
@@ -66,6 +74,27 @@ def visits_by_sort(
     key, page = jax.lax.sort((key, tables), dimension=1, num_keys=1)
     index = jax.lax.rem(key, width)
     return Visits(index, page, num_full, jnp.sum(some, axis=1, dtype=jnp.int32))
+
+
+def visits_in_place(
+    program: Program, rows: QueryRows, table: Int[Array, " pages_per_seq"], page_size: int, num_pages: int, room: int
+) -> Visits:
+    """The pages that query rows may see, in ascending order, in a list with room for ``room`` pages.
+
+    ``room`` is as wide as the table, or at least what `most_pages_of_any` says. It takes no scatter and no sort. In a
+    list as wide as the table each page stays in its column, and ``is_seen`` says which pages are visited. Otherwise
+    entry ``i`` is the column with ``i`` visited pages before it. No page counts as visible in full.
+    """
+    (some, _), _ = _visits(program, rows, table, page_size, num_pages)
+    width, none = table.shape[0], jnp.int32(0)
+    if room is width or room == width:
+        column = jnp.arange(width, dtype=jnp.int32)
+        count = jnp.max(jnp.where(some, column + 1, 0), initial=0)
+        return Visits(column, jnp.where(some, table, 0), none, count, some)
+    so_far = jnp.cumsum(some, dtype=jnp.int32)
+    index = jnp.minimum(count_up_to(so_far, jnp.arange(room, dtype=jnp.int32)), width - 1)
+    is_valid = jnp.arange(room, dtype=jnp.int32) < so_far[-1]
+    return Visits(index, jnp.where(is_valid, table[index], 0), none, so_far[-1])
 
 
 def page_coverage(
@@ -108,3 +137,37 @@ def most_pages_seen(program: Program, page_size: int, call: Call) -> int:
     with jax.ensure_compile_time_eval():  # numbers in place of values may be JAX's
         some = program.coverage(length - rows, length, first, first + page_size, length, program.any_numbers()).some
     return max(1, int(np.max(np.sum(np.broadcast_to(some, (len(lengths), call.pages_per_seq)), axis=1))))
+
+
+@functools.lru_cache(maxsize=256)
+def most_pages_of_any(program: Program, page_size: int, width: int, rows: int) -> int:
+    """At least the number of pages that ``rows`` consecutive rows of any sequence see, in a table of ``width`` pages.
+
+    `Program.coverage` proves it for all positions of the first row, taken in ranges of a page. In wide tables larger
+    ranges come first, and then their pages alone. A mask that asks for numbers of the batch has no such bound, so that
+    the answer is ``width``.
+
+    >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64, window=128)
+    >>> most_pages_of_any(Program.from_spec(spec), page_size=16, width=64, rows=1)
+    9
+    """
+    if program.values:
+        return width
+
+    def seen(p0: Any, p1: Any, page: np.ndarray) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            some = program.coverage(p0, p1, page * page_size, (page + 1) * page_size, LARGEST_INT32).some
+        return np.broadcast_to(np.asarray(some), np.broadcast_shapes(np.shape(p0), np.shape(p1), page.shape))
+
+    column, capacity = np.arange(width, dtype=np.int64)[None], width * page_size
+    # Rows of which the first has no position yet, and rows past the table.
+    outer = seen(np.array([[-capacity], [capacity]]), np.array([[rows], [LARGEST_INT32]]), column)
+    pages = -(-width * width // _MOST_PAIRS)
+    p0 = np.arange(0, capacity, pages * page_size, dtype=np.int64)[:, None]
+    some = seen(p0, p0 + pages * page_size - 1 + rows, column)
+    most = int(some.sum(axis=1).max())
+    if 1 < pages < pages * len(p0) * most <= 4 * _MOST_PAIRS and most < width:
+        own = np.argsort(~some, axis=1, kind="stable")[:, None, :most]  # each range's pages first
+        p0 = p0[:, None] + np.arange(pages, dtype=np.int64)[None, :, None] * page_size
+        most = int(seen(p0, p0 + page_size - 1 + rows, own).sum(axis=2).max())
+    return min(width, max(1, most, int(outer.sum(axis=1).max())))

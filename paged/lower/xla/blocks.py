@@ -72,17 +72,28 @@ class RowBlocks(NamedTuple):
     visits: Visits | None = None
 
     @classmethod
-    def of(cls, seqs: Sequences, is_member: Bool[Array, " seqs"], rows: int, tokens: Any) -> "RowBlocks":
+    def of(
+        cls, seqs: Sequences, is_member: Bool[Array, " seqs"], rows: int, tokens: Any, most: Any = None
+    ) -> "RowBlocks":
         """Cut the query rows of every sequence in ``is_member`` into row blocks of ``rows``.
 
-        ``tokens`` is the number of query rows of all sequences.
+        ``tokens`` is the number of query rows of all sequences. There is room for ``most`` row blocks, which is enough
+        for any batch if it is not given.
         """
         per_seq = jnp.where(is_member, -(-seqs.counts // rows), 0)
         ends = jnp.cumsum(per_seq, dtype=jnp.int32)
         slots = seqs.counts.shape[0]
-        most = slots + tokens // rows if rows > 1 else tokens
+        if most is None:
+            most = slots + tokens // rows if rows > 1 else tokens
         seq = jnp.minimum(count_up_to(ends, jnp.arange(most, dtype=jnp.int32)), slots - 1)
         return cls(seq, ends - per_seq, ends[-1])
+
+    @classmethod
+    def even(cls, slots: int, query_rows: int, rows: int) -> "RowBlocks":
+        """Row blocks of ``rows``, as many of every slot as ``query_rows`` rows make: constants, whatever the batch."""
+        per_slot = -(-query_rows // rows)
+        slot = jnp.arange(slots, dtype=jnp.int32)
+        return cls(jnp.repeat(slot, per_slot), slot * per_slot, jnp.int32(slots * per_slot))
 
     def block(self, seqs: Sequences, which: Any, rows: int) -> RowBlock:
         """Row block number ``which``, of at most ``rows`` rows; it has no row if ``which`` is ``count`` or more."""

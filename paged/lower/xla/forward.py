@@ -18,13 +18,17 @@ from paged.spec import AttentionState
 from ..jax_version import vary_alike
 from ..program import Running, Visits
 from . import tiles
+from .at_once import attend as attend_at_once
 from .blocks import RowBlock
 from .cpu import Buffers, dot_products_keys_left
+from .schedule import AT_ONCE
 from .walk import Operands, Walk
 
 
 def attend(walk: Walk, operands: Operands) -> AttentionState:
     """State of the members' rows, float32; rows of no member are empty. Every gradient is finite."""
+    if walk.form == AT_ONCE:
+        return attend_at_once(walk, operands)
     tokens, layout = operands.q.shape[0], operands.pages.layout
     row_blocks = operands.row_blocks
     at_once = walk.row_blocks_at_once

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..jax_version import vary_alike
-from ..program import Program, Sequences, Visits, visits_by_scatter
+from ..program import Program, Sequences, Visits, most_pages_of_any, visits_by_scatter, visits_in_place
 from .blocks import RowBlock, RowBlocks
 from .places import Places
+from .schedule import AT_ONCE, XlaSchedule
 
 
 class XlaLists(NamedTuple):
@@ -25,25 +26,41 @@ class XlaLists(NamedTuple):
         return self._replace(phases=phases, places=self.places._replace(page=self.places.page + first_page))
 
 
-def visits_of(program: Program, row_block: RowBlock, seqs: Sequences, page_size: int, num_pages: int) -> Visits:
+def visits_of(
+    program: Program, row_block: RowBlock, seqs: Sequences, page_size: int, num_pages: int, form: str
+) -> Visits:
     """The pages that a row block visits."""
-    return visits_by_scatter(program, row_block.query_rows, seqs.tables[row_block.seq], page_size, num_pages)
+    table = seqs.tables[row_block.seq]
+    if form != AT_ONCE:
+        return visits_by_scatter(program, row_block.query_rows, table, page_size, num_pages)
+    room = table.shape[0]
+    if row_block.own is None and isinstance(room, int):
+        room = most_pages_of_any(program, page_size, room, row_block.row.shape[0])
+    return visits_in_place(program, row_block.query_rows, table, page_size, num_pages, room)
 
 
 def with_visits(
-    program: Program, row_blocks: RowBlocks, seqs: Sequences, rows: int, at_once: int, page_size: int, num_pages: int
+    program: Program, row_blocks: RowBlocks, seqs: Sequences, rows: int, schedule: XlaSchedule, *sizes: int
 ) -> RowBlocks:
-    """The row blocks with the pages that each visits. As many as there are take time, ``at_once`` side by side."""
+    """The row blocks with the pages that each visits; ``sizes`` are the page size and the number of pages.
+
+    In the form ``"in_turn"`` as many as there are take time, ``row_blocks_at_once`` side by side. In the other all are
+    listed at once.
+    """
+    room = row_blocks.seq.shape[0]
 
     def of_one(which: Array) -> Visits:
-        return visits_of(program, row_blocks.block(seqs, which, rows), seqs, page_size, num_pages)
+        return visits_of(program, row_blocks.block(seqs, which, rows), seqs, *sizes, schedule.form)
+
+    if schedule.form == AT_ONCE:
+        return row_blocks._replace(visits=jax.vmap(of_one)(jnp.arange(room, dtype=jnp.int32)))
+    at_once = schedule.row_blocks_at_once
 
     def put_some(i: Array, visits: Visits) -> Visits:
         which = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
         some = jax.vmap(of_one)(which)
         return jax.tree.map(lambda all, own: all.at[which].set(own, mode="drop"), visits, some)
 
-    room = row_blocks.seq.shape[0]
     shapes = jax.eval_shape(of_one, row_blocks.count)
     _, start = vary_alike((seqs, row_blocks), jax.tree.map(lambda x: jnp.zeros((room, *x.shape), x.dtype), shapes))
     visits = jax.lax.fori_loop(0, -(-row_blocks.count // at_once), put_some, start)

@@ -12,7 +12,7 @@ from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ..base import Lowering, Schedule
 from ..jax_version import vary_alike, varying_axes
-from ..program import Call, PageCopies, Program, Sequences, at_most, page_coverage, plain_terms
+from ..program import COMMON, Call, PageCopies, Program, Sequences, at_most, page_coverage, plain_terms
 from ..work import Work, items_of, with_pages
 from .alternatives import alternatives
 from .blocks import RowBlocks
@@ -21,14 +21,24 @@ from .cpu import FEW_ROWS
 from .derivatives import attend
 from .lists import XlaLists, with_visits
 from .places import Places
-from .schedule import XlaSchedule
+from .schedule import AT_ONCE, XlaSchedule
+from .sizes import at_once_schedule, most_row_blocks, walk_sizes
 from .walk import Operands, Walk
 from .write import write
 
 
+# JAX's names for GPUs: as a backend, and as the platforms that a program is lowered for.
+GPU_PLATFORMS = ("gpu", "cuda", "rocm")
+
+
 @dataclasses.dataclass(frozen=True)
 class XlaBlocks(Lowering):
-    """Decode, prefill and ragged batches on any platform: every term, page order and dtype, and gradients."""
+    """Decode, prefill and ragged batches on any platform: every term, page order and dtype, and gradients.
+
+    ``platform`` is whose heuristic proposes schedules, by JAX's name; None for that of this process.
+    """
+
+    platform: str | None = None
 
     target: ClassVar[str] = "xla"
     schedule_type: ClassVar[type[Schedule]] = XlaSchedule
@@ -41,18 +51,28 @@ class XlaBlocks(Lowering):
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> XlaSchedule:
         """By platform.
 
-        On CPU: one row block at a time, and page blocks of 128 tokens, four per step. With all heads such a block stays
+        On GPUs: the form ``"at_once"``, in steps of as many tiles as a bound on memory allows (`sizes`; compiled, not
+        measured). On CPU: one row block at a time, and page blocks of 128 tokens, four per step. With all heads such a block stays
         in a core's cache while it is used (measured: benchmarks/xla_cpu). Elsewhere: many row blocks at once, to fill
         the machine, and larger page blocks, to take fewer steps (not measured).
         """
-        del program, call
-        is_cpu = jax.default_backend() == "cpu"
+        platform = self.platform or jax.default_backend()
+        if platform in GPU_PLATFORMS:
+            return at_once_schedule(program, layout, call or COMMON)
+        is_cpu = platform == "cpu"
         return XlaSchedule(
             pages_per_block=max(1, (128 if is_cpu else 256) // layout.page_size),
             rows_per_tile=64 if is_cpu else 128,
             row_blocks_at_once=1 if is_cpu else 32,
             blocks_per_step=4 if is_cpu else 1,
         )
+
+    def cannot_honour(self, program: Program, layout: PageLayout, call: Call, schedule: XlaSchedule) -> str | None:
+        """The form ``"at_once"`` takes one page block per step."""
+        del program, layout, call
+        if schedule.form == AT_ONCE and schedule.blocks_per_step > 1:
+            return f'in form="at_once" blocks_per_step is 1; got {schedule.blocks_per_step}.'
+        return None
 
     def alternatives(self, program: Program, layout: PageLayout, call: Call, own: XlaSchedule) -> Iterator[XlaSchedule]:
         """Sizes around the heuristic's, in the fields that matter in this call."""
@@ -69,16 +89,19 @@ class XlaBlocks(Lowering):
     ) -> AttentionState:
         """The state of every query row in float32, without sinks."""
         states, size, lists = [], pages.layout.page_size, _lists(seqs)
+        at_once, pages_per_block = schedule.row_blocks_at_once, schedule.pages_per_block
         for i, (rows, is_member) in enumerate(_phases(schedule, call, seqs)):
-            blocks = lists.phases[i] if lists else RowBlocks.of(seqs, is_member, rows, call.tokens)
-            keys = schedule.pages_per_block * size
+            blocks = lists.phases[i] if lists else _row_blocks(schedule, call, seqs, rows, is_member)
+            if schedule.form == AT_ONCE:
+                at_once, pages_per_block = walk_sizes(program, pages.layout, call, schedule, rows)
+            keys = pages_per_block * size
             shape = program.num_kv_heads, program.group * rows, keys
             terms = plain_terms(program, *shape)
             q, pages, own, blocks, _ = vary_alike(q, pages, seqs._replace(planned=None), blocks, terms.early())
             if varying_axes(q):
                 terms = plain_terms(program, *shape, like=q)
             blocks_per_step = schedule.blocks_per_step if program.group * rows <= FEW_ROWS else 1
-            walk = Walk(program, terms, rows, schedule.pages_per_block, blocks_per_step, schedule.row_blocks_at_once)
+            walk = Walk(program, terms, rows, pages_per_block, blocks_per_step, at_once, schedule.form)
             states.append(attend(walk, Operands(q, pages, terms.early(), own, blocks)))
         # Each row belongs to one phase; in the other it is the empty state, so that the merge is exact.
         return states[0] if len(states) == 1 else merge(*states)
@@ -98,10 +121,10 @@ class XlaBlocks(Lowering):
         self, program: Program, schedule: XlaSchedule, call: Call, layout: PageLayout, seqs: Sequences
     ) -> XlaLists:
         """The row blocks with the pages that each visits, and the places of new rows."""
-        at_once, sizes, phases = schedule.row_blocks_at_once, (layout.page_size, call.num_pages), []
+        sizes, phases = (layout.page_size, call.num_pages), []
         for rows, is_member in _phases(schedule, call, seqs):
-            row_blocks = RowBlocks.of(seqs, is_member, rows, call.tokens)
-            phases.append(with_visits(program, row_blocks, seqs, rows, at_once, *sizes))
+            row_blocks = _row_blocks(schedule, call, seqs, rows, is_member)
+            phases.append(with_visits(program, row_blocks, seqs, rows, schedule, *sizes))
         return XlaLists(tuple(phases), Places.of(seqs, call.tokens, *sizes))
 
     def work(
@@ -130,6 +153,18 @@ class XlaBlocks(Lowering):
 def _lists(seqs: Sequences) -> XlaLists | None:
     """This lowering's lists of the step, if it has been planned; another lowering's are not for it."""
     return seqs.planned if isinstance(seqs.planned, XlaLists) else None
+
+
+def _row_blocks(
+    schedule: XlaSchedule, call: Call, seqs: Sequences, rows: int, is_member: Bool[Array, " seqs"]
+) -> RowBlocks:
+    """The row blocks of a phase. In the form ``"at_once"`` they are constants where every slot has as many rows."""
+    if schedule.form != AT_ONCE:
+        return RowBlocks.of(seqs, is_member, rows, call.tokens)
+    if call.query_rows is not None and call.has_even_starts:
+        return RowBlocks.even(call.slots, call.query_rows, rows)
+    is_single = rows == 1 and len(_phases(schedule, call, seqs)) > 1
+    return RowBlocks.of(seqs, is_member, rows, call.tokens, most_row_blocks(call, rows, is_single))
 
 
 def _phases(schedule: XlaSchedule, call: Call, seqs: Sequences) -> list[tuple[int, Bool[Array, " seqs"]]]:

@@ -17,6 +17,7 @@ from paged.spec import LARGEST_INT32, Given, Pages
 from ..program import Program, Sequences, Terms, Visits, is_ancestor
 from .blocks import RowBlock, RowBlocks
 from .lists import visits_of
+from .schedule import IN_TURN
 
 
 def dot_products(
@@ -93,7 +94,8 @@ class Walk:
     """The static facts of a walk.
 
     ``rows`` are the query rows of a row block, and ``row_blocks_at_once`` of these are worked on side by side. A page
-    block has ``pages_per_block`` pages, and one step of the softmax takes ``blocks_per_step`` of these.
+    block has ``pages_per_block`` pages, and one step of the softmax takes ``blocks_per_step`` of these. ``form`` is the
+    schedule's.
 
     Arrays of a tile have an axis ``group_rows``: the query heads that share a KV head, and for each the rows.
     """
@@ -104,6 +106,7 @@ class Walk:
     pages_per_block: int
     blocks_per_step: int
     row_blocks_at_once: int
+    form: str = IN_TURN
 
     def fold(self, x: Float[Array, "rows q_heads dim"]) -> Float[Array, "kv_heads group_rows dim"]:
         """Rows of all query heads, as rows of KV heads."""
@@ -125,7 +128,7 @@ class Walk:
         if row_block.visits is not None:
             return row_block.visits
         pages = operands.pages
-        return visits_of(self.program, row_block, operands.seqs, pages.layout.page_size, pages.num_pages)
+        return visits_of(self.program, row_block, operands.seqs, pages.layout.page_size, pages.num_pages, self.form)
 
     def num_page_blocks(self, visits: Visits) -> Int[Array, ""]:
         """How many page blocks the visits make."""
@@ -145,6 +148,8 @@ class Walk:
         entry = which * self.pages_per_block + jnp.arange(self.pages_per_block, dtype=jnp.int32)
         is_visit = entry < visits.count
         entry = jnp.minimum(entry, jnp.maximum(visits.count - 1, 0))
+        if visits.is_seen is not None:
+            is_visit = is_visit & visits.is_seen[entry]
         place = visits.index[entry][:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None]
         place, own = place.reshape(1, 1, -1), row_block.own
         j = place
