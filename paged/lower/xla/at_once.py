@@ -8,6 +8,7 @@ What is not visible costs little, although its place in the arrays is there: a p
 which is in the cache, and a list is no longer than the mask allows at any position.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,11 +20,11 @@ from jaxtyping import Array, Bool, Float
 
 from paged.spec import AttentionState
 
-from ..jax_version import vary_alike
-from ..program import Running, Visits, at_most, select_values
+from ..jax_version import vary_alike, varying_axes
+from ..program import Running, Visits, at_most, plain_terms, select_values
 from . import tiles
 from .blocks import RowBlock
-from .sizes import is_summed
+from .sizes import STEP_BYTES, derivative_key_bytes, fit, is_summed
 from .walk import Operands, Walk, dot_products
 
 # Steps of products of matrices that are made whether or not their pages are seen, so that nobody has to wait for their
@@ -63,13 +64,12 @@ class Tiles(NamedTuple):
     fixed_steps: int
 
     @classmethod
-    def of(cls, walk: Walk, operands: Operands) -> "Tiles":
-        """The sizes of a walk over these operands."""
+    def of(cls, walk: Walk, operands: Operands, fixed: int = _FIXED_STEPS) -> "Tiles":
+        """The sizes of a walk over these operands, ``fixed`` steps of which are made in any case."""
         most = operands.row_blocks.seq.shape[0]
         at_once = at_most(walk.row_blocks_at_once, most)
         visits = jax.eval_shape(lambda: _with_visits(walk, operands, jnp.int32(0))[1])
         groups, steps = -(-most // at_once), -(-visits.index.shape[0] // walk.pages_per_block)
-        fixed = 1 if is_summed(walk.program.group * walk.rows) else _FIXED_STEPS
         return cls(at_once, groups, steps, max(1, fixed // steps) if isinstance(steps, int) else 1, fixed)
 
     def over_groups(self, operands: Operands, step: Callable[[Array, Any], Any], start: Any) -> Any:
@@ -94,9 +94,24 @@ def with_visits(walk: Walk, operands: Operands, which: Array) -> tuple[RowBlock,
     return jax.vmap(functools.partial(_with_visits, walk, operands))(which)
 
 
+def for_derivatives(walk: Walk, operands: Operands) -> Walk:
+    """The walk in tiles whose derivatives take no more memory than a step may take."""
+    layout, most = operands.pages.layout, operands.row_blocks.seq.shape[0]
+    per_key = derivative_key_bytes(walk.program, layout, walk.rows)
+    at_once, pages = at_most(walk.row_blocks_at_once, most), walk.pages_per_block
+    at_once, pages = fit(STEP_BYTES, per_key, layout.page_size, at_once, pages)
+    if pages != walk.pages_per_block:
+        q = operands.q
+        shape = walk.program.num_kv_heads, walk.program.group * walk.rows, pages * layout.page_size
+        terms = plain_terms(walk.program, *shape, like=q) if varying_axes(q) else plain_terms(walk.program, *shape)
+        walk = dataclasses.replace(walk, terms=terms, pages_per_block=pages)
+    return dataclasses.replace(walk, row_blocks_at_once=at_once)
+
+
 def attend(walk: Walk, operands: Operands) -> AttentionState:
     """See `forward.attend`."""
-    tokens, sizes = operands.q.shape[0], Tiles.of(walk, operands)
+    tokens, is_sum = operands.q.shape[0], is_summed(walk.program.group * walk.rows)
+    sizes = Tiles.of(walk, operands, 1 if is_sum else _FIXED_STEPS)
 
     def attend_some(which: Array, state: AttentionState) -> AttentionState:
         row, out, lse = _attend_row_blocks(walk, sizes, operands, which)

@@ -11,7 +11,7 @@ from .schedule import AT_ONCE, XlaSchedule
 
 # Temporaries of a step, at most, as `key_bytes` counts them: of sums, and of products of matrices. Sums of so many keys
 # take about 1 ms on an H200 (counted instructions), whether or not their pages are seen.
-_SUMMED_BYTES, _PRODUCT_BYTES = 64 * 2**20, 288 * 2**20
+_SUMMED_BYTES, STEP_BYTES = 64 * 2**20, 288 * 2**20
 # The most query rows per KV head whose products are sums, which read the pages in place. More rows are worth a copy of
 # their pages, since a product of matrices reads each number once for many rows.
 _SUMMED_ROWS = 8
@@ -39,8 +39,8 @@ def key_bytes(program: Program, layout: PageLayout, q_dtype: Any, rows: int) -> 
     return scores + program.num_kv_heads * (layout.head_dim + layout.value_dim) * itemsize
 
 
-def gradient_key_bytes(program: Program, layout: PageLayout, rows: int) -> int:
-    """The same for a step of the gradient: scores four times over; keys and values, with their gradients, in float32."""
+def derivative_key_bytes(program: Program, layout: PageLayout, rows: int) -> int:
+    """The same for a step of a derivative: scores four times over; keys and values, with their gradients, in float32."""
     return 16 * program.num_q_heads * rows + 8 * program.num_kv_heads * (layout.head_dim + layout.value_dim)
 
 
@@ -72,7 +72,7 @@ def at_once_schedule(program: Program, layout: PageLayout, call: Call) -> XlaSch
         rows = at_most(_RAGGED_ROWS, call.tokens)
     else:
         rows = min(_EVEN_ROWS, call.query_rows)
-    limit = _SUMMED_BYTES if is_summed(program.group * rows) else _PRODUCT_BYTES
+    limit = _SUMMED_BYTES if is_summed(program.group * rows) else STEP_BYTES
     sizes = key_bytes(program, layout, call.q_dtype, rows), layout.page_size
     at_once, pages = fit(limit, *sizes, most_row_blocks(call, rows), pages_listed(program, layout.page_size, call, rows))
     return XlaSchedule(pages_per_block=pages, rows_per_tile=rows, row_blocks_at_once=at_once, form=AT_ONCE)
