@@ -40,6 +40,9 @@ LATEST = {
         *("num_seqs is clamped", "the order of sequences is invisible"),
     )
 }
+# The form of XLA for GPUs shares its terms with the other form: one check always, and some more with its program.
+AT_ONCE = "xla at once"
+LATEST |= {(AT_ONCE, check) for check in ("holes are invisible", "page order is invisible", "padding is nothing")}
 # What the decode kernel is asked again with its sequences on the grid; `make test-slow` asks the rest.
 OF_GRID = ("equals the reference", "page order is invisible", "other sequences are invisible", "holes are invisible")
 OF_GRID += ("bad values stay in their sequence", "update")
@@ -96,7 +99,7 @@ def _is_fast(name, check):
         return False
     if name == "tpu-ragged" and check not in ALWAYS_OF_PROMPTS:
         return False
-    if name == "tpu-decode grid":
+    if name in ("tpu-decode grid", AT_ONCE):
         return check == "equals the reference"
     if name in MESHES:
         return check in ("equals the reference", "holes are invisible", "bad values stay in their sequence")
@@ -107,6 +110,8 @@ def _part(name, check, specs, phases):
     """What of a check runs always: of kernels and meshes one spec in one phase, of others all phases of some specs."""
     if name == "xla":
         return [spec for spec in specs if spec != "plain" or len(specs) == 1], phases
+    if name == AT_ONCE:
+        return ["rich"], ["ragged"]
     if name in ENTRIES:
         # A sink outweighs any score: what has sinks leaves huge scores out.
         return specs if check == "huge scores" else specs[:1], phases

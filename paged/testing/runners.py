@@ -99,6 +99,12 @@ def _xla(spec: AttentionSpec, layout: PageLayout) -> Attend:
     return _small("xla-blocks", spec, layout, {"pages_per_block": 1, "rows_per_tile": 4, "blocks_per_step": 2})
 
 
+def _xla_at_once(spec: AttentionSpec, layout: PageLayout) -> Attend:
+    """The form for GPUs: steps of two row blocks and one page, tiles of five rows."""
+    small = {"pages_per_block": 1, "rows_per_tile": 5, "row_blocks_at_once": 2, "blocks_per_step": 1, "form": "at_once"}
+    return _small("xla-blocks", spec, layout, small)
+
+
 def _decode(sequence: str, spec: AttentionSpec, layout: PageLayout) -> Attend:
     """Blocks of two pages."""
     return _small("tpu-decode", spec, layout, {"pages_per_block": 2}, {"sequence": sequence})
@@ -146,6 +152,7 @@ RUNNERS: Mapping[str, Runner] = {
     runner.name: runner
     for runner in (
         Runner("xla", _xla, _layout(4), ("decode", "ragged", "prefill")),
+        Runner("xla at once", _xla_at_once, _layout(4), ("decode", "ragged", "prefill")),
         *(
             Runner(name, kernel, _layout(size), phases, specs, rows, (*CORNERS, *more), _INTERPRETED)
             for name, kernel, size, phases, specs, rows, more in _KERNELS
@@ -194,15 +201,15 @@ def across_targets(
     - `mesh`, `axes`: a mesh that divides KV heads or contexts, which adds a row; see `mesh_runner`.
 
     **Returns:** an attention ``f(q, pages, batch, sinks)`` of each row of `RUNNERS` that accepts the spec and the
-    layout: XLA, the TPU kernels, and the entry points of `paged.compat`. Schedules are small. Kernels without a device
-    are `interpreted`, and entry points run on XLA.
+    layout: XLA in both forms, the TPU kernels, and the entry points of `paged.compat`. Schedules are small. Kernels
+    without a device are `interpreted`, and entry points run on XLA.
 
     **Raises:** ``ValueError`` with each row's reason, where none accepts.
 
     >>> spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
     >>> list(across_targets(spec, PageLayout(page_size=8, num_kv_heads=2, head_dim=8, dtype=jnp.float32)))
-    ['xla', 'tpu-decode inline', 'tpu-decode grid', 'tpu-ragged']
-    >>> list(across_targets(spec, PageLayout(page_size=8, num_kv_heads=2, head_dim=8, order="split")))[3:]
+    ['xla', 'xla at once', 'tpu-decode inline', 'tpu-decode grid', 'tpu-ragged']
+    >>> list(across_targets(spec, PageLayout(page_size=8, num_kv_heads=2, head_dim=8, order="split")))[4:]
     ['tpu-ragged', 'page_attention', 'prefill_page_attention']
     """
     rows, found, reasons = list(RUNNERS.values()), {}, []

@@ -21,6 +21,7 @@ from paged.testing import (
 
 SPEC = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8)
 LAYOUT = PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
+XLA = {"xla", "xla at once"}
 
 
 def lower_with(fault):
@@ -125,9 +126,9 @@ def test_assertions_on_pages():
 
 def test_across_targets_has_every_lowering_that_accepts():
     wide = PageLayout(page_size=8, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
-    assert set(across_targets(SPEC, wide)) == {"tpu-decode inline", "tpu-decode grid", "tpu-ragged", "xla"}
-    assert set(across_targets(SPEC, LAYOUT)) == {"xla"}
+    assert set(across_targets(SPEC, wide)) == {*XLA, "tpu-decode inline", "tpu-decode grid", "tpu-ragged"}
+    assert set(across_targets(SPEC, LAYOUT)) == XLA
     pairs = LAYOUT.replace(order="interleaved")
-    assert set(across_targets(SPEC, pairs)) == {"xla", "ragged_page_attention_v2", "ragged_page_attention_v3"}
+    assert set(across_targets(SPEC, pairs)) == {*XLA, "ragged_page_attention_v2", "ragged_page_attention_v3"}
     mesh = jax.make_mesh((1,), ("model",), devices=jax.devices()[:1])
-    assert len(across_targets(SPEC, LAYOUT, mesh, paged.Axes(kv_heads="model"))) == 2
+    assert len(across_targets(SPEC, LAYOUT, mesh, paged.Axes(kv_heads="model"))) == 3

@@ -15,7 +15,6 @@ from .call import Call
 from .program import Program
 from .sequences import count_up_to
 
-
 # Pairs of positions and pages that are asked about at most, to bound how many pages a row sees.
 _MOST_PAIRS = 2**20
 

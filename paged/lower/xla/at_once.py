@@ -24,12 +24,9 @@ from ..jax_version import vary_alike, varying_axes
 from ..program import Running, Visits, at_most, plain_terms, select_values
 from . import tiles
 from .blocks import RowBlock
-from .sizes import STEP_BYTES, derivative_key_bytes, fit, is_summed
+from .sizes import FIXED_STEPS, STEP_BYTES, derivative_key_bytes, fit, fixed_steps, is_summed
 from .walk import Operands, Walk, dot_products
 
-# Steps of products of matrices that are made whether or not their pages are seen, so that nobody has to wait for their
-# number. Steps of sums are longer, so that one is worth a wait.
-_FIXED_STEPS = 4
 # Sums over keys are made in as many parts, which fill a machine that has few rows to work on.
 _PARTS = 16
 
@@ -64,7 +61,7 @@ class Tiles(NamedTuple):
     fixed_steps: int
 
     @classmethod
-    def of(cls, walk: Walk, operands: Operands, fixed: int = _FIXED_STEPS) -> "Tiles":
+    def of(cls, walk: Walk, operands: Operands, fixed: int = FIXED_STEPS) -> "Tiles":
         """The sizes of a walk over these operands, ``fixed`` steps of which are made in any case."""
         most = operands.row_blocks.seq.shape[0]
         at_once = at_most(walk.row_blocks_at_once, most)
@@ -110,8 +107,7 @@ def for_derivatives(walk: Walk, operands: Operands) -> Walk:
 
 def attend(walk: Walk, operands: Operands) -> AttentionState:
     """See `forward.attend`."""
-    tokens, is_sum = operands.q.shape[0], is_summed(walk.program.group * walk.rows)
-    sizes = Tiles.of(walk, operands, 1 if is_sum else _FIXED_STEPS)
+    tokens, sizes = operands.q.shape[0], Tiles.of(walk, operands, fixed_steps(walk.program.group * walk.rows))
 
     def attend_some(which: Array, state: AttentionState) -> AttentionState:
         row, out, lse = _attend_row_blocks(walk, sizes, operands, which)

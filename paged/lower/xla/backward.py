@@ -89,8 +89,8 @@ def _row_block_gradient(walk: Walk, row_block: RowBlock, operands: Operands, kno
             pools = tiles.scatter_add(operands.pages.layout, pools, page_block.ids, k, v)
         return q_gradient + q_step, pools, jax.tree.map(jnp.add, constants, c_step)
 
-    start = (jnp.zeros_like(rows.q), pools, constants)
-    return walk.over_page_blocks(0, walk.num_page_blocks(visits), visits, step, start)
+    last = walk.num_page_blocks(visits)
+    return walk.over_page_blocks(0, last, visits, step, (jnp.zeros_like(rows.q), pools, constants))
 
 
 def _at_once(walk: Walk, operands: Operands, known: _Known, start: Any) -> Any:

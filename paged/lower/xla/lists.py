@@ -30,13 +30,13 @@ def visits_of(
     program: Program, row_block: RowBlock, seqs: Sequences, page_size: int, num_pages: int, form: str
 ) -> Visits:
     """The pages that a row block visits."""
-    table = seqs.tables[row_block.seq]
+    rows, table = row_block.query_rows, seqs.tables[row_block.seq]
     if form != AT_ONCE:
-        return visits_by_scatter(program, row_block.query_rows, table, page_size, num_pages)
-    room = table.shape[0]
+        return visits_by_scatter(program, rows, table, page_size, num_pages)
+    room = seqs.tables.shape[1]
     if row_block.own is None and isinstance(room, int):
         room = most_pages_of_any(program, page_size, room, row_block.row.shape[0])
-    return visits_in_place(program, row_block.query_rows, table, page_size, num_pages, room)
+    return visits_in_place(program, rows, table, page_size, num_pages, room)
 
 
 def with_visits(
@@ -47,10 +47,10 @@ def with_visits(
     In the form ``"in_turn"`` as many as there are take time, ``row_blocks_at_once`` side by side. In the other all are
     listed at once.
     """
-    room = row_blocks.seq.shape[0]
+    room, (page_size, num_pages) = row_blocks.seq.shape[0], sizes
 
     def of_one(which: Array) -> Visits:
-        return visits_of(program, row_blocks.block(seqs, which, rows), seqs, *sizes, schedule.form)
+        return visits_of(program, row_blocks.block(seqs, which, rows), seqs, page_size, num_pages, schedule.form)
 
     if schedule.form == AT_ONCE:
         return row_blocks._replace(visits=jax.vmap(of_one)(jnp.arange(room, dtype=jnp.int32)))

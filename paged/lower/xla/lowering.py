@@ -22,10 +22,9 @@ from .derivatives import attend
 from .lists import XlaLists, with_visits
 from .places import Places
 from .schedule import AT_ONCE, XlaSchedule
-from .sizes import at_once_schedule, most_row_blocks, walk_sizes
+from .sizes import at_once_schedule, described, most_row_blocks, walk_sizes
 from .walk import Operands, Walk
 from .write import write
-
 
 # JAX's names for GPUs: as a backend, and as the platforms that a program is lowered for.
 GPU_PLATFORMS = ("gpu", "cuda", "rocm")
@@ -52,9 +51,9 @@ class XlaBlocks(Lowering):
         """By platform.
 
         On GPUs: the form ``"at_once"``, in steps of as many tiles as a bound on memory allows (`sizes`; compiled, not
-        measured). On CPU: one row block at a time, and page blocks of 128 tokens, four per step. With all heads such a block stays
-        in a core's cache while it is used (measured: benchmarks/xla_cpu). Elsewhere: many row blocks at once, to fill
-        the machine, and larger page blocks, to take fewer steps (not measured).
+        measured). On CPU: one row block at a time, and page blocks of 128 tokens, four per step. With all heads such a
+        block stays in a core's cache while it is used (measured: benchmarks/xla_cpu). Elsewhere: many row blocks at
+        once, to fill the machine, and larger page blocks, to take fewer steps (not measured).
         """
         platform = self.platform or jax.default_backend()
         if platform in GPU_PLATFORMS:
@@ -77,6 +76,13 @@ class XlaBlocks(Lowering):
     def alternatives(self, program: Program, layout: PageLayout, call: Call, own: XlaSchedule) -> Iterator[XlaSchedule]:
         """Sizes around the heuristic's, in the fields that matter in this call."""
         return alternatives(program, layout, call, own)
+
+    def describe(
+        self, program: Program, layout: PageLayout, call: Call, schedule: XlaSchedule, bytes_visited: int
+    ) -> list[str]:
+        """In the form ``"at_once"``: how many steps, and their memory."""
+        del bytes_visited
+        return described(program, layout, call, schedule) if schedule.form == AT_ONCE else []
 
     def state(
         self,

@@ -1,4 +1,4 @@
-"""How many tiles the form ``"at_once"`` works on in one step: as many as the memory that a call may take has room for."""
+"""How many tiles the form ``"at_once"`` works on in one step: as many as fit in the memory that a step may take."""
 
 from typing import Any
 
@@ -17,6 +17,8 @@ _SUMMED_BYTES, STEP_BYTES = 64 * 2**20, 288 * 2**20
 _SUMMED_ROWS = 8
 # Keys of a page block that make a step worth its launches: below these, fewer row blocks are taken instead.
 _LEAST_KEYS = 1024
+# Steps of products of matrices that are made without asking whether they are needed.
+FIXED_STEPS = 4
 # Query rows in a row block: of sequences whose rows are known to be many, and of a ragged batch, where a row block is
 # filled by one sequence.
 _EVEN_ROWS, _RAGGED_ROWS = 512, 64
@@ -40,7 +42,7 @@ def key_bytes(program: Program, layout: PageLayout, q_dtype: Any, rows: int) -> 
 
 
 def derivative_key_bytes(program: Program, layout: PageLayout, rows: int) -> int:
-    """The same for a step of a derivative: scores four times over; keys and values, with their gradients, in float32."""
+    """The same of a derivative: scores four times over; keys and values, with their gradients, in float32."""
     return 16 * program.num_q_heads * rows + 8 * program.num_kv_heads * (layout.head_dim + layout.value_dim)
 
 
@@ -68,13 +70,12 @@ def _alike(total: int, most: int) -> int:
 
 def at_once_schedule(program: Program, layout: PageLayout, call: Call) -> XlaSchedule:
     """The heuristic for GPUs."""
-    if call.query_rows is None:
-        rows = at_most(_RAGGED_ROWS, call.tokens)
-    else:
-        rows = min(_EVEN_ROWS, call.query_rows)
+    rows = at_most(_RAGGED_ROWS, call.tokens) if call.query_rows is None else min(_EVEN_ROWS, call.query_rows)
     limit = _SUMMED_BYTES if is_summed(program.group * rows) else STEP_BYTES
     sizes = key_bytes(program, layout, call.q_dtype, rows), layout.page_size
-    at_once, pages = fit(limit, *sizes, most_row_blocks(call, rows), pages_listed(program, layout.page_size, call, rows))
+    at_once, pages = fit(
+        limit, *sizes, most_row_blocks(call, rows), pages_listed(program, layout.page_size, call, rows)
+    )
     return XlaSchedule(pages_per_block=pages, rows_per_tile=rows, row_blocks_at_once=at_once, form=AT_ONCE)
 
 
@@ -96,9 +97,7 @@ def pages_listed(program: Program, page_size: int, call: Call, rows: int) -> Any
     return most_pages_of_any(program, page_size, call.pages_per_seq, rows)
 
 
-def walk_sizes(
-    program: Program, layout: PageLayout, call: Call, schedule: XlaSchedule, rows: int
-) -> tuple[int, int]:
+def walk_sizes(program: Program, layout: PageLayout, call: Call, schedule: XlaSchedule, rows: int) -> tuple[int, int]:
     """Row blocks at once and pages per block of a phase whose row blocks have ``rows`` rows.
 
     Smaller row blocks than the schedule's are as many more as take the same memory. A page block is no longer than the
@@ -107,3 +106,29 @@ def walk_sizes(
     of_tile, own = (key_bytes(program, layout, call.q_dtype, r) for r in (schedule.rows_per_tile, rows))
     at_once = schedule.row_blocks_at_once * max(1, of_tile // own)
     return at_once, at_most(schedule.pages_per_block, pages_listed(program, layout.page_size, call, rows))
+
+
+def described(program: Program, layout: PageLayout, call: Call, schedule: XlaSchedule) -> list[str]:
+    """Lines for `explain`: of the row blocks of most rows, how many steps there are, and the memory of one."""
+    rows = schedule.rows_per_tile if call.query_rows is None else min(schedule.rows_per_tile, call.query_rows)
+    at_once, pages = walk_sizes(program, layout, call, schedule, rows)
+    row_blocks, listed = most_row_blocks(call, rows), pages_listed(program, layout.page_size, call, rows)
+    at_once = at_most(at_once, row_blocks)
+    mebibytes = at_once * pages * layout.page_size * key_bytes(program, layout, call.q_dtype, rows) / 2**20
+    groups, steps = -(-row_blocks // at_once), -(-listed // pages)
+    fixed = fixed_steps(program.group * rows)
+    is_fixed = isinstance(groups * steps, int) and groups * steps <= fixed
+    told = "without a loop" if is_fixed else "in loops whose turns follow the batch: the host reads one number per turn"
+    return [
+        f"at most {groups * steps} steps, each of {at_once} row blocks side by side over {pages * layout.page_size} "
+        f"keys, {told}",
+        f"a step stores about {mebibytes:.0f} MiB, whatever the table's width; never timed on a GPU",
+    ]
+
+
+def fixed_steps(group_rows: int) -> int:
+    """How many steps are made whether or not their pages are seen, so that nobody has to wait for their number.
+
+    A step of sums takes long enough to be worth a wait.
+    """
+    return 1 if is_summed(group_rows) else FIXED_STEPS

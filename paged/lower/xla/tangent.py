@@ -19,7 +19,7 @@ from . import tiles
 from .at_once import Tiles, for_derivatives, with_visits
 from .blocks import RowBlock
 from .schedule import AT_ONCE
-from .walk import Operands, Parts, Walk
+from .walk import Operands, PageBlock, Parts, Walk
 
 
 def tangent(walk: Walk, operands: Operands, state: AttentionState, along: Parts) -> AttentionState:
@@ -42,11 +42,13 @@ def tangent(walk: Walk, operands: Operands, state: AttentionState, along: Parts)
 
 def _row_block_tangent(walk: Walk, row_block: RowBlock, operands: Operands, state: AttentionState, along: Parts):
     """The changes of one row block's outputs and log-sum-exps, folded."""
-    rows = _Rows.of(walk, row_block, operands, state, along)
-    visits = walk.visits(row_block, operands)
+    rows = _Rows.of(walk, row_block, operands, state)
+    visits, p = walk.visits(row_block, operands), walk.positions(row_block)
+    rows = rows.moving(walk, row_block, along)
 
     def step(i, carry, is_masked):
-        return _of_tile(walk, operands, along, rows, row_block, visits, i, i, is_masked, carry)
+        page_block = walk.page_block(i, visits, row_block, operands.pages.layout.page_size)
+        return _of_tile(walk, operands, along, rows, p, row_block, page_block, i, is_masked, carry)
 
     start = (jnp.zeros_like(rows.out), jnp.zeros_like(rows.lse))
     changes = walk.over_page_blocks(0, walk.num_page_blocks(visits), visits, step, start)
@@ -59,11 +61,13 @@ def _at_once(walk: Walk, operands: Operands, state: AttentionState, along: Parts
 
     def put_group(which: Array, changes: AttentionState) -> AttentionState:
         row_block, visits = with_visits(walk, operands, which)
-        rows = jax.vmap(lambda one: _Rows.of(walk, one, operands, state, along))(row_block)
+        rows = jax.vmap(lambda one: _Rows.of(walk, one, operands, state).moving(walk, one, along))(row_block)
 
         def step(i: Any, carry: Any) -> Any:
             def of_one(rows: _Rows, row_block: RowBlock, visits: Visits, carry: Any) -> Any:
-                return _of_tile(walk, operands, along, rows, row_block, visits, i, None, True, carry)
+                page_block = walk.page_block(i, visits, row_block, operands.pages.layout.page_size)
+                p = walk.positions(row_block)
+                return _of_tile(walk, operands, along, rows, p, row_block, page_block, None, True, carry)
 
             return jax.vmap(of_one)(rows, row_block, visits, carry)
 
@@ -82,14 +86,18 @@ class _Rows(NamedTuple):
     q: Array
     out: Array
     lse: Array
-    q_move: Array | None
+    q_move: Array | None = None
 
     @classmethod
-    def of(cls, walk: Walk, row_block: RowBlock, operands: Operands, state: AttentionState, along: Parts) -> "_Rows":
+    def of(cls, walk: Walk, row_block: RowBlock, operands: Operands, state: AttentionState) -> "_Rows":
         at_rows = functools.partial(walk.rows_of, row_block)
         q, out, lse = at_rows(operands.q), at_rows(state.out), at_rows(state.lse[..., None])
         lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
-        return cls(q, out, lse, None if along.q is None else at_rows(along.q))
+        return cls(q, out, lse)
+
+    def moving(self, walk: Walk, row_block: RowBlock, along: Parts) -> "_Rows":
+        """The rows with how their queries move."""
+        return self if along.q is None else self._replace(q_move=walk.rows_of(row_block, along.q))
 
     def finish(self, out_change: Array, lse_change: Array) -> tuple[Array, Array]:
         """The changes of outputs and log-sum-exps, from the sums over all keys."""
@@ -102,17 +110,15 @@ def _of_tile(
     operands: Operands,
     along: Parts,
     rows: _Rows,
+    p: Array,
     row_block: RowBlock,
-    visits: Visits,
-    i: Any,
+    page_block: PageBlock,
     counter: Any,
     is_masked: bool,
     carry: tuple[Array, Array],
 ) -> tuple[Array, Array]:
-    """The sums over keys with those of page block number ``i`` added."""
+    """The sums over keys with those of a tile added."""
     out_change, lse_change = carry
-    p = walk.positions(row_block)
-    page_block = walk.page_block(i, visits, row_block, operands.pages.layout.page_size)
     k, v = tiles.gather(operands.pages, page_block.ids, counter)
     k_move = v_move = None
     if along.arrays:
