@@ -1,5 +1,7 @@
 """Models of the Hugging Face kind: their files, their layers, and text in and out."""
 
+from paged.runtime import TextStream as TextStream
+
 from .architectures import ARCHITECTURES as ARCHITECTURES
 from .config import Config as Config
 from .config import ExpertsConfig as ExpertsConfig
@@ -8,7 +10,6 @@ from .decoder import Decoder as Decoder
 from .files import ChatTemplate as ChatTemplate
 from .files import Checkpoint as Checkpoint
 from .files import Tensor as Tensor
-from .files import TextStream as TextStream
 from .files import Tokenizer as Tokenizer
 from .files import Weights as Weights
 from .files import open_checkpoint as open_checkpoint

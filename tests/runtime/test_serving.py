@@ -167,7 +167,7 @@ def test_nothing_is_traced_after_the_first_requests_whatever_comes():
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda e: e.submit("hello"), TypeError, "prompt must be token ids; got 'hello'. Encode text"),
+        (lambda e: e.submit("hello"), TypeError, "prompt must be token ids; got 'hello', and .*tokenizer="),
         (lambda e: e.submit([]), ValueError, "prompt is empty"),
         (lambda e: e.submit([1, VOCAB]), ValueError, "prompt has the token 32, and the model knows 32"),
         (lambda e: e.submit([1], 0), ValueError, "max_new_tokens must be at least 1"),
@@ -175,7 +175,8 @@ def test_nothing_is_traced_after_the_first_requests_whatever_comes():
         (lambda e: e.submit([1], 2, sampler=0.7), TypeError, "sampler must be a Sampler; got 0.7"),
         (lambda e: e.submit([1], 2, key=3), TypeError, "key must be one typed PRNG key"),
         (lambda e: e.submit([1], 2, eos="x"), TypeError, "eos must be a token id"),
-        (lambda e: e.submit([1], 2, stop="x"), TypeError, "stop must be a list of sequences"),
+        (lambda e: e.submit([1], 2, stop="x"), TypeError, "stop has the string 'x', and this engine has no tokenizer"),
+        (lambda e: e.submit([1], 2, stop=3), TypeError, "stop must be a list of strings and sequences"),
         (lambda e: e.submit([1], 2, stop=[[]]), ValueError, r"stop\[0\] must have 1 to 8 tokens"),
         (lambda e: e.submit([1], 2, values={"n": 1}), ValueError, "values must be"),
         (lambda e: e.update_model(None), ValueError, "update_model needs a model of the same structure"),

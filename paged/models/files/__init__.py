@@ -11,6 +11,5 @@ from .checkpoint import open_checkpoint as open_checkpoint
 from .gguf_file import Checkpoint as Checkpoint
 from .gguf_file import open_gguf as open_gguf
 from .mxfp4 import unpack_mxfp4 as unpack_mxfp4
-from .text_stream import TextStream as TextStream
 from .tokenizer import Tokenizer as Tokenizer
 from .tokenizer import open_tokenizer as open_tokenizer

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from paged.files import parse_object
+from paged.runtime import TextStream
 
 from .chat_template import ChatTemplate
 from .extra import package
 from .gguf_file import Checkpoint, open_gguf
 from .gguf_tokenizer import backend_of, special_of
-from .text_stream import TextStream
 
 _ROLES = ("bos", "eos", "unk", "pad")
 

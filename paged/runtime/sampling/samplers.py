@@ -44,6 +44,11 @@ class Samplers(eqx.Module):
 
         Raises ``ValueError`` where a rule has more biases than that.
         """
+        return cls(**{name: jnp.asarray(x) for name, x in cls.columns(samplers, num_biases).items()})
+
+    @classmethod
+    def columns(cls, samplers: Sequence[Sampler], num_biases: int | None = None) -> dict[str, np.ndarray]:
+        """What `of` makes, by name and on the host."""
         most = max((len(sampler.logit_bias) for sampler in samplers), default=0)
         num_biases = most if num_biases is None else num_biases
         if most > num_biases:
@@ -54,19 +59,19 @@ class Samplers(eqx.Module):
             for place, (token, bias) in enumerate(sampler.logit_bias):
                 tokens[row, place], biases[row, place] = token, bias
         one = lambda sampler: 1 if sampler.is_greedy else _ALL if sampler.top_k is None else sampler.top_k
-        floats = lambda name, default: jnp.asarray(
-            [default if getattr(s, name) is None else getattr(s, name) for s in samplers], jnp.float32
+        floats = lambda name, default: np.asarray(
+            [default if getattr(s, name) is None else getattr(s, name) for s in samplers], np.float32
         )
-        return cls(
+        return dict(
             # It and its reciprocal, by which a compiler may multiply instead, are normal numbers in float32.
-            temperature=jnp.asarray([min(max(s.temperature, 2.0**-126), 2.0**126) for s in samplers], jnp.float32),
-            top_k=jnp.asarray([one(sampler) for sampler in samplers], jnp.int32),
+            temperature=np.asarray([min(max(s.temperature, 2.0**-126), 2.0**126) for s in samplers], np.float32),
+            top_k=np.asarray([one(sampler) for sampler in samplers], np.int32),
             top_p=floats("top_p", 1.0),
             min_p=floats("min_p", 0.0),
             repetition_penalty=floats("repetition_penalty", 1.0),
             presence_penalty=floats("presence_penalty", 0.0),
-            bias_tokens=jnp.asarray(tokens),
-            biases=jnp.asarray(biases),
+            bias_tokens=tokens,
+            biases=biases,
         )
 
     @property

@@ -3,7 +3,6 @@
 from .drafting import ModelDraft as ModelDraft
 from .drafting import NGramDraft as NGramDraft
 from .engine import Engine as Engine
-from .handles import EngineStats as EngineStats
 from .handles import Event as Event
 from .handles import Handle as Handle
 from .intake import Intake as Intake
@@ -15,5 +14,7 @@ from .requests import Sizes as Sizes
 from .requests import Status as Status
 from .state import Queue as Queue
 from .state import ServeState as ServeState
+from .stats import EngineStats as EngineStats
+from .stats import Quantiles as Quantiles
 from .step import serve_many as serve_many
 from .step import serve_step as serve_step

@@ -3,50 +3,35 @@
 import asyncio
 import collections
 import dataclasses
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from .._arguments import integer
 from ..sampling import Sampler
-from .cancelling import cancel, renewed
+from .answers import Answer, answers_of, rest, take
+from .device import Device
 from .drafting import ModelDraft
-from .handles import EngineStats, Event, FinishReason, Handle
+from .handles import Event, FinishReason, Handle
 from .intake import keys_of_samples, require_key
-from .record import StepEvents
-from .requests import NewRequest, Reason, Requests
-from .reuse import pages_cached
+from .programs import AT_ONCE, MOST_STEPS
+from .requests import NewRequest
 from .setup import Setup
 from .speculation import Speculation
-from .state import Counts, Queue, ServeState
-from .step import serve_many
+from .state import ServeState
+from .stats import EngineStats, Quantiles, Times
+from .texts import AnswerText, decoder_of
 
-_NAMES: dict[int, FinishReason] = {
-    Reason.EOS: "eos",
-    Reason.STOP: "stop",
-    Reason.LENGTH: "length",
-    Reason.NO_TOKEN: "no_token",
-}
-# Requests that one upload brings, and rows that one cancellation ends: static, so that neither is traced again.
-_AT_ONCE = 8
-_COUNTED = ("steps", "decode_steps", "prompt_tokens", "reused_tokens", "new_tokens", "evicted_pages", "copied_pages")
-# The most steps of a launch: for so many there is room in what it gives back.
-_MOST_STEPS = 64
-
-
-class _Launch(NamedTuple):
-    """What a launch gives back, and whose the rows were when it began."""
-
-    events: StepEvents
-    steps: Any
-    figures: Any
-    handles: dict[int, Handle]
+_COUNTED = (
+    "steps", "decode_steps", "prompt_tokens", "reused_tokens", "new_tokens", "evicted_pages", "copied_pages",
+    "freed_pages",
+)  # fmt: skip
 
 
 class Engine:
@@ -92,6 +77,7 @@ class Engine:
         max_biases: int = 16,
         steps: int = 16,
         speculation: Speculation | None = None,
+        tokenizer: Any = None,
         key: PRNGKeyArray | None = None,
     ):
         """**Arguments:**
@@ -113,39 +99,44 @@ class Engine:
         - `speculation`: where drafts come from, `NGramDraft` or `ModelDraft`; None for none. A step verifies the drafts
           of a sequence at once, and draws the same tokens in fewer steps. ``ValueError`` for models whose state holds
           more than pages, and for a draft model of other tokens or fewer pages.
+        - `tokenizer`: the model's, with ``encode(text)`` and ``decode(ids)``, such as a `Tokenizer`. With one, prompts
+          and stops may be strings, events bring text, and its ``eos_ids``, if it has such, end answers.
         - `key`: a typed PRNG key. A request without a key of its own draws by this one and its number.
 
         Raises ``ValueError`` or ``TypeError`` that names the argument.
         """
         sizes = {"tokens": max_tokens, "requests": max_requests, "ends": max_ends, "stops": max_stops}
         sizes |= {"stop_tokens": max_stop_tokens, "biases": max_biases}
-        self._intake, queue, self._budget, self._minima = Setup.of(
+        steps, own_key = integer("steps", steps, 1), require_key(jax.random.key(0) if key is None else key)
+        if steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}; got {steps}.")
+        self._decode = None if tokenizer is None else decoder_of(tokenizer)
+        intake, queue, *facts = Setup.of(
             model, state, {name: integer(f"max_{name}", n, 1) for name, n in sizes.items()},
             num_slots=num_slots, chunk_size=chunk_size, num_pages=num_pages, page_size=page_size,
             prefix_cache=prefix_cache, speculation=speculation,
         )  # fmt: skip
-        self._model, self._state, self._speculation = model, ServeState(queue, state), speculation
+        self._intake = dataclasses.replace(intake, tokenizer=tokenizer)
+        served = ServeState(queue, state)
         if isinstance(speculation, ModelDraft):
-            self._state = ServeState(queue, state, speculation.state)
-            self._speculation = speculation.without_state
-        self._steps = integer("steps", steps, 1)
-        if self._steps > _MOST_STEPS:
-            raise ValueError(f"steps must be at most {_MOST_STEPS}; got {steps}.")
-        self._key = require_key(jax.random.key(0) if key is None else key)
+            served, speculation = ServeState(queue, state, speculation.state), speculation.without_state
+        self._key = own_key
+        self._device = Device(model, served, (*facts, speculation), intake.sizes, steps, own_key)
+        self._new_model: Any = None
         self._handles: dict[int, Handle] = {}  # by row
-        self._free = collections.deque(range(self._intake.sizes.requests))
+        self._free = collections.deque(range(intake.sizes.requests))
         self._pending: collections.deque[tuple[Handle, NewRequest]] = collections.deque()
-        self._ended: list[Handle] = []  # by the host, and not told yet
-        self._in_flight: collections.deque[_Launch] = collections.deque()
+        self._ended: collections.deque[Handle] = collections.deque()  # by the host, and not told yet
+        self._stopped: list[int] = []  # rows with which the host is done, and the device is not
         self._outbox: collections.deque[Event] = collections.deque()
-        self._submitted = self._launches = self._done = self._drafted = self._accepted = 0
-        self._figures: Any = (Counts.zero(), 0, 0)
-        self._seconds_to_first, self._seconds_after = [], []
+        self._submitted = self._done = self._drafted = self._accepted = 0
+        self._times, self._compile_seconds = Times(), None
+        self._lock = threading.Lock()
 
     @property
     def is_idle(self) -> bool:
         """Whether no request waits or runs, and every event has been given out."""
-        return not (self._handles or self._pending or self._in_flight or self._ended or self._outbox)
+        return not (self._handles or self._pending or self._device.in_flight or self._ended or self._outbox)
 
     # fmt: off
     @overload
@@ -170,15 +161,16 @@ class Engine:
 
         **Arguments:**
 
-        - `prompt`: its token ids.
+        - `prompt`: its token ids, or text where the engine has a tokenizer.
         - `max_new_tokens`: the most tokens to draw.
         - `n`: how many samples of the prompt. It is computed once: they share its pages. Each sample is a request,
           with a handle of its own.
         - `sampler`: how they are drawn. None: the likeliest.
         - `key`: a typed PRNG key. Draws depend on it and on the token's number only. None: the engine's key and the
           number of the request. With `n`, sample ``i`` draws by ``fold_in(key, i)``; or `key` is ``n`` keys, one each.
-        - `eos`: the token id, or a list or set of several, that ends the answer.
-        - `stop`: sequences of token ids that end it. They must lie in the answer, of which they are part.
+        - `eos`: the token id, or a list or set of several, that ends the answer. None: the tokenizer's, if any.
+        - `stop`: what ends it: sequences of token ids, which are part of it, and strings, before which its text ends.
+          Both must lie in the answer.
         - `priority`: requests of larger ones are admitted first.
         - `salt`: pages of equal tokens are shared only between requests of one salt, such as a tenant's number.
         - `deadline`: seconds from now, after which the request is ended.
@@ -187,18 +179,20 @@ class Engine:
         **Returns:** the handle; with `n` a list of ``n`` handles. Raises ``ValueError`` or ``TypeError`` that names the
         argument, for a request that could never fit too; other requests go on.
         """
-        key = jax.random.fold_in(self._key, self._submitted) if key is None else key
-        keys = keys_of_samples(key, n)
-        how: dict[str, Any] = {"sampler": sampler, "key": keys[0], "eos": eos, "stop": stop}
-        how |= {"priority": priority, "salt": salt}
-        new = self._intake.checked(prompt, max_new_tokens, **how, arrival=self._submitted, values=values)
-        now, family = time.monotonic(), self._submitted if len(keys) > 1 else -1
+        keys = keys_of_samples(key, n, self._key)
+        how: dict[str, Any] = {"sampler": sampler, "eos": eos, "stop": stop, "priority": priority, "salt": salt}
+        new, strings = self._intake.checked(prompt, max_new_tokens, **how, values=values)
+        now, first, family = time.monotonic(), self._submitted, self._submitted if len(keys) > 1 else -1
         deadline = None if deadline is None else now + deadline
-        handles = [Handle(new.prompt, sample=i, deadline=deadline, submitted=now) for i in range(len(keys))]
-        for handle, key in zip(handles, keys, strict=True):
-            own = dataclasses.replace(new, key=key, arrival=self._submitted, family=family)
-            self._pending.append((handle, own))
-            self._submitted += 1
+        handles = []
+        for i, own in enumerate(keys):
+            number = -1 if own is not None else first
+            sample = i if n is not None and not _is_of_several(key) else -1
+            reader = None if self._decode is None else AnswerText(self._decode, strings)
+            handles.append(Handle(new.prompt, sample=i, deadline=deadline, submitted=now, reader=reader))
+            more = {"key": own, "arrival": first + i, "family": family, "folds": (number, sample)}
+            self._pending.append((handles[i], dataclasses.replace(new, **more)))
+        self._submitted += len(keys)
         return handles[0] if n is None else handles
 
     def cancel(self, handle: Handle) -> None:
@@ -210,34 +204,49 @@ class Engine:
 
         Pages of the weights before are not used again: sequences that run are prefilled again, with their tokens.
         """
-        old, new = (jax.tree.map(_kind, m) for m in (self._model, model))
+        old, new = (jax.tree.map(_kind, m) for m in (self._device.model, model))
         if not eqx.tree_equal(old, new):
             raise ValueError("update_model needs a model of the same structure, shapes and dtypes as the engine's.")
-        self._model = model
-        self._set_queue(_renewed(self._state.queue))
+        self._new_model = model
+
+    def warmup(self, *, progress: bool = True) -> float:
+        """Compile all that the engine runs, so that the first request does not wait for it.
+
+        **Arguments:**
+
+        - `progress`: whether a bar shows how far it is, where tqdm is installed.
+
+        **Returns:** the seconds that it took. ``stats`` tells them too.
+        """
+        with self._lock:
+            self._compile_seconds = self._device.warm_up(self._handles, progress=progress)
+            while self._device.in_flight:
+                self._collect()
+        return self._compile_seconds
 
     def stats(self) -> EngineStats:
         """Figures up to now, or while a launch runs, up to the latest one that has come back."""
-        if not self._in_flight:
-            self._figures = jax.device_get(_figures(self._state.queue))
-        counts, in_use, cached = self._figures
-        mean = lambda values: sum(values) / len(values) if values else None
-        running = sum(handle.first_token is not None for handle in self._handles.values())
+        device, running = self._device, sum(handle.first_token is not None for handle in [*self._handles.values()])
+        counts, (in_use, shared, cached) = device.figures()
+        reused, computed = int(counts.reused_tokens), int(counts.prompt_tokens)
         return EngineStats(
             **{name: int(getattr(counts, name)) for name in _COUNTED},
             drafted_tokens=self._drafted,
             accepted_tokens=self._accepted,
-            launches=self._launches,
+            launches=device.launches,
             submitted=self._submitted,
             running=running,
             waiting=len(self._pending) + len(self._handles) - running,
             done=self._done,
             preemptions=int(counts.preempted),
-            pages=int(np.sum(self._state.queue.pool.num_pages)),
-            pages_in_use=int(np.sum(in_use)),
-            pages_cached=int(np.sum(cached)),
-            seconds_to_first_token=mean(self._seconds_to_first),
-            seconds_per_token=mean(self._seconds_after),
+            pages=int(np.sum(device.state.queue.pool.num_pages)),
+            pages_in_use=int(in_use + cached),
+            pages_shared=int(shared),
+            pages_cached=int(cached),
+            hit_rate=reused / (reused + computed) if reused + computed else None,
+            seconds_to_first_token=Quantiles.of(self._times.first),
+            seconds_per_token=Quantiles.of(self._times.after),
+            compile_seconds=self._compile_seconds,
         )
 
     def stream(self) -> Iterator[Event]:
@@ -261,35 +270,28 @@ class Engine:
 
     def _advance(self) -> None:
         """Launch what there is to do, and take in what came back from the launch before."""
-        self._end_late()
-        self._cancel_ended()
-        is_working = bool(self._handles or self._pending)
-        if is_working:
-            self._launch()
-        if self._in_flight and (len(self._in_flight) > 1 or not is_working):
-            self._collect()
-
-    def _launch(self) -> None:
-        self._upload()
-        inputs = self._model, jnp.asarray(self._steps, jnp.int32), self._budget, self._minima, self._speculation
-        self._state, *told = _serve(inputs, self._state)
-        self._launches += 1
-        self._in_flight.append(_Launch(*told, handles=dict(self._handles)))
+        with self._lock:
+            if self._new_model is not None:
+                self._device.renew(self._new_model)
+                self._new_model = None
+            self._end_late()
+            self._tell_ended()
+            is_working = bool(self._handles or self._pending)
+            if is_working:
+                self._upload()
+                self._device.launch(self._handles)
+            if self._device.in_flight and (len(self._device.in_flight) > 1 or not is_working):
+                self._collect()
 
     def _upload(self) -> None:
         while self._pending and self._free:
-            rows, new = np.full(_AT_ONCE, self._intake.sizes.requests, np.int32), []
-            while self._pending and self._free and len(new) < _AT_ONCE:
-                handle, request = self._pending.popleft()
-                handle.row = rows[len(new)] = self._free.popleft()
-                self._handles[handle.row] = handle
-                new.append(request)
-            new += [new[-1]] * (_AT_ONCE - len(new))
-            table = Requests.of(new, self._intake.sizes)
-            self._set_queue(_put((jnp.asarray(rows), table), self._state.queue))
-
-    def _set_queue(self, queue: Queue) -> None:
-        self._state = dataclasses.replace(self._state, queue=queue)
+            count = min(len(self._pending), len(self._free), AT_ONCE)
+            some, rows = [self._pending[i] for i in range(count)], [self._free[i] for i in range(count)]
+            self._device.put(rows, [new for _, new in some])
+            for (handle, _), row in zip(some, rows, strict=True):
+                self._pending.popleft()
+                handle.row = self._free.popleft()
+                self._handles[row] = handle
 
     def _end(self, handle: Handle, reason: FinishReason) -> None:
         if not handle.is_done:
@@ -298,88 +300,60 @@ class Engine:
 
     def _end_late(self) -> None:
         now = time.monotonic()
-        for handle in [*self._handles.values(), *(handle for handle, _ in self._pending)]:
+        for handle in [*self._handles.values(), *(handle for handle, _ in list(self._pending))]:
             if handle.deadline is not None and handle.deadline < now:
                 self._end(handle, "deadline")
 
-    def _cancel_ended(self) -> None:
-        self._pending = collections.deque(pair for pair in self._pending if not pair[0].is_done)
-        rows = [handle.row for handle in self._ended if handle.row >= 0]
-        for first in range(0, len(rows), _AT_ONCE):
-            some = rows[first : first + _AT_ONCE]
-            self._set_queue(_cancel(jnp.asarray(some + [-1] * (_AT_ONCE - len(some)), jnp.int32), self._state.queue))
-        for row in rows:
-            del self._handles[row]
-            self._free.append(row)
-        self._done += len(self._ended)
-        self._outbox += [Event(handle, (), handle.finish_reason) for handle in self._ended]
-        self._ended.clear()
+    def _tell_ended(self) -> None:
+        """Tell of requests that the host has ended, and let the device know of those that it still has."""
+        for _ in range(len(self._pending)):  # others may submit meanwhile
+            handle, new = self._pending.popleft()
+            if not handle.is_done:
+                self._pending.append((handle, new))
+        while self._ended:
+            handle = self._ended.popleft()
+            self._stopped += [handle.row] if handle.row >= 0 else []
+            text = rest(handle.reader)
+            handle.text += text
+            self._done += 1
+            self._outbox.append(Event(handle, (), handle.finish_reason, text))
+        if self._stopped:
+            self._device.end(self._stopped)
+            for row in self._stopped:
+                self._let_go(row)
+            self._stopped.clear()
+
+    def _let_go(self, row: int) -> None:
+        del self._handles[row]
+        self._free.append(row)
 
     def _collect(self) -> None:
-        """The events of the oldest launch: one read of the device."""
-        launch = self._in_flight.popleft()
-        events, steps, self._figures = jax.device_get(launch[:-1])
-        tokens: dict[int, list[int]] = {}
-        reasons: dict[int, FinishReason] = {}
-        for step, slot in np.argwhere(events.request[: int(steps)] >= 0):
-            row, count, reason = (int(x[step, slot]) for x in (events.request, events.count, events.reason))
-            tokens.setdefault(row, []).extend(events.token[step, slot, :count].tolist())
-            if events.drafted is not None:
-                self._count_drafts(launch.handles[row], int(events.drafted[step, slot]), max(count - 1, 0))
-            if reason != Reason.NONE:
-                reasons[row] = _NAMES[reason]
-        for row, own in tokens.items():
-            self._record(launch.handles[row], own, reasons.get(row))
-
-    def _count_drafts(self, handle: Handle, drafted: int, accepted: int) -> None:
-        handle.drafted, handle.accepted = handle.drafted + drafted, handle.accepted + accepted
-        self._drafted, self._accepted = self._drafted + drafted, self._accepted + accepted
-
-    def _record(self, handle: Handle, tokens: list[int], reason: FinishReason | None) -> None:
-        if handle.is_done:  # ended by the host meanwhile
-            return
+        """The events of the oldest launch."""
+        events, steps, handles = self._device.collect()
         now = time.monotonic()
-        if handle.first_token is None and tokens:
-            handle.first_token = now
-            self._seconds_to_first.append(now - handle.submitted)
-        handle.tokens += tokens
-        if reason is not None:
-            handle.finish_reason, handle.finished = reason, now
+        for row, answer in answers_of(events, steps).items():
+            if not handles[row].is_done:  # else ended by the host meanwhile
+                self._take(handles[row], answer, now)
+
+    def _take(self, handle: Handle, answer: Answer, now: float) -> None:
+        is_first, event = handle.first_token is None, take(handle, answer, now)
+        self._drafted, self._accepted = self._drafted + answer.drafted, self._accepted + answer.accepted
+        if is_first and handle.first_token is not None:
+            self._times.first.append(now - handle.submitted)
+        if handle.is_done:
             if len(handle.tokens) > 1 and handle.first_token is not None:
-                self._seconds_after.append((now - handle.first_token) / (len(handle.tokens) - 1))
+                self._times.after.append((now - handle.first_token) / (len(handle.tokens) - 1))
             self._done += 1
-            del self._handles[handle.row]
-            self._free.append(handle.row)
-        self._outbox.append(Event(handle, tuple(tokens), reason))
+            if answer.reason is None:
+                self._stopped.append(handle.row)
+            else:
+                self._let_go(handle.row)
+        self._outbox.append(event)
 
 
 def _kind(x: Any) -> Any:
     return (x.shape, str(x.dtype)) if eqx.is_array(x) else x
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _serve(inputs: tuple, state: ServeState) -> tuple:
-    model, limit, *facts = inputs
-    how = dict(zip(("budget", "minima", "speculation"), facts, strict=True))
-    state, events, done = serve_many(model, state, _MOST_STEPS, limit, **how)
-    return state, events, done, _figures(state.queue)
-
-
-@eqx.filter_jit
-def _figures(queue: Queue) -> tuple:
-    return queue.counts, queue.pool.pages_in_use, pages_cached(queue)
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _put(new: tuple, queue: Queue) -> Queue:
-    return queue.replace(requests=queue.requests.put(*new))
-
-
-@eqx.filter_jit(donate="all")
-def _renewed(queue: Queue) -> Queue:
-    return renewed(queue)
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _cancel(rows: Any, queue: Queue) -> Queue:
-    return cancel(queue, rows)
+def _is_of_several(key: Any) -> bool:
+    return isinstance(key, jax.Array) and key.ndim == 1

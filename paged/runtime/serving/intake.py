@@ -49,6 +49,7 @@ class Intake:
     * ``specs``: of the model's attentions. * ``ahead``: those of its masks that may see ahead.
     * ``chunk_size``: the most rows of a prompt for which a step always has room.
     * ``pages``: what the numbers of a request may ask for.
+    * ``tokenizer``: of the model, or None.
     """
 
     sizes: Sizes
@@ -58,12 +59,15 @@ class Intake:
     ahead: AheadMasks
     chunk_size: int
     pages: PagesOfValues
+    tokenizer: Any = None
 
     def checked(
-        self, prompt: Any, max_new_tokens: Any, *, sampler: Any, key: Any, eos: Any, stop: Any, priority: Any,
-        salt: Any, arrival: int, values: Any,
-    ) -> NewRequest:  # fmt: skip
-        """The request, or ``ValueError`` or ``TypeError`` that names the argument."""
+        self, prompt: Any, max_new_tokens: Any, *, sampler: Any, eos: Any, stop: Any, priority: Any, salt: Any,
+        values: Any,
+    ) -> tuple[NewRequest, tuple[str, ...]]:  # fmt: skip
+        """The request and its stop strings, or ``ValueError`` or ``TypeError`` that names the argument."""
+        if isinstance(prompt, str):
+            prompt = self._encoded("prompt", prompt)
         ids, limit = token_ids("prompt", prompt), integer("max_new_tokens", max_new_tokens, least=1)
         if not ids:
             raise ValueError("prompt is empty: a model needs a token to begin with.")
@@ -79,38 +83,59 @@ class Intake:
             raise TypeError(f"sampler must be a Sampler; got {sampler!r}.")
         self._require_in_vocabulary("logit_bias", [token for token, _ in sampler.logit_bias])
         self._require_room("logit_bias", len(sampler.logit_bias), self.sizes.biases)
+        eos = getattr(self.tokenizer, "eos_ids", None) if eos is None else eos
         ends = tuple(sorted(end_ids(eos)))
         self._require_in_vocabulary("eos", ends)
         self._require_room("eos", len(ends), self.sizes.ends)
         numbers, cached = self._values(values), len(ids) + limit - 1
         self.pages.require(cached, numbers)
-        return NewRequest(
+        stops, strings = self._stops(stop)
+        new = NewRequest(
             ids,
             len(ids) + limit,
             sampler,
-            require_key(key),
+            None,
             ends,
-            self._stops(stop),
+            stops,
             integer("priority", priority),
-            arrival,
-            integer("salt", salt),
-            numbers,
-            self.ahead.cuts(len(ids), cached, numbers, self.chunk_size),
+            salt=integer("salt", salt),
+            values=numbers,
+            cuts=self.ahead.cuts(len(ids), cached, numbers, self.chunk_size),
         )
+        return new, strings
 
-    def _stops(self, stop: Any) -> tuple[tuple[int, ...], ...]:
-        if isinstance(stop, str | bytes) or not isinstance(stop, Sequence):
-            raise TypeError(f"stop must be a list of sequences of token ids; got {stop!r}.")
-        stops = tuple(token_ids(f"stop[{i}]", each) for i, each in enumerate(stop))
+    def _stops(self, stop: Any) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
+        """Stop sequences of ids, and stop strings."""
+        stop = (stop,) if isinstance(stop, str) else stop
+        if isinstance(stop, bytes) or not isinstance(stop, Sequence):
+            raise TypeError(f"stop must be a list of strings and sequences of token ids; got {stop!r}.")
+        strings = tuple(each for each in stop if isinstance(each, str))
+        if strings and self.tokenizer is None:
+            raise TypeError(
+                f"stop has the string {strings[0]!r}, and this engine has no tokenizer: make it with tokenizer=, or "
+                "pass token ids."
+            )
+        if "" in strings:
+            raise ValueError("stop has an empty string, which every text begins with.")
+        named = [(f"stop[{i}]", each) for i, each in enumerate(stop) if not isinstance(each, str)]
+        stops = tuple(token_ids(name, each) for name, each in named)
         self._require_room("stop", len(stops), self.sizes.stops)
-        for i, each in enumerate(stops):
+        for (name, _), each in zip(named, stops, strict=True):
             if not 1 <= len(each) <= self.sizes.stop_tokens:
                 raise ValueError(
-                    f"stop[{i}] must have 1 to {self.sizes.stop_tokens} tokens; got {len(each)}. The engine's "
-                    "stop_tokens says how many."
+                    f"{name} must have 1 to {self.sizes.stop_tokens} tokens; got {len(each)}. The engine's "
+                    "max_stop_tokens says how many."
                 )
-            self._require_in_vocabulary(f"stop[{i}]", each)
-        return stops
+            self._require_in_vocabulary(name, each)
+        return stops, strings
+
+    def _encoded(self, name: str, text: str) -> Sequence[int]:
+        if self.tokenizer is None:
+            raise TypeError(
+                f"{name} must be token ids; got {text!r}, and this engine has no tokenizer. Make it with tokenizer=, "
+                "or encode the text."
+            )
+        return self.tokenizer.encode(text)
 
     def _values(self, values: Any) -> Mapping[str, np.ndarray]:
         rows = None if values is None else {name: np.asarray(x)[None] for name, x in dict(values).items()}
@@ -133,14 +158,18 @@ def require_key(key: Any) -> Any:
     return key
 
 
-def keys_of_samples(key: Any, n: Any) -> list[Any]:
-    """The key of each sample, or ``ValueError`` or ``TypeError`` that names the argument."""
+def keys_of_samples(key: Any, n: Any, of_engine: Any) -> list[Any]:
+    """The key of each sample, None for the engine's; or ``ValueError`` or ``TypeError`` that names the argument."""
     samples = 1 if n is None else integer("n", n, 1)
+    if key is None:
+        return [None] * samples
     if n is not None and isinstance(key, jax.Array) and key.ndim == 1:
-        if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or len(key) != samples:
+        if key.dtype != of_engine.dtype or len(key) != samples:
             raise ValueError(
-                f"key must be one typed PRNG key, or n = {samples} of them; got {key.dtype} of shape {key.shape}."
+                f"key must be one typed PRNG key, or n = {samples} of them, of the engine's kind {of_engine.dtype}; "
+                f"got {key.dtype} of shape {key.shape}."
             )
         return list(key)
-    require_key(key)
-    return [key] if n is None else [jax.random.fold_in(key, i) for i in range(samples)]
+    if require_key(key).dtype != of_engine.dtype:
+        raise ValueError(f"key must be of the kind of the engine's key, {of_engine.dtype}; got {key.dtype}.")
+    return [key] * samples

@@ -40,7 +40,8 @@ class NewRequest:
 
     * ``prompt``: its token ids.
     * ``most_tokens``: of the prompt and the answer together.
-    * ``sampler``, ``key``: how its tokens are drawn; a typed PRNG key.
+    * ``sampler``, ``key``: how its tokens are drawn; a typed PRNG key, or None for the engine's.
+    * ``folds``: numbers that are folded into the key, one after the other; -1 for none.
     * ``ends``: token ids that end the answer. ``stops``: sequences of token ids that do.
     * ``priority``: larger ones are admitted first. ``arrival``: among equal ones the smaller.
     * ``salt``: requests share pages of equal tokens only where it is the same.
@@ -61,6 +62,7 @@ class NewRequest:
     values: Any = dataclasses.field(default_factory=dict)
     cuts: np.ndarray | None = None
     family: int = -1
+    folds: tuple[int, int] = (-1, -1)
 
 
 class Sizes(eqx.Module):
@@ -125,31 +127,38 @@ class Requests(eqx.Module):
         return dataclasses.replace(rows, status=jnp.full(sizes.requests, Status.FREE, jnp.int32))
 
     @classmethod
-    def of(cls, new: Sequence[NewRequest], sizes: Sizes) -> "Requests":
-        """Rows of waiting requests, which `put` puts into a table of these sizes."""
+    def of(cls, new: Sequence[NewRequest], sizes: Sizes, keys: Any = None) -> "Requests":
+        """Rows of waiting requests, which `put` puts into a table of these sizes. ``keys`` are theirs, if given."""
+        columns = jax.tree.map(jnp.asarray, cls.columns(new, sizes))
+        samplers = Samplers(**columns.pop("samplers"))
+        keys = jnp.stack([request.key for request in new]) if keys is None else keys
+        return cls(**columns, samplers=samplers, keys=keys)
+
+    @classmethod
+    def columns(cls, new: Sequence[NewRequest], sizes: Sizes) -> dict[str, Any]:
+        """The columns of waiting requests but their keys, on the host: an array or a dict of arrays by name."""
         padded = lambda rows, width: _padded(rows, (len(new), width))
         stops = np.full((len(new), sizes.stops, sizes.stop_tokens), -1, np.int32)
         for row, request in enumerate(new):
             for place, stop in enumerate(request.stops):
                 stops[row, place, sizes.stop_tokens - len(stop) :] = stop
-        ints = lambda numbers: jnp.asarray(np.asarray(list(numbers), np.int32))
+        ints = lambda numbers: np.asarray(list(numbers), np.int32)
         lengths = ints(len(request.prompt) for request in new)
-        return cls(
+        return dict(
             tokens=padded([request.prompt for request in new], sizes.tokens),
             prompt=lengths,
             known=lengths,
             most=ints(request.most_tokens for request in new),
-            samplers=Samplers.of([request.sampler for request in new], sizes.biases),
-            keys=jnp.stack([request.key for request in new]),
+            samplers=Samplers.columns([request.sampler for request in new], sizes.biases),
             ends=padded([request.ends for request in new], sizes.ends),
-            stops=jnp.asarray(stops),
+            stops=stops,
             priority=ints(request.priority for request in new),
             arrival=ints(request.arrival for request in new),
             salt=ints(request.salt for request in new),
-            status=jnp.full(len(new), Status.WAITING, jnp.int32),
-            reason=jnp.full(len(new), Reason.NONE, jnp.int32),
-            preemptions=jnp.zeros(len(new), jnp.int32),
-            values={name: jnp.stack([jnp.asarray(r.values[name]) for r in new]) for name in new[0].values},
+            status=np.full(len(new), Status.WAITING, np.int32),
+            reason=np.full(len(new), Reason.NONE, np.int32),
+            preemptions=np.zeros(len(new), np.int32),
+            values={name: np.stack([np.asarray(r.values[name]) for r in new]) for name in new[0].values},
             cuts=_cuts([request.cuts for request in new], sizes.tokens) if sizes.has_cuts else None,
             family=ints(request.family for request in new),
         )
@@ -168,17 +177,17 @@ class Requests(eqx.Module):
         return self.known - self.prompt
 
 
-def _padded(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> Array:
+def _padded(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> np.ndarray:
     table = np.full(shape, -1, np.int32)
     for row, numbers in enumerate(rows):
         table[row, : len(numbers)] = numbers
-    return jnp.asarray(table)
+    return table
 
 
-def _cuts(rows: Sequence[np.ndarray | None], tokens: int) -> Array:
+def _cuts(rows: Sequence[np.ndarray | None], tokens: int) -> np.ndarray:
     places = np.arange(tokens + 1, dtype=np.int32)
     table = np.broadcast_to(places, (len(rows), tokens + 1)).copy()
     for row, cuts in zip(table, rows, strict=True):
         if cuts is not None:
             row[: len(cuts)] = np.maximum.accumulate(np.where(cuts, places[: len(cuts)], 0))
-    return jnp.asarray(table)
+    return table

@@ -1,0 +1,80 @@
+"""From what a launch gives back to handles and events: tokens in order, text up to a stop string, times."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from .handles import Event, FinishReason, Handle
+from .requests import Reason
+
+_NAMES: dict[int, FinishReason] = {
+    Reason.EOS: "eos",
+    Reason.STOP: "stop",
+    Reason.LENGTH: "length",
+    Reason.NO_TOKEN: "no_token",
+}
+
+
+@dataclasses.dataclass
+class Answer:
+    """What one launch has drawn for one request.
+
+    * ``tokens``: in order. * ``reason``: why the device is done with it; None where it is not.
+    * ``drafted``, ``accepted``: drafts that were verified, and how many of the tokens they were.
+    """
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    reason: FinishReason | None = None
+    drafted: int = 0
+    accepted: int = 0
+
+
+def answers_of(events: Any, steps: int) -> dict[int, Answer]:
+    """The answers of a launch by the row of their request."""
+    found: dict[int, Answer] = {}
+    for step, slot in np.argwhere(events.request[:steps] >= 0):
+        own = found.setdefault(int(events.request[step, slot]), Answer())
+        count = int(events.count[step, slot])
+        own.tokens += events.token[step, slot, :count].tolist()
+        own.reason = _NAMES.get(int(events.reason[step, slot]))
+        if events.drafted is not None:
+            own.drafted += int(events.drafted[step, slot])
+            own.accepted += max(count - 1, 0)
+    return found
+
+
+def take(handle: Handle, answer: Answer, now: float) -> Event:
+    """Give a request what was drawn for it, at a time: the event that tells it.
+
+    Tokens after the one that completes a stop string are dropped. An exception of the tokenizer ends this request.
+    """
+    handle.drafted, handle.accepted = handle.drafted + answer.drafted, handle.accepted + answer.accepted
+    tokens, text, reason = answer.tokens, "", answer.reason
+    if handle.reader is not None:
+        try:
+            tokens, text, reason = _read(handle.reader, answer)
+        except Exception as error:
+            tokens, text, reason, handle.error = [], "", "error", error
+    if handle.first_token is None and tokens:
+        handle.first_token = now
+    handle.tokens += tokens
+    handle.text += text
+    if reason is not None:
+        handle.finish_reason, handle.finished = reason, now
+    return Event(handle, tuple(tokens), reason, text)
+
+
+def _read(reader: Any, answer: Answer) -> tuple[list[int], str, FinishReason | None]:
+    text = ""
+    for i, token in enumerate(answer.tokens):
+        text += reader.push(token)
+        if reader.is_stopped:
+            return answer.tokens[: i + 1], text, "stop"
+    text += rest(reader) if answer.reason is not None else ""
+    return answer.tokens, text, "stop" if reader.is_stopped else answer.reason
+
+
+def rest(reader: Any) -> str:
+    """The text that was held back; none without a reader."""
+    return "" if reader is None else reader.finish()

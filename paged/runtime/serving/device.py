@@ -1,0 +1,135 @@
+"""`Device`: the state of the serve loop, and what the host gives to the device in order."""
+
+import collections
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from ..sampling import Sampler
+from . import programs
+from .packing import packed
+from .programs import AT_ONCE
+from .record import StepEvents
+from .requests import NewRequest, Requests, Sizes
+from .state import Counts, Queue, ServeState
+
+
+class Launch(NamedTuple):
+    """What a launch gives back, and whose the rows were when it began."""
+
+    events: StepEvents
+    steps: Any
+    figures: Any
+    handles: Mapping[int, Any]
+
+
+class Device:
+    """The loop's state, which every program takes and gives back, and the launches that have not come back.
+
+    * ``model``, ``state``: what runs. * ``facts``: the static ones of `serve_many`.
+    * ``steps``: of one launch. * ``key``: in which the numbers of requests are folded.
+    """
+
+    def __init__(self, model: Any, state: ServeState, facts: tuple, sizes: Sizes, steps: int, key: PRNGKeyArray):
+        requests = dataclasses.replace(state.queue.requests, keys=jnp.broadcast_to(key, (sizes.requests,)))
+        self.model, self.state = model, dataclasses.replace(state, queue=state.queue.replace(requests=requests))
+        self._facts, self._sizes, self._key = facts, sizes, key
+        self._limit = jnp.asarray(steps, jnp.int32)
+        self.in_flight: collections.deque[Launch] = collections.deque()
+        self.launches = 0
+        self._figures: Any = (Counts.zero(), np.zeros(3, int))
+        self._lost: BaseException | None = None
+
+    def put(self, rows: Sequence[int], new: Sequence[NewRequest]) -> None:
+        """Bring requests into some rows of the table: at most 8, by one transfer."""
+        more = AT_ONCE - len(new)
+        places = np.asarray([*rows, *[self._sizes.requests] * more], np.int32)
+        new = [*new, *[new[-1]] * more]
+        words = packed(places, np.asarray([one.folds for one in new], np.int32), Requests.columns(new, self._sizes))
+        keys = tuple(self._key if one.key is None else one.key for one in new)
+        self._change(lambda queue: programs.put((jnp.asarray(words), keys), queue))
+
+    def end(self, rows: Sequence[int]) -> None:
+        """End the requests in some rows."""
+        for first in range(0, len(rows), AT_ONCE):
+            some = list(rows[first : first + AT_ONCE])
+            numbers = jnp.asarray(some + [-1] * (AT_ONCE - len(some)), jnp.int32)
+            self._change(lambda queue, numbers=numbers: programs.end(numbers, queue))
+
+    def renew(self, model: Any) -> None:
+        """Run another model from now on."""
+        self.model = model
+        self._change(programs.renew)
+
+    def launch(self, handles: Mapping[int, Any]) -> None:
+        """Give the device steps to do. It works on while the host goes on."""
+        with self._keeping_state():
+            state, *told = programs.serve((self.model, self._limit, *self._facts), self.state)
+            self.state = state
+        self.launches += 1
+        self.in_flight.append(Launch(*told, handles=dict(handles)))
+
+    def collect(self) -> tuple[StepEvents, int, Mapping[int, Any]]:
+        """What the oldest launch has drawn: one read of the device. And whose the rows were."""
+        launch = self.in_flight[0]
+        events, steps, self._figures = jax.device_get(launch[:-1])
+        self.in_flight.popleft()
+        return events, int(steps), launch.handles
+
+    def figures(self) -> tuple[Counts, Any]:
+        """Counts and pages: up to now, or while launches run up to the latest that has come back."""
+        if not self.in_flight and self._lost is None:
+            self._figures = jax.device_get(programs.figures(self.state.queue))
+        return self._figures
+
+    def warm_up(self, handles: Mapping[int, Any], *, progress: bool) -> float:
+        """Compile every program, and give each to the device once. The seconds that it took."""
+        begin, queue = time.monotonic(), self.state.queue
+        values = {name: np.zeros(x.shape[1:], x.dtype) for name, x in queue.requests.values.items()}
+        nobody = NewRequest((), 0, Sampler(), None, values=values)
+        parts: dict[str, Callable[[], Any]] = {
+            "uploads": lambda: self.put([self._sizes.requests], [nobody]),
+            "steps": lambda: self.launch(handles),
+            "cancellation": lambda: self.end([-1]),
+            "other weights": lambda: programs.renew(jax.tree.map(jnp.copy, self.state.queue)),
+            "figures": lambda: programs.figures(self.state.queue),
+        }
+        for part in _shown(parts, progress):
+            parts[part]()
+        return time.monotonic() - begin
+
+    def _change(self, change: Callable[[Queue], Queue]) -> None:
+        with self._keeping_state():
+            self.state = dataclasses.replace(self.state, queue=change(self.state.queue))
+
+    @contextlib.contextmanager
+    def _keeping_state(self) -> Iterator[None]:
+        """A program is about to get the state, whose memory it may use for what it gives back."""
+        if self._lost is not None:
+            raise RuntimeError(
+                "The engine's state is gone: an exception, which is this one's cause, came when a program had got its "
+                "memory already. Handles keep the tokens that they have. Make a new engine, and submit the requests "
+                "that are not done again: with keys of their own they draw the same tokens."
+            ) from self._lost
+        try:
+            yield
+        except BaseException as error:
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array)):
+                self._lost = error
+            raise
+
+
+def _shown(parts: Iterable[str], progress: bool) -> Iterable[str]:
+    """The parts, with a bar of progress where tqdm is installed."""
+    if not progress or importlib.util.find_spec("tqdm") is None:
+        return parts
+    return importlib.import_module("tqdm").tqdm(list(parts), desc="compiling", leave=False)

@@ -1,0 +1,215 @@
+"""The host's side of `Engine`: text, stop strings, exceptions, transfers, figures. Its model counts on by bytes."""
+
+import logging
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paged.runtime import Sampler
+from paged.runtime.serving import Engine, device
+from paged.runtime.serving.texts import AnswerText
+
+VOCAB = 256
+
+
+class Counter(eqx.Module):
+    """The next token is the token plus one; after 126 there are no logits."""
+
+    traces: list = eqx.field(static=True)
+    step: jax.Array
+
+    def __call__(self, tokens, batch, state):
+        self.traces.append(tokens.shape[0])
+        logits = 9.0 * jax.nn.one_hot((tokens + self.step) % VOCAB, VOCAB)
+        return jnp.where(tokens[:, None] == 126, jnp.nan, logits), state
+
+
+class _Traces(list):
+    def __hash__(self):
+        return id(self)
+
+    def __eq__(self, other):
+        return self is other
+
+
+class Ascii:
+    """One token for each character; others than ASCII have no text."""
+
+    eos_ids = frozenset({ord("z")})
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        if 125 in ids:
+            raise LookupError("no text of 125")
+        return bytes(ids).decode()
+
+
+MODEL = Counter(_Traces(), jnp.ones((), jnp.int32))
+
+
+def engine(steps=4, tokenizer=True, **options):
+    _, state = eqx.nn.make_with_state(lambda: MODEL)()
+    options = {"num_slots": 3, "max_tokens": 96, "num_pages": 24, "page_size": 8, "max_requests": 6, **options}
+    tokenizer = Ascii() if tokenizer else None
+    return Engine(MODEL, state, chunk_size=6, max_biases=2, steps=steps, tokenizer=tokenizer, **options)
+
+
+def run(served):
+    return list(served.stream())
+
+
+STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
+
+
+@given(st.text("abc", max_size=14), STOPS)
+def test_text_ends_before_the_first_stop_string_and_nothing_of_it_is_given_out(text, stops):
+    ends = [place + 1 for place in range(len(text)) if any(text[: place + 1].endswith(stop) for stop in stops)]
+    longest = max((len(stop) for stop in stops if ends and text[: ends[0]].endswith(stop)), default=0)
+    want = text[: ends[0] - longest] if ends else text
+    reader, out = AnswerText(lambda ids: bytes(ids).decode(), stops), ""
+    for place, character in enumerate(text.encode()):
+        out += reader.push(character)
+        assert want.startswith(out)
+        # What no stop string may begin with is not held back.
+        held = text[len(out) : place + 1]
+        assert reader.is_stopped or not held or any(stop.startswith(held) for stop in stops)
+        assert reader.is_stopped == (bool(ends) and place + 1 >= ends[0])
+    assert out + reader.finish() == want
+
+
+@pytest.mark.kernels
+def test_strings_go_in_and_text_comes_out_up_to_a_stop_string():
+    served = engine()
+    one = served.submit("a", 40, stop=["ij", "jk", "k"])
+    held = served.submit([97], 3, stop="dx")
+    of_ids = served.submit("xa", 40, stop=["??", [101, 102]])
+    ended = served.submit("u", 40)
+    own_end = served.submit("u", 7, eos=())
+    events = run(served)
+    assert (one.text, one.tokens, one.finish_reason) == ("bcdefgh", list(b"bcdefghij"), "stop")
+    assert (held.text, held.finish_reason) == ("bcd", "length")
+    assert (of_ids.text, of_ids.finish_reason) == ("bcdef", "stop")
+    assert (ended.text, ended.finish_reason) == ("vwxyz", "eos") and own_end.text == "vwxyz{|"
+    for handle in (one, held, of_ids, ended, own_end):
+        own = [event for event in events if event.request is handle]
+        assert "".join(event.text for event in own) == handle.text and len(own) > len(handle.tokens) // 4 - 1
+        assert [token for event in own for token in event.tokens] == handle.tokens
+        assert [event.finish_reason for event in own[:-1]] == [None] * (len(own) - 1)
+    assert served.stats().pages_in_use == served.stats().pages_cached  # the stopped one ended on the device too
+    cut = served.submit("a", 40, stop=["bcdefghijkl!"])
+    next(served.stream())
+    served.cancel(cut)
+    run(served)
+    assert cut.text == bytes(cut.tokens).decode() != ""  # what was held back is the text's too
+
+
+@pytest.mark.kernels
+def test_logits_that_are_no_numbers_and_text_that_is_none_end_one_request():
+    served = engine(prefix_cache=False)
+    no_text, other = served.submit("xx", 40, eos=()), served.submit("A", 40, eos=())
+    run(served)
+    assert no_text.finish_reason == "error" and isinstance(no_text.error, LookupError) and no_text.text == "yz{|"
+    assert other.finish_reason == "length" and len(other.text) == 40
+    served = engine(tokenizer=False, prefix_cache=False)
+    no_token, other = served.submit([120], 40), served.submit([65], 40)
+    run(served)
+    assert (no_token.tokens, no_token.finish_reason) == ([121, 122, 123, 124, 125, 126], "no_token")
+    assert len(other.tokens) == 40 and other.text == ""
+
+
+def test_what_no_tokenizer_knows_is_refused():
+    with pytest.raises(TypeError, match=r"tokenizer must have the methods encode\(text\) and decode\(ids\).*got int"):
+        Engine(MODEL, None, num_slots=1, max_tokens=8, tokenizer=3)
+
+
+@pytest.mark.kernels
+def test_an_exception_leaves_the_engine_usable_or_says_that_the_state_is_gone(monkeypatch):
+    served, serve = engine(), device.programs.serve
+
+    def at(call, error, is_after):
+        def raising(*args):
+            calls.append(None)
+            if len(calls) == call:
+                _ = serve(*args) if is_after else None
+                raise error
+            return serve(*args)
+
+        calls = []
+        monkeypatch.setattr(device.programs, "serve", raising)
+
+    handle = served.submit("a", 12)
+    at(2, KeyboardInterrupt, is_after=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(served)
+    with pytest.raises(ZeroDivisionError):
+        for _ in served.stream():
+            raise ZeroDivisionError  # of whoever reads the events
+    run(served)
+    assert handle.text == "bcdefghijklm"
+    handle = served.submit("a", 12)
+    at(2, KeyboardInterrupt, is_after=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(served)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"The engine's state is gone.*Make a new engine") as found:
+            run(served)
+        assert isinstance(found.value.__cause__, KeyboardInterrupt)
+    assert served.stats().done == 1 and not handle.is_done
+
+
+@pytest.mark.kernels
+def test_one_launch_is_one_read_and_one_upload_one_transfer(monkeypatch):
+    reads, puts, outside = [], [], []
+    served = engine(steps=32, prefix_cache=False)
+    served.warmup(progress=False)
+    arrays, get, asarray = type(jnp.zeros(())), jax.device_get, jnp.asarray
+    value = arrays._value
+
+    def counted(x):
+        reads.append(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(arrays, "_value", value)
+            return get(x)
+
+    monkeypatch.setattr(arrays, "_value", property(lambda x: outside.append(x) or value.fget(x)))
+    monkeypatch.setattr(jax, "device_get", counted)
+    monkeypatch.setattr(jnp, "asarray", lambda *args: puts.append(args) or asarray(*args))
+    before = served.stats().steps
+    reads.clear()
+    handles = [served.submit([i, 1], 90, sampler=Sampler(temperature=1e-9), eos=()) for i in range(3)]
+    run(served)
+    assert [handle.tokens[-1] for handle in handles] == [91] * 3 and not outside and len(puts) == 1
+    assert len(reads) - 1 <= (served.stats().steps - before) / 32 + 1  # the last launch finds nothing to do
+
+
+@pytest.mark.kernels
+def test_nothing_compiles_after_the_warmup_whatever_comes(caplog):
+    served = engine()
+    assert served.stats().compile_seconds is None
+    assert served.warmup() == served.stats().compile_seconds > 0 and served.is_idle
+    traced, key = len(MODEL.traces), jax.random.key(3)
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        served.submit("a", 3, n=3, sampler=Sampler(temperature=2.0, top_p=0.5, logit_bias={3: 1.0}), key=key)
+        served.submit("pq", 9, stop=["rs", [115]], priority=3, deadline=9.0, salt=3)
+        served.cancel(served.submit("abcdefghijkl", 9))
+        served.update_model(MODEL)
+        run(served)
+        stats = served.stats()
+    assert len(MODEL.traces) == traced and not [r for r in caplog.records if "ompiling" in r.getMessage()]
+    assert stats.done == 5 and stats.hit_rate is not None and stats.seconds_to_first_token.p50 > 0
+    text = stats.prometheus()
+    assert 'paged_seconds_to_first_token{quantile="0.5"} ' in text and "\npaged_done 5\n" in text
+    assert "# TYPE paged_hit_rate gauge" in text and "None" not in text
+
+
+def test_quantiles_of_nothing_are_none():
+    stats = engine().stats()
+    assert stats.hit_rate is stats.seconds_per_token is None and "per_token" not in stats.prometheus()
+    assert np.all(np.isfinite([stats.done, stats.pages]))
