@@ -43,13 +43,15 @@ def put_packed(words: UInt[Array, "new words"], keys: Sequence[Any], table: Requ
         width = int(np.prod(column.shape[1:]))
         own = words[:, :width].reshape(len(rows), *column.shape[1:])
         found[name], words = jax.lax.bitcast_convert_type(own, column.dtype), words[:, width:]
-    keys = jax.vmap(_folded)(jnp.stack(keys), folds)
+    own_keys = jax.vmap(_folded)(jnp.stack(keys), folds)
     new: dict[str, Any] = {"cuts": None, **{name: x for name, x in found.items() if "." not in name}}
     nested = {
         group: {name[len(group) + 1 :]: x for name, x in found.items() if name.startswith(group + ".")}
         for group in ("samplers", "values")
     }
-    return table.put(rows, Requests(**new, samplers=Samplers(**nested["samplers"]), values=nested["values"], keys=keys))
+    return table.put(
+        rows, Requests(**new, samplers=Samplers(**nested["samplers"]), values=nested["values"], keys=own_keys)
+    )
 
 
 def _columns_of(table: Requests) -> dict[str, Any]:
