@@ -240,7 +240,7 @@ def _engine(speculation, served=None):
             "that one has 5 logits, and the draft model 4",
         ),
         (
-            lambda: serve_step(None, _engine(None)._state, budget=9, speculation=NGramDraft(4)),
+            lambda: serve_step(None, _engine(None)._device.state, budget=9, speculation=NGramDraft(4)),
             ValueError,
             "budget must be at least 10, a row for each slot and each of its drafts; got 9",
         ),
