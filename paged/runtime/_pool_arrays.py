@@ -28,8 +28,9 @@ def counted(ref_counts: Int[Array, " pages"], pages: Int[Array, "..."], change: 
 
 def free_pages(ref_counts: Int[Array, " pages"]) -> Int[Array, " pages"]:
     """The free pages in order, and then as many of the number of pages as there are others."""
-    size = ref_counts.shape[0]
-    return jnp.nonzero(ref_counts == 0, size=size, fill_value=size)[0].astype(jnp.int32)
+    size, is_free = ref_counts.shape[0], ref_counts == 0
+    place = jnp.where(is_free, jnp.cumsum(is_free, dtype=jnp.int32) - 1, size)
+    return jnp.full(size, size, jnp.int32).at[place].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
 
 
 def served_in_order(
@@ -39,15 +40,22 @@ def served_in_order(
 
     Also how many pages of each pool are handed out before each slot's, and how many in all.
     """
+    extra, fits, num_free = vary_alike(extra, fits, num_free)
 
-    def serve(used: Array, request: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        more, may = request
-        is_served = may & jnp.all(more <= num_free - used)
-        return used + jnp.where(is_served, more, 0), (is_served, used)
+    def first_of(ok: Array) -> Array:
+        asked = jnp.where(ok[:, None], extra, 0)
+        return jnp.cumsum(asked, axis=0, dtype=jnp.int32) - asked
 
-    requests, _, used = vary_alike((extra, fits), num_free, jnp.zeros_like(num_free))
-    used, (is_served, first) = jax.lax.scan(serve, used, requests)
-    return is_served, first, used
+    def lacks(ok: Array) -> Array:
+        return ok & jnp.any(first_of(ok) + extra > num_free[None], axis=1)
+
+    def without_first(ok: Array) -> Array:
+        is_lacking = lacks(ok)
+        return ok & ~(is_lacking & (jnp.cumsum(is_lacking, dtype=jnp.int32) == 1))
+
+    # A slot that pages lack for leaves those of the slots after it as they were: so one less in every turn.
+    ok = jax.lax.while_loop(lambda ok: jnp.any(lacks(ok)), without_first, fits)
+    return ok, first_of(ok), jnp.sum(jnp.where(ok[:, None], extra, 0), axis=0, dtype=jnp.int32)
 
 
 def taken(ref_counts: Int[Array, " pages"], used: Int[Array, ""]) -> Int[Array, " pages"]:

@@ -1,6 +1,7 @@
 """What `PagePool.reserve` and `extend` do, for one pool or for several of the same slots."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,11 @@ class Asked(NamedTuple):
     def extra_own(self) -> Int[Array, " seqs"]:
         """How many pages a slot needs in place of a shared one."""
         return self.is_shared.astype(jnp.int32)
+
+    @property
+    def extra(self) -> Int[Array, " seqs"]:
+        """How many pages a slot needs besides those that it has."""
+        return self.needed - self.held + self.extra_own
 
 
 def asked_of(pool: Pool, tokens: Int[Array, " seqs"]) -> Asked:
@@ -63,10 +69,17 @@ def given_to(pool: Pool, asked: Asked, ok: Array, first: Array, used: Array) -> 
 
 def reserve_in_all(pools: Sequence[Pool], tokens: Counts) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
     """`PagePool.reserve` in several pools of the same slots: a slot gets its pages in all of them, or in none."""
-    tokens = slot_counts("tokens", tokens, pools[0].num_slots)
-    asked = [asked_of(pool, tokens) for pool in pools]
-    extra = jnp.stack([own.needed - own.held + own.extra_own for own in asked], axis=1)
-    ok, first, used = served_in_order(extra, asked[0].fits, jnp.stack([pool.num_free for pool in pools]))
+    return reserve_in_each(pools, [slot_counts("tokens", tokens, pools[0].num_slots)] * len(pools))
+
+
+def reserve_in_each(
+    pools: Sequence[Pool], tokens: Sequence[Int[Array, " seqs"]]
+) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
+    """`reserve_in_all` for other tokens in every pool."""
+    asked = [asked_of(pool, own) for pool, own in zip(pools, tokens, strict=True)]
+    extra = jnp.stack([own.extra for own in asked], axis=1)
+    fits = functools.reduce(jnp.logical_and, [own.fits for own in asked])
+    ok, first, used = served_in_order(extra, fits, jnp.stack([pool.num_free for pool in pools]))
     given = [
         given_to(pool, own, ok, first[:, i], used[i]) for i, (pool, own) in enumerate(zip(pools, asked, strict=True))
     ]

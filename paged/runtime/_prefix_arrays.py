@@ -20,14 +20,31 @@ def chain_keys(
 
     The key of page ``l`` is ``key[l - 1] * factor + hash(tokens[l])`` modulo 2**32, for all pages at once.
     """
-    count, size = tokens.shape
-    weights = jnp.asarray(_powers(0x85EBCA6B, size))
+    count = tokens.shape[0]
+    sums = jnp.cumsum(_hashes(tokens) * jnp.asarray(_powers(_INVERSE, count)), dtype=jnp.uint32)
+    return (sums + _seed(salt, epoch)) * jnp.asarray(_powers(_FACTOR, count))
+
+
+def next_keys(
+    before: UInt[Array, " some"],
+    is_first: Bool[Array, " some"],
+    tokens: Int[Array, "some page_size"],
+    salts: Int[Array, " some"],
+    epoch: Int[Array, ""],
+) -> UInt[Array, " some"]:
+    """The keys of pages by those of the pages before them, as `chain_keys` gives them; of first pages by their salt."""
+    return jnp.where(is_first, _seed(salts, epoch), before * jnp.uint32(_FACTOR)) + _hashes(tokens)
+
+
+def _seed(salt: Array, epoch: Array) -> Array:
+    return _mixed(salt.astype(jnp.uint32) * jnp.uint32(0xC2B2AE35) + _mixed(epoch.astype(jnp.uint32)))
+
+
+def _hashes(tokens: Int[Array, "pages page_size"]) -> UInt[Array, " pages"]:
+    weights = jnp.asarray(_powers(0x85EBCA6B, tokens.shape[1]))
     # Not 0, which stays 0 when it is mixed: pages of the token 0 would all have one key.
     mixed = _mixed(tokens.astype(jnp.uint32) + jnp.uint32(0x27D4EB2F))
-    hashes = _mixed(jnp.sum(mixed * weights[None], axis=1, dtype=jnp.uint32))
-    seed = _mixed(salt.astype(jnp.uint32) * jnp.uint32(0xC2B2AE35) + _mixed(epoch.astype(jnp.uint32)))
-    sums = jnp.cumsum(hashes * jnp.asarray(_powers(_INVERSE, count)), dtype=jnp.uint32)
-    return _mixed((sums + seed) * jnp.asarray(_powers(_FACTOR, count)))
+    return _mixed(jnp.sum(mixed * weights[None], axis=1, dtype=jnp.uint32))
 
 
 def _powers(base: int, count: int) -> np.ndarray:
@@ -84,49 +101,49 @@ def common_lengths(
     return jnp.minimum(jnp.min(jnp.where(tokens == wanted[None], size, place), axis=1), jnp.minimum(counts, most))
 
 
-def with_ancestors(is_node: Bool[Array, " nodes"], parents: Int[Array, " nodes"], depth: int) -> Bool[Array, " nodes"]:
-    """These nodes and all their ancestors, by twice as many in every turn. Chains have at most ``depth`` nodes."""
+def with_ancestors(values: UInt[Array, " nodes"], parents: Int[Array, " nodes"]) -> UInt[Array, " nodes"]:
+    """For each node the largest value of it and of all that come after it, by twice as many in every turn."""
     nodes = parents.shape[0]
-    end = jnp.where(parents >= 0, parents, nodes)
-    for _ in range(max(depth - 1, 0).bit_length()):
-        is_node = is_node | jnp.zeros(nodes, bool).at[end].max(is_node, mode="drop")
-        end = jnp.where(end < nodes, end[jnp.minimum(end, nodes - 1)], nodes)
-    return is_node
+
+    def turn(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        values, end = carry
+        return values.at[end].max(values, mode="drop"), jnp.where(end < nodes, end[jnp.minimum(end, nodes - 1)], nodes)
+
+    carry = values, jnp.where(parents >= 0, parents, nodes)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1] < nodes), turn, carry)[0]
 
 
-def with_descendants(
-    is_node: Bool[Array, " nodes"], parents: Int[Array, " nodes"], depth: int
-) -> Bool[Array, " nodes"]:
+def with_descendants(is_node: Bool[Array, " nodes"], parents: Int[Array, " nodes"]) -> Bool[Array, " nodes"]:
     """These nodes and all that come after them, as `with_ancestors` finds those before them."""
-    above = parents
-    for _ in range(max(depth - 1, 0).bit_length()):
-        is_node = is_node | ((above >= 0) & is_node[above])
-        above = jnp.where(above >= 0, above[above], -1)
-    return is_node
+
+    def turn(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        is_node, above = carry
+        return is_node | ((above >= 0) & is_node[above]), jnp.where(above >= 0, above[above], -1)
+
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1] >= 0), turn, (is_node, parents))[0]
 
 
 def oldest(
-    is_node: Bool[Array, " nodes"], last_used: Int[Array, " nodes"], depths: Int[Array, " nodes"], count: Array
+    is_node: Bool[Array, " nodes"], order: UInt[Array, " nodes"], depths: Int[Array, " nodes"], count: Array
 ) -> Bool[Array, " nodes"]:
-    """The ``count`` of these nodes that were used longest ago; of those used at once, the deepest first."""
+    """The ``count`` of these nodes that are first in an order; of equal ones the deepest first."""
     is_taken = jnp.zeros_like(is_node)
-    for order in (last_used, -depths):
+    for key in (order, depths.shape[0] - depths.astype(jnp.uint32)):
         # Those before the ones that the last place falls among; then only these are asked for the next order.
-        last = _number_at(is_node, order, count)
-        is_before = is_node & (order < last)
+        last = _number_at(is_node, key, count)
+        is_before = is_node & (key < last)
         is_taken, count = is_taken | is_before, count - jnp.sum(is_before, dtype=jnp.int32)
-        is_node = is_node & (order == last)
+        is_node = is_node & (key == last)
     return is_taken | (is_node & (jnp.cumsum(is_node, dtype=jnp.int32) <= count))
 
 
 def _number_at(is_node: Array, order: Array, count: Array) -> Array:
     """The largest number below which fewer than ``count`` of the nodes are: by halves, because a sort takes longer."""
-    least, most = jnp.int32(np.iinfo(np.int32).min), jnp.int32(np.iinfo(np.int32).max)
 
     def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # fewer than count are below low, and enough below high, if there are so many
-        middle = (low & high) + ((low ^ high) >> 1)
+        middle = low + ((high - low) >> 1)
         is_enough = jnp.sum(is_node & (order < middle), dtype=jnp.int32) >= count
         return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
 
-    return jax.lax.fori_loop(0, 32, halve, (least, most))[0]
+    return jax.lax.fori_loop(0, 32, halve, (jnp.uint32(0), jnp.uint32(2**32 - 1)))[0]

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, UInt
@@ -14,6 +15,7 @@ from . import _prefix_arrays as _arrays
 from ._arguments import Number
 from ._pool_arrays import counted
 from ._prefix_hit import PrefixHit as PrefixHit
+from ._prefix_order import FREEING, UNNEEDED, order_of_removal
 from ._prefix_pools import kept_at, masks_of, pools_of_groups, require_no_values, with_pools_of_groups
 
 Tokens = Integer[Array | np.ndarray, " tokens"]
@@ -165,16 +167,20 @@ class PrefixCache(eqx.Module):
 
         **Returns:** the new cache and pool, and how many tokens the slot has got. The sequence is prefilled from there.
         """
-        hit = self.lookup(tokens, length, salt)
-        pools = pools_of_groups(pool)
-        is_slot = jnp.arange(pool.num_slots, dtype=jnp.int32) == jnp.asarray(slot, jnp.int32)
-        count = jnp.where(jnp.any(is_slot & pools[0].is_empty), hit.count, 0)
-        is_given, nodes = is_slot & (count > 0), jnp.where(count > 0, hit.nodes, -1)
-        new = []
-        for own, row in zip(pools, hit.pages, strict=True):
-            row = _resized(row, own.pages_per_seq)
-            tables = jnp.broadcast_to(row, own.block_tables.shape)
-            new.append(own.attach(is_given, tables, jnp.broadcast_to(count, own.lengths.shape)))
+        return self.attach_hit(pool, slot, self.lookup(tokens, length, salt))
+
+    def attach_hit(self, pool: Any, slot: Number, hit: PrefixHit) -> tuple["PrefixCache", Any, Int[Array, ""]]:
+        """`attach` for what `lookup` has found, in this cache."""
+        pools, slot = pools_of_groups(pool), jnp.asarray(slot, jnp.int32)
+        is_slot = jnp.arange(pool.num_slots, dtype=jnp.int32) == slot
+        count = jnp.where(jnp.any(is_slot & pool.is_empty), hit.count, 0)
+        nodes, new = jnp.where(count > 0, hit.nodes, -1), []
+        for own, pages in zip(pools, hit.pages, strict=True):
+            row = jnp.where(count > 0, _resized(pages, own.pages_per_seq), -1)
+            counts, tables = counted(own.ref_counts, row, 1), jnp.where(is_slot[:, None], row[None], own.block_tables)
+            lengths = jnp.where(is_slot, count, own.lengths)
+            changed = dataclasses.replace(own, ref_counts=counts, block_tables=tables, lengths=lengths)
+            new.append(jax.tree.map(lambda a, b: jnp.where(count > 0, a, b), changed, own))
         return self._used(nodes), with_pools_of_groups(pool, new), count
 
     def insert(
@@ -237,7 +243,7 @@ class PrefixCache(eqx.Module):
         )
         return room._holding(pool, pools, nodes, tables)
 
-    def evict(self, pool: Any, num_free: Any) -> tuple["PrefixCache", Any]:
+    def evict(self, pool: Any, num_free: Any, *, spare: Number = 0, num_nodes: Number = 0) -> tuple["PrefixCache", Any]:
         """Give up pages until the pool has some number of free ones, or no page can be given up any more.
 
         Those that were used longest ago go first, and of one sequence the last page first. Pinned nodes stay, and those
@@ -248,6 +254,9 @@ class PrefixCache(eqx.Module):
 
         - `pool`: the pool.
         - `num_free`: how many pages shall be free, i32[], or i32[groups] in a `GroupedPool`; may be traced.
+        - `spare`: how many pages more may go that nobody needs, where too few are free: so that the next call finds
+          some.
+        - `num_nodes`: how many nodes shall be free.
 
         **Returns:** the new cache and pool. Whether there are so many says ``pool.num_free``.
         """
@@ -255,27 +264,21 @@ class PrefixCache(eqx.Module):
         wanted = jnp.broadcast_to(jnp.asarray(num_free, jnp.int32), (len(pools),))
         lacking = wanted - jnp.stack([own.num_free for own in pools])
         whole = [lacking[group] for group, mask in enumerate(self.masks) if mask is None]
-        cache = self
-        if whole:
-            count, may_go = jnp.max(jnp.stack(whole)), self._may_go(pools)
-            cache, pools = self._without(pools, _arrays.oldest(may_go, self.last_used, self.depths, count))
-            count -= jnp.sum(may_go, dtype=jnp.int32)  # more than may go without others
-            depth = pools[0].pages_per_seq
-            is_pinned = _arrays.with_ancestors(cache.pins > 0, cache.parents, depth)
-            is_free = (cache.counts > 0) & ~cache._is_held(pools) & ~is_pinned
-            gone = _arrays.oldest(is_free, cache.last_used, cache.depths, count)
-            gone = _arrays.with_descendants(gone, cache.parents, depth)
-            cache, pools = cache._without(pools, gone)
-        pages, new = cache.pages, []
+        count = jnp.max(jnp.stack([*whole, num_nodes - (self.num_nodes - self.num_used)]))
+        order = order_of_removal(self, self._is_held(pools), self.pins > 0)
+        is_unneeded = jnp.sum(order < UNNEEDED, dtype=jnp.int32)
+        count = jnp.where(count > 0, jnp.maximum(count, jnp.minimum(count + spare, is_unneeded)), 0)
+        gone = _arrays.oldest(order < FREEING, order, self.depths, count)
+        cache, pools = self._without(pools, _arrays.with_descendants(gone, self.parents))
+        pages, new, used = cache.pages, [], (cache.last_used + 1).astype(jnp.uint32)
         for group, (own, mask) in enumerate(zip(pools, self.masks, strict=True)):
             if mask is not None:  # a node may do without such a page
                 is_free = (pages[group] >= 0) & (own.ref_counts[pages[group]] == 1) & (cache.pins == 0)
-                gone = _arrays.oldest(is_free, cache.last_used, cache.depths, wanted[group] - own.num_free)
+                count = wanted[group] - own.num_free
+                gone = _arrays.oldest(is_free, used, cache.depths, count + jnp.where(count > 0, spare, 0))
                 counts = counted(own.ref_counts, jnp.where(gone, pages[group], -1), -1)
-                own, pages = (
-                    dataclasses.replace(own, ref_counts=counts),
-                    pages.at[group].set(jnp.where(gone, -1, pages[group])),
-                )
+                own = dataclasses.replace(own, ref_counts=counts)
+                pages = pages.at[group].set(jnp.where(gone, -1, pages[group]))
             new.append(own)
         return dataclasses.replace(cache, pages=pages), with_pools_of_groups(pool, new)
 
@@ -340,11 +343,6 @@ class PrefixCache(eqx.Module):
         last_used = self.last_used.at[at].set(self.clock, mode="drop")
         return dataclasses.replace(self, last_used=last_used, clock=self.clock + 1)
 
-    def _may_go(self, pools: Any) -> Bool[Array, " nodes"]:
-        """The nodes that nobody needs: no slot holds a page of them or of a node after them, and none is pinned."""
-        is_needed = self._is_held(pools) | (self.pins > 0)
-        return (self.counts > 0) & ~_arrays.with_ancestors(is_needed, self.parents, pools[0].pages_per_seq)
-
     def _is_held(self, pools: Any) -> Bool[Array, " nodes"]:
         """The nodes of which a slot holds the page: in the groups that keep every page, if there are any."""
         is_held, has_whole = jnp.zeros(self.num_nodes, bool), None in self.masks
@@ -371,9 +369,10 @@ class PrefixCache(eqx.Module):
     def _with_free_nodes(self, pools: Any, kept: Array, count: Array) -> tuple["PrefixCache", Any]:
         """The cache with ``count`` free nodes, if there are so many besides those that are kept."""
         at = jnp.where(kept >= 0, kept, self.num_nodes)
-        may_go = self._may_go(pools).at[at].set(False, mode="drop")
+        is_fixed = (self.pins > 0).at[at].set(True, mode="drop")
+        order = order_of_removal(self, self._is_held(pools), is_fixed)
         lacking = count - (self.num_nodes - self.num_used)
-        return self._without(pools, _arrays.oldest(may_go, self.last_used, self.depths, lacking))
+        return self._without(pools, _arrays.oldest(order < UNNEEDED, order, self.depths, lacking))
 
     def _holding(self, pool: Any, pools: Any, nodes: Array, tables: Array) -> tuple["PrefixCache", Any]:
         """The cache with the pages of these nodes that it has not held yet, and was used now; and the pool."""

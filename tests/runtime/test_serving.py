@@ -134,6 +134,16 @@ def test_events_come_to_tasks_too():
     assert [token for event in events for token in event.tokens] == list(greedy_ref(MODEL, [5, 6], 7)) == handle.tokens
 
 
+def test_a_request_that_fills_the_pool_finds_its_own_tokens_again():
+    """All pages but none for a copy of the last one, of which it finds the first token."""
+    served, prompt = engine(), [*range(30), 7, 7, 7, 7, 7, 7, 7, 7]
+    for _ in range(2):
+        handle = served.submit(prompt, WIDTH - len(prompt))
+        list(itertools.islice(served.stream(), 9))  # a request that waits forever gives no events
+        assert tuple(handle.tokens) == greedy_ref(MODEL, prompt, 2)
+    assert served.stats().reused_tokens == 36
+
+
 def test_other_weights_find_no_pages_of_those_before():
     served, prompt = engine(), [3, 1, 4, 1, 5, 9, 2, 6, 5]
     for _ in range(2):

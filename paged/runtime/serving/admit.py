@@ -1,61 +1,109 @@
 """Which requests get a slot, which give theirs up, and how many rows each has in a step."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from .._pool_steps import reserve
+from .._pool_requests import asked_of, reserve_in_each
+from .._prefix_pools import pools_of_groups, with_pools_of_groups
 from ..grouped_pool import GroupedPool
 from .requests import Status
-from .reuse import attach, keep, keeping_groups, make_free, waits_for_pages
+from .reuse import attach, keeping_groups, make_free
 from .state import Queue
 
 _LEAST, _MOST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
 
-def admit(queue: Queue) -> Queue:
-    """Give free slots to waiting requests: larger priorities first, then earlier arrivals.
+class _Turn(NamedTuple):
+    """What one turn of `schedule` gives the next one.
 
-    Each gets pages for the tokens that it has. The first that does not fit ends the admission: no later one may
-    overtake it, or it would wait forever.
+    * ``rows``: of the step, for which there are pages once ``is_ready``.
+    * ``admits``: whether another request may be admitted.
     """
 
-    def may(carry: tuple[Queue, Array]) -> Array:
-        queue, fits = carry
-        return fits & jnp.any(~queue.is_running) & jnp.any(queue.is_waiting)
-
-    def one(carry: tuple[Queue, Array]) -> tuple[Queue, Array]:
-        queue, _ = carry
-        row, slot = _first_waiting(queue), jnp.argmin(queue.is_running).astype(jnp.int32)
-        no = lambda queue: (queue, jnp.zeros((), bool))
-        return jax.lax.cond(waits_for_pages(queue, row), no, lambda queue: _begin(queue, slot, row), queue)
-
-    return jax.lax.while_loop(may, one, (queue, jnp.ones((), bool)))[0]
+    queue: Queue
+    rows: Int[Array, " slots"]
+    admits: Bool[Array, ""]
+    is_ready: Bool[Array, ""]
 
 
-def _begin(queue: Queue, slot: Int[Array, ""], row: Int[Array, ""]) -> tuple[Queue, Array]:
-    """Give a request a slot, with what the cache has of its tokens and pages for the others; and whether it fits."""
-    requests, is_slot = queue.requests, jnp.arange(queue.request.shape[0]) == slot
-    found = attach(queue, slot, row)
-    # What it lacks, and one more: of a page that it shares in part it needs a copy. Groups that free pages get theirs
-    # step by step.
-    size, known = queue.pool.page_size, requests.known[row]
-    lacking = 1 + -(-known // size) - found.pool.lengths[slot] // size
-    found = make_free(found, jnp.where(keeping_groups(found), lacking, 0))
-    pool, ok, _ = reserve(found.pool, jnp.where(is_slot, known, 0))
-    fits = ok[slot]
-    status = requests.status.at[jnp.where(fits, row, requests.status.shape[0])].set(Status.RUNNING, mode="drop")
-    begun = found.replace(
-        requests=dataclasses.replace(requests, status=status),
-        pool=pool.release(is_slot & ~fits),
-        request=jnp.where(is_slot & fits, row, queue.request),
-        admission=jnp.where(is_slot & fits, queue.counts.admitted, queue.admission),
-        counts=found.counts.plus(admitted=fits, reused_tokens=jnp.where(fits, found.pool.lengths[slot], 0)),
+def schedule(queue: Queue, budget: int) -> tuple[Queue, Int[Array, " slots"]]:
+    """Give free slots to waiting requests, plan the rows of a step, and get pages for them.
+
+    Requests of larger priorities are admitted first, then those that arrived earlier. Each gets pages for the tokens
+    that it has. The first that does not fit ends the admission: no later one may overtake it, or it would wait forever.
+
+    Then the rows of the step are planned and counted in the pool. Pages that only the prefix cache holds are given up
+    first. While pages lack, the newest sequences give up their slots, and the rows are planned again: such a request
+    waits, with the tokens that it has drawn. The steps of all tokens that are counted have run, so that shared pages
+    which they have copied are let go, and so are pages that no query sees any more.
+
+    **Arguments:**
+
+    - `queue`: before the step.
+    - `budget`: the most rows of a step.
+
+    **Returns:** the queue, whose pool counts the rows; and how many rows each slot has.
+    """
+    queue = _trimmed(queue.replace(pool=queue.pool.settle()))
+    yes = jnp.ones((), bool)
+    # Admission and preemption are turns of one loop, so that XLA compiles what both do once.
+    first = _Turn(queue, jnp.zeros_like(queue.request), yes, ~yes)
+    last = jax.lax.while_loop(lambda turn: ~turn.is_ready, lambda turn: _turn(turn, budget), first)
+    copied = jnp.sum(jnp.where(last.rows > 0, _copies(last.queue.pool), 0))
+    return last.queue.replace(counts=last.queue.counts.plus(copied_pages=copied)), last.rows
+
+
+def _turn(turn: _Turn, budget: int) -> _Turn:
+    """Admit a request, or get the pages of the step, or preempt the newest sequence."""
+    queue = turn.queue
+    row, slot = _first_waiting(queue), jnp.argmin(queue.is_running).astype(jnp.int32)
+    number = jnp.arange(queue.request.shape[0], dtype=jnp.int32)
+    may = turn.admits & jnp.any(~queue.is_running) & jnp.any(queue.is_waiting)
+    queue, waits = attach(queue, may, slot, row)
+    admits = may & ~waits
+    is_slot, rows = (number == slot) & may, jnp.where(admits, 0, plan_rows(queue, budget))
+    queue, fits = _with_pages(queue, rows, is_slot & admits, queue.requests.known[row])
+    # One slot changes: that which is filled, or that of the newest sequence, which gives it up.
+    newest = jnp.argmax(jnp.where(queue.is_running, queue.admission, -1)).astype(jnp.int32)
+    begins, ends = admits & fits, ~admits & ~fits
+    changed = jnp.where(admits, row, jnp.maximum(queue.request[newest], 0))
+    changed = jnp.where(begins | ends, changed, queue.requests.status.shape[0])
+    status = jnp.where(begins, Status.RUNNING, Status.WAITING)
+    status = queue.requests.status.at[changed].set(status, mode="drop")
+    more = queue.requests.preemptions.at[jnp.where(ends, changed, queue.requests.status.shape[0])].add(1, mode="drop")
+    is_emptied = (is_slot & ~begins) | ((number == newest) & ends)
+    lengths = queue.pool.lengths
+    counts = queue.counts.plus(admitted=begins, preempted=ends, reused_tokens=jnp.where(begins, lengths[slot], 0))
+    queue = queue.replace(
+        requests=dataclasses.replace(queue.requests, status=status, preemptions=more),
+        request=jnp.where(is_slot & begins, row, jnp.where(is_emptied, -1, queue.request)),
+        admission=jnp.where(is_slot & begins, queue.counts.admitted, queue.admission),
+        counts=counts,
     )
-    return begun, fits
+    is_some = jnp.any(is_emptied).astype(jnp.int32)
+    pool = jax.lax.fori_loop(0, is_some, lambda _, pool: pool.release(is_emptied), queue.pool)
+    is_ready = ~admits & fits
+    queue = queue.replace(pool=pool).with_lengths(jnp.where(is_ready, pool.lengths + rows, pool.lengths))
+    return _Turn(queue, rows, begins, is_ready)
+
+
+def _with_pages(
+    queue: Queue, rows: Int[Array, " slots"], is_new: Bool[Array, " slots"], known: Int[Array, ""]
+) -> tuple[Queue, Bool[Array, ""]]:
+    """The queue with pages for rows of slots, or for the known tokens of a new one; and whether there are enough."""
+    lengths = queue.pool.lengths
+    more = jnp.where(is_new, known - lengths, rows)
+    # Of a new sequence, groups that free pages get theirs step by step.
+    wanted = [jnp.where(keep | ~is_new, more, 0) for keep in keeping_groups(queue)]
+    tokens = [jnp.where(own > 0, lengths + own, 0) for own in wanted]
+    pairs = zip(pools_of_groups(queue.pool), tokens, strict=True)
+    queue = make_free(queue, jnp.stack([jnp.sum(asked_of(own, of).extra, dtype=jnp.int32) for own, of in pairs]), more)
+    pools, ok = reserve_in_each(pools_of_groups(queue.pool), tokens)
+    return queue.replace(pool=with_pools_of_groups(queue.pool, pools)), jnp.all(ok)
 
 
 def _first_waiting(queue: Queue) -> Int[Array, ""]:
@@ -95,42 +143,9 @@ def _up_to_cuts(cuts: Array, lengths: Array, wanted: Array, order: Array, left: 
     return jnp.zeros_like(wanted).at[order].set(jax.lax.scan(one, left, order)[1])
 
 
-def make_room(queue: Queue, rows: Int[Array, " slots"]) -> tuple[Queue, Int[Array, " slots"]]:
-    """Count the step's rows in the pool. The newest sequences give up their slots until there are pages.
-
-    Pages that only the prefix cache holds are given up first. The steps of all tokens that are counted have run, so
-    that shared pages which they have copied are let go, and so are pages that no query sees any more.
-
-    **Returns:** the queue, and the rows of the slots that are left. A preempted request waits again, with the tokens
-    that it has drawn.
-    """
-
-    def extended(queue: Queue, rows: Array) -> tuple:
-        pool, ok = queue.pool.extend(rows)
-        return pool, jnp.all(ok)
-
-    def preempt(carry: tuple) -> tuple:
-        queue, rows, *_ = carry
-        newest = jnp.argmax(jnp.where(queue.is_running, queue.admission, -1))
-        is_newest = jnp.arange(rows.shape[0]) == newest
-        queue = keep(queue, is_newest, is_newest)
-        queue = queue.with_column(is_newest, preemptions=queue.of_slots.preemptions + 1)
-        queue = queue.without(is_newest & queue.is_running, Status.WAITING)
-        queue, rows = queue.replace(counts=queue.counts.plus(preempted=1)), jnp.where(is_newest, 0, rows)
-        queue = make_free(queue, _most_new_pages(queue, rows))
-        return queue, rows, *extended(queue, rows)
-
-    start = _trimmed(queue.replace(pool=queue.pool.settle()))
-    start = make_free(start, _most_new_pages(start, rows))
-    queue, rows, pool, _ = jax.lax.while_loop(lambda carry: ~carry[-1], preempt, (start, rows, *extended(start, rows)))
-    copied = jnp.sum(jnp.where(rows > 0, _copies(pool), 0))
-    return queue.replace(pool=pool, counts=queue.counts.plus(copied_pages=copied)), rows
-
-
 def _copies(pool: Any) -> Array:
     """For each slot how many pages its next step copies, of all groups."""
-    pools = pool.pools if isinstance(pool, GroupedPool) else (pool,)
-    return jnp.sum(jnp.stack([own.copy_from >= 0 for own in pools]), axis=0, dtype=jnp.int32)
+    return jnp.sum(jnp.stack([own.copy_from >= 0 for own in pools_of_groups(pool)]), axis=0, dtype=jnp.int32)
 
 
 def _trimmed(queue: Queue) -> Queue:
@@ -141,10 +156,3 @@ def _trimmed(queue: Queue) -> Queue:
     trimmed = pool.trim(queue.of_slots.values or None)
     entries = lambda pool: sum(jnp.sum(own.block_tables >= 0, dtype=jnp.int32) for own in pool.pools)
     return queue.replace(pool=trimmed, counts=queue.counts.plus(freed_pages=entries(pool) - entries(trimmed)))
-
-
-def _most_new_pages(queue: Queue, rows: Int[Array, " slots"]) -> Int[Array, ""]:
-    """Pages that a step needs at most: those of its tokens, and for each slot a copy of a page that others hold."""
-    lengths, size = queue.pool.lengths, queue.pool.page_size
-    crossed = -(-(lengths + rows) // size) - -(-lengths // size)
-    return jnp.sum(jnp.where(rows > 0, crossed + (lengths % size > 0).astype(jnp.int32), 0), dtype=jnp.int32)

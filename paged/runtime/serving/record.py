@@ -75,7 +75,7 @@ def record(
     is_done = reason != Reason.NONE
     queue = queue.with_column(is_done, reason=reason)
     is_prefilled = (rows > 0) & (rows > jnp.where(draws, 1, 0))
-    queue = keep(queue, is_prefilled | is_done, is_done)
+    queue = keep(queue, is_done)
     events = StepEvents(jnp.where(draws, queue.request, -1), token, count, reason, drafted=drafted)
     counts = queue.counts.plus(
         steps=1,

@@ -1,6 +1,6 @@
 """Pages of tokens that were computed before: of other samples of a prompt, and of the prefix cache."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,37 +9,118 @@ from jaxtyping import Array, Bool, Int
 from paged.spec import LARGEST_INT32
 
 from .._groups import keeps_all
+from .._prefix_hit import PrefixHit
+from .._prefix_pages import LATER, NextPages, with_pages
+from .._prefix_pools import pools_of_groups, with_pools_of_groups
 from ..grouped_pool import GroupedPool
-from .state import Queue
+from .state import Counts, Queue
+
+# For how many slots a page is put into the cache at once.
+_AT_ONCE = 16
 
 
-def attach(queue: Queue, slot: Int[Array, ""], row: Int[Array, ""]) -> Queue:
-    """Give an empty slot the pages of a request's first tokens that others hold.
+class _Changing(NamedTuple):
+    """What changes of a queue here: a loop that carries its table of requests too would copy all tokens."""
+
+    cache: Any
+    pool: Any
+    kept: Int[Array, " slots"]
+    nodes: Int[Array, " slots"]
+    counts: Counts
+
+    @classmethod
+    def of(cls, queue: Queue) -> "_Changing":
+        return cls(queue.cache, queue.pool, queue.kept, queue.nodes, queue.counts)
+
+    def put(self, queue: Queue) -> Queue:
+        """The queue with these parts."""
+        return queue.replace(**self._asdict())
+
+
+def attach(
+    queue: Queue, may: Bool[Array, ""], slot: Int[Array, ""], row: Int[Array, ""]
+) -> tuple[Queue, Bool[Array, ""]]:
+    """Give an empty slot, if it may, the pages of a request's first tokens that others hold.
 
     A sample begins with the pages of another one of its prompt. Else there is the longest beginning that the prefix
     cache has: for a sample with tokens of its own too. At least the last token is computed: a token is drawn from its
     logits.
+
+    **Returns:** the queue, and whether the request should rather wait: a running one is computing tokens with which
+    this one begins, another sample of its prompt, or with a prefix cache whole pages. It would compute them again, and
+    finds them a few steps later.
     """
+    queue, is_shared, waits = _share(queue, may, slot, row)
+    if queue.cache is None:
+        return queue, waits
+    cache, size = queue.cache, queue.pool.page_size
+
+    def found() -> tuple[PrefixHit, Array]:
+        requests, others = queue.requests, queue.of_slots
+        tokens, known, salt = requests.tokens[row], requests.known[row], requests.salt[row]
+        hit = _fitting(queue, cache.lookup(tokens, known - 1, salt), known)
+        place = jnp.arange(tokens.shape[0], dtype=jnp.int32)[None]
+        common = jnp.min(jnp.where(others.tokens == tokens[None], tokens.shape[0], place), axis=1)
+        common = jnp.minimum(common, jnp.minimum(known - 1, others.known)) // size * size
+        computes = queue.is_running & (others.salt == salt) & (common > queue.pool.lengths)
+        return hit, jnp.any(computes & (common > hit.count))
+
+    def attached(_: Any, changing: _Changing) -> _Changing:
+        cache, pool, kept, nodes, counts = changing
+        cache, pool, _ = cache.attach_hit(pool, slot, hit)
+        whole = hit.count // size
+        node = jnp.where(whole > 0, hit.nodes[jnp.maximum(whole - 1, 0)], -1)
+        return _Changing(cache, pool, kept.at[slot].set(whole), nodes.at[slot].set(node), counts)
+
+    # A branch, because XLA would search before a loop that is not entered. It gives little, so that little is copied.
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found))
+    hit, is_coming = jax.lax.cond(may & ~is_shared & ~waits, found, lambda: nothing)
+    gets = may & ~is_shared & ~waits & ~is_coming
+    queue = jax.lax.fori_loop(0, gets.astype(jnp.int32), attached, _Changing.of(queue)).put(queue)
+    return queue, waits | is_coming
+
+
+def _fitting(queue: Queue, hit: PrefixHit, known: Int[Array, ""]) -> PrefixHit:
+    """The hit without a page that is not whole, where there is no room for a copy beside it.
+
+    A sequence that fills the pool would wait for this copy forever.
+    """
+    size, pools = queue.pool.page_size, pools_of_groups(queue.pool)
+    whole, is_tight = hit.count // size, jnp.zeros((), bool)
+    for own, pages, cached, keeps in zip(pools, hit.pages, pages_cached(queue), keeping_groups(queue), strict=True):
+        taken = jnp.sum((pages >= 0) & (own.ref_counts[pages] == 1), dtype=jnp.int32)
+        if keeps:
+            is_tight |= own.num_free + cached - taken < -(-known // size) - whole
+    is_left = (jnp.arange(hit.nodes.shape[0], dtype=jnp.int32) < whole) | ~is_tight
+    pages = jnp.where(is_left[None], hit.pages, -1)
+    return PrefixHit(jnp.where(is_tight, whole * size, hit.count), jnp.where(is_left, hit.nodes, -1), pages)
+
+
+def _share(
+    queue: Queue, may: Bool[Array, ""], slot: Int[Array, ""], row: Int[Array, ""]
+) -> tuple[Queue, Bool[Array, ""], Bool[Array, ""]]:
+    """Give a slot the prompt's pages of another sample; whether it has got them, and whether it should rather wait."""
     requests, source = queue.requests, _sample_with_prompt(queue, row)
-    tokens, known, salt = requests.tokens[row], requests.known[row], requests.salt[row]
+    waits = jnp.any(_is_of_family(queue, row) & _is_on_its_way(queue, row)) & (source < 0)
+    has_more = (requests.known[row] > requests.prompt[row]) if queue.cache is not None else jnp.zeros((), bool)
 
-    def shared() -> Queue:
-        slots = queue.request.shape
-        given, prompt = jnp.arange(slots[0]) == slot, jnp.broadcast_to(requests.prompt[row] - 1, slots)
-        if not isinstance(queue.pool, GroupedPool):
-            return queue.replace(pool=queue.pool.share(jnp.where(given, source, -1), prompt)[0])
+    def shared(_: Any, carry: tuple) -> tuple:
+        pool, kept, nodes, _ = carry
+        slots, prompt = queue.request.shape, requests.prompt[row] - 1
+        at = jnp.where(jnp.arange(slots[0], dtype=jnp.int32) == slot, source, -1)
         values = {name: jnp.broadcast_to(x[row], (*slots, *x.shape[1:])) for name, x in requests.values.items()}
-        pool, ok = queue.pool.share(jnp.where(given, source, -1), prompt, values)
-        return jax.lax.cond(ok[slot], lambda: queue.replace(pool=pool), of_cache)  # some pages may be freed
+        of_groups = (values,) if isinstance(pool, GroupedPool) else ()
+        pool, ok = pool.share(at, jnp.broadcast_to(prompt, slots), *of_groups)  # some pages may be freed
+        if queue.cache is not None:
+            parents, whole = queue.cache.parents, jnp.minimum(kept[source], prompt // pool.page_size)
+            node = jax.lax.fori_loop(0, kept[source] - whole, lambda _, node: parents[node], nodes[source])
+            kept, nodes = kept.at[slot].set(whole), nodes.at[slot].set(jnp.where(whole > 0, node, -1))
+        return pool, kept, nodes, ok[slot]
 
-    def of_cache() -> Queue:
-        if queue.cache is None:
-            return queue
-        cache, pool, _ = queue.cache.attach(queue.pool, slot, tokens, known - 1, salt)
-        return queue.replace(cache=cache, pool=pool)
-
-    has_more = (known > requests.prompt[row]) if queue.cache is not None else jnp.zeros((), bool)
-    return jax.lax.cond((source >= 0) & ~has_more, shared, of_cache)
+    shares = may & (source >= 0) & ~has_more
+    carry = queue.pool, queue.kept, queue.nodes, jnp.zeros((), bool)
+    pool, kept, nodes, is_shared = jax.lax.fori_loop(0, shares.astype(jnp.int32), shared, carry)
+    return queue.replace(pool=pool, kept=kept, nodes=nodes), is_shared, waits
 
 
 def _sample_with_prompt(queue: Queue, row: Int[Array, ""]) -> Int[Array, ""]:
@@ -63,69 +144,73 @@ def _is_on_its_way(queue: Queue, row: Int[Array, ""]) -> Bool[Array, " slots"]:
     return queue.pool.lengths < queue.requests.prompt[row] - 1
 
 
-def waits_for_pages(queue: Queue, row: Int[Array, ""]) -> Bool[Array, ""]:
-    """Whether a running request is computing tokens with which this one begins: another sample of its prompt, or with
-    a prefix cache whole pages.
-
-    It would compute them again, and finds them a few steps later.
-    """
-    is_coming = jnp.any(_is_of_family(queue, row) & _is_on_its_way(queue, row)) & (_sample_with_prompt(queue, row) < 0)
-    if queue.cache is None:
-        return is_coming
-    requests, others, size = queue.requests, queue.of_slots, queue.pool.page_size
-    place = jnp.arange(requests.tokens.shape[1], dtype=jnp.int32)
-    known = jnp.minimum(requests.known[row] - 1, others.known)[:, None]
-    is_same = (others.tokens == requests.tokens[row][None]) & (place[None] < known)
-    common = jnp.sum(jnp.cumsum(~is_same, axis=1) == 0, axis=1, dtype=jnp.int32) // size * size
-    computes = queue.is_running & (others.salt == requests.salt[row]) & (common > queue.pool.lengths)
-    found = queue.cache.lookup(requests.tokens[row], requests.known[row] - 1, requests.salt[row]).count
-    return is_coming | jnp.any(computes & (common > found))
-
-
-def keeping_groups(queue: Queue) -> Array:
-    """Which groups of layers keep every page, bool[groups]; of one pool it is bool[]."""
+def keeping_groups(queue: Queue) -> list[bool]:
+    """Which groups of layers keep every page."""
     if not isinstance(queue.pool, GroupedPool):
-        return jnp.ones((), bool)
-    return jnp.asarray([keeps_all(masks) for masks in queue.pool.masks])
+        return [True]
+    return [keeps_all(masks) for masks in queue.pool.masks]
 
 
-def make_free(queue: Queue, pages: Array) -> Queue:
-    """Give up pages of the cache until so many are free, if they are not already."""
+def make_free(queue: Queue, pages: Int[Array, " groups"], rows: Int[Array, " slots"]) -> Queue:
+    """Give up pages of the cache until so many are free in each group, if they are not already.
+
+    And nodes, for the pages of the tokens that slots have and of so many more rows.
+    """
     if queue.cache is None:
         return queue
+    pools, cache = pools_of_groups(queue.pool), queue.cache
+    entries = -(-(queue.pool.lengths + rows) // queue.pool.page_size)
+    nodes = jnp.sum(jnp.where(queue.is_running, entries - queue.kept, 0), dtype=jnp.int32)
+    free, cached = jnp.stack([own.num_free for own in pools]), pages_cached(queue)
+    # Where all that the cache could give up is not enough, it keeps what it has.
+    lacks = (jnp.any(free < pages) & jnp.all(free + cached >= pages)) | (cache.num_nodes - cache.num_used < nodes)
 
-    def evicted(queue: Queue) -> Queue:
-        held: Any = queue.cache
-        before = jnp.sum(queue.pool.num_free)
-        cache, pool = held.evict(queue.pool, pages)
-        gone = jnp.sum(pool.num_free) - before
-        return queue.replace(cache=cache, pool=pool, counts=queue.counts.plus(evicted_pages=gone))
+    def evicted(_: Any, changing: _Changing) -> _Changing:
+        held, pool, kept, of_slots, counts = changing
+        # Some more than are needed: each search takes longer than a step.
+        cache, pool = held.evict(pool, pages, spare=of_slots.shape[0], num_nodes=nodes)
+        gone = jnp.sum(jnp.stack([own.num_free for own in pools_of_groups(pool)])) - jnp.sum(free)
+        is_lost = (of_slots >= 0) & (cache.counts[of_slots] == 0)
+        kept, of_slots = jnp.where(is_lost, 0, kept), jnp.where(is_lost, -1, of_slots)
+        return _Changing(cache, pool, kept, of_slots, counts.plus(evicted_pages=gone))
 
-    return jax.lax.cond(jnp.all(queue.pool.num_free >= pages), lambda queue: queue, evicted, queue)
+    return jax.lax.fori_loop(0, lacks.astype(jnp.int32), evicted, _Changing.of(queue)).put(queue)
 
 
-def keep(queue: Queue, which: Bool[Array, " slots"], is_last: Bool[Array, " slots"]) -> Queue:
-    """Put the whole pages of some slots into the cache, and of those that are at their end the last page too."""
+def keep(queue: Queue, is_last: Bool[Array, " slots"]) -> Queue:
+    """Put pages that have become whole into the cache, and of slots that are at their end the last page too."""
     if queue.cache is None:
         return queue
+    slots, size, some = queue.request.shape[0], queue.pool.page_size, min(_AT_ONCE, queue.request.shape[0])
+    lengths = queue.pool.lengths
+    entries = jnp.where(is_last, -(-lengths // size), lengths // size)
 
-    def one(carry: tuple[Queue, Array]) -> tuple[Queue, Array]:
-        queue, left = carry
-        slot = jnp.argmax(left).astype(jnp.int32)
-        row, requests = jnp.maximum(queue.request[slot], 0), queue.requests
-        length, salt = queue.pool.lengths[slot], requests.salt[row]
-        how = {"has_partial": is_last[slot]}
-        held: Any = queue.cache
-        cache, pool = held.insert(queue.pool, slot, requests.tokens[row], length, salt, **how)
-        return queue.replace(cache=cache, pool=pool), left & (jnp.arange(left.shape[0]) != slot)
+    def one(carry: tuple[_Changing, Array]) -> tuple[_Changing, Array]:
+        (cache, pool, kept, nodes, counted), left = carry
+        slot = jnp.nonzero(left, size=some, fill_value=slots)[0].astype(jnp.int32)
+        at = jnp.minimum(slot, slots - 1)
+        own, depths, requests = jnp.maximum(queue.request[at], 0), kept[at], queue.requests
+        counts = jnp.where(slot < slots, jnp.clip(lengths[at] - depths * size, 0, size), 0)
+        place = depths[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
+        tokens = requests.tokens[own[:, None], jnp.minimum(place, requests.tokens.shape[1] - 1)]
+        tokens = jnp.where(place < lengths[at][:, None], tokens, -1)
+        pools = pools_of_groups(pool)
+        pages = jnp.stack([each.block_tables[at, jnp.minimum(depths, each.pages_per_seq - 1)] for each in pools])
+        new = NextPages(nodes[at], depths, tokens, counts, requests.salt[own], pages)
+        cache, pools, of_pages = with_pages(cache, pools, new)
+        to = jnp.where(of_pages >= 0, slot, slots)
+        kept, nodes = kept.at[to].add(1, mode="drop"), nodes.at[to].set(of_pages, mode="drop")
+        # A page that cannot be kept ends the chain of its slot, until the next step.
+        left = (left & (kept < entries)).at[jnp.where(of_pages == LATER, slots, slot)].min(of_pages >= 0, mode="drop")
+        return _Changing(cache, with_pools_of_groups(pool, pools), kept, nodes, counted), left
 
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), one, (queue, which & queue.is_running))[0]
+    left = queue.is_running & (queue.kept < entries)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), one, (_Changing.of(queue), left))[0].put(queue)
 
 
-def pages_cached(queue: Queue) -> Array:
+def pages_cached(queue: Queue) -> Int[Array, " groups"]:
     """For each group, how many pages nobody but the cache holds."""
     if queue.cache is None:
         return jnp.zeros(1, jnp.int32)
-    pools = queue.pool.pools if isinstance(queue.pool, GroupedPool) else (queue.pool,)
-    pairs = zip(pools, queue.cache.pages, strict=True)
+    pairs = zip(pools_of_groups(queue.pool), queue.cache.pages, strict=True)
     return jnp.stack([jnp.sum((pages >= 0) & (own.ref_counts[pages] == 1), dtype=jnp.int32) for own, pages in pairs])

@@ -85,7 +85,7 @@ def _with_room(
     lengths, size = queue.pool.lengths, queue.pool.page_size
     entries = jnp.stack([own.entries for own in pools_of_groups(queue.pool)])
     lacking = jnp.sum(jnp.maximum(-(-(lengths + count)[None] // size) - entries, 0), axis=1, dtype=jnp.int32)
-    queue = make_free(queue, lacking.reshape(queue.pool.num_free.shape))
+    queue = make_free(queue, lacking, count)
     pool, ok = queue.pool.reserve(jnp.where(count > 0, lengths + count, 0))
     held = jnp.min(entries, axis=0) * size - lengths
     return queue.replace(pool=pool), jnp.where(ok, count, jnp.clip(held, 0, count))

@@ -54,6 +54,8 @@ class Queue(eqx.Module):
     * ``request`` i32[slots]: the row of the request in each slot; -1 for none.
     * ``admission`` i32[slots]: the number of the admission that filled the slot: the largest is the newest.
     * ``cache``: pages of tokens that were computed before; None where none are kept.
+    * ``kept``, ``nodes`` i32[slots]: how many pages of each slot, in token order, are in the cache, and the node of the
+      last one, -1 for none. Of a slot without a request, anything.
     * ``counts``: what has been done.
     """
 
@@ -62,13 +64,15 @@ class Queue(eqx.Module):
     request: Int[Array, " slots"]
     admission: Int[Array, " slots"]
     cache: PrefixCache | None
+    kept: Int[Array, " slots"]
+    nodes: Int[Array, " slots"]
     counts: Counts
 
     @classmethod
     def init(cls, requests: Requests, pool: Any, cache: PrefixCache | None = None) -> "Queue":
         """A queue in which no slot has a request."""
         nobody, zero = jnp.full(pool.num_slots, -1, jnp.int32), jnp.zeros(pool.num_slots, jnp.int32)
-        return cls(requests, pool, nobody, zero, cache, Counts.zero())
+        return cls(requests, pool, nobody, zero, cache, zero, nobody, Counts.zero())
 
     @property
     def is_running(self) -> Bool[Array, " slots"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from paged.spec import Minimum
 
-from .admit import admit, make_room, plan_rows
+from .admit import schedule
 from .figures import StepFigures
 from .forward import forward
 from .record import StepEvents, record
@@ -43,9 +43,7 @@ def serve_step(
     least = slots if speculation is None else slots * (1 + speculation.num_tokens)
     if budget < least:
         raise ValueError(f"budget must be at least {least}, a row for each slot and each of its drafts; got {budget}.")
-    queue = admit(state.queue)
-    rows = plan_rows(queue, budget)
-    queue, rows = make_room(queue, rows)
+    queue, rows = schedule(state.queue, budget)
     figures = StepFigures.of(state.queue, queue, rows) if has_figures else None
     drafts, draft_state = None, state.draft_state
     if speculation is not None:
