@@ -48,7 +48,6 @@ def schedule(queue: Queue, budget: int) -> tuple[Queue, Int[Array, " slots"]]:
 
     **Returns:** the queue, whose pool counts the rows; and how many rows each slot has.
     """
-    queue = _trimmed(queue.replace(pool=queue.pool.settle()))
     yes = jnp.ones((), bool)
     # Admission and preemption are turns of one loop, so that XLA compiles what both do once.
     first = _Turn(queue, jnp.zeros_like(queue.request), yes, ~yes)
@@ -65,6 +64,7 @@ def _turn(turn: _Turn, budget: int) -> _Turn:
     may = turn.admits & jnp.any(~queue.is_running) & jnp.any(queue.is_waiting)
     queue, waits = attach(queue, may, slot, row)
     admits = may & ~waits
+    queue = _settled(queue, ~admits)  # not before: others may share pages that a slot is about to give up
     is_slot, rows = (number == slot) & may, jnp.where(admits, 0, plan_rows(queue, budget))
     queue, fits = _with_pages(queue, rows, is_slot & admits, queue.requests.known[row])
     # One slot changes: that which is filled, or that of the newest sequence, which gives it up.
@@ -148,11 +148,17 @@ def _copies(pool: Any) -> Array:
     return jnp.sum(jnp.stack([own.copy_from >= 0 for own in pools_of_groups(pool)]), axis=0, dtype=jnp.int32)
 
 
-def _trimmed(queue: Queue) -> Queue:
-    """The queue without the pages that masks hide from every later query of their slot."""
-    pool = queue.pool
-    if not isinstance(pool, GroupedPool):
-        return queue
-    trimmed = pool.trim(queue.of_slots.values or None)
+def _settled(queue: Queue, may: Bool[Array, ""]) -> Queue:
+    """The queue without the pages that steps have copied, or that masks hide from every later query of their slot."""
     entries = lambda pool: sum(jnp.sum(own.block_tables >= 0, dtype=jnp.int32) for own in pool.pools)
-    return queue.replace(pool=trimmed, counts=queue.counts.plus(freed_pages=entries(pool) - entries(trimmed)))
+
+    def settled(_: Any, carry: tuple) -> tuple:
+        pool, counts = carry
+        pool = pool.settle()
+        if not isinstance(pool, GroupedPool):
+            return pool, counts
+        trimmed = pool.trim(queue.of_slots.values or None)
+        return trimmed, counts.plus(freed_pages=entries(pool) - entries(trimmed))
+
+    pool, counts = jax.lax.fori_loop(0, may.astype(jnp.int32), settled, (queue.pool, queue.counts))
+    return queue.replace(pool=pool, counts=counts)
