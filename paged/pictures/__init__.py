@@ -7,4 +7,6 @@ from ._mask import mask as mask
 from ._pages import pages as pages
 from ._picture import Page as Page
 from ._picture import Picture as Picture
+from ._pool import pool as pool
 from ._schedule import schedule as schedule
+from ._steps import steps as steps

@@ -143,14 +143,17 @@ class Canvas:
         self._down_to(y + height * rows)
 
     def legend(self, x: Number, y: Number, entries: Sequence[tuple[str, str]], width: Number) -> Number:
-        """Write what the letters of tiles mean, in as many lines as needed. Gives the base line after the last."""
+        """Write what letters of tiles and names of patterns mean. Gives the base line of a line after the last."""
         left, size = x, 12
         for letter, words in entries:
             needed = 22 + text_width(words, size)
             if left > x and left + needed > x + width:
                 left, y = x, y + 20
             self.rect(left, y - 11, 14, 14, "o")
-            self.tiles(left, y - 11, 14, 14, [[letter]])
+            if letter in PATTERNS:
+                self.path(f"M{_n(left)} {_n(y - 11)}h14v14h-14z", "l", pattern=letter)
+            elif letter:
+                self.tiles(left, y - 11, 14, 14, [[letter]])
             self.text(left + 20, y, words, size=size)
             left += needed + 16
         return y + 20

@@ -41,6 +41,8 @@ from .serving import Handle as Handle
 from .serving import ModelDraft as ModelDraft
 from .serving import NGramDraft as NGramDraft
 from .serving import Quantiles as Quantiles
+from .serving import Recorder as Recorder
+from .serving import StepRecord as StepRecord
 from .stacked_state import StackedState as StackedState
 from .stacked_state import pools_of as pools_of
 from .text_stream import TextStream as TextStream

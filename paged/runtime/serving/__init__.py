@@ -7,6 +7,8 @@ from .handles import Event as Event
 from .handles import Handle as Handle
 from .intake import Intake as Intake
 from .record import StepEvents as StepEvents
+from .records import Recorder as Recorder
+from .records import StepRecord as StepRecord
 from .requests import NewRequest as NewRequest
 from .requests import Reason as Reason
 from .requests import Requests as Requests

@@ -21,6 +21,7 @@ from .drafting import ModelDraft
 from .handles import Event, FinishReason, Handle
 from .intake import keys_of_samples, require_key
 from .programs import AT_ONCE, MOST_STEPS
+from .records import Recorder, StepRecord
 from .requests import NewRequest
 from .setup import Setup
 from .speculation import Speculation
@@ -78,6 +79,7 @@ class Engine:
         steps: int = 16,
         speculation: Speculation | None = None,
         tokenizer: Any = None,
+        record: bool = False,
         key: PRNGKeyArray | None = None,
     ):
         """**Arguments:**
@@ -101,6 +103,7 @@ class Engine:
           more than pages, and for a draft model of other tokens or fewer pages.
         - `tokenizer`: the model's, with ``encode(text)`` and ``decode(ids)``, such as a `Tokenizer`. With one, prompts
           and stops may be strings, events bring text, and its ``eos_ids``, if it has such, end answers.
+        - `record`: whether `records` keeps what each step did, for `paged.pictures`. Each step then counts pages too.
         - `key`: a typed PRNG key. A request without a key of its own draws by this one and its number.
 
         Raises ``ValueError`` or ``TypeError`` that names the argument.
@@ -121,7 +124,8 @@ class Engine:
         if isinstance(speculation, ModelDraft):
             served, speculation = ServeState(queue, state, speculation.state), speculation.without_state
         self._key = own_key
-        self._device = Device(model, served, (*facts, speculation), intake.sizes, steps, own_key)
+        self._device = Device(model, served, (*facts, speculation, record), intake.sizes, steps, own_key)
+        self._recorder = Recorder.of(queue) if record else None
         self._new_model: Any = None
         self._handles: dict[int, Handle] = {}  # by row
         self._free = collections.deque(range(intake.sizes.requests))
@@ -132,6 +136,13 @@ class Engine:
         self._submitted = self._done = self._drafted = self._accepted = 0
         self._times, self._compile_seconds = Times(), None
         self._lock = threading.Lock()
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """What each step did that has come back, for `paged.pictures`. ``ValueError`` unless ``record=True``."""
+        if self._recorder is None:
+            raise ValueError("The engine keeps no records: make it with Engine(..., record=True).")
+        return self._recorder.records
 
     @property
     def is_idle(self) -> bool:
@@ -330,6 +341,8 @@ class Engine:
     def _collect(self) -> None:
         """The events of the oldest launch."""
         events, steps, handles = self._device.collect()
+        if self._recorder is not None:
+            self._recorder.add(events, steps, {row: (one, row) for row, one in handles.items()})
         now = time.monotonic()
         for row, answer in answers_of(events, steps).items():
             if not handles[row].is_done:  # else ended by the host meanwhile

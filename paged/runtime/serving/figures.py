@@ -2,7 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from paged.spec import GroupedBatch
 
@@ -24,6 +24,9 @@ class StepFigures(eqx.Module):
     * ``freed``: pages that slots gave up before it because no query sees them any more, in all groups.
     * ``reused``: tokens of requests that it admitted, found in the prefix cache. ``evicted``: pages that the cache gave
       up.
+    * ``preempted``: requests that gave up their slot before it, and wait again.
+    * ``request``, ``slot_rows`` i32[slots]: of each slot the row of its request, -1 for none, and how many rows it had.
+    * ``is_prompt`` bool[slots]: whether these were of a sequence that lacked more than one.
     """
 
     rows: Int[Array, "*steps"]
@@ -35,13 +38,18 @@ class StepFigures(eqx.Module):
     freed: Int[Array, "*steps"]
     reused: Int[Array, "*steps"]
     evicted: Int[Array, "*steps"]
+    preempted: Int[Array, "*steps"]
+    request: Int[Array, "*steps slots"]
+    slot_rows: Int[Array, "*steps slots"]
+    is_prompt: Bool[Array, "*steps slots"]
 
     @classmethod
     def zero(cls, queue: Queue) -> "StepFigures":
         """Figures of no step, for a queue's groups."""
         zero = jnp.zeros((), jnp.int32)
         pages = jnp.zeros((4, len(pools_of_groups(queue.pool))), jnp.int32)
-        return cls(zero, zero, zero, zero, pages, zero, zero, zero, zero)
+        of_slots = jnp.zeros_like(queue.request), jnp.zeros_like(queue.request), jnp.zeros(queue.request.shape, bool)
+        return cls(zero, zero, zero, zero, pages, zero, zero, zero, zero, zero, *of_slots)
 
     @classmethod
     def of(cls, before: Queue, queue: Queue, rows: Int[Array, " slots"]) -> "StepFigures":
@@ -69,4 +77,8 @@ class StepFigures(eqx.Module):
             freed=counts.freed_pages - old.freed_pages,
             reused=counts.reused_tokens - old.reused_tokens,
             evicted=counts.evicted_pages - old.evicted_pages,
+            preempted=counts.preempted - old.preempted,
+            request=queue.request,
+            slot_rows=rows,
+            is_prompt=(missing > 1) & (rows > 0),
         )

@@ -1,0 +1,43 @@
+"""What pictures of serving are drawn from: records of steps, wherever they come from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from paged.runtime import Engine, StepRecord, StepReport
+
+# What `pool` and `steps` accept.
+Source = Engine | Sequence[StepRecord] | Sequence[StepReport]
+
+
+def records_of(source: Any) -> list[StepRecord]:
+    """The records of an engine that records, or of a list of records or reports.
+
+    **Raises:** ``ValueError`` for an engine that does not record and for no step, and ``TypeError`` for anything else.
+    """
+    found = source.records if isinstance(source, Engine) else list(source)
+    if not found:
+        raise ValueError("There is no step to draw. An engine records the steps that run after it was made.")
+    records = [_record_of(one) if isinstance(one, StepReport) else one for one in found]
+    wrong = [one for one in records if not isinstance(one, StepRecord)]
+    if wrong:
+        raise TypeError(f"Steps are paged.runtime.StepRecord or StepReport, or an Engine; got {wrong[0]!r}.")
+    return records
+
+
+def _record_of(report: StepReport) -> StepRecord:
+    """What a report of `generate` says. Of a pool in groups it has the shared and the cached pages of all together."""
+    groups = report.groups
+    shared, cached = [0] * len(groups), [0] * len(groups)
+    if len(groups) == 1:
+        shared, cached = [report.pages_shared], [report.pages_cached]
+    drawn = {place: len(tokens) for place, tokens in report.drawn.items()}
+    return StepRecord(
+        rows=dict.fromkeys(drawn, 1),
+        drawn=drawn,
+        ended=report.ended,
+        waiting=report.waiting,
+        pages=tuple(group.num_pages for group in groups),
+        used=tuple(group.pages_in_use for group in groups),
+        shared=tuple(shared),
+        cached=tuple(cached),
+    )
