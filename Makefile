@@ -7,13 +7,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Each worker runs the tests of a file in a row, which share compiled programs, and takes from others when it is done.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
 
-.PHONY: demo demo-train test test-kernels test-slow mutants check format bench clean
+.PHONY: demo demo-train pictures test test-kernels test-slow mutants check format bench clean
 
 demo: $(VENV)/.examples $(VENV)/.models
 	$(BIN)/python -m examples.demo
 
 demo-train: $(VENV)/.examples
 	$(BIN)/python -m examples.demo_train
+
+pictures: $(VENV)/.examples
+	$(BIN)/python -m examples.pictures
 
 test: $(VENV)/.test
 	$(PYTEST)

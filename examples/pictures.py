@@ -34,18 +34,16 @@ class OneLayer(eqx.Module):
         return x + 1e-3 * jnp.tanh(y), state
 
 
-def run() -> list[StepRecord]:
-    """Serve ten requests that begin alike, in a pool that is too small for four of them at their longest."""
+def engine() -> Engine:
+    """An engine that is asked ten requests that begin alike, with too few pages for four of them at their longest."""
     model, state = eqx.nn.make_with_state(OneLayer)(jax.random.key(0))
-    engine = Engine(model, state, num_slots=4, max_tokens=48, chunk_size=12, steps=64, record=True)
+    asked = Engine(model, state, num_slots=4, max_tokens=48, chunk_size=12, steps=64, record=True)
     random = np.random.default_rng(1)
     common = random.integers(0, VOCABULARY, 9).tolist()
     for _ in range(10):
         own = random.integers(0, VOCABULARY, int(random.integers(1, 16))).tolist()
-        engine.submit(common + own, max_new_tokens=int(random.integers(4, 24)))
-    for _ in engine.stream():
-        pass
-    return engine.records
+        asked.submit(common + own, max_new_tokens=int(random.integers(4, 24)))
+    return asked
 
 
 def write_run(records: list[StepRecord]) -> str:
@@ -89,7 +87,10 @@ def drawn(records: list[StepRecord]) -> dict[str, pictures.Picture]:
 def main() -> None:
     """Serve, draw and write everything."""
     FOLDER.mkdir(exist_ok=True)
-    records = run()
+    asked = engine()
+    for _ in asked.stream():
+        pass
+    records = asked.records
     RUN.write_text(write_run(records), encoding="utf-8")
     for name, picture in drawn(records).items():
         picture.save(FOLDER / f"{name}.svg")

@@ -45,11 +45,11 @@ def pool(source: Source, *, group: int = 0) -> Picture:
     total = max(record.pages[group] for record in records)
     held = np.array([[record.used[group], record.shared[group], record.cached[group]] for record in records])
     preempted = np.array([len(record.preempted) for record in records])
-    most = held.max(axis=0)
+    most, count = held.max(axis=0), int(preempted.sum())
     title = f"A pool of {total} pages over {len(records)} steps"
     words = (
         f"at most {most[0]} of {total} pages used, {most[1]} shared, {most[2]} cached; "
-        f"{preempted.sum()} preemptions in {len(records)} steps"
+        f"{count} preemption{'s' * (count != 1)} in {len(records)} steps"
     )
     step = -(-len(records) // _INNER)
     return Picture.of(_drawn(held, preempted, total, step, title, words), title, words, _text(held, total, words))
