@@ -16,6 +16,7 @@ from paged.runtime import Engine, PagedAttention, Rotary, StepRecord
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "pictures"
 RUN = FOLDER / "run.json"
 VOCABULARY = 50
+_BY_REQUEST = ("rows", "drawn", "drafted")
 
 
 class OneLayer(eqx.Module):
@@ -57,7 +58,7 @@ def read_run(text: str) -> list[StepRecord]:
 
 
 def _record(values: dict) -> StepRecord:
-    numbered = {name: {int(number): count for number, count in values[name].items()} for name in ("rows", "drawn")}
+    numbered = {name: {int(number): count for number, count in values[name].items()} for name in _BY_REQUEST}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return StepRecord(**{**values, **lists, **numbered})
 

@@ -23,7 +23,7 @@ def steps(source: Source) -> Picture:
     """Draw which request had how many rows in which step.
 
     A column is a step, and a line is a request. A high bar is a chunk of a prompt, with its rows where there is room; a
-    half one is one row that decodes; one of two thirds is several rows of a sequence that decodes: drafts. Requests are
+    half one is a row that decodes; one of two thirds is such a row with drafts that are verified with it. Requests are
     numbered in the order in which they first had a slot.
 
     **Arguments:**
@@ -49,6 +49,10 @@ def steps(source: Source) -> Picture:
     total = int(rows.sum())
     title = f"{len(states)} requests in {len(records)} steps"
     words = f"{title}, {total} rows: {prompts} of prompts, {total - prompts} of decoding"
+    drafts = sum(sum(record.drafted.values()) for record in records)
+    if drafts:
+        accepted = sum(record.drawn.get(number, 1) - 1 for record in records for number in record.drafted)
+        words += f"; {accepted} of {drafts} drafts accepted"
     shown = states[:_MOST_REQUESTS]
     if len(states) > len(shown):
         words += f". The first {len(shown)} requests are drawn"
@@ -66,7 +70,8 @@ def _matrices(records: Any) -> tuple[np.ndarray, np.ndarray]:
         states[sorted(waiting), i] = "X"
         for number, own in record.rows.items():
             rows[number, i] = own
-            states[number, i] = "F" if number in record.prompts else "S" if own == 0 else "D" if own == 1 else "V"
+            is_drafted = number in record.drafted
+            states[number, i] = "F" if number in record.prompts else "S" if own == 0 else "V" if is_drafted else "D"
     return states, rows
 
 

@@ -13,7 +13,7 @@ POOL = {"pages": (8, 4), "used": (5, 1), "shared": (2, 0), "cached": (1, 0)}
 RECORDS = [
     StepRecord({0: 7, 1: 5}, prompts=(0, 1), **POOL),
     StepRecord({0: 1, 1: 1}, drawn={0: 1, 1: 1}, **POOL),
-    StepRecord({0: 4}, drawn={0: 3}, preempted=(1,), **{**POOL, "used": (7, 4)}),
+    StepRecord({0: 1}, drawn={0: 3}, drafted={0: 4}, preempted=(1,), **{**POOL, "used": (7, 4)}),
     StepRecord({0: 1, 2: 0}, ended=(0,), waiting=1, **POOL),
     StepRecord({1: 6, 2: 12}, prompts=(1, 2), **POOL),
 ]
@@ -29,7 +29,9 @@ def test_steps_are_drawn_as_they_ran():
         "X": {(1, 2), (1, 3)},
         "S": {(2, 3)},
     }
-    assert picture.description == "3 requests in 5 steps, 37 rows: 30 of prompts, 7 of decoding"
+    assert picture.description == (
+        "3 requests in 5 steps, 34 rows: 30 of prompts, 4 of decoding; 2 of 4 drafts accepted"
+    )
     assert {"12", "7", "6", "5"} <= {box.words for box in picture.boxes}  # rows of chunks
 
 

@@ -17,6 +17,8 @@ class StepRecord:
     * ``rows``: how many rows each request had, by its number. A request with a slot but without rows has 0.
     * ``prompts``: the requests whose rows were of a prompt, or of tokens that are prefilled again.
     * ``drawn``: how many tokens each request drew, where it drew any.
+    * ``drafted``: how many drafts of each request were verified, besides its rows, where there were any. Of the tokens
+      that such a request drew all but one were drafts.
     * ``ended``: the requests that ended with the step.
     * ``preempted``: the requests that gave up their slot before it, and wait again.
     * ``waiting``: how many requests waited while it ran.
@@ -33,6 +35,7 @@ class StepRecord:
     ended: tuple[int, ...] = ()
     preempted: tuple[int, ...] = ()
     waiting: int = 0
+    drafted: Mapping[int, int] = dataclasses.field(default_factory=dict)
     pages: tuple[int, ...] = (0,)
     used: tuple[int, ...] = (0,)
     shared: tuple[int, ...] = (0,)
@@ -83,18 +86,19 @@ class Recorder:
             number = self._number(whose[int(figures.request[step, slot])])
             rows[number] = int(figures.slot_rows[step, slot])
             prompts += [number] if figures.is_prompt[step, slot] else []
-        drawn, ended = {}, []
+        drawn, drafted, ended = {}, {}, []
         for slot in np.flatnonzero(events.request[step] >= 0):
             number = self._number(whose[int(events.request[step, slot])])
             drawn |= {number: int(events.count[step, slot])} if events.count[step, slot] else {}
+            count = 0 if events.drafted is None else int(events.drafted[step, slot])
+            drafted |= {number: count} if count else {}
             ended += [number] if events.reason[step, slot] != Reason.NONE else []
         preempted = tuple(sorted(self._running - rows.keys())) if figures.preempted[step] else ()
         self._running = rows.keys() - set(ended)
         used, shared, cached, _ = (tuple(x) for x in figures.pages[step].tolist())
         counts = {"pages": self._pages, "used": used, "shared": shared, "cached": cached}
-        self.records.append(
-            StepRecord(rows, tuple(prompts), drawn, tuple(ended), preempted, int(figures.waiting[step]), **counts)
-        )
+        told = rows, tuple(prompts), drawn, tuple(ended), preempted, int(figures.waiting[step]), drafted
+        self.records.append(StepRecord(*told, **counts))
 
     def _number(self, who: Hashable) -> int:
         return self._numbers.setdefault(who, len(self._numbers))
