@@ -15,6 +15,7 @@ from .cases import Case as Case
 from .cases import Corner as Corner
 from .failures import CheckFailure as CheckFailure
 from .interpreter import KERNEL_CHECKS as KERNEL_CHECKS
+from .interpreter import interpret_gpu_params as interpret_gpu_params
 from .interpreter import interpret_params as interpret_params
 from .interpreter import interpreted as interpreted
 from .interpreter import watched as watched

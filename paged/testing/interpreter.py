@@ -1,4 +1,4 @@
-"""`interpreted` and `watched`: kernels for TPUs in Pallas's interpreter, and what it sees, as failures by name.
+"""`interpreted` and `watched`: kernels in Pallas's interpreters, and what these see, as failures by name.
 
 What differs between versions of JAX, and what has no public name there, stands in this file alone.
 """
@@ -9,11 +9,14 @@ import io
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call, race_detection_state
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from paged.lower import Attend
@@ -39,6 +42,35 @@ _SAID = (
     ("is_range_out_of_bounds_for_shape", "in bounds"),  # it asserts that no index is negative
     ("did not end in", "kernels end"),
 )
+
+
+class _Interpreter(NamedTuple):
+    """One of Pallas's interpreters: the module that holds its state, and the name of what it has seen of races there.
+
+    That is None until a kernel is interpreted.
+    """
+
+    module: Any
+    name: str
+    reset: Callable[[], None]
+
+    @property
+    def races(self) -> Any:
+        """What it has seen of races; None where it has interpreted nothing."""
+        return getattr(self.module, self.name, None)
+
+    @property
+    def memory(self) -> Any:
+        """The memory of the kernel that runs, if any."""
+        return getattr(self.module, "_shared_memory", None)
+
+    def forget(self) -> None:
+        """Forget races of earlier kernels."""
+        setattr(self.module, self.name, None)
+
+
+_TPU = _Interpreter(interpret_pallas_call, "races", pltpu.reset_tpu_interpret_mode_state)
+_GPU = _Interpreter(gpu_callbacks, "_races", gpu_callbacks.reset_gpu_interpret_mode_state)
 
 
 def interpret_params(mode: str = "on_wait", cores: int = 1, **settings: Any) -> pltpu.InterpretParams:
@@ -71,15 +103,37 @@ def interpret_params(mode: str = "on_wait", cores: int = 1, **settings: Any) -> 
     return pltpu.InterpretParams(**{**strictest, **settings})
 
 
+def interpret_gpu_params(**settings: Any) -> Any:
+    """Settings of Pallas's interpreter of GPU kernels at its strictest, as `interpret_params` has those for TPUs.
+
+    It knows no missing fence: that the matrix unit and the copies may not see what threads have stored.
+
+    **Arguments:**
+
+    - `settings`: fields of ``jax.experimental.pallas.mosaic_gpu.InterpretGPUParams``.
+
+    **Returns:** the settings. Raises ``ValueError`` before JAX 0.12, which has the first such interpreter.
+
+    >>> hasattr(jax.experimental.pallas.mosaic_gpu, "InterpretGPUParams") == (jax.__version_info__ >= (0, 12))
+    True
+    """
+    params = getattr(plgpu, "InterpretGPUParams", None)
+    if params is None:
+        raise ValueError(f"The interpreter of GPU kernels needs JAX 0.12 or later; this is {jax.__version__}.")
+    strictest = {"detect_races": True, "on_race": "warn", "uninitialized_memory": "nan", "out_of_bounds_reads": "raise"}
+    return params(**{**strictest, **settings})
+
+
 def interpreted(attend: Attend, mode: str = "on_wait", **settings: Any) -> Attend:
-    """An attention whose kernels run in Pallas's interpreter of TPU kernels, at its strictest.
+    """An attention whose kernels run in Pallas's interpreter of TPU or of GPU kernels, at its strictest.
 
     What the interpreter sees becomes a failure where `watched` runs the call, as `check_lowering` does.
 
     **Arguments:**
 
     - `attend`: an attention of a kernel's target. On a target without kernels it stays as it is.
-    - `mode`, `settings`: see `interpret_params`. The number of cores is the schedule's.
+    - `mode`, `settings`: see `interpret_params`, where the number of cores is the schedule's. GPU kernels have no mode:
+      a copy moves its data at any time. See `interpret_gpu_params`.
 
     **Returns:** the attention.
 
@@ -88,9 +142,14 @@ def interpreted(attend: Attend, mode: str = "on_wait", **settings: Any) -> Atten
     >>> interpreted(paged.lower(spec, layout, "tpu")).lowering.is_interpreted
     True
     """
-    params = interpret_params(mode, getattr(attend.schedule, "cores", 1), **settings)
-    lowerings = tuple(low if low.target == "xla" else low.interpreted(params) for low in attend.lowerings)
-    return dataclasses.replace(attend, lowerings=lowerings)
+
+    def params(target: str) -> Any:
+        if target == "gpu":
+            return interpret_gpu_params(**settings)
+        return interpret_params(mode, getattr(attend.schedule, "cores", 1), **settings)
+
+    lowerings = (low.interpreted(params(low.target)) if low.has_kernels else low for low in attend.lowerings)
+    return dataclasses.replace(attend, lowerings=tuple(lowerings))
 
 
 def watched(run: Callable[..., Any], *args: Any, patience: float = PATIENCE, must_interpret: bool = False) -> Any:
@@ -116,7 +175,8 @@ def watched(run: Callable[..., Any], *args: Any, patience: float = PATIENCE, mus
     2.0
     """
     said, done = io.StringIO(), threading.Event()
-    interpret_pallas_call.races = None
+    for interpreter in (_TPU, _GPU):
+        interpreter.forget()
     guard = threading.Thread(target=_stop_when_stuck, args=(done, patience), daemon=True)
     guard.start()
     try:
@@ -124,18 +184,19 @@ def watched(run: Callable[..., Any], *args: Any, patience: float = PATIENCE, mus
             results = jax.block_until_ready(run(*args))
             jax.effects_barrier()
     except BaseException as error:
-        if interpret_pallas_call.races is not None:
-            pltpu.reset_tpu_interpret_mode_state()
-            if not isinstance(error, CheckFailure):  # a call inside of this one may have been watched itself
-                _name_what_was_said(str(error), error)
+        for interpreter in (_TPU, _GPU):
+            if interpreter.races is not None:
+                interpreter.reset()
+                if not isinstance(error, CheckFailure):  # a call inside of this one may have been watched itself
+                    _name_what_was_said(str(error), error)
         raise
     finally:
         done.set()
         guard.join()
-    races = interpret_pallas_call.races
-    if races is None and must_interpret:
+    seen = [interpreter.races for interpreter in (_TPU, _GPU) if interpreter.races is not None]
+    if not seen and must_interpret:
         raise CheckFailure("interpreted", "no kernel was interpreted, so nothing was watched.")
-    if races is not None and races.races_found:  # before what is said: JAX 0.12 logs a race where nobody listens
+    if any(races.races_found for races in seen):  # before what is said: JAX 0.12 logs a race where nobody listens
         where = said.getvalue()[:1000].strip()
         raise CheckFailure("no races", where or "the interpreter has found a race; JAX has logged where.")
     _name_what_was_said(said.getvalue())
@@ -150,7 +211,9 @@ def _listening(said: io.StringIO) -> Iterator[None]:
     if logger is not None:
         logger.addHandler(handler)
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+            # The interpreter of GPU kernels multiplies by NumPy, which warns of NaN in memory that nobody has written.
+            warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
             yield
     finally:
         if logger is not None:
@@ -167,8 +230,9 @@ def _stop_when_stuck(done: threading.Event, patience: float) -> None:
     """Fail a kernel that has run for too long; compiling it does not count."""
     memory, since = None, time.monotonic()
     while not done.wait(0.2):
-        if interpret_pallas_call._shared_memory is not memory:
-            memory, since = interpret_pallas_call._shared_memory, time.monotonic()
+        running = next((one.memory for one in (_TPU, _GPU) if one.memory is not None), None)
+        if running is not memory:
+            memory, since = running, time.monotonic()
         if memory is not None and time.monotonic() - since > patience:
             memory.set_failed(TimeoutError(f"the kernel did not end in {patience} s"), top_level=False)
             return

@@ -63,15 +63,16 @@ class Scratch(NamedTuple):
 
     * ``q`` [rows, dim].
     * ``tiles`` [stages, keys, dim]: the ring.
+    * ``out`` f32[dim, rows]: results on their way, in the memory of the ring.
     * ``weights`` [rows, keys].
-    * ``out`` f32[dim, rows], ``lse`` f32[rows]: the results on their way.
+    * ``lse`` f32[rows].
     * ``q_arrived``, ``arrived``: barriers, the latter one for each stage of the ring.
     """
 
     q: Ref
     tiles: Ref
-    weights: Ref
     out: Ref
+    weights: Ref
     lse: Ref
     q_arrived: Ref
     arrived: Ref

@@ -69,16 +69,16 @@ class DecodeLaunch:
 
         def body(*refs: Any) -> None:
             count = len(leaves)
-            decode.run(
-                Refs(tree.unflatten(refs[:count]), Outputs(*refs[count : count + 2]), Scratch(*refs[count + 2 :]))
-            )
+            q, (tiles, out), *others = refs[count + 2 :]
+            scratch = Scratch(q, tiles, out, *others)
+            decode.run(Refs(tree.unflatten(refs[:count]), Outputs(*refs[count : count + 2]), scratch))
 
         kernel = plgpu.kernel(
             body,
             out_type=[result_like(leaves[0], result) for result in results],
             grid=shape,
             grid_names=("seq", "head", "split"),
-            scratch_types=list(scratch_of(layout, self.rows, schedule)),
+            scratch_types=_in_turn(scratch_of(layout, self.rows, schedule)),
             interpret=self.interpret,
         )
         return self._state(*kernel(*leaves))
@@ -136,8 +136,8 @@ def scratch_of(layout: Any, rows: int, schedule: GpuDecodeSchedule) -> Scratch:
     return Scratch(
         q=plgpu.SMEM((rows, dim), layout.dtype, transforms=swizzled),
         tiles=plgpu.SMEM((schedule.stages, block, dim), layout.dtype, transforms=swizzled),
-        weights=plgpu.SMEM((rows, block), layout.dtype, transforms=swizzled),
         out=plgpu.SMEM((dim, rows), jnp.float32),
+        weights=plgpu.SMEM((rows, block), layout.dtype, transforms=swizzled),
         lse=plgpu.SMEM((rows,), jnp.float32),
         q_arrived=plgpu.Barrier(),
         arrived=plgpu.Barrier(num_arrivals=schedule.pages_per_block, num_barriers=schedule.stages),
@@ -146,5 +146,11 @@ def scratch_of(layout: Any, rows: int, schedule: GpuDecodeSchedule) -> Scratch:
 
 def shared_bytes(layout: Any, rows: int, schedule: GpuDecodeSchedule) -> int:
     """Shared memory of a kernel, without what the compiler adds for barriers and exchanges between warps."""
-    memory = scratch_of(layout, rows, schedule)[:5]
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in memory)
+    memory = scratch_of(layout, rows, schedule)
+    q, tiles, out, *others = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in memory[:5])
+    return sum((q, max(tiles, out), *others))
+
+
+def _in_turn(scratch: Scratch) -> list[Any]:
+    """The same memory for the ring, and for the results when the last tile was used."""
+    return [scratch.q, plgpu.RefUnion(scratch.tiles, scratch.out), *scratch[3:]]

@@ -18,7 +18,7 @@ _TOKENS = (64, 128)
 _MOST_ROWS = 32
 _MOST_STAGES = 8
 # Shared memory that the compiler adds: barriers, and exchanges of maxima between warps.
-_ADDED = 4 * 2**10
+_ADDED = 3584
 # How often the blocks of threads of a call should fill the GPU, so that long sequences do not run alone at the end.
 _FILLS = 2
 
