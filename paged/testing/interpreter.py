@@ -27,6 +27,7 @@ from .failures import CheckFailure
 KERNEL_CHECKS = {
     "no races": "Something orders every access to memory with every write to the same place.",
     "semaphores end at zero": "Every copy that was started is waited for, once.",
+    "barriers are awaited": "On a GPU, nothing arrives at a barrier again before its last completion was awaited.",
     "in bounds": "No access leaves its buffer.",
     "kernels end": "No kernel waits for what never comes.",
 }
@@ -38,6 +39,8 @@ _SAID = (
     ("RACE DETECTED", "no races"),
     ("_slices_overlap", "no races"),
     ("non-zero count", "semaphores end at zero"),
+    ("no threads observed phase", "barriers are awaited"),
+    ("barrier is already at phase", "barriers are awaited"),
     ("Out-of-bounds", "in bounds"),
     ("is_range_out_of_bounds_for_shape", "in bounds"),  # it asserts that no index is negative
     ("did not end in", "kernels end"),

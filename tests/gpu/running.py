@@ -9,12 +9,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import paged
 from paged.lower import Attend, Schedule
+from paged.lower.jax_version import HAS_GPU_KERNELS
 from paged.spec import AttentionSpec, AttentionState, PageLayout
 from paged.testing import Built, Case, assert_state_close, interpreted, watched
 from tests.support import ROUNDED_WEIGHTS
 
 PATIENCE = 120.0  # seconds that one interpreted kernel may run; those of the tests take 1 to 4
 
+needs_kernels = pytest.mark.skipif(
+    not HAS_GPU_KERNELS,
+    reason=f"the kernel is written for JAX 0.11 or later, and this is JAX {jax.__version__}: `make test-gpu-proofs` "
+    "makes an environment that has it.",
+)
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"),
     reason=f"Pallas's interpreter of GPU kernels is in JAX 0.12 and later, and this is JAX {jax.__version__}: "

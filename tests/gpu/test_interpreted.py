@@ -12,7 +12,7 @@ from paged.lower import GpuDecodeSchedule
 from paged.spec import ALiBi, AttentionSpec, Bias, Chunk, PerHead, Value, Window
 from paged.testing import PAST_THE_TABLE, Corner
 from tests.support import CORNERS, Case, build
-from tests.support.pairs import assert_every_level, covering_rows, named
+from tests.support.pairs import assert_every_pair_meets, covering_rows, named
 from tests.support.specs import real
 
 from .running import assert_equals_reference, needs_interpreter
@@ -59,7 +59,7 @@ FACTORS = {
 
 def is_taken(row) -> bool:
     """Whether the lowering accepts a row: see `test_refusals`. Tiles of 128 tokens leave room for short heads alone."""
-    heads, kv_heads = row.get("heads", (2, 2))
+    heads, _ = row.get("heads", (2, 2))
     is_by_head = row.get("terms") == "by head"
     is_large = row.get("head_dim", 64) > (64 if row.get("tokens") == 128 else 128 if row.get("stages") == 4 else 256)
     return not is_large and not (is_by_head and heads % 2)
@@ -107,6 +107,10 @@ def test_any_two_features_together_equal_the_reference(row):
         assert_equals_reference(case, build(case), schedule_of_row(row))
 
 
+def test_the_table_covers_every_pair_that_is_taken():
+    assert_every_pair_meets(ROWS, FACTORS, is_taken)
+
+
 def test_every_corner_of_a_batch_is_in_the_table():
     assert {corner for corners in CORNER_SETS for corner in corners} == set(CORNERS)
 
@@ -117,7 +121,13 @@ def test_long_sequences_go_round_the_ring_several_times():
     spec = AttentionSpec(num_q_heads=8, num_kv_heads=1, head_dim=64)
     for stages in (3, 8):
         case = Case(
-            spec=spec, page_size=16, dtype="bfloat16", q_dtype="bfloat16", phase="decode", corner=corner, pages_per_seq=64
+            spec=spec,
+            page_size=16,
+            dtype="bfloat16",
+            q_dtype="bfloat16",
+            phase="decode",
+            corner=corner,
+            pages_per_seq=64,
         )
         assert_equals_reference(case, build(case), GpuDecodeSchedule(pages_per_block=4, stages=stages))
 

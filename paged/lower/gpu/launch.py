@@ -1,7 +1,6 @@
 """From arrays to the decode kernel and back: its operands, its shared memory, and its results as a state."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from paged.spec import AttentionState, Pages, merge
+from paged.spec import AttentionState, Pages
 
 from ..jax_version import result_like, vary_alike
 from ..program import PageIntervals, Program, Sequences, dtypes_of, in_order, kernel_terms
@@ -125,7 +124,18 @@ class DecodeLaunch:
         out = jnp.moveaxis(out[..., : self.used_rows], 3, 4).reshape(*shape, dim)
         out = out.transpose(*order, 5).reshape(splits, -1, self.program.num_q_heads, dim)
         lse = lse[..., : self.used_rows].reshape(shape).transpose(order).reshape(splits, -1, self.program.num_q_heads)
-        return functools.reduce(merge, (AttentionState(*split) for split in zip(out, lse, strict=True)))
+        return AttentionState(out[0], lse[0]) if splits == 1 else _merged(out, lse)
+
+
+def _merged(out: Float[Array, "splits tokens heads dim"], lse: Float[Array, "splits tokens heads"]) -> AttentionState:
+    """The states of disjoint splits as one, like `paged.merge`; of all splits at once, in few passes."""
+    top = jnp.max(lse, axis=0)
+    # Where every split is empty its maximum is -inf, and -inf minus -inf would be NaN.
+    origin = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp(lse - origin[None])
+    total = jnp.sum(weights, axis=0)
+    values = jnp.sum(weights[..., None] * out, axis=0)
+    return AttentionState(values / jnp.where(total == 0, 1.0, total)[..., None], jnp.log(total) + origin)
 
 
 def scratch_of(layout: Any, rows: int, schedule: GpuDecodeSchedule) -> Scratch:

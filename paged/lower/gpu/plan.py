@@ -8,7 +8,7 @@ from paged.spec import PageLayout
 from ..jax_version import HAS_GPU_KERNELS
 from ..program import COMMON, Call, Program, most_pages_seen, refused_operations
 from ..schedule import around, grid, halvings
-from .chips import Gpu
+from .chips import GPUS, Gpu
 from .launch import DecodeLaunch, shared_bytes
 from .schedule import GpuDecodeSchedule
 from .terms import ELEMENTWISE
@@ -16,7 +16,7 @@ from .terms import ELEMENTWISE
 # What one step of the softmax takes: the least that the matrix unit multiplies, and twice that.
 _TOKENS = (64, 128)
 _MOST_ROWS = 32
-_MOST_STAGES = 8
+_LEAST_STAGES, _MOST_STAGES = 3, 8
 # Shared memory that the compiler adds: barriers, and exchanges of maxima between warps.
 _ADDED = 3584
 # How often the blocks of threads of a call should fill the GPU, so that long sequences do not run alone at the end.
@@ -76,7 +76,22 @@ def refuses_call(program: Program, layout: PageLayout, call: Call) -> str | None
         return f"queries must be {layout.dtype}, as the pages: both are multiplied as they lie; got {call.q_dtype}"
     if not call.num_pages or not call.pages_per_seq:
         return "there is no page to copy"
+    smallest = _blocks(layout)[0]
+    if _taken(program, layout, call, GpuDecodeSchedule(pages_per_block=smallest, stages=_LEAST_STAGES)) > min(
+        gpu.shared_for_a_block for gpu in GPUS.values()
+    ):
+        rows = call.query_rows * program.group
+        return f"{rows} rows of {layout.head_dim} per KV head do not fit shared memory beside three tiles of pages"
     return None
+
+
+def _blocks(layout: PageLayout) -> list[int]:
+    """The page blocks that the matrix unit multiplies, in pages."""
+    return [tokens // layout.page_size for tokens in _TOKENS]
+
+
+def _taken(program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSchedule) -> int:
+    return shared_bytes(layout, rows_of(program, call), schedule) + _ADDED
 
 
 def launch_of(
@@ -89,15 +104,19 @@ def launch_of(
 
 
 def plan_schedule(program: Program, layout: PageLayout, call: Call | None, gpu: Gpu) -> GpuDecodeSchedule:
-    """The heuristic: steps of 64 tokens, as many tiles as two blocks of threads have room for, and enough KV splits to
-    fill the GPU's multiprocessors twice."""
+    """The heuristic: steps of 64 tokens, or 128 of the shortest heads, as many tiles as two blocks of threads have room
+    for, and enough KV splits to fill the GPU's multiprocessors twice.
+
+    A step of 64 tokens with head_dim 64 issues more instructions than half of the cycles that its bytes take (counted
+    in compiled code).
+    """
     call = call or COMMON
-    pages = max(1, _TOKENS[0] // layout.page_size)
+    pages = _blocks(layout)[layout.head_dim == 64]
     seen = -(-most_pages_seen(program, layout.page_size, call) // pages)
     items = call.slots * program.num_kv_heads
     wanted = -(-2 * _FILLS * gpu.multiprocessors // items)
     schedule = GpuDecodeSchedule(pages_per_block=pages, stages=_MOST_STAGES, kv_splits=max(1, min(wanted, seen // 4)))
-    while schedule.stages > 3 and fits(program, layout, call, schedule, gpu) is not None:
+    while schedule.stages > _LEAST_STAGES and fits(program, layout, call, schedule, gpu) is not None:
         schedule = schedule.replace(stages=schedule.stages - 1)
     return schedule
 
@@ -109,7 +128,7 @@ def fits(program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSc
         return (
             f"its page blocks have {tokens} tokens, and the matrix unit's long side has {_TOKENS[0]} or {_TOKENS[1]}."
         )
-    taken = shared_bytes(layout, rows_of(program, call), schedule) + _ADDED
+    taken = _taken(program, layout, call, schedule)
     if taken > gpu.shared_for_a_block:
         return (
             f"its tiles take {taken} bytes of shared memory, and a block of threads has {gpu.shared_for_a_block} while "
@@ -127,13 +146,13 @@ def rows_of(program: Program, call: Call) -> int:
 
 def alternatives(layout: PageLayout, call: Call, own: GpuDecodeSchedule) -> Iterator[GpuDecodeSchedule]:
     """Schedules to time beside ``own``: more tokens per step, fewer stages, half and twice as many KV splits."""
-    blocks = [tokens // layout.page_size for tokens in _TOKENS]
-    yield from grid(own, pages_per_block=blocks, stages=range(3, own.stages + 1))
+    stages = sorted({_LEAST_STAGES, max(_LEAST_STAGES, own.stages // 2), own.stages})
+    yield from grid(own, pages_per_block=_blocks(layout), stages=stages)
     yield from grid(own, kv_splits=[splits for splits in around(own.kv_splits) if splits <= call.pages_per_seq])
 
 
 def neighbours(layout: PageLayout, call: Call, asked: GpuDecodeSchedule) -> Iterator[GpuDecodeSchedule]:
     """Schedules like ``asked`` with blocks that the matrix unit multiplies, fewer stages, and fewer KV splits."""
-    blocks = [tokens // layout.page_size for tokens in _TOKENS]
     splits = halvings(min(asked.kv_splits, call.pages_per_seq))
-    yield from grid(asked, pages_per_block=blocks, stages=range(3, asked.stages + 1), kv_splits=splits)
+    stages = range(_LEAST_STAGES, asked.stages + 1)
+    yield from grid(asked, pages_per_block=_blocks(layout), stages=stages, kv_splits=splits)

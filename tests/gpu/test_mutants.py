@@ -1,0 +1,131 @@
+"""Bugs that are planted in the kernel for GPUs die, each by the check that must see it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from paged.lower import GpuDecodeSchedule
+from paged.lower.gpu import kernel as kernel_module
+from paged.lower.gpu import launch as launch_module
+from paged.lower.gpu.kernel import Decode
+from paged.spec import AttentionSpec
+from paged.testing import CheckFailure, Corner, check_case
+from tests.mutants.planting import Plant, attribute, method, planted
+from tests.support import ROUNDED_WEIGHTS, Case
+
+from .running import kernel_of, needs_interpreter
+
+pytestmark = needs_interpreter
+
+PATIENCE = 20.0  # seconds, after which a kernel of a few pages will never end
+# Lengths of several blocks, of part of a page, of none; the window begins within a page.
+CORNER = Corner(((16, 0), (9, 3), (0, 0), (4, 1), (0, 1)), (1,) * 5)
+CASE = Case(
+    spec=AttentionSpec(num_q_heads=4, num_kv_heads=1, head_dim=64, window=150),
+    page_size=16,
+    dtype="bfloat16",
+    q_dtype="bfloat16",
+    phase="decode",
+    corner=CORNER,
+    pages_per_seq=16,
+)
+# In a ring of eight no stage comes twice.
+STAGES, ONCE = 3, 8
+
+
+def _run(stages: int) -> None:
+    schedule = GpuDecodeSchedule(pages_per_block=4, stages=stages, kv_splits=2)
+    check_case(kernel_of(CASE.spec, CASE.layout, schedule), CASE, weights=ROUNDED_WEIGHTS, patience=PATIENCE)
+
+
+def _unwaited(original):
+    return lambda self, refs, tile: jax.lax.rem(tile, jnp.int32(self.stages))
+
+
+def _too_early(original):
+    """The tile that comes next is fetched into the stage after the one that was used."""
+
+    def refill(self, refs, item, i, kind, stage, later):
+        return original(self, refs, item, i, kind, jax.lax.rem(stage + 1, jnp.int32(self.stages)), later)
+
+    return refill
+
+
+def _item(**changes):
+    def mutant(original):
+        def item(self, *args):
+            found = original(self, *args)
+            return found._replace(**{name: change(found) for name, change in changes.items()})
+
+        return item
+
+    return mutant
+
+
+def _one_more(item):
+    return item.length + 1
+
+
+def _one_further(item):
+    return item.position + 1
+
+
+def _always_whole(original):
+    return lambda self, *args: original(self, *args)._replace(is_whole=jnp.bool_(True))
+
+
+def _undecayed(original):
+    def update(top, block, exp):
+        new, origin, decay = original(top, block, exp)
+        return new, origin, jnp.ones_like(decay)
+
+    return update
+
+
+def _one_arrival_more(original):
+    def scratch(layout, rows, schedule):
+        found = original(layout, rows, schedule)
+        arrivals = schedule.pages_per_block + 1
+        return found._replace(arrived=plgpu.Barrier(num_arrivals=arrivals, num_barriers=schedule.stages))
+
+    return scratch
+
+
+class Bug(NamedTuple):
+    """A planted bug, the check that must see it, and the stages of the ring that it is planted in."""
+
+    plant: Plant
+    killed_by: str
+    stages: int = STAGES
+
+
+REFERENCE = "equals the reference"
+BUGS = {
+    "a wait is left out": Bug(method(Decode, "_await", _unwaited), "no races", ONCE),
+    "a wait is left out of a ring": Bug(method(Decode, "_await", _unwaited), "barriers are awaited"),
+    "a tile is fetched too early": Bug(method(Decode, "_refill", _too_early), "barriers are awaited"),
+    "a page too few": Bug(method(Decode, "item", _item(end=lambda item: item.end - 1)), REFERENCE),
+    "the window begins a page late": Bug(method(Decode, "item", _item(first=lambda item: item.first + 1)), REFERENCE),
+    "<= for <": Bug(method(Decode, "item", _item(length=_one_more, position=_one_further)), REFERENCE),
+    "a split goes on into the next": Bug(method(Decode, "item", _item(blocks=lambda item: item.blocks + 1)), REFERENCE),
+    "values are not silenced": Bug(method(Decode, "_present", _always_whole), REFERENCE),
+    "no sum decays": Bug(attribute(kernel_module, "update_maximum", _undecayed), REFERENCE),
+    "an arrival that never comes": Bug(attribute(launch_module, "scratch_of", _one_arrival_more), "kernels end"),
+}
+
+
+@pytest.mark.parametrize("stages", [STAGES, ONCE])
+def test_without_a_bug_the_trial_passes(stages):
+    _run(stages)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_dies_by_its_check(name):
+    with planted(BUGS[name].plant), pytest.raises(CheckFailure) as failure:
+        kernel_of.cache_clear()
+        _run(BUGS[name].stages)
+    kernel_of.cache_clear()
+    assert failure.value.check == BUGS[name].killed_by, failure.value
