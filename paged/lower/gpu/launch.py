@@ -66,14 +66,14 @@ class DecodeLaunch:
             jax.ShapeDtypeStruct((*shape, self.rows), jnp.float32),
         )
 
-        def body(*refs: Any) -> None:
+        def paged_decode(*refs: Any) -> None:
             count = len(leaves)
             q, (tiles, out), *others = refs[count + 2 :]
             scratch = Scratch(q, tiles, out, *others)
             decode.run(Refs(tree.unflatten(refs[:count]), Outputs(*refs[count : count + 2]), scratch))
 
         kernel = plgpu.kernel(
-            body,
+            paged_decode,
             out_type=[result_like(leaves[0], result) for result in results],
             grid=shape,
             grid_names=("seq", "head", "split"),

@@ -18,7 +18,7 @@ _TOKENS = (64, 128)
 _MOST_ROWS = 32
 _LEAST_STAGES, _MOST_STAGES = 3, 8
 # Shared memory that the compiler adds: barriers, and exchanges of maxima between warps.
-_ADDED = 3584
+ADDED_BYTES = 3584
 # How often the blocks of threads of a call should fill the GPU, so that long sequences do not run alone at the end.
 _FILLS = 2
 
@@ -91,7 +91,7 @@ def _blocks(layout: PageLayout) -> list[int]:
 
 
 def _taken(program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSchedule) -> int:
-    return shared_bytes(layout, rows_of(program, call), schedule) + _ADDED
+    return shared_bytes(layout, rows_of(program, call), schedule) + ADDED_BYTES
 
 
 def launch_of(

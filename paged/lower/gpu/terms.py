@@ -5,6 +5,7 @@ a term computes is either one number or a whole tile, and to broadcast or to res
 computes is elementwise, so it does not matter that `kernel_terms` was traced for tiles ``[rows, keys]``.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -29,7 +30,18 @@ def compute(eqn: Any, values: list[Any]) -> list[Any]:
         (shape,) = shapes
         dtypes = [v.aval.dtype for v in eqn.invars]
         values = [spread(x, shape, dtype) for x, dtype in zip(values, dtypes, strict=True)]
+    if eqn.primitive.name == "tanh":
+        return [_tanh(values[0])]
     return [eqn.primitive.bind(*values, **eqn.params)]
+
+
+def _tanh(x: Any) -> Any:
+    """It saturates: at infinities it is 1 and -1.
+
+    Its error is absolute, one rounding of 1, as that of a score is. CUDA's own is exact near 0 too, and takes three
+    times as many instructions (counted in compiled code).
+    """
+    return 1.0 - 2.0 / (jnp.exp2(x * (2 * math.log2(math.e))) + 1.0)
 
 
 def spread(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
