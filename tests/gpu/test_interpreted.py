@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 from paged.lower import GpuDecodeSchedule
-from paged.spec import ALiBi, AttentionSpec, Bias, Chunk, PerHead, Value, Window
+from paged.spec import ALiBi, AttentionSpec, Bias, Chunk, PerHead, Value, Where, Window
 from paged.testing import PAST_THE_TABLE, Corner
 from tests.support import CORNERS, Case, build
 from tests.support.pairs import assert_every_pair_meets, covering_rows, named
-from tests.support.specs import real
+from tests.support.specs import not_fifth, real
 
 from .running import assert_equals_reference, needs_interpreter
 
@@ -35,6 +35,7 @@ TERMS = {
     "chunk": {"mask": Chunk(48), "scores": (Bias(head_bias),)},
     "brought": {"mask": Window(Value("window")), "soft_cap": Value("cap", dtype="float32")},
     "by head": {"mask": PerHead((Window(9), Window(40)))},
+    "opaque": {"mask": Where(not_fifth)},
     "all": {"causal": False},
 }
 CORNER_SETS = (
