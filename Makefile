@@ -1,13 +1,16 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes its own environment.
 PYTHON ?= python3
 VENV ?= .venv
+# The proofs of the GPU kernel need JAX 0.12, which needs Python 3.12.
+GPU_PYTHON ?= python3.12
+GPU_VENV ?= .venv-gpu
 BENCH ?= --quick
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Each worker runs the tests of a file in a row, which share compiled programs, and takes from others when it is done.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
 
-.PHONY: demo demo-train pictures test test-kernels test-slow mutants check format bench clean
+.PHONY: demo demo-train pictures test test-kernels test-slow test-gpu-proofs gpu-proofs mutants check format bench clean
 
 demo: $(VENV)/.examples $(VENV)/.models
 	$(BIN)/python -m examples.demo
@@ -26,6 +29,16 @@ test-kernels: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	PAGED_TEST_OPTIMISED=1 $(PYTEST) -m "slow or kernels or not slow"
+
+test-gpu-proofs:
+	@if command -v $(GPU_PYTHON) > /dev/null; then \
+		$(MAKE) VENV=$(GPU_VENV) PYTHON=$(GPU_PYTHON) gpu-proofs; \
+	else \
+		echo "Skipped: the proofs of the GPU kernel need Python 3.12, for JAX 0.12, and $(GPU_PYTHON) is not here."; \
+	fi
+
+gpu-proofs: $(VENV)/.gpu-proofs
+	$(PYTEST) -m "slow or kernels or not slow" tests/gpu
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants
@@ -54,4 +67,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) build *.egg-info

@@ -11,8 +11,6 @@ from .compiling import Point, compiled
 from .running import needs_compiler
 from .sass import count, instructions, loop_with, opcode
 
-pytestmark = needs_compiler
-
 # The shape of the bound: issue slots of one turn of the loop, which a scheduler issues for its warp, against the cycles
 # in which the turn's bytes come from memory at 4.8 TB/s. It says that instructions do not bound the kernel, and nothing
 # of latency, of the cache or of what a GPU has timed.
@@ -55,7 +53,7 @@ def facts_of(name):
 
 
 def _marked(names):
-    return [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in names]
+    return [pytest.param(name, marks=[needs_compiler, pytest.mark.slow]) for name in names]
 
 
 @pytest.mark.parametrize("name", _marked(POINTS))
@@ -76,6 +74,8 @@ def test_a_call_is_a_few_launches(name):
     assert facts["temporary_bytes"] < 2**26
 
 
+@needs_compiler
+@pytest.mark.slow
 def test_pages_are_written_in_place():
     facts = facts_of("window, written")
     assert facts["aliased_bytes"] == 8192 * 2 * 8 * 16 * 128 * 2

@@ -11,7 +11,7 @@ from tests.mutants.planting import method, planted
 from .fences import kernel_jaxpr, names_in, unfenced
 from .running import needs_kernels
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.kernels]
 
 SPEC = paged.AttentionSpec(
     num_q_heads=8, num_kv_heads=2, head_dim=128, window=300, soft_cap=30.0, scores=(paged.ALiBi(),)

@@ -17,9 +17,8 @@ from tests.support.specs import not_fifth, real
 
 from .running import assert_equals_reference, needs_interpreter
 
-pytestmark = needs_interpreter
+pytestmark = [needs_interpreter, pytest.mark.slow]
 
-FIRST_ROWS = 6
 _SLOPES = jnp.linspace(-1.1, 0.9, 16)
 
 
@@ -95,13 +94,7 @@ def schedule_of_row(row) -> GpuDecodeSchedule:
     return GpuDecodeSchedule(pages_per_block=pages, stages=row["stages"], kv_splits=row["kv_splits"])
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(row, id=named(row, "corners"), marks=[] if i < FIRST_ROWS else [pytest.mark.slow])
-        for i, row in enumerate(ROWS)
-    ],
-)
+@pytest.mark.parametrize("row", [pytest.param(row, id=named(row, "corners")) for row in ROWS])
 def test_any_two_features_together_equal_the_reference(row):
     for corner in row["corners"]:
         case = case_of_row(row, corner)

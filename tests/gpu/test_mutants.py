@@ -18,7 +18,7 @@ from tests.support import ROUNDED_WEIGHTS, Case
 
 from .running import kernel_of, needs_interpreter
 
-pytestmark = needs_interpreter
+pytestmark = [needs_interpreter, pytest.mark.slow]
 
 PATIENCE = 20.0  # seconds, after which a kernel of a few pages will never end
 # Lengths of several blocks, of part of a page, of none; the window begins within a page.
