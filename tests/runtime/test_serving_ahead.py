@@ -22,7 +22,7 @@ def engine(mask, chunk_size, **options):
     return Engine(model, jax.tree.map(jnp.copy, state), chunk_size=chunk_size, **options)
 
 
-@pytest.mark.kernels
+@pytest.mark.slow
 def test_each_request_brings_its_own_spans_and_has_the_tokens_of_a_static_mask():
     """In chunks smaller than the prompts, several prompts in a step, and with fewer pages than both need at once."""
     served = engine(SPANS, 5, num_pages=6)

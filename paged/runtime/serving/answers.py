@@ -1,6 +1,7 @@
 """From what a launch gives back to handles and events: tokens in order, text up to a stop string, times."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,14 @@ class Answer:
     """What one launch has drawn for one request.
 
     * ``tokens``: in order. * ``reason``: why the device is done with it; None where it is not.
+    * ``log_probs``, ``tops``: of the tokens, if the launch tells them.
     * ``drafted``, ``accepted``: drafts that were verified, and how many of the tokens they were.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     reason: FinishReason | None = None
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    tops: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
 
@@ -38,10 +42,23 @@ def answers_of(events: Any, steps: int) -> dict[int, Answer]:
         count = int(events.count[step, slot])
         own.tokens += events.token[step, slot, :count].tolist()
         own.reason = _NAMES.get(int(events.reason[step, slot]))
+        if events.drawn is not None:
+            own.log_probs += events.drawn.log_prob[step, slot, :count].tolist()
+            own.tops += zip(events.drawn.ids[step, slot, :count], events.drawn.top[step, slot, :count], strict=True)
         if events.drafted is not None:
             own.drafted += int(events.drafted[step, slot])
             own.accepted += max(count - 1, 0)
     return found
+
+
+def tell_prompts(events: Any, steps: int, handles: Mapping[int, Handle]) -> None:
+    """Give requests the log-probabilities of their prompts' tokens that a launch has computed."""
+    told = events.of_prompts
+    if told is not None:
+        for step, row in np.argwhere(told.request[:steps] >= 0):
+            found = handles[int(told.request[step, row])].prompt_log_probs
+            if found is not None:
+                found[int(told.place[step, row])] = float(told.log_prob[step, row])
 
 
 def take(handle: Handle, answer: Answer, now: float) -> Event:
@@ -58,11 +75,16 @@ def take(handle: Handle, answer: Answer, now: float) -> Event:
             tokens, text, reason, handle.error = [], "", "error", error
     if handle.first_token is None and tokens:
         handle.first_token = now
+    count = len(tokens) if handle.num_log_probs >= 0 else 0
+    log_probs, most = answer.log_probs[:count], handle.num_log_probs
+    tops = [dict(zip(ids[:most].tolist(), top[:most].tolist(), strict=True)) for ids, top in answer.tops[:count]]
     handle.tokens += tokens
     handle.text += text
+    handle.log_probs += log_probs
+    handle.top_log_probs += tops
     if reason is not None:
         handle.finish_reason, handle.finished = reason, now
-    return Event(handle, tuple(tokens), reason, text)
+    return Event(handle, tuple(tokens), reason, text, tuple(log_probs), tuple(tops))
 
 
 def _read(reader: Any, answer: Answer) -> tuple[list[int], str, FinishReason | None]:

@@ -15,7 +15,7 @@ from jaxtyping import PRNGKeyArray
 
 from .._arguments import integer
 from ..sampling import Sampler
-from .answers import Answer, answers_of, rest, take
+from .answers import Answer, answers_of, rest, take, tell_prompts
 from .device import Device
 from .drafting import ModelDraft
 from .handles import Event, FinishReason, Handle
@@ -80,6 +80,7 @@ class Engine:
         speculation: Speculation | None = None,
         tokenizer: Any = None,
         record: bool = False,
+        log_probs: int | None = None,
         key: PRNGKeyArray | None = None,
     ):
         """**Arguments:**
@@ -104,6 +105,8 @@ class Engine:
         - `tokenizer`: the model's, with ``encode(text)`` and ``decode(ids)``, such as a `Tokenizer`. With one, prompts
           and stops may be strings, events bring text, and its ``eos_ids``, if it has such, end answers.
         - `record`: whether `records` keeps what each step did, for `paged.pictures`. Each step then counts pages too.
+        - `log_probs`: of how many of the likeliest tokens requests may ask for log-probabilities, from 0. None: requests
+          may ask for none, and a step does nothing for them.
         - `key`: a typed PRNG key. A request without a key of its own draws by this one and its number.
 
         Raises ``ValueError`` or ``TypeError`` that names the argument.
@@ -117,14 +120,16 @@ class Engine:
         intake, queue, *facts = Setup.of(
             model, state, {name: integer(f"max_{name}", n, 1) for name, n in sizes.items()},
             num_slots=num_slots, chunk_size=chunk_size, num_pages=num_pages, page_size=page_size,
-            prefix_cache=prefix_cache, speculation=speculation,
+            prefix_cache=prefix_cache, speculation=speculation, log_probs=log_probs,
         )  # fmt: skip
-        self._intake = dataclasses.replace(intake, tokenizer=tokenizer)
+        if log_probs is not None and integer("log_probs", log_probs, 0) > intake.vocab:
+            raise ValueError(f"log_probs must be at most {intake.vocab}, the tokens of the model; got {log_probs}.")
+        self._intake = dataclasses.replace(intake, tokenizer=tokenizer, log_probs=log_probs)
         served = ServeState(queue, state)
         if isinstance(speculation, ModelDraft):
             served, speculation = ServeState(queue, state, speculation.state), speculation.without_state
         self._key = own_key
-        self._device = Device(model, served, (*facts, speculation, record), intake.sizes, steps, own_key)
+        self._device = Device(model, served, (*facts, speculation, record, log_probs), intake.sizes, steps, own_key)
         self._recorder = Recorder.of(queue) if record else None
         self._new_model: Any = None
         self._handles: dict[int, Handle] = {}  # by row
@@ -154,19 +159,22 @@ class Engine:
     def submit(
         self, prompt: Any, max_new_tokens: Any = 64, *, n: None = None, sampler: Sampler | None = None, key: Any = None,
         eos: Any = None, stop: Sequence[Any] = (), priority: int = 0, salt: int = 0,
-        deadline: float | None = None, values: Any = None,
+        deadline: float | None = None, values: Any = None, log_probs: int | None = None,
+        prompt_log_probs: bool = False,
     ) -> Handle: ...
     @overload
     def submit(
         self, prompt: Any, max_new_tokens: Any = 64, *, n: int, sampler: Sampler | None = None, key: Any = None,
         eos: Any = None, stop: Sequence[Any] = (), priority: int = 0, salt: int = 0,
-        deadline: float | None = None, values: Any = None,
+        deadline: float | None = None, values: Any = None, log_probs: int | None = None,
+        prompt_log_probs: bool = False,
     ) -> list[Handle]: ...
     # fmt: on
     def submit(
         self, prompt: Any, max_new_tokens: Any = 64, *, n: int | None = None, sampler: Sampler | None = None,
         key: Any = None, eos: Any = None, stop: Sequence[Any] = (), priority: int = 0, salt: int = 0,
-        deadline: float | None = None, values: Any = None,
+        deadline: float | None = None, values: Any = None, log_probs: int | None = None,
+        prompt_log_probs: bool = False,
     ) -> Handle | list[Handle]:  # fmt: skip
         """Take a request, at any time. It runs while events are asked for.
 
@@ -186,22 +194,36 @@ class Engine:
         - `salt`: pages of equal tokens are shared only between requests of one salt, such as a tenant's number.
         - `deadline`: seconds from now, after which the request is ended.
         - `values`: the numbers that the model's specs name by `Value`, one for each name, or [size].
+        - `log_probs`: of how many of the likeliest tokens log-probabilities come with each token's own; None for none.
+          They are the model's, before the sampler changes logits.
+        - `prompt_log_probs`: whether the handle gets those of the prompt's tokens. All of the prompt is computed then:
+          nothing of it is looked for in the prefix cache. With `n` all handles have the list of the first sample.
 
         **Returns:** the handle; with `n` a list of ``n`` handles. Raises ``ValueError`` or ``TypeError`` that names the
         argument, for a request that could never fit too; other requests go on.
         """
         keys = keys_of_samples(key, n, self._key)
         how: dict[str, Any] = {"sampler": sampler, "eos": eos, "stop": stop, "priority": priority, "salt": salt}
+        how |= {"log_probs": log_probs, "prompt_log_probs": prompt_log_probs}
         new, strings = self._intake.checked(prompt, max_new_tokens, **how, values=values)
         now, first, family = time.monotonic(), self._submitted, self._submitted if len(keys) > 1 else -1
         deadline = None if deadline is None else now + deadline
-        handles = []
+        handles: list[Handle] = []
+        of_prompt: Any = [None] * len(new.prompt) if prompt_log_probs else None
         for i, own in enumerate(keys):
             number = -1 if own is not None else first
             sample = i if n is not None and not _is_of_several(key) else -1
             reader = None if self._decode is None else AnswerText(self._decode, strings)
-            handles.append(Handle(new.prompt, sample=i, deadline=deadline, submitted=now, reader=reader))
-            more = {"key": own, "arrival": first + i, "family": family, "folds": (number, sample)}
+            handle = Handle(new.prompt, sample=i, deadline=deadline, submitted=now, reader=reader)
+            handle.prompt_log_probs, handle.num_log_probs = of_prompt, new.log_probs
+            handles.append(handle)
+            more: dict[str, Any] = {
+                "prompt_log_probs": prompt_log_probs and i == 0,
+                "key": own,
+                "arrival": first + i,
+                "family": family,
+                "folds": (number, sample),
+            }
             self._pending.append((handles[i], dataclasses.replace(new, **more)))
         self._submitted += len(keys)
         return handles[0] if n is None else handles
@@ -344,6 +366,7 @@ class Engine:
         if self._recorder is not None:
             self._recorder.add(events, steps, {row: (one, row) for row, one in handles.items()})
         now = time.monotonic()
+        tell_prompts(events, steps, handles)
         for row, answer in answers_of(events, steps).items():
             if not handles[row].is_done:  # else ended by the host meanwhile
                 self._take(handles[row], answer, now)

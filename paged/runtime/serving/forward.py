@@ -13,11 +13,12 @@ from paged.spec import CheckedFor, Everything, GroupedBatch, Minimum, RaggedBatc
 from .._model_call import apply, logits_of_rows
 from .drafting import Drafts
 from .state import Queue
+from .told import PromptLogProbs, has_prompt_rows
 
 
 def logits_of(model: Any, queue: Queue, state: eqx.nn.State, budget: int, minima: Any) -> Array:
     """The logits that a step makes of a queue, [1, slots, vocab]: to be traced for their shape."""
-    return forward(model, queue, jnp.zeros_like(queue.request), None, state, budget, minima)[0]
+    return forward(model, queue, jnp.zeros_like(queue.request), None, state, budget, minima, False)[0]
 
 
 def forward(
@@ -28,7 +29,8 @@ def forward(
     state: eqx.nn.State,
     budget: int,
     minima: tuple[Minimum, ...],
-) -> tuple[Float[Array, "most slots vocab"], eqx.nn.State]:
+    has_told: bool,
+) -> tuple[Float[Array, "most slots vocab"], PromptLogProbs | None, eqx.nn.State]:
     """Run the model on a step's rows.
 
     **Arguments:**
@@ -37,47 +39,52 @@ def forward(
     - `rows`: how many known tokens each slot computes: its last ones.
     - `drafts`: tokens that are computed after these; None for none.
     - `budget`, `minima`: as for `serve_step`.
+    - `has_told`: whether requests may ask for the log-probabilities of their prompts.
 
-    **Returns:** the logits of each slot's last row and of its drafts, and the state. Where there is no such row they
-    are anything.
+    **Returns:** the logits of each slot's last row and of its drafts, which are anything where there is no such row;
+    the log-probabilities, None where no request may ask; and the state.
 
     The step has one of three forms. Where every slot has one row or none, the batch has one row for each slot, or one
-    and ``num_tokens`` for each if any slot has drafts: kernels for decoding take it. Else it is ragged.
+    and ``num_tokens`` for each if any slot has drafts: kernels for decoding take it. Else it is ragged, and
+    also where log-probabilities of a prompt's tokens are told.
     """
     slots, lengths = rows.shape[0], queue.pool.lengths
     most = 1 if drafts is None else 1 + drafts.tokens.shape[1]
     tokens = queue.of_slots.tokens if drafts is None else drafts.after(queue.of_slots)
     last, takes = jnp.arange(slots, dtype=jnp.int32), rows > 0
 
-    def even(each: int, state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
+    def even(each: int, told: Any, state: eqx.nn.State) -> tuple[Array, Any, eqx.nn.State]:
         own = queue.with_lengths(lengths + each - 1)
         ids, batch = rows_for_each(own, tokens, takes, each, minima)
         x, state = apply(model, ids, batch, state)
         # Row by row of all slots, as they are drawn from.
         logits = logits_of_rows(model, x, (last[None] * each + jnp.arange(each, dtype=jnp.int32)[:, None]).reshape(-1))
-        return logits.reshape(each, slots, -1), state
+        return logits.reshape(each, slots, -1), told, state
 
-    def ragged(state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
+    def ragged(told: Any, state: eqx.nn.State) -> tuple[Array, Any, eqx.nn.State]:
         more = jnp.zeros_like(rows) if drafts is None else drafts.count
         own = queue.with_lengths(lengths + more)
         ids, batch = ragged_rows(own, tokens, rows + more, budget, minima)
         x, state = apply(model, ids, batch, state)
         first = jnp.cumsum(rows + more) - more - 1
         row = jnp.clip(first[None] + jnp.arange(most, dtype=jnp.int32)[:, None], 0, budget - 1)
-        return logits_of_rows(model, x, row.reshape(-1)).reshape(most, slots, -1), state
+        told = PromptLogProbs.of(model, x, own, rows + more, budget) if has_told else told
+        return logits_of_rows(model, x, row.reshape(-1)).reshape(most, slots, -1), told, state
 
-    if budget == 1:
-        return even(1, state)
-    is_even, has_drafts = jnp.all(rows <= 1), jnp.zeros((), bool) if drafts is None else jnp.any(drafts.count > 0)
-    forms = [(is_even & ~has_drafts, lambda state: even(1, state))]
+    told = PromptLogProbs.none(budget) if has_told else None
+    if budget == 1 and not has_told:
+        return even(1, told, state)
+    is_even = jnp.all(rows <= 1) & ~has_prompt_rows(queue, rows)
+    has_drafts = jnp.zeros((), bool) if drafts is None else jnp.any(drafts.count > 0)
+    forms = [(is_even & ~has_drafts, lambda told, state: even(1, told, state))]
     if drafts is not None:
-        forms.append((is_even & has_drafts, lambda state: even(most, state)))
-    logits = jax.eval_shape(lambda state: even(1, state)[0], state)
-    carry = jnp.zeros((most, *logits.shape[1:]), logits.dtype), state
+        forms.append((is_even & has_drafts, lambda told, state: even(most, told, state)))
+    logits = jax.eval_shape(lambda state: even(1, None, state)[0], state)
+    carry = jnp.zeros((most, *logits.shape[1:]), logits.dtype), told, state
 
     def run(form: Any, carry: tuple) -> tuple:
-        new, state = form(carry[1])
-        return jax.lax.dynamic_update_slice(carry[0], new, (0, 0, 0)), state
+        new, *others = form(*carry[1:])
+        return jax.lax.dynamic_update_slice(carry[0], new, (0, 0, 0)), *others
 
     # Each form is a loop of one turn or none. XLA updates what a loop carries in place; a branch would get a copy of
     # every page.

@@ -19,6 +19,9 @@ class Handle:
     * ``finish_reason``: ``"eos"``; ``"stop"`` for a stop sequence or string; ``"length"`` where ``max_new_tokens`` were
       drawn; ``"no_token"`` where the logits held NaN, or nothing but ``-inf``; ``"cancelled"``; ``"deadline"``;
       ``"error"`` where the tokenizer raised ``error`` for its tokens. None while the request goes on.
+    * ``log_probs``: of the tokens, where they are asked for; ``top_log_probs``: those of the likeliest tokens by id, in
+      the place of each. ``prompt_log_probs``: of the prompt's tokens given those before them; None for the first, and
+      for what is not computed yet.
     * ``drafted``, ``accepted``: how many drafts of it were verified, and how many of its tokens were drafts.
     * ``submitted``, ``first_token``, ``finished``: seconds of ``time.monotonic``; None while they have not come.
     """
@@ -31,6 +34,10 @@ class Handle:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     deadline: float | None = None
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    top_log_probs: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    prompt_log_probs: list[float | None] | None = None
+    num_log_probs: int = -1
     drafted: int = 0
     accepted: int = 0
     submitted: float = 0.0
@@ -51,9 +58,12 @@ class Event:
     * ``request``: whose. * ``tokens``: the new ones, at least one unless the request is done with none.
     * ``finish_reason``: why the request is done; None while it goes on.
     * ``text``: what may be given out now, where the engine has a tokenizer: see ``Handle.text``.
+    * ``log_probs``, ``top_log_probs``: of the tokens, where they are asked for: see `Handle`.
     """
 
     request: Handle
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None
     text: str = ""
+    log_probs: tuple[float, ...] = ()
+    top_log_probs: tuple[dict[int, float], ...] = ()

@@ -49,7 +49,7 @@ class Intake:
     * ``specs``: of the model's attentions. * ``ahead``: those of its masks that may see ahead.
     * ``chunk_size``: the most rows of a prompt for which a step always has room.
     * ``pages``: what the numbers of a request may ask for.
-    * ``tokenizer``: of the model, or None.
+    * ``tokenizer``: of the model, or None. * ``log_probs``: how many a request may ask for; None for none at all.
     """
 
     sizes: Sizes
@@ -60,10 +60,11 @@ class Intake:
     chunk_size: int
     pages: PagesOfValues
     tokenizer: Any = None
+    log_probs: int | None = None
 
     def checked(
         self, prompt: Any, max_new_tokens: Any, *, sampler: Any, eos: Any, stop: Any, priority: Any, salt: Any,
-        values: Any,
+        values: Any, log_probs: Any, prompt_log_probs: Any,
     ) -> tuple[NewRequest, tuple[str, ...]]:  # fmt: skip
         """The request and its stop strings, or ``ValueError`` or ``TypeError`` that names the argument."""
         if isinstance(prompt, str):
@@ -100,6 +101,7 @@ class Intake:
             integer("priority", priority),
             salt=integer("salt", salt),
             values=numbers,
+            log_probs=self._num_log_probs(log_probs, prompt_log_probs),
             cuts=self.ahead.cuts(len(ids), cached, numbers, self.chunk_size),
         )
         return new, strings
@@ -128,6 +130,20 @@ class Intake:
                 )
             self._require_in_vocabulary(name, each)
         return stops, strings
+
+    def _num_log_probs(self, log_probs: Any, prompt_log_probs: Any) -> int:
+        """Of how many tokens beside its own; -1 for none."""
+        if not isinstance(prompt_log_probs, bool):
+            raise TypeError(f"prompt_log_probs must be True or False; got {prompt_log_probs!r}.")
+        asked = -1 if log_probs is None else integer("log_probs", log_probs, 0)
+        name = f"prompt_log_probs={prompt_log_probs}" if prompt_log_probs else f"log_probs={asked}"
+        if self.log_probs is None and (prompt_log_probs or asked >= 0):
+            raise ValueError(
+                f"{name} needs an engine that tells log-probabilities: make it with log_probs={max(asked, 0)}."
+            )
+        if self.log_probs is not None and asked > self.log_probs:
+            raise ValueError(f"log_probs={asked} is more than this engine tells: make it with log_probs={asked}.")
+        return asked
 
     def _encoded(self, name: str, text: str) -> Sequence[int]:
         if self.tokenizer is None:

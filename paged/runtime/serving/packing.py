@@ -12,6 +12,9 @@ from jaxtyping import Array, Int, UInt
 from ..sampling import Samplers
 from .requests import Requests
 
+# Columns that a table may lack.
+_OPTIONAL = ("cuts", "log_probs", "prompt_log_probs")
+
 
 def packed(rows: np.ndarray, folds: np.ndarray, columns: Mapping[str, Any]) -> np.ndarray:
     """Columns of 32-bit numbers side by side, uint32[requests, words], as `put_packed` takes them.
@@ -44,7 +47,7 @@ def put_packed(words: UInt[Array, "new words"], keys: Sequence[Any], table: Requ
         own = words[:, :width].reshape(len(rows), *column.shape[1:])
         found[name], words = jax.lax.bitcast_convert_type(own, column.dtype), words[:, width:]
     own_keys = jax.vmap(_folded)(jnp.stack(keys), folds)
-    new: dict[str, Any] = {"cuts": None, **{name: x for name, x in found.items() if "." not in name}}
+    new: dict[str, Any] = {**dict.fromkeys(_OPTIONAL), **{name: x for name, x in found.items() if "." not in name}}
     nested = {
         group: {name[len(group) + 1 :]: x for name, x in found.items() if name.startswith(group + ".")}
         for group in ("samplers", "values")

@@ -23,7 +23,7 @@ MOST_STEPS = 64
 def serve(inputs: tuple, state: ServeState) -> tuple:
     """Run steps: the state, and what the host is told."""
     model, limit, *facts = inputs
-    how = dict(zip(("budget", "minima", "speculation", "has_figures"), facts, strict=True))
+    how = dict(zip(("budget", "minima", "speculation", "has_figures", "log_probs"), facts, strict=True))
     state, events, done = serve_many(model, state, MOST_STEPS, limit, **how)
     return state, events, done, _figures(state.queue)
 

@@ -14,6 +14,7 @@ from .figures import StepFigures
 from .requests import Reason, Requests, Status
 from .reuse import keep
 from .state import Queue
+from .told import DrawnLogProbs, PromptLogProbs
 
 
 class StepEvents(eqx.Module):
@@ -24,6 +25,7 @@ class StepEvents(eqx.Module):
     * ``count`` i32[slots]: how many they are; 0 too where none could be drawn.
     * ``reason`` i32[slots]: why the request is done with the last one, see `Reason`.
     * ``figures``: of the step; None where they are not asked for.
+    * ``drawn``, ``of_prompts``: log-probabilities; None where they are not asked for.
     * ``drafted`` i32[slots]: how many drafts of each slot were verified; None in a loop without speculation. Of the
       ``count`` tokens all but the first were drafts.
     """
@@ -34,6 +36,8 @@ class StepEvents(eqx.Module):
     reason: Int[Array, "*steps slots"]
     figures: StepFigures | None = None
     drafted: Int[Array, "*steps slots"] | None = None
+    drawn: DrawnLogProbs | None = None
+    of_prompts: PromptLogProbs | None = None
 
     @classmethod
     def none(cls, slots: int, num_drafts: int = 0) -> "StepEvents":
@@ -49,6 +53,7 @@ def record(
     rows: Int[Array, " slots"],
     logits: Float[Array, "most slots vocab"],
     drafts: Drafts | None = None,
+    log_probs: int | None = None,
 ) -> tuple[Queue, StepEvents]:
     """Draw tokens for every sequence whose known tokens are all in pages, and let go of those that are done.
 
@@ -58,6 +63,7 @@ def record(
     - `rows`: how many of them each slot had in the step.
     - `logits`: of the last known token of each slot, and of its drafts.
     - `drafts`: those of the step; None for none.
+    - `log_probs`: of how many of the likeliest tokens log-probabilities are told; None where none are.
 
     **Returns:** the queue and the events. A slot's first token is drawn from its first logits. While the token that is
     drawn is the one that was drafted, the next logits are those of this token, and one more is drawn: so all tokens are
@@ -72,11 +78,15 @@ def record(
         drafted = drafts.count
         # What was accepted is in pages, but for the last token: it is drawn and not computed yet.
         queue = queue.with_lengths(queue.pool.lengths + jnp.maximum(count - 1, 0))
+    drawn = None
+    if log_probs is not None:
+        asked = queue.of_slots.log_probs
+        drawn = DrawnLogProbs.of(draws if asked is None else asked >= 0, logits, token, log_probs)
     is_done = reason != Reason.NONE
     queue = queue.with_column(is_done, reason=reason)
     is_prefilled = (rows > 0) & (rows > jnp.where(draws, 1, 0))
     queue = keep(queue, is_done)
-    events = StepEvents(jnp.where(draws, queue.request, -1), token, count, reason, drafted=drafted)
+    events = StepEvents(jnp.where(draws, queue.request, -1), token, count, reason, drafted=drafted, drawn=drawn)
     counts = queue.counts.plus(
         steps=1,
         decode_steps=jnp.all(rows <= 1),

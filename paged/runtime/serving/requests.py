@@ -41,6 +41,8 @@ class NewRequest:
     * ``prompt``: its token ids.
     * ``most_tokens``: of the prompt and the answer together.
     * ``sampler``, ``key``: how its tokens are drawn; a typed PRNG key, or None for the engine's.
+    * ``log_probs``: how many of the likeliest tokens' log-probabilities are told with each token's own; -1 for none.
+    * ``prompt_log_probs``: whether those of the prompt's tokens are told.
     * ``folds``: numbers that are folded into the key, one after the other; -1 for none.
     * ``ends``: token ids that end the answer. ``stops``: sequences of token ids that do.
     * ``priority``: larger ones are admitted first. ``arrival``: among equal ones the smaller.
@@ -63,6 +65,8 @@ class NewRequest:
     cuts: np.ndarray | None = None
     family: int = -1
     folds: tuple[int, int] = (-1, -1)
+    log_probs: int = -1
+    prompt_log_probs: bool = False
 
 
 class Sizes(eqx.Module):
@@ -72,6 +76,7 @@ class Sizes(eqx.Module):
     * ``tokens``: the most of a request, prompt and answer.
     * ``ends``, ``stops``, ``stop_tokens``, ``biases``: how many each request may have, and tokens of one stop.
     * ``has_cuts``: whether a request may say where its tokens may be cut into steps.
+    * ``has_log_probs``: whether a request may ask for log-probabilities.
     """
 
     requests: int = eqx.field(static=True)
@@ -81,6 +86,7 @@ class Sizes(eqx.Module):
     stop_tokens: int = eqx.field(static=True, default=8)
     biases: int = eqx.field(static=True, default=16)
     has_cuts: bool = eqx.field(static=True, default=False)
+    has_log_probs: bool = eqx.field(static=True, default=False)
 
 
 class Requests(eqx.Module):
@@ -99,6 +105,7 @@ class Requests(eqx.Module):
     * ``cuts`` i32[requests, tokens + 1]: for each number of tokens the largest, at most that, after which they may be
       cut into steps. None where that is everywhere, for all requests.
     * ``family`` i32[requests]: a number that the samples of one prompt have in common; -1 for the only one.
+    * ``log_probs``, ``prompt_log_probs`` i32[requests]: see `NewRequest`. None where no request may ask for them.
     """
 
     tokens: Int[Array, "requests tokens"]
@@ -118,6 +125,8 @@ class Requests(eqx.Module):
     values: dict[str, Array]
     cuts: Int[Array, "requests places"] | None
     family: Int[Array, " requests"]
+    log_probs: Int[Array, " requests"] | None = None
+    prompt_log_probs: Int[Array, " requests"] | None = None
 
     @classmethod
     def init(cls, sizes: Sizes, values: dict[str, Array] | None = None) -> "Requests":
@@ -161,6 +170,8 @@ class Requests(eqx.Module):
             values={name: np.stack([np.asarray(r.values[name]) for r in new]) for name in new[0].values},
             cuts=_cuts([request.cuts for request in new], sizes.tokens) if sizes.has_cuts else None,
             family=ints(request.family for request in new),
+            log_probs=ints(request.log_probs for request in new) if sizes.has_log_probs else None,
+            prompt_log_probs=ints(request.prompt_log_probs for request in new) if sizes.has_log_probs else None,
         )
 
     def put(self, rows: Int[Array, " new"], new: "Requests") -> "Requests":

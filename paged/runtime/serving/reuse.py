@@ -44,13 +44,15 @@ def attach(
 
     A sample begins with the pages of another one of its prompt. Else there is the longest beginning that the prefix
     cache has: for a sample with tokens of its own too. At least the last token is computed: a token is drawn from its
-    logits.
+    logits. And all are, where the request asks for the log-probabilities of its prompt.
 
     **Returns:** the queue, and whether the request should rather wait: a running one is computing tokens with which
     this one begins, another sample of its prompt, or with a prefix cache whole pages. It would compute them again, and
     finds them a few steps later.
     """
-    queue, is_shared, waits = _share(queue, may, slot, row)
+    most = _most_found(queue, row)
+    queue, is_shared, waits = _share(queue, may & (most > 0), slot, row)
+    waits = waits & (most > 0)
     if queue.cache is None:
         return queue, waits
     cache, size = queue.cache, queue.pool.page_size
@@ -58,10 +60,10 @@ def attach(
     def found() -> tuple[PrefixHit, Array]:
         requests, others = queue.requests, queue.of_slots
         tokens, known, salt = requests.tokens[row], requests.known[row], requests.salt[row]
-        hit = _fitting(queue, cache.lookup(tokens, known - 1, salt), known)
+        hit = _fitting(queue, cache.lookup(tokens, most, salt), known)
         place = jnp.arange(tokens.shape[0], dtype=jnp.int32)[None]
         common = jnp.min(jnp.where(others.tokens == tokens[None], tokens.shape[0], place), axis=1)
-        common = jnp.minimum(common, jnp.minimum(known - 1, others.known)) // size * size
+        common = jnp.minimum(common, jnp.minimum(most, others.known)) // size * size
         computes = queue.is_running & (others.salt == salt) & (common > queue.pool.lengths)
         return hit, jnp.any(computes & (common > hit.count))
 
@@ -121,6 +123,12 @@ def _share(
     carry = queue.pool, queue.kept, queue.nodes, jnp.zeros((), bool)
     pool, kept, nodes, is_shared = jax.lax.fori_loop(0, shares.astype(jnp.int32), shared, carry)
     return queue.replace(pool=pool, kept=kept, nodes=nodes), is_shared, waits
+
+
+def _most_found(queue: Queue, row: Int[Array, ""]) -> Int[Array, ""]:
+    """How many of a request's tokens may be found in pages of others."""
+    known, asked = queue.requests.known[row], queue.requests.prompt_log_probs
+    return known - 1 if asked is None else jnp.where(asked[row] > 0, 0, known - 1)
 
 
 def _sample_with_prompt(queue: Queue, row: Int[Array, ""]) -> Int[Array, ""]:

@@ -38,7 +38,7 @@ class Setup(NamedTuple):
     @classmethod
     def of(
         cls, model: Any, state: eqx.nn.State, most: dict[str, int], *, num_slots: Any, chunk_size: Any, num_pages: Any,
-        page_size: Any, prefix_cache: Any, speculation: Any,
+        page_size: Any, prefix_cache: Any, speculation: Any, log_probs: int | None,
     ) -> "Setup":  # fmt: skip
         """The parts of an engine, see `Engine`. ``ValueError`` or ``TypeError`` for a model that it cannot serve."""
         num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
@@ -47,7 +47,7 @@ class Setup(NamedTuple):
             budget = max(budget, num_slots * (1 + speculation.num_tokens))
         specs = tuple(dict.fromkeys(spec for one, _ in served for spec in specs_of(one)))
         ahead = AheadMasks.of([spec.visibility for spec in specs], most["tokens"])
-        sizes = Sizes(**most, has_cuts=bool(ahead.masks))
+        sizes = Sizes(**most, has_cuts=bool(ahead.masks), has_log_probs=log_probs is not None)
         groups = page_groups(specs) or ((Everything(),),)
         held = _sizes(served, groups, num_pages, page_size)
         pool = new_pool(groups, held, num_slots, -(-(sizes.tokens - 1) // held.page_size))

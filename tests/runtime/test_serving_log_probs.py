@@ -1,0 +1,104 @@
+"""Log-probabilities in the serve loop equal those of dense logits, under every schedule; nothing is traced for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged.runtime import NGramDraft, Sampler
+from paged.runtime.serving import Engine
+
+from .tiny import VOCAB, tiny
+
+MODEL, STATE = tiny(num_pages=10)
+PROMPTS = [
+    [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7],
+    [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5],
+    [7],
+    [7, 8],
+    [2, 7, 1, 8, 2, 8],
+]
+
+
+def engine(**options):
+    state = jax.tree.map(jnp.copy, STATE)
+    sizes = {"num_slots": 3, "max_tokens": 40, "chunk_size": 5, "max_requests": 6, "max_biases": 2}
+    return Engine(MODEL, state, **sizes, steps=4, log_probs=3, key=jax.random.key(7), **options)
+
+
+@jax.jit
+def dense(tokens):
+    return jax.nn.log_softmax(MODEL.dense(tokens))
+
+
+def dense_log_probs(tokens):
+    """Of each next token, for every token of a sequence."""
+    return np.asarray(dense(jnp.zeros(40, jnp.int32).at[: len(tokens)].set(jnp.asarray(tokens))))[: len(tokens)]
+
+
+def require_right(handle, asked):
+    known = [*handle.prompt, *handle.tokens]
+    rows, prompt = dense_log_probs(known), len(handle.prompt)
+    own = rows[np.arange(prompt - 1, len(known) - 1), handle.tokens]
+    np.testing.assert_allclose(handle.log_probs, own, atol=2e-4)
+    for row, tops in zip(rows[prompt - 1 :], handle.top_log_probs, strict=False):
+        assert len(tops) == asked and list(tops.values()) == sorted(tops.values(), reverse=True)
+        np.testing.assert_allclose([row[token] for token in tops], list(tops.values()), atol=2e-4)
+        np.testing.assert_allclose(list(tops.values()), np.sort(row)[::-1][:asked], atol=2e-4)
+    assert len(handle.top_log_probs) == len(handle.log_probs) == len(handle.tokens)
+    if handle.prompt_log_probs is not None:
+        assert handle.prompt_log_probs[0] is None and len(handle.prompt_log_probs) == prompt
+        want = rows[np.arange(prompt - 1), known[1:prompt]]
+        np.testing.assert_allclose(np.array(handle.prompt_log_probs[1:], float), want, atol=2e-4)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("speculation", [None, pytest.param(NGramDraft(3), marks=pytest.mark.slow)], ids=["", "ngram"])
+def test_log_probabilities_are_those_of_dense_logits_under_every_schedule(speculation):
+    """In chunks, with hits in the prefix cache, under preemption; of drawn tokens, of the likeliest, of prompts."""
+    served = engine(speculation=speculation)
+    seconds = served.warmup(progress=False)
+    traced, events = len(MODEL.traces), []
+    for time in range(2):  # the second time all is in the cache
+        how = [
+            {"log_probs": k, "prompt_log_probs": ask}
+            for k, ask in ((0, True), (3, False), (1, True), (2, True), (3, True))
+        ]
+        rule = Sampler(temperature=1.5, repetition_penalty=1.3)
+        handles = [served.submit(prompt, 12, sampler=rule, **own) for prompt, own in zip(PROMPTS, how, strict=True)]
+        silent = served.submit(PROMPTS[0], 3)
+        events += served.stream()
+        for handle, own in zip(handles, how, strict=True):
+            require_right(handle, own["log_probs"])
+        assert silent.log_probs == silent.top_log_probs == [] and silent.prompt_log_probs is None
+    of_last = [event for event in events if event.request is handles[1]]
+    assert [x for event in of_last for x in event.log_probs] == handles[1].log_probs
+    assert [x for event in of_last for x in event.top_log_probs] == handles[1].top_log_probs
+    stats = served.stats()
+    assert stats.preemptions > 0 and stats.reused_tokens > 0 and seconds > 0 and len(MODEL.traces) == traced
+
+
+@pytest.mark.kernels
+def test_samples_have_the_log_probabilities_of_their_prompt_in_common():
+    served = engine()
+    samples = served.submit(PROMPTS[0], 8, n=4, sampler=Sampler(temperature=1.0), log_probs=1, prompt_log_probs=True)
+    list(served.stream())
+    for sample in samples:
+        require_right(sample, 1)
+    assert len({tuple(sample.tokens) for sample in samples}) > 1 and served.stats().reused_tokens >= 2 * 13
+
+
+@pytest.mark.kernels
+def test_more_than_an_engine_tells_is_refused_with_what_would_do():
+    served = engine()
+    with pytest.raises(ValueError, match="log_probs=4 is more than this engine tells: make it with log_probs=4"):
+        served.submit([1], 2, log_probs=4)
+    with pytest.raises(TypeError, match="prompt_log_probs must be True or False; got 1"):
+        served.submit([1], 2, prompt_log_probs=1)
+    with pytest.raises(ValueError, match=f"log_probs must be at most {VOCAB}"):
+        Engine(MODEL, STATE, num_slots=1, max_tokens=8, log_probs=VOCAB + 1)
+    without = Engine(MODEL, STATE, num_slots=1, max_tokens=8)
+    with pytest.raises(ValueError, match=r"log_probs=2 needs an engine that tells.*make it with log_probs=2"):
+        without.submit([1], 2, log_probs=2)
+    with pytest.raises(ValueError, match=r"prompt_log_probs=True needs an engine .*make it with log_probs=0"):
+        without.submit([1], 2, prompt_log_probs=True)
