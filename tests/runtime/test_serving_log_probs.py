@@ -59,7 +59,7 @@ def test_log_probabilities_are_those_of_dense_logits_under_every_schedule(specul
     served = engine(speculation=speculation)
     seconds = served.warmup(progress=False)
     traced, events = len(MODEL.traces), []
-    for time in range(2):  # the second time all is in the cache
+    for _ in range(2):  # the second time all is in the cache
         how = [
             {"log_probs": k, "prompt_log_probs": ask}
             for k, ask in ((0, True), (3, False), (1, True), (2, True), (3, True))

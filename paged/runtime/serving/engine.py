@@ -105,8 +105,8 @@ class Engine:
         - `tokenizer`: the model's, with ``encode(text)`` and ``decode(ids)``, such as a `Tokenizer`. With one, prompts
           and stops may be strings, events bring text, and its ``eos_ids``, if it has such, end answers.
         - `record`: whether `records` keeps what each step did, for `paged.pictures`. Each step then counts pages too.
-        - `log_probs`: of how many of the likeliest tokens requests may ask for log-probabilities, from 0. None: requests
-          may ask for none, and a step does nothing for them.
+        - `log_probs`: of how many of the likeliest tokens requests may ask for log-probabilities, from 0. None: they
+          may ask for none, and a step does nothing for it.
         - `key`: a typed PRNG key. A request without a key of its own draws by this one and its number.
 
         Raises ``ValueError`` or ``TypeError`` that names the argument.
