@@ -71,15 +71,16 @@ def drawn(records: list[StepRecord]) -> dict[str, pictures.Picture]:
     sinks = spec.replace(causal=False, mask=(paged.Causal() & paged.Window(10)) | (paged.Causal() & paged.Prefix(3)))
     two = paged.RaggedBatch.decode(lengths=[10, 3], block_tables=[[2, 5, 0], [3, -1, -1]])
     three = paged.RaggedBatch([19, 11, 10], [[-1, -1, 9, 4, 8], [1, 2, 6, -1, -1], [1, 2, 11, -1, -1]], [0, 1, 6, 7])
-    chip = paged.lower(spec.replace(head_dim=128), layout.replace(head_dim=128, page_size=16), target="tpu")
-    decode = paged.RaggedBatch.decode([900, 150, 2000], np.arange(3 * 128).reshape(3, 128))
+    wide, large = spec.replace(head_dim=128), layout.replace(head_dim=128, page_size=16)
     pinned = paged.DecodeSchedule(pages_per_block=16, buffers=4)
+    chip = paged.lower(wide, large, target="tpu", schedule=pinned).on_chip("v6e")
+    decode = paged.RaggedBatch.decode([900, 150, 2000], np.arange(3 * 128).reshape(3, 128))
     return {
         "paging": pictures.pages(plain, two, num_pages=6),
         "window": pictures.pages(windowed, three, num_pages=16),
         "mask": pictures.mask(sinks, 32, 32, page_size=4, rows_per_tile=4),
         "heads": pictures.heads(spec.replace(sinks=True)),
-        "schedule": pictures.schedule(dataclasses.replace(chip.on_chip("v6e"), pinned=pinned), decode),
+        "schedule": pictures.schedule(chip, decode),
         "pool": pictures.pool(records),
         "steps": pictures.steps(records),
     }
