@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged.runtime import Engine, ModelDraft, NGramDraft, Sampler
+import paged
+from paged.lower import Call
+from paged.runtime import Engine, ModelDraft, NGramDraft, PagePool, Sampler
 from paged.runtime.serving import NewRequest, Requests, Sizes, serve_step
 from paged.spec import Causal, Prefix, Window
 
@@ -210,6 +212,18 @@ def test_a_sequences_own_tokens_propose_what_followed_its_last_ones(rule):
         assert tokens[:count] == ngram_ref(known, *rule), known
 
 
+def test_kernels_for_decoding_take_a_step_that_verifies():
+    spec = paged.AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
+    layout = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128, dtype=jnp.bfloat16)
+    pool, _ = PagePool.init(num_pages=8, num_slots=2, pages_per_seq=4, page_size=16).extend(jnp.array([20, 9]))
+    batch = pool.decode_batch(jnp.array([True, False]), query_rows=5)
+    assert batch.lengths.tolist() == [20, 0] and batch.query_starts.tolist() == [0, 5, 10]
+    q = jax.ShapeDtypeStruct((10, 8, 128), jnp.bfloat16)
+    attend = paged.lower(spec, layout, target="tpu").on_chip("v5e")
+    _, schedule, _ = attend.choice(Call.of(q, layout.init(8), batch))
+    assert isinstance(schedule, paged.DecodeSchedule)
+
+
 def _engine(speculation, served=None):
     model, state = served or table(0)
     sizes = {"num_slots": 2, "max_tokens": 20, "num_pages": 30, "page_size": 4}
@@ -224,6 +238,11 @@ def _engine(speculation, served=None):
         (lambda: NGramDraft(ngram=2.5), TypeError, "ngram must be an int; got 2.5"),
         (lambda: _engine("ngram"), TypeError, "speculation must be an NGramDraft or a ModelDraft; got 'ngram'"),
         (lambda: _engine(ModelDraft(PAGED[0], None)), TypeError, "ModelDraft needs the draft model's state.*got None"),
+        (
+            lambda: Engine(*PAGED, num_slots=2, max_tokens=20, speculation=ModelDraft(*PAGED)),
+            ValueError,
+            "ModelDraft needs a state of its own",
+        ),
         (
             lambda: _engine(ModelDraft(*tiny(num_pages=8)), served=PAGED),
             ValueError,

@@ -29,6 +29,8 @@ def require_speculation(state: eqx.nn.State, speculation: Any) -> None:
         if not isinstance(speculation.state, eqx.nn.State):
             raise TypeError(f"ModelDraft needs the draft model's state, an eqx.nn.State; got {speculation.state!r}.")
         states["the draft model's state"] = speculation.state
+        if {id(x) for x in jax.tree.leaves(state)} & {id(x) for x in jax.tree.leaves(speculation.state)}:
+            raise ValueError("ModelDraft needs a state of its own; got one with arrays of the served model's state.")
     for name, own in states.items():
         if has_more_than_pages(own):
             raise ValueError(
