@@ -125,7 +125,10 @@ def _is_checked(batch: RaggedBatch, facts: CheckedFor) -> bool:
         return False
     checked = batch.checked_for
     is_known = all(any(m.name == own.name and m.least >= own.least for m in checked.minima) for own in facts.minima)
-    return checked[:3] == facts[:3] and is_known and implies(facts.mask, checked.mask)
+    is_of_sizes = (checked.page_size, checked.tokens) == (facts.page_size, facts.tokens)
+    # Pages of a smaller pool are pages of a larger one.
+    is_of_sizes &= checked.num_pages <= facts.num_pages
+    return is_of_sizes and is_known and implies(facts.mask, checked.mask)
 
 
 class _Values(NamedTuple):

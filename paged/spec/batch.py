@@ -263,7 +263,7 @@ class RaggedBatch(eqx.Module):
         tables, copy_from = moved(self.block_tables), None if self.copy_from is None else moved(self.copy_from)
         checked = self.checked_for
         if checked is not None:
-            checked = checked._replace(num_pages=num_layers * num_pages) if checked.num_pages == num_pages else None
+            checked = checked._replace(num_pages=num_layers * num_pages) if checked.num_pages <= num_pages else None
         return dataclasses.replace(self, block_tables=tables, copy_from=copy_from, checked_for=checked)
 
     def naming(self, names: Iterable[str]) -> "RaggedBatch":

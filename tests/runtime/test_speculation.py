@@ -1,5 +1,6 @@
 """Speculation in the serve loop: the tokens of a loop without it in fewer steps, and no trace of what was rejected."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -14,11 +15,24 @@ import paged
 from paged.lower import Call
 from paged.runtime import Engine, ModelDraft, NGramDraft, PagePool, Sampler
 from paged.runtime.serving import NewRequest, Requests, Sizes, serve_step
-from paged.spec import Causal, Prefix, Window
+from paged.spec import Causal, GroupedBatch, Prefix, Window
 
 from .tiny import VOCAB, greedy_ref, tiny, two_layers
 
-PAGED = tiny(num_pages=30)
+
+class Checking(eqx.Module):
+    """A model whose layers check every batch: the loop marks its batches as checked, and they must be sound."""
+
+    model: eqx.Module
+
+    def __call__(self, tokens, batch, state):
+        own = lambda batch: dataclasses.replace(batch, checked_for=None)
+        batch = GroupedBatch(map(own, batch.batches), batch.masks) if isinstance(batch, GroupedBatch) else own(batch)
+        return self.model(tokens, batch, state)
+
+
+TINY, STATE = tiny(num_pages=30)
+PAGED = Checking(TINY), STATE
 
 
 class Table(eqx.Module):
@@ -34,7 +48,7 @@ class Table(eqx.Module):
 
 def table(seed, vocab=VOCAB):
     logits = 2 * jax.random.normal(jax.random.key(seed), (vocab, vocab))
-    return eqx.nn.make_with_state(Table)(logits, PAGED[0].traces)
+    return eqx.nn.make_with_state(Table)(logits, TINY.traces)
 
 
 MODELS = {"table": table(0), "paged": PAGED}
@@ -171,7 +185,7 @@ def test_drafts_that_are_all_rejected_cost_no_step(name, kind):
 
 @of_models("ngram", "same")
 def test_nothing_is_traced_after_the_first_requests_with_drafts(name, kind):
-    served, traces = engine(name, kind), PAGED[0].traces
+    served, traces = engine(name, kind), TINY.traces
     run(served, [([1, 2], 3, {})])
     traced = len(traces)
     run(served, [([1, 2] * 7, 16, {"sampler": RULES[2]}), ([4], 9, {"stop": [[1, 2]]}), ([4] * 9, 2, {})])
@@ -207,9 +221,9 @@ def test_a_sequences_own_tokens_propose_what_followed_its_last_ones(rule):
     draft, rng = NGramDraft(*rule), np.random.default_rng(0)
     lists = [rng.integers(0, 3, rng.integers(1, 13)).tolist() for _ in range(200)]
     rows = Requests.of([NewRequest(tuple(known), 20, Sampler(), jax.random.key(0)) for known in lists], Sizes(200, 12))
-    drafts = jax.jit(draft.propose)(rows)
-    for known, tokens, count in zip(lists, drafts.tokens.tolist(), drafts.count.tolist(), strict=True):
-        assert tokens[:count] == ngram_ref(known, *rule), known
+    tokens, is_found = jax.jit(draft.propose)(rows)
+    for known, own, has_any in zip(lists, tokens.tolist(), is_found.tolist(), strict=True):
+        assert (own if has_any else []) == ngram_ref(known, *rule), known
 
 
 def test_kernels_for_decoding_take_a_step_that_verifies():

@@ -5,7 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from .._arguments import integer
 from .requests import Requests
@@ -16,10 +16,12 @@ class Drafts(eqx.Module):
 
     * ``tokens`` i32[slots, num_tokens]: in order; anything past the count.
     * ``count`` i32[slots]: how many a step verifies.
+    * ``has_even_rows`` bool[]: whether every slot of the step has one known row and pages for ``num_tokens`` more.
     """
 
     tokens: Int[Array, "slots num_tokens"]
     count: Int[Array, " slots"]
+    has_even_rows: Bool[Array, ""]
 
     def after(self, of_slots: Requests) -> Int[Array, "slots width"]:
         """The known tokens of each slot's request, and the drafts after them."""
@@ -59,8 +61,8 @@ class NGramDraft(eqx.Module):
         if self.min_ngram > self.ngram:
             raise ValueError(f"min_ngram must be at most ngram={self.ngram}; got {self.min_ngram}.")
 
-    def propose(self, of_slots: Requests) -> Drafts:
-        """The drafts of each slot's request: ``num_tokens`` or none."""
+    def propose(self, of_slots: Requests) -> tuple[Int[Array, "slots num_tokens"], Bool[Array, " slots"]]:
+        """The drafts of each slot's request, and which have any."""
         tokens, known = of_slots.tokens, of_slots.known
         width, last = tokens.shape[1], known[:, None] - 1
         place = jnp.arange(width, dtype=jnp.int32)[None]
@@ -75,7 +77,7 @@ class NGramDraft(eqx.Module):
         period = jnp.where(latest >= 0, last[:, 0] - latest % width, 1)[:, None]
         draft = jnp.arange(self.num_tokens, dtype=jnp.int32)[None] % period
         found = jnp.take_along_axis(tokens, jnp.clip(last + 1 - period + draft, 0, width - 1), axis=1)
-        return Drafts(found, jnp.where(latest >= 0, self.num_tokens, 0))
+        return found, latest >= 0
 
 
 class ModelDraft(eqx.Module):

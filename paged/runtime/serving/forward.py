@@ -44,9 +44,9 @@ def forward(
     **Returns:** the logits of each slot's last row and of its drafts, which are anything where there is no such row;
     the log-probabilities, None where no request may ask; and the state.
 
-    The step has one of three forms. Where every slot has one row or none, the batch has one row for each slot, or one
-    and ``num_tokens`` for each if any slot has drafts: kernels for decoding take it. Else it is ragged, and
-    also where log-probabilities of a prompt's tokens are told.
+    The step has one of three forms. Where every slot has one row or none, the batch has one row for each slot. Where
+    some have drafts too, and all have pages for them, it has ``1 + num_tokens`` rows for each. Kernels for decoding
+    take both. Else it is ragged, and also where log-probabilities of a prompt's tokens are told.
     """
     slots, lengths = rows.shape[0], queue.pool.lengths
     most = 1 if drafts is None else 1 + drafts.tokens.shape[1]
@@ -74,11 +74,13 @@ def forward(
     told = PromptLogProbs.none(budget) if has_told else None
     if budget == 1 and not has_told:
         return even(1, told, state)
-    is_even = jnp.all(rows <= 1) & ~has_prompt_rows(queue, rows)
-    has_drafts = jnp.zeros((), bool) if drafts is None else jnp.any(drafts.count > 0)
-    forms = [(is_even & ~has_drafts, lambda told, state: even(1, told, state))]
+    is_told, has_even_rows = has_prompt_rows(queue, rows), jnp.zeros((), bool)
+    is_single = jnp.all(rows <= 1) & ~is_told
     if drafts is not None:
-        forms.append((is_even & has_drafts, lambda told, state: even(most, told, state)))
+        is_single, has_even_rows = is_single & ~jnp.any(drafts.count > 0), drafts.has_even_rows & ~is_told
+    forms = [(is_single, lambda told, state: even(1, told, state)), (~is_single & ~has_even_rows, ragged)]
+    if drafts is not None:
+        forms.append((has_even_rows, lambda told, state: even(most, told, state)))
     logits = jax.eval_shape(lambda state: even(1, None, state)[0], state)
     carry = jnp.zeros((most, *logits.shape[1:]), logits.dtype), told, state
 
@@ -88,7 +90,7 @@ def forward(
 
     # Each form is a loop of one turn or none. XLA updates what a loop carries in place; a branch would get a copy of
     # every page.
-    for runs, form in (*forms, (~is_even, ragged)):
+    for runs, form in forms:
         carry = jax.lax.fori_loop(0, runs.astype(jnp.int32), lambda _, carry, form=form: run(form, carry), carry)
     return carry
 

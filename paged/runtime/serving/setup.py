@@ -43,14 +43,14 @@ class Setup(NamedTuple):
         """The parts of an engine, see `Engine`. ``ValueError`` or ``TypeError`` for a model that it cannot serve."""
         num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
         budget, served = num_slots + chunk_size, _served(model, state, speculation)
-        if speculation is not None:  # a step in which every sequence has all its drafts must fit
-            budget = max(budget, num_slots * (1 + speculation.num_tokens))
+        drafts = 0 if speculation is None else speculation.num_tokens
+        budget = max(budget, num_slots * (1 + drafts))  # a step in which every sequence has all its drafts must fit
         specs = tuple(dict.fromkeys(spec for one, _ in served for spec in specs_of(one)))
         ahead = AheadMasks.of([spec.visibility for spec in specs], most["tokens"])
         sizes = Sizes(**most, has_cuts=bool(ahead.masks), has_log_probs=log_probs is not None)
         groups = page_groups(specs) or ((Everything(),),)
         held = _sizes(served, groups, num_pages, page_size)
-        pool = new_pool(groups, held, num_slots, -(-(sizes.tokens - 1) // held.page_size))
+        pool = new_pool(groups, held, num_slots, -(-(sizes.tokens - 1 + drafts) // held.page_size))
         reason = _why_not_shared(served)
         reason = "a mask shows tokens to others before them" if reason is None and ahead.masks else reason
         if prefix_cache and reason is not None:

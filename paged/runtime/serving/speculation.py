@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from .._model_call import apply, logits_of_rows
 from .._new_pools import has_more_than_pages
@@ -56,12 +56,13 @@ def speculate(
     """
     most = _most_drafts(queue, rows, speculation.num_tokens)
     if isinstance(speculation, NGramDraft):
-        drafts = speculation.propose(queue.of_slots)
-        queue, count = _with_room(queue, rows, jnp.minimum(drafts.count, most), budget)
-        return queue, Drafts(drafts.tokens, count), state
+        tokens, is_found = speculation.propose(queue.of_slots)
+        queue, count, has_even_rows = _with_room(queue, rows, jnp.where(is_found, most, 0), speculation, budget)
+        return queue, Drafts(tokens, count, has_even_rows), state
     # A prompt's pages come with the step itself: nothing can be drafted after it yet.
-    queue, count = _with_room(queue, rows, jnp.where(rows == 1, most, 0), budget)
-    drafts, state = _draft(speculation, queue, rows, count, state, minima)
+    queue, count, has_even_rows = _with_room(queue, rows, jnp.where(rows == 1, most, 0), speculation, budget)
+    tokens, state = _draft(speculation, queue, rows, count, state, minima)
+    drafts = Drafts(tokens, count, has_even_rows)
     return queue, drafts, _catch_up(speculation, queue, rows, drafts, state, budget, minima)
 
 
@@ -76,27 +77,30 @@ def _most_drafts(queue: Queue, rows: Int[Array, " slots"], num_tokens: int) -> I
 
 
 def _with_room(
-    queue: Queue, rows: Int[Array, " slots"], count: Int[Array, " slots"], budget: int
-) -> tuple[Queue, Int[Array, " slots"]]:
-    """Pages for drafts, and how many drafts there is room for in the budget and in the pages.
+    queue: Queue, rows: Int[Array, " slots"], count: Int[Array, " slots"], speculation: Speculation, budget: int
+) -> tuple[Queue, Int[Array, " slots"], Bool[Array, ""]]:
+    """Pages for drafts, how many drafts there is room for in the budget and in the pages, and whether all slots can
+    have as many rows.
 
     Pages that only the prefix cache holds are given up for them. No sequence is preempted.
     """
     left = budget - jnp.sum(rows, dtype=jnp.int32)
     count = jnp.clip(left - (jnp.cumsum(count) - count), 0, count)
+    is_even = jnp.all(rows <= 1) & jnp.any(count > 0)
+    asked = jnp.where(is_even, jnp.where(rows > 0, speculation.num_tokens, 0), count)
     lengths, size = queue.pool.lengths, queue.pool.page_size
     entries = jnp.stack([own.entries for own in pools_of_groups(queue.pool)])
-    lacking = jnp.sum(jnp.maximum(-(-(lengths + count)[None] // size) - entries, 0), axis=1, dtype=jnp.int32)
-    queue = make_free(queue, lacking, count)
-    pool, ok = queue.pool.reserve(jnp.where(count > 0, lengths + count, 0))
+    lacking = jnp.sum(jnp.maximum(-(-(lengths + asked)[None] // size) - entries, 0), axis=1, dtype=jnp.int32)
+    queue = make_free(queue, lacking, asked)
+    pool, ok = queue.pool.reserve(jnp.where(asked > 0, lengths + asked, 0))
     held = jnp.min(entries, axis=0) * size - lengths
-    return queue.replace(pool=pool), jnp.where(ok, count, jnp.clip(held, 0, count))
+    return queue.replace(pool=pool), jnp.where(ok, count, jnp.clip(held, 0, count)), is_even & jnp.all(ok)
 
 
 def _draft(
     speculation: ModelDraft, queue: Queue, rows: Int[Array, " slots"], count: Int[Array, " slots"], state: Any,
     minima: Any,
-) -> tuple[Drafts, Any]:  # fmt: skip
+) -> tuple[Int[Array, "slots num_tokens"], Any]:  # fmt: skip
     """Draw drafts one after the other, each from the one before it.
 
     In a step of decoding rows the last draft is put into pages too, and so is the one row of a slot without drafts: the
@@ -104,12 +108,12 @@ def _draft(
     """
     model, slots, lengths = speculation.model, rows.shape[0], queue.pool.lengths
     of_slots = queue.of_slots
-    is_even = jnp.all(rows <= 1).astype(jnp.int32)
+    is_even = jnp.all(rows <= 1)
 
     def feed(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         tokens, state = carry
-        own, known = queue.with_lengths(lengths + i), Drafts(tokens, count).after(of_slots)
-        takes = (rows > 0) & (i < count + is_even)
+        own, known = queue.with_lengths(lengths + i), Drafts(tokens, count, is_even).after(of_slots)
+        takes = (rows > 0) & (i < count + is_even.astype(jnp.int32))
         ids, batch = rows_for_each(own, known, takes, 1, minima)
         x, state = apply(model, ids, batch, state)
         logits = logits_of_rows(model, x, jnp.arange(slots))
@@ -118,10 +122,9 @@ def _draft(
         token = draw(logits, of_slots.samplers, keys_of(of_slots, i), *past)
         return tokens.at[:, i].set(token, mode="drop"), state
 
-    feeds = jnp.max(count) + is_even
+    feeds = jnp.max(count) + is_even.astype(jnp.int32)
     none = jnp.zeros((slots, speculation.num_tokens), jnp.int32)
-    tokens, state = jax.lax.fori_loop(0, feeds, feed, (none, state))
-    return Drafts(tokens, count), state
+    return jax.lax.fori_loop(0, feeds, feed, (none, state))
 
 
 def _catch_up(
