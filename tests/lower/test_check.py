@@ -170,9 +170,10 @@ def test_a_checked_batch_is_not_checked_again_for_a_spec_that_sees_no_more(array
 
 
 def test_a_checked_batch_is_checked_again_for_another_pool(arrays):
-    """A smaller pool, or fewer query rows, make faults of what was sound."""
+    """A smaller pool, or fewer query rows, make faults of what was sound; a larger pool makes none."""
     pages = arrays[3]
     checked = paged.check(SPEC, pages, _batch(), TOKENS)
+    assert paged.check(SPEC, LAYOUT.init(pages.num_pages + 1), checked, TOKENS) is checked
     with pytest.raises(ValueError, match=r"block_tables\[1, 1\] = 3 .*\[0, 3\)"):
         paged.check(SPEC, LAYOUT.init(3), checked, TOKENS)
     with pytest.raises(ValueError, match="past the 5 query rows"):

@@ -208,7 +208,8 @@ def test_a_batch_is_checked_once_for_the_pages_of_a_layer():
         stack(jnp.ones((1, EMBED)), batch, state)
     checked = paged.check(LOCAL, LAYOUT.init(NUM_PAGES), paged.RaggedBatch.decode([3], [[1]]), 1)
     assert checked.for_layer(1, NUM_PAGES, 2).checked_for[1] == 2 * NUM_PAGES
-    assert checked.for_layer(1, NUM_PAGES + 1, 2).checked_for is None
+    assert checked.for_layer(1, NUM_PAGES + 1, 2).checked_for[1] == 2 * (NUM_PAGES + 1)
+    assert checked.for_layer(1, NUM_PAGES - 1, 2).checked_for is None
     text = str(jax.make_jaxpr(lambda *args: stack(*args)[0])(jnp.ones((1, EMBED)), batch, state))
     assert text.count("pure_callback") == 1
 

@@ -55,7 +55,10 @@ def forward(
 
     def even(each: int, told: Any, state: eqx.nn.State) -> tuple[Array, Any, eqx.nn.State]:
         own = queue.with_lengths(lengths + each - 1)
-        ids, batch = rows_for_each(own, tokens, takes, each, minima)
+        # A layer may check its batch, and XLA may do so before the loop that does not run this form: without pages for
+        # all rows the batch has none.
+        own_takes = takes if each == 1 else takes & has_even_rows
+        ids, batch = rows_for_each(own, tokens, own_takes, each, minima)
         x, state = apply(model, ids, batch, state)
         # Row by row of all slots, as they are drawn from.
         logits = logits_of_rows(model, x, (last[None] * each + jnp.arange(each, dtype=jnp.int32)[:, None]).reshape(-1))
