@@ -1,4 +1,4 @@
-"""`compile_for`: compile a call with the TPU compiler, on any machine, for any TPU generation."""
+"""`compile_for`: compile a call with the compiler of a TPU or a GPU, on any machine, for any of their generations."""
 
 import dataclasses
 import os
@@ -11,11 +11,13 @@ from jax.sharding import SingleDeviceSharding
 from paged.spec import Pages, RaggedBatch, Sinks
 
 from ._around import Around
+from ._compile_gpu import CompilerFailed, GpuProgram, compile_on_gpu
 from .attend import Attend
 from .base import Schedule
+from .gpu_targets import GPU_TARGETS
 from .program import Call
 from .require import require_queries, require_type
-from .tpu import Chip, chip_named
+from .tpu import CHIPS, Chip, chip_named
 
 # With these variables libtpu loads where there is no TPU, and in several processes at once.
 _WITHOUT_A_TPU = {
@@ -30,12 +32,14 @@ _WITHOUT_A_TPU = {
 class Compiled:
     """A compiled call, as `compile_for` reports it.
 
-    * ``generation``: the TPU generation that it is compiled for.
+    * ``generation``: the generation of chips that it is compiled for.
     * ``lowering``, ``schedule``: what was compiled.
     * ``argument_bytes``, ``output_bytes``: device memory of the arguments and of the results.
     * ``temporary_bytes``: device memory besides these.
     * ``code_bytes``: the size of the compiled program.
-    * ``around``: what XLA runs around the kernels: operations, loops, sorts, copies, and the bytes that they write.
+    * ``around``: on a TPU, what XLA runs around the kernels: operations, loops, sorts, copies, and the bytes that they
+      write. None for a GPU.
+    * ``gpu``: for a GPU, its launches, loops and kernels. None for a TPU.
     """
 
     generation: str
@@ -45,7 +49,8 @@ class Compiled:
     output_bytes: int
     temporary_bytes: int
     code_bytes: int
-    around: Around
+    around: Around | None
+    gpu: GpuProgram | None = None
 
 
 class CompileError(RuntimeError):
@@ -69,7 +74,10 @@ def compile_for(
     *,
     new: tuple[Any, Any] | None = None,
 ) -> Compiled:
-    """Compile a call ahead of time for a TPU generation. It needs the package ``libtpu``, and no TPU.
+    """Compile a call ahead of time for a generation of TPUs or GPUs. It needs their compiler, and no chip.
+
+    The TPU compiler is the package ``libtpu``. For GPUs the extra ``gpu-compile`` brings it, see docs/gpu.md. It runs
+    in a process of its own, because a kernel that a chip cannot do may end the process.
 
     The schedule is the one that would run on that chip: the caller's own if `lower` was given one, else the choice of
     contexts, tuning file and heuristic.
@@ -77,7 +85,8 @@ def compile_for(
     **Arguments:**
 
     - `attend`: the lowered attention.
-    - `generation`: ``"v4"``, ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"tpu7x"``.
+    - `generation`: ``"v4"``, ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"tpu7x"``; ``"a100"``, ``"h100"``, ``"h200"`` or
+      ``"b200"``.
     - `q`, `pages`, `batch`, `sinks`: the arguments of ``attend(q, pages, batch, sinks)``. Arrays may be
       ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
     - `new`: ``(k, v)``, to compile ``attend.update(q, k, v, pages, batch, sinks)`` with donated pages instead.
@@ -85,7 +94,7 @@ def compile_for(
     **Returns:** a `Compiled`: what was compiled, and how much memory it needs.
 
     Raises ``TypeError`` for arguments of other types; `CompileError` with the compiler's message; ``ImportError``
-    without libtpu; and ``ValueError`` for an unknown generation or a call that no lowering accepts.
+    without the compiler; and ``ValueError`` for an unknown generation or a call that no lowering accepts.
 
     >>> spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
     >>> layout = PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
@@ -95,7 +104,7 @@ def compile_for(
     >>> print(compiled.schedule)
     tpu-decode(pages_per_block=3, buffers=8)
     """
-    chip = chip_named(generation)
+    require_generation(generation)
     require_type("attend", attend, Attend)
     require_queries(attend.spec, q, batch)
     require_type("pages", pages, Pages)
@@ -105,8 +114,10 @@ def compile_for(
     lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
     args = (q, pages, batch, sinks) if new is None else (q, *new, pages, batch, sinks)
     function = jax.jit(attend.__call__) if new is None else jax.jit(attend.update, donate_argnums=3)
+    if generation in GPU_TARGETS:
+        return _for_gpu(generation, lowering.name, schedule, function, None if new is None else 3, args)
     try:
-        compiled = compile_on(chip, function, *args)
+        compiled = compile_on(chip_named(generation), function, *args)
     except ImportError:
         raise
     except Exception as error:  # Mosaic and XLA raise many kinds, none of them public
@@ -122,6 +133,24 @@ def compile_for(
         memory.generated_code_size_in_bytes,
         Around.of(compiled.as_text()),
     )
+
+
+def require_generation(generation: Any) -> None:
+    """A ``ValueError`` that lists the known generations, for another one."""
+    known = sorted({*CHIPS, *GPU_TARGETS})
+    if not isinstance(generation, str) or generation not in known:
+        raise ValueError(f"generation must be one of {known}; got {generation!r}.")
+
+
+def _for_gpu(
+    generation: str, name: str, schedule: Schedule, function: Any, donated: int | None, args: tuple[Any, ...]
+) -> Compiled:
+    try:
+        sizes, program = compile_on_gpu(GPU_TARGETS[generation], function, donated, *args)
+    except CompilerFailed as error:
+        raise CompileError(generation, schedule, str(error)) from error
+    memory = (sizes[kind] for kind in ("argument", "output", "temp", "generated_code"))
+    return Compiled(generation, name, schedule, *memory, around=None, gpu=program)
 
 
 def compile_on(chip: Chip, function: Any, *args: Any) -> Any:

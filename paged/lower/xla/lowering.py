@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ..base import Lowering, Schedule
+from ..gpu_targets import GPU_TARGETS
 from ..jax_version import vary_alike, varying_axes
 from ..program import COMMON, Call, PageCopies, Program, Sequences, at_most, page_coverage, plain_terms
 from ..work import Work, items_of, with_pages
@@ -40,7 +41,13 @@ class XlaBlocks(Lowering):
     platform: str | None = None
 
     target: ClassVar[str] = "xla"
+    generations: ClassVar[dict[str, tuple[str, ...]]] = {name: gpu.device_kinds for name, gpu in GPU_TARGETS.items()}
     schedule_type: ClassVar[type[Schedule]] = XlaSchedule
+
+    def on_chip(self, generation: Any) -> "XlaBlocks":
+        """This lowering with the heuristic for GPUs, if the chip is one."""
+        name = getattr(generation, "generation", generation)
+        return dataclasses.replace(self, platform="cuda") if name in GPU_TARGETS else self
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
         """None: every valid spec over every valid layout runs on XLA."""
