@@ -31,8 +31,9 @@ LAYERS = {
 # The rooms of a folder, lowest first: a room may import those before it. No circle can then close.
 ROOMS = {
     "paged/lower": (
-        "jax_version", "gpu_targets", "_gpu_worker", "_around", "program", "work", "base", "schedule", "require", "_ahead", "_check", "plan",
-        "xla", "transforms", "tpu", "gpu", "registry", "tree", "_pages_seen", "_explain", "run", "attend",
+        "jax_version", "gpu_targets", "_gpu_worker", "_around", "program", "work", "base", "schedule", "require",
+        "_ahead", "_check", "plan", "xla", "transforms", "tpu", "gpu", "registry", "tree", "_pages_seen", "_explain",
+        "run", "attend",
         "_compile_gpu", "_compile_for", "tuning", "mesh", "door",
     ),
     "paged/lower/tpu": ("chips", "references", "pages", "write", "copy", "base", "decode", "prefill"),

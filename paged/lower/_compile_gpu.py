@@ -69,7 +69,7 @@ class CompilerFailed(Exception):
 
 
 def compile_on_gpu(target: GpuTarget, function: Any, donated: int | None, *args: Any) -> tuple[Any, GpuProgram]:
-    """Compile ``function(*args)``, whose argument number ``donated`` is donated. Shapes and dtypes of arguments suffice.
+    """Compile ``function(*args)``, with argument number ``donated`` donated. Only their shapes and dtypes matter.
 
     **Returns:** the sizes of its memory by name, and what it consists of. Raises ``ImportError`` without the compiler,
     and `CompilerFailed`.
