@@ -10,7 +10,7 @@ from ..program import Call, Program, at_most, most_pages_of_any
 from .schedule import AT_ONCE, XlaSchedule
 
 # Temporaries of a step, at most, as `key_bytes` counts them: of sums, and of products of matrices. Sums of so many keys
-# take about 1 ms on an H200 (counted instructions), whether or not their pages are seen.
+# cost the same whether or not their pages are seen, so that larger steps would not follow what is visible.
 _SUMMED_BYTES, STEP_BYTES = 64 * 2**20, 288 * 2**20
 # The most query rows per KV head whose products are sums, which read the pages in place. More rows are worth a copy of
 # their pages, since a product of matrices reads each number once for many rows.
