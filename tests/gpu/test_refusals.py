@@ -107,6 +107,23 @@ def test_auto_leaves_it_out_even_on_a_gpu(monkeypatch):
     assert "gpu-decode" in refusals(paged.Program.from_spec(SPEC), LAYOUT, "gpu")
 
 
+class _Device:
+    def __init__(self, device_kind, compute_capability):
+        self.device_kind, self.compute_capability = device_kind, compute_capability
+
+
+@pytest.mark.skipif(not HAS_GPU_KERNELS, reason=f"every program is refused on JAX {jax.__version__}")
+def test_a_gpu_of_another_generation_is_refused_by_name(monkeypatch):
+    program, devices = paged.Program.from_spec(SPEC), [_Device("NVIDIA A100-SXM4-80GB", "8.0")]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    assert "Hopper, H100 and H200, and this process has: NVIDIA A100" in str(GPU_DECODE.refuses(program, LAYOUT))
+    assert GPU_DECODE.on_chip("h200").refuses(program, LAYOUT) is None
+    devices[0] = _Device("NVIDIA H200", "9.0")
+    assert GPU_DECODE.refuses(program, LAYOUT) is None
+    assert GPU_DECODE.target_gpu.generation == "h200"
+
+
 @pytest.mark.skipif(not HAS_GPU_KERNELS, reason=f"every program is refused on JAX {jax.__version__}")
 def test_explain_says_that_it_was_never_timed():
     batch = RaggedBatch.decode(jnp.array([40, 700]), jnp.arange(128, dtype=jnp.int32).reshape(2, 64))

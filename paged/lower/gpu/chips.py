@@ -55,3 +55,11 @@ def this_gpu() -> Gpu:
     """This process's first GPU, if it is known; else an H100."""
     kind = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
     return next((gpu for gpu in GPUS.values() if kind in gpu.device_kinds), GPUS["h100"])
+
+
+def another_gpu() -> str | None:
+    """What this process's GPU is called, if it is no Hopper; None if it is one, and where there is no GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    return None if str(getattr(device, "compute_capability", "")).startswith("9.") else device.device_kind

@@ -14,7 +14,7 @@ from ..jax_version import gpu_interpreter
 from ..program import Call, PageCopies, Program, Sequences
 from ..transforms import run_kernels
 from ..xla import XLA_BLOCKS
-from .chips import GPUS, Gpu, gpu_named, this_gpu
+from .chips import GPUS, Gpu, another_gpu, gpu_named, this_gpu
 from .launch import shared_bytes
 from .plan import (
     alternatives,
@@ -68,8 +68,12 @@ class GpuDecode(Lowering):
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
         """Why this lowering refuses the program, the layout or the call; None if it accepts them."""
-        reason = refuses_program(program, layout)
+        reason = refuses_program(program, layout) or self._refuses_device()
         return reason if reason is not None or call is None else refuses_call(program, layout, call)
+
+    def _refuses_device(self) -> str | None:
+        other = another_gpu() if self.gpu is None and not self.interpret else None
+        return f"its instructions are those of Hopper, H100 and H200, and this process has: {other}" if other else None
 
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> GpuDecodeSchedule:
         """A schedule of which two blocks of threads fit a multiprocessor, with KV splits to fill the GPU."""
