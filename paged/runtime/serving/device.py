@@ -43,7 +43,7 @@ class Device:
         requests = dataclasses.replace(state.queue.requests, keys=jnp.broadcast_to(key, (sizes.requests,)))
         self.model, self.state = model, dataclasses.replace(state, queue=state.queue.replace(requests=requests))
         self._facts, self._sizes, self._key = facts, sizes, key
-        self._limit = jnp.asarray(steps, jnp.int32)
+        self._few, self._all = (jnp.asarray(n, jnp.int32) for n in (max(steps // 4, 1), steps))
         self.in_flight: collections.deque[Launch] = collections.deque()
         self.launches = 0
         self._figures: Any = (Counts.zero(), np.zeros(3, int))
@@ -70,10 +70,11 @@ class Device:
         self.model = model
         self._change(programs.renew)
 
-    def launch(self, handles: Mapping[int, Any]) -> None:
-        """Give the device steps to do. It works on while the host goes on."""
+    def launch(self, handles: Mapping[int, Any], *, is_short: bool = False) -> None:
+        """Give the device steps to do, or a quarter of them. It works on while the host goes on."""
+        limit = self._few if is_short else self._all
         with self._keeping_state():
-            state, *told = programs.serve((self.model, self._limit, *self._facts), self.state)
+            state, *told = programs.serve((self.model, limit, *self._facts), self.state)
             self.state = state
         self.launches += 1
         self.in_flight.append(Launch(*told, handles=dict(handles)))
@@ -81,7 +82,11 @@ class Device:
     def collect(self) -> tuple[StepEvents, int, Mapping[int, Any]]:
         """What the oldest launch has drawn: one read of the device. And whose the rows were."""
         launch = self.in_flight[0]
-        events, steps, self._figures = jax.device_get(launch[:-1])
+        try:
+            events, steps, self._figures = jax.device_get(launch[:-1])
+        except Exception as error:  # of the launch: what it gives back is none, and the state neither
+            self._lost = self._lost or error
+            raise
         self.in_flight.popleft()
         return events, int(steps), launch.handles
 

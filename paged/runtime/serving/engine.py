@@ -98,7 +98,8 @@ class Engine:
         - `max_requests`: how many may wait or run on the device; more wait on the host.
         - `max_ends`, `max_stops`, `max_stop_tokens`, `max_biases`: how many ids of ``eos``, stop sequences, tokens of
           one, and logit biases a request may have.
-        - `steps`: of one launch, at most 64. Tokens come back when it ends, and requests that come later wait for it.
+        - `steps`: of one launch, at most 64. Tokens come back when it ends, and requests that come later wait for it. A
+          quarter of them while a request that has a slot waits for its first token.
         - `speculation`: where drafts come from, `NGramDraft` or `ModelDraft`; None for none. A step verifies the drafts
           of a sequence at once, and draws the same tokens in fewer steps. ``ValueError`` for models whose state holds
           more than pages, and for a draft model of other tokens or fewer pages.
@@ -131,7 +132,7 @@ class Engine:
         self._key = own_key
         self._device = Device(model, served, (*facts, speculation, record, log_probs), intake.sizes, steps, own_key)
         self._recorder = Recorder.of(queue) if record else None
-        self._new_model: Any = None
+        self._num_slots, self._new_model = integer("num_slots", num_slots), None
         self._handles: dict[int, Handle] = {}  # by row
         self._free = collections.deque(range(intake.sizes.requests))
         self._pending: collections.deque[tuple[Handle, NewRequest]] = collections.deque()
@@ -212,7 +213,7 @@ class Engine:
         of_prompt: Any = [None] * len(new.prompt) if prompt_log_probs else None
         for i, own in enumerate(keys):
             number = -1 if own is not None else first
-            sample = i if n is not None and not _is_of_several(key) else -1
+            sample = i if n is not None and getattr(key, "ndim", 0) == 0 else -1
             reader = None if self._decode is None else AnswerText(self._decode, strings)
             handle = Handle(new.prompt, sample=i, deadline=deadline, submitted=now, reader=reader)
             handle.prompt_log_probs, handle.num_log_probs = of_prompt, new.log_probs
@@ -312,9 +313,15 @@ class Engine:
             is_working = bool(self._handles or self._pending)
             if is_working:
                 self._upload()
-                self._device.launch(self._handles)
+                self._device.launch(self._handles, is_short=self._first_tokens_are_near)
             if self._device.in_flight and (len(self._device.in_flight) > 1 or not is_working):
                 self._collect()
+
+    @property
+    def _first_tokens_are_near(self) -> bool:
+        """Whether requests lack their first token, and no other is in the way of any: the host asks for it sooner."""
+        handles = self._handles.values()
+        return len(handles) <= self._num_slots and any(handle.first_token is None for handle in handles)
 
     def _upload(self) -> None:
         while self._pending and self._free:
@@ -389,7 +396,3 @@ class Engine:
 
 def _kind(x: Any) -> Any:
     return (x.shape, str(x.dtype)) if eqx.is_array(x) else x
-
-
-def _is_of_several(key: Any) -> bool:
-    return isinstance(key, jax.Array) and key.ndim == 1
