@@ -182,7 +182,7 @@ def test_one_launch_is_one_read_and_one_upload_one_transfer(monkeypatch):
     monkeypatch.setattr(arrays, "_value", property(lambda x: outside.append(x) or value.fget(x)))
     monkeypatch.setattr(jax, "device_get", counted)
     monkeypatch.setattr(jnp, "asarray", lambda *args: puts.append(args) or asarray(*args))
-    handles = [served.submit([i, 1], 90, sampler=Sampler(temperature=1e-9), eos=()) for i in range(3)]
+    handles = [served.submit([i, 1], 60, sampler=Sampler(temperature=1e-9), eos=()) for i in range(3)]
     short = served.stats().launches
     for _ in served.stream():
         if all(handle.tokens for handle in handles):
@@ -191,8 +191,8 @@ def test_one_launch_is_one_read_and_one_upload_one_transfer(monkeypatch):
     assert short == 2 and begun <= 8  # one whose tokens are told, and one that was given to the device meanwhile
     reads.clear()
     run(served)
-    assert [handle.tokens[-1] for handle in handles] == [91] * 3 and not outside and len(puts) == 1
-    assert len(reads) == 1 + math.ceil((90 - 2 * 8) / 32) + 1  # of the short one; the last finds nothing to do
+    assert [handle.tokens[-1] for handle in handles] == [61] * 3 and not outside and len(puts) == 1
+    assert len(reads) == 1 + math.ceil((60 - 2 * 8) / 32) + 1  # of the short one; the last finds nothing to do
 
 
 @pytest.mark.kernels

@@ -8,6 +8,7 @@ import numpy as np
 
 from .handles import Event, FinishReason, Handle
 from .requests import Reason
+from .texts import AnswerText
 
 _NAMES: dict[int, FinishReason] = {
     Reason.EOS: "eos",
@@ -64,15 +65,13 @@ def tell_prompts(events: Any, steps: int, handles: Mapping[int, Handle]) -> None
 def take(handle: Handle, answer: Answer, now: float) -> Event:
     """Give a request what was drawn for it, at a time: the event that tells it.
 
-    Tokens after the one that completes a stop string are dropped. An exception of the tokenizer ends this request.
+    Tokens after the one that completes a stop string are dropped. An exception of the tokenizer ends this request
+    before the token for which it came.
     """
     handle.drafted, handle.accepted = handle.drafted + answer.drafted, handle.accepted + answer.accepted
     tokens, text, reason = answer.tokens, "", answer.reason
     if handle.reader is not None:
-        try:
-            tokens, text, reason = _read(handle.reader, answer)
-        except Exception as error:
-            tokens, text, reason, handle.error = [], "", "error", error
+        tokens, text, reason = _read(handle, handle.reader, answer)
     if handle.first_token is None and tokens:
         handle.first_token = now
     count = len(tokens) if handle.num_log_probs >= 0 else 0
@@ -87,16 +86,24 @@ def take(handle: Handle, answer: Answer, now: float) -> Event:
     return Event(handle, tuple(tokens), reason, text, tuple(log_probs), tuple(tops))
 
 
-def _read(reader: Any, answer: Answer) -> tuple[list[int], str, FinishReason | None]:
-    text = ""
-    for i, token in enumerate(answer.tokens):
-        text += reader.push(token)
-        if reader.is_stopped:
-            return answer.tokens[: i + 1], text, "stop"
-    text += rest(reader) if answer.reason is not None else ""
+def _read(handle: Handle, reader: AnswerText, answer: Answer) -> tuple[list[int], str, FinishReason | None]:
+    text, count = "", 0
+    try:
+        for token in answer.tokens:
+            text += reader.push(token)
+            count += 1
+            if reader.is_stopped:
+                return answer.tokens[:count], text, "stop"
+        text += reader.finish() if answer.reason is not None else ""
+    except Exception as error:
+        handle.error = error
+        return answer.tokens[:count], text, "error"
     return answer.tokens, text, "stop" if reader.is_stopped else answer.reason
 
 
-def rest(reader: Any) -> str:
-    """The text that was held back; none without a reader."""
-    return "" if reader is None else reader.finish()
+def rest(reader: AnswerText | None) -> str:
+    """The text that was held back, of a request that the host ends; none without a reader."""
+    try:
+        return "" if reader is None else reader.finish()
+    except Exception:  # of the tokenizer: the request is over, and others must not end with it
+        return ""
