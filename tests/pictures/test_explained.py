@@ -64,6 +64,7 @@ def test_an_explanation_is_shown_on_one_page_that_stands_alone(tmp_path):
         assert picture.title in str(page)
 
 
+@pytest.mark.kernels
 def test_the_command_prints_and_writes_what_explain_says(tmp_path, capsys):
     tiny = ["explain", "--heads=4/2", "--head-dim=16", "--window=20", "--page-size=8", "--dtype=float32"]
     assert command.main([*tiny, "--lengths=40,9", "--target=xla"]) == 0

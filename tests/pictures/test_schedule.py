@@ -31,13 +31,14 @@ def _work(attend, batch, tokens):
 SPLIT = paged.DecodeSchedule(pages_per_block=4, buffers=3, kv_splits=2)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     "attend",
     [
-        pytest.param(_attend("tpu", "v5e"), id="v5e", marks=pytest.mark.kernels),
-        pytest.param(_attend("tpu", "v5p"), id="two cores", marks=pytest.mark.kernels),
+        pytest.param(_attend("tpu", "v5e"), id="v5e"),
+        pytest.param(_attend("tpu", "v5p"), id="two cores"),
         pytest.param(_attend("tpu", "v6e", schedule=SPLIT), id="splits"),
-        pytest.param(_attend("xla"), id="xla", marks=pytest.mark.kernels),
+        pytest.param(_attend("xla"), id="xla"),
     ],
 )
 def test_the_items_of_decoding_visit_what_explain_counts(attend):
@@ -69,6 +70,7 @@ def test_a_mixed_step_is_drawn_in_its_phases(attend):
     require_sound(pictures.schedule(attend, MIXED))
 
 
+@pytest.mark.kernels
 def test_a_call_alone_is_drawn_with_full_tables():
     call = Call(tokens=2, slots=2, pages_per_seq=64, num_pages=256, query_rows=1, q_dtype=jnp.dtype("bfloat16"))
     picture = pictures.schedule(_attend("tpu", "v5e"), call)

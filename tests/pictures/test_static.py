@@ -41,12 +41,8 @@ def _batch(has_values=False):
     return paged.RaggedBatch(LENGTHS, TABLES, np.cumsum([0, *ROWS]), num_seqs=6, values=values)
 
 
-def _some(name):
-    """The others run with the kernels' tables."""
-    return pytest.param(name, marks=[pytest.mark.kernels] * (name != "prefix"))
-
-
-@pytest.mark.parametrize("name", [*map(_some, MASKS)])
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", MASKS)
 def test_pages_drawn_as_skipped_are_those_that_the_lowering_skips(name):
     """The XLA lowering's own lists, made for the same step, hold every other page; and `explain` counts as many."""
     attend, batch = paged.lower(MASKS[name], LAYOUT, target="xla"), _batch(name == "value")
@@ -70,6 +66,24 @@ def test_pages_drawn_as_skipped_are_those_that_the_lowering_skips(name):
     assert f"{explained.pages_freed} freed, 2 shared" in picture.description
     for one in (picture, *large):
         require_sound(one)
+
+
+@pytest.mark.kernels
+def test_tokens_that_are_seen_follow_what_a_batch_brings():
+    """A tree of drafts, and positions of its rows: rows 0 and 1 are one branch, rows 0 and 2 the other."""
+    spec = SPEC.replace(causal=False, mask=paged.Tree() & paged.Causal() & paged.Window(4))
+    brought = {"positions": np.array([5, 6, 6], np.int32), "ancestors": np.array([0, 1, 1], np.int32)}
+    batch = paged.RaggedBatch.decode([8], [[3, 1]], query_rows=3, **brought)
+    step = Step.of(paged.Program.from_spec(spec), batch, 4, 6)
+    any_seen, all_seen = step.tokens_seen(0)
+    rows = {
+        5: {2, 3, 4, 5},
+        6: {3, 4, 5, 6},
+        7: {3, 4, 5, 7},
+    }  # by place: row 2 is at position 6, and does not see row 1
+    assert set(np.flatnonzero(any_seen).tolist()) == set.union(*rows.values())
+    assert set(np.flatnonzero(all_seen).tolist()) == set.intersection(*rows.values())
+    require_sound(draw(step, 0))
 
 
 def _crowd(mask, page_size=16):
