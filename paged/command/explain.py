@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged.lower import CHIPS, TARGETS, Explanation, lower
+from paged.lower import LOWERINGS, TARGETS, Explanation, lower
 from paged.spec import PageLayout, Pages, RaggedBatch
 
 from .attention import add_attention, layout_of, q_dtype_of, spec_of
+
+# The target of each chip that a lowering knows by name.
+_CHIPS = {name: lowering.target for lowering in LOWERINGS for name in lowering.generations}
 
 _EXAMPLE = """\
 examples:
@@ -43,7 +46,7 @@ def add_parser(commands: Any) -> None:
     batch.add_argument("--pages", type=int, metavar="N", help="pages of the pool (default: those that are needed)")
     where = parser.add_argument_group("where")
     where.add_argument("--target", default="auto", choices=TARGETS, help='default: "auto"')
-    where.add_argument("--chip", choices=sorted(CHIPS), help="as on this chip, whatever this machine has")
+    where.add_argument("--chip", choices=sorted(_CHIPS), help="as on this chip, whatever this machine has")
     parser.add_argument("--html", metavar="PATH", help="write the pictures to this file, one page that stands alone")
 
 
@@ -60,9 +63,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _explanation(options: argparse.Namespace) -> Explanation:
     spec, layout = spec_of(options), layout_of(options)
-    if options.chip is not None and options.target == "xla":
-        raise ValueError(f"--chip {options.chip} is a TPU, and --target is xla: say --target tpu.")
-    attend = lower(spec, layout, "tpu" if options.chip is not None else options.target)
+    target = options.target if options.chip is None else _CHIPS[options.chip]
+    if options.target not in ("auto", target):
+        raise ValueError(f"--chip {options.chip} is for --target {target}; got --target {options.target}.")
+    attend = lower(spec, layout, target)
     attend = attend if options.chip is None else attend.on_chip(options.chip)
     batch, num_pages = _batch(options)
     dtype = q_dtype_of(options) or (jnp.bfloat16 if layout.is_quantised else layout.dtype)

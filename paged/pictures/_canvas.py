@@ -124,6 +124,17 @@ class Canvas:
         self._down_to(max(y0, y1))
         self.path(f"M{_n(x0)} {_n(y0)}L{_n(x1)} {_n(y1)}", style)
 
+    def tiles_within(self, x: Number, y: Number, extent: tuple[Number, Number], size: Any, states: Any) -> None:
+        """`tiles` of ``size`` in a panel. Those of the last row and column are as small as the panel leaves them."""
+        panel = f'x="{_n(x)}" y="{_n(y)}" width="{_n(extent[0])}" height="{_n(extent[1])}"'
+        inner, (width, height), last = Canvas(extent[0]), size, len(states) - 1
+        if last:
+            inner.tiles(0, 0, width, height, states[:-1])
+        # A state shows by its height: a row that is cut would show another one. Columns are cut.
+        inner.tiles(0, last * height, width, extent[1] - last * height, states[-1:])
+        self._parts.append(f"<svg {panel}>{''.join(inner._parts)}</svg>")
+        self._down_to(y + extent[1])
+
     def tiles(self, x: Number, y: Number, width: Number, height: Number, states: Any) -> None:
         """Draw a matrix of tiles of one size. ``states`` holds for each the letter of its state, or "" for no tile.
 

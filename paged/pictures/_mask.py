@@ -175,9 +175,8 @@ def _drawn(title: str, description: str, pairs: Any, tiles: np.ndarray, sizes: A
         canvas.rect(x, top, *extent, "o")
         _axes(canvas, x, top, extent, queries, length)
     canvas.tiles(_LEFT, top, cell, cell, shown)
-    # The last tile of a side may be smaller than the others: it is drawn whole.
-    canvas.tiles(right, top, per_pair * size, per_pair * rows, tiles)
-    y = top + max(extent[1], per_pair * rows * tiles.shape[0]) + 30
+    canvas.tiles_within(right, top, extent, (per_pair * size, per_pair * rows), tiles)
+    y = top + extent[1] + 30
     half = (
         [("F", "visible" if step == 1 else "all visible"), ("P", "some")]
         if np.any(shown == "P")

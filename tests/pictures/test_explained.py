@@ -84,7 +84,7 @@ def test_the_command_prints_and_writes_what_explain_says(tmp_path, capsys):
         (["--lengths=4", "--rows=5"], "at most the length"),
         (["--lengths=4,5", "--rows=1,2,3"], "one number for each"),
         (["--lengths=100", "--pages=3"], "at least 7"),
-        (["--chip=v5e", "--target=xla"], "say --target tpu"),
+        (["--chip=v5e", "--target=xla"], "is for --target tpu"),
         (["--heads=3/2"], "multiple of num_kv_heads"),
     ],
 )
