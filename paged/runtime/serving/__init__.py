@@ -1,5 +1,6 @@
 """The serve loop: requests, slots, pages and the model's step, on the device."""
 
+from . import exports as exports
 from .drafting import ModelDraft as ModelDraft
 from .drafting import NGramDraft as NGramDraft
 from .engine import Engine as Engine

@@ -1,0 +1,59 @@
+"""How `jax.export` stores what the serve loop carries, so that `serve_many` can be written down and read back."""
+
+import json
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax import export
+
+from paged.spec import register_module
+
+from ..grouped_pool import GroupedPool
+from ..pool import PagePool
+from ..prefix_cache import PrefixCache
+from ..sampling import Sampler, Samplers
+from ..stacked_state import StackedState
+from .figures import StepFigures
+from .record import StepEvents
+from .requests import Requests, Sizes
+from .state import Counts, Queue, ServeState
+
+
+def _write_keys(keys: Any) -> bytes:
+    if not all(isinstance(key, str) for key in keys):
+        raise ValueError(
+            "eqx.nn.State cannot be written down before eqx.nn.make_with_state has named its entries: export with the "
+            "state that it returned."
+        )
+    return json.dumps(keys).encode()
+
+
+def _state_of(keys: tuple[str, ...], values: Any) -> eqx.nn.State:
+    return eqx.nn.State.tree_unflatten(keys, values)
+
+
+export.register_pytree_node_serialization(
+    eqx.nn.State,
+    serialized_name="equinox.nn.State",
+    serialize_auxdata=_write_keys,
+    deserialize_auxdata=lambda data: tuple(json.loads(bytes(data))),
+    from_children=_state_of,
+)
+
+
+def _register_all() -> None:
+    pool = PagePool.init(1, num_slots=1, pages_per_seq=1, page_size=1)
+    requests = Requests.init(Sizes(1, 1))
+    queue = Queue.init(requests, pool)
+    for example in (queue, requests, Counts.zero(), ServeState(queue, eqx.nn.State(())), Samplers.of([Sampler()])):
+        register_module(example)
+    register_module(StepEvents.none(1))
+    register_module(StepFigures.zero(queue))
+    register_module(GroupedPool([pool], [[]]), "masks")
+    register_module(PrefixCache.init(pool), "masks")
+    register_module(StackedState(None, 1), "num_layers")
+
+
+# Shapes alone: nothing is computed when the package is imported.
+jax.eval_shape(_register_all)
