@@ -6,12 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import paged
-from paged.runtime import GroupedPool, PagePool, PrefixCache, Sampler, page_groups, sample
-from paged.runtime.serving import NewRequest, Queue, Requests, ServeState, Sizes, serve_many
+from paged.runtime import GroupedPool, PagedCache, PagePool, PrefixCache, Sampler, page_groups, sample
+from paged.runtime.serving import Engine, NewRequest, Queue, Requests, ServeState, Sizes, programs, serve_many
+from tests.mesh.placing import collectives, mesh_of, needs_devices
 
-from .tiny import GLOBAL, LOCAL, greedy_ref, tiny
+from .tiny import EMBED, GLOBAL, LAYOUT, LOCAL, Tiny, greedy_ref, tiny
 
 pytestmark = pytest.mark.kernels  # the loop compiles for seconds
 
@@ -71,3 +74,61 @@ def test_a_state_that_cannot_be_written_down_is_refused_by_name():
         export.export(jax.jit(lambda pool: pool))(masked.queue.pool).serialize()
     with pytest.raises(ValueError, match=r"eqx.nn.State cannot be written down before"):
         export.export(jax.jit(lambda state: state))(eqx.nn.State(eqx.nn.StateIndex(jnp.zeros(1)))).serialize()
+
+
+def shared_model(**axes):
+    """The model with its attention on two devices: the same parameters, laid out by heads."""
+    mesh, names = mesh_of(axes)
+
+    def shared(layer):
+        cache = PagedCache(layer.cache.attend.spec, LAYOUT, PAGES, mesh=mesh, axes=names, check=False)
+        layer = eqx.tree_at(lambda layer: layer.cache, layer, cache)
+        put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+        if "kv_heads" not in axes:
+            return layer
+        for name in ("query_proj", "key_proj", "value_proj"):
+            own = getattr(layer, name)
+            layer = eqx.tree_at(lambda x, name=name: getattr(x, name).weight, layer, put(own.weight, "model", None))
+        return eqx.tree_at(lambda x: x.output_proj.weight, layer, put(layer.output_proj.weight, None, "model"))
+
+    def make():
+        model = Tiny(PAGES, key=jax.random.key(0))
+        return eqx.tree_at(lambda model: model.layers, model, tuple(map(shared, model.layers)))
+
+    return eqx.nn.make_with_state(make)()
+
+
+@needs_devices
+@pytest.mark.slow
+def test_an_engine_on_two_devices_serves_the_same_tokens_and_leaves_each_its_heads():
+    model, state = shared_model(kv_heads=2)
+    sizes = {"num_slots": SLOTS, "max_tokens": SIZES.tokens, "chunk_size": BUDGET - SLOTS, "max_requests": 4}
+    served = Engine(model, state, **sizes, steps=8)
+    rules = [{}] * (len(PROMPTS) - 1) + [{"sampler": DRAWS, "key": jax.random.key(len(PROMPTS) - 1)}]
+    served.submit([1], 1)
+    list(served.stream())
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    handles = [served.submit(prompt, ANSWER, **rule) for prompt, rule in zip(PROMPTS, rules, strict=True)]
+    list(served.stream())
+    assert not compiled, "the state comes back where it was"
+    assert [tuple(handle.tokens) for handle in handles] == answers_ref() and served.stats().launches > 2
+    device = served._device
+    layout = model.layers[0].cache.attend.shardings.pages
+    for pages in jax.tree.leaves(device.state.model_state, is_leaf=lambda x: isinstance(x, paged.Pages)):
+        assert all(x.sharding.is_equivalent_to(own, x.ndim) for x, own in zip(pages.arrays, layout.arrays, strict=True))
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(device.state.queue))
+    # Devices add up what their heads give to a row, and exchange neither pages nor anything of the queue.
+    step = programs.serve.lower((device.model, device._limit, *device._facts), device.state).compile()
+    exchanged = collectives(step.compiled.as_text())
+    assert exchanged and {operation for *_, operation in exchanged} == {"all-reduce"}
+    assert max(exchanged)[0] <= BUDGET * EMBED
+
+
+@needs_devices
+def test_a_mesh_that_shares_out_sequences_is_refused():
+    model, state = shared_model(sequences=2)
+    with pytest.raises(ValueError, match="gives each shard a pool of its own"):
+        Engine(model, state, num_slots=2, max_tokens=16)

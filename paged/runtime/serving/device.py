@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 from ..sampling import Sampler
 from . import programs
 from .packing import packed
+from .placing import placed
 from .programs import AT_ONCE
 from .record import StepEvents
 from .requests import NewRequest, Requests, Sizes
@@ -41,7 +42,8 @@ class Device:
 
     def __init__(self, model: Any, state: ServeState, facts: tuple, sizes: Sizes, steps: int, key: PRNGKeyArray):
         requests = dataclasses.replace(state.queue.requests, keys=jnp.broadcast_to(key, (sizes.requests,)))
-        self.model, self.state = model, dataclasses.replace(state, queue=state.queue.replace(requests=requests))
+        state = dataclasses.replace(state, queue=state.queue.replace(requests=requests))
+        self.model, self.state = model, placed(model, state)
         self._facts, self._sizes, self._key = facts, sizes, key
         self._few, self._all = (jnp.asarray(n, jnp.int32) for n in (max(steps // 4, 1), steps))
         self.in_flight: collections.deque[Launch] = collections.deque()

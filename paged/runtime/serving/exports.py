@@ -29,16 +29,12 @@ def _write_keys(keys: Any) -> bytes:
     return json.dumps(keys).encode()
 
 
-def _state_of(keys: tuple[str, ...], values: Any) -> eqx.nn.State:
-    return eqx.nn.State.tree_unflatten(keys, values)
-
-
 export.register_pytree_node_serialization(
     eqx.nn.State,
     serialized_name="equinox.nn.State",
     serialize_auxdata=_write_keys,
     deserialize_auxdata=lambda data: tuple(json.loads(bytes(data))),
-    from_children=_state_of,
+    from_children=lambda aux_data, children: eqx.nn.State.tree_unflatten(aux_data, children),
 )
 
 

@@ -18,6 +18,7 @@ from ..prefix_cache import PrefixCache
 from .drafting import ModelDraft
 from .forward import logits_of
 from .intake import Intake, PagesOfValues
+from .placing import require_one_pool
 from .requests import Requests, Sizes
 from .speculation import require_speculation
 from .state import Queue
@@ -42,6 +43,7 @@ class Setup(NamedTuple):
     ) -> "Setup":  # fmt: skip
         """The parts of an engine, see `Engine`. ``ValueError`` or ``TypeError`` for a model that it cannot serve."""
         num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
+        require_one_pool(model)
         budget, served = num_slots + chunk_size, _served(model, state, speculation)
         drafts = 0 if speculation is None else speculation.num_tokens
         budget = max(budget, num_slots * (1 + drafts))  # a step in which every sequence has all its drafts must fit

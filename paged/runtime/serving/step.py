@@ -12,6 +12,7 @@ from paged.spec import Minimum
 from .admit import schedule
 from .figures import StepFigures
 from .forward import forward
+from .placing import whole
 from .record import StepEvents, record
 from .speculation import Speculation, speculate
 from .state import ServeState
@@ -56,7 +57,7 @@ def serve_step(
     logits, of_prompts, model_state = forward(model, queue, rows, drafts, state.model_state, budget, minima, has_told)
     queue, events = record(queue, rows, logits, drafts, log_probs)
     events = dataclasses.replace(events, figures=figures, of_prompts=of_prompts)
-    return ServeState(queue, model_state, draft_state), events
+    return ServeState(whole(model, queue), model_state, draft_state), events
 
 
 def serve_many(
