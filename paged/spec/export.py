@@ -65,7 +65,7 @@ def _written(cls: type, name: str, value: Any) -> Any:
         return {**dataclasses.asdict(value), "dtype": value.dtype.name}
     if value is None or isinstance(value, int | float | str):
         return value
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return [_written(cls, name, part) for part in value]
     if type(value) in _TERMS:
         fields = [_written(cls, name, getattr(value, field.name)) for field in dataclasses.fields(value)]
