@@ -10,7 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Each worker runs the tests of a file in a row, which share compiled programs, and takes from others when it is done.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
 
-.PHONY: demo demo-train pictures test test-kernels test-slow test-gpu-proofs gpu-proofs mutants check format bench clean
+OLDEST := jax==0.10.0 jaxlib==0.10.0 equinox==0.13.2 jaxtyping==0.3.0
+
+.PHONY: demo demo-train pictures test test-kernels test-slow test-oldest test-newest test-gpu-proofs gpu-proofs mutants check format bench clean
 
 demo: $(VENV)/.examples $(VENV)/.models
 	$(BIN)/python -m examples.demo
@@ -39,6 +41,17 @@ test-gpu-proofs:
 
 gpu-proofs: $(VENV)/.gpu-proofs
 	$(PYTEST) -m "slow or kernels or not slow" tests/gpu
+
+# The oldest dependencies that pyproject.toml allows, and the newest that PYTHON can have: an environment of its own each.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest .venv-oldest/.test
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install -q $(OLDEST)
+	$(MAKE) VENV=.venv-oldest test
+
+test-newest:
+	$(MAKE) VENV=.venv-newest .venv-newest/.test
+	.venv-newest/bin/python -m pip --disable-pip-version-check install -q --upgrade jax jaxlib equinox jaxtyping
+	$(MAKE) VENV=.venv-newest test
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants
