@@ -27,9 +27,9 @@ spec = paged.AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64, window=12
 layout = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=64, dtype=jnp.bfloat16)
 attend = paged.lower(spec, layout)
 reveal_type(spec.replace(soft_cap=30.0))
-reveal_type(layout.zeros(4))
+reveal_type(layout.init(num_pages=4))
 reveal_type(attend)
-reveal_type(PagePool.init(num_pages=8, page_size=16, num_slots=2, pages_per_seq=4))
+reveal_type(PagePool.init(8, num_slots=2, pages_per_seq=4, page_size=16))
 reveal_type(Sampler(temperature=0.5))
 """
 REVEALED = ("AttentionSpec", "Pages", "Attend", "PagePool", "Sampler")
