@@ -1,12 +1,12 @@
 """Differences between the supported versions of JAX, as facts with names. Measured on CPU, x86-64."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 _VERSION = jax.__version_info__
@@ -34,6 +34,20 @@ MULTIPLIES_WHILE_READING = _VERSION < (0, 11)
 
 # Whether Pallas has what the kernel for GPUs is written with. Its interface changed in JAX 0.11.
 HAS_GPU_KERNELS = _VERSION >= (0, 11)
+
+
+class _Late:
+    """A module that is imported when something of it is asked for."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name), name)
+
+
+# Before JAX 0.11 it needs the package absl, which JAX does not bring: who asks for no GPU kernel need not have that.
+plgpu: Any = _Late("jax.experimental.pallas.mosaic_gpu")
 
 
 def gpu_interpreter(interpret: Any) -> Any:

@@ -5,6 +5,7 @@ What differs between versions of JAX, and what has no public name there, stands 
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import logging
 import threading
@@ -15,8 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call, race_detection_state
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from paged.lower import Attend
@@ -73,7 +72,13 @@ class _Interpreter(NamedTuple):
 
 
 _TPU = _Interpreter(interpret_pallas_call, "races", pltpu.reset_tpu_interpret_mode_state)
-_GPU = _Interpreter(gpu_callbacks, "_races", gpu_callbacks.reset_gpu_interpret_mode_state)
+_INTERPRETERS = [_TPU]
+_GPU_PARAMS: Any = None
+# Before JAX 0.12, `mosaic_gpu` has no interpreter, and cannot be imported without a package that JAX does not bring.
+if jax.__version_info__ >= (0, 12):
+    _CALLBACKS = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+    _GPU_PARAMS = importlib.import_module("jax.experimental.pallas.mosaic_gpu").InterpretGPUParams
+    _INTERPRETERS.append(_Interpreter(_CALLBACKS, "_races", _CALLBACKS.reset_gpu_interpret_mode_state))
 
 
 def interpret_params(mode: str = "on_wait", cores: int = 1, **settings: Any) -> pltpu.InterpretParams:
@@ -117,14 +122,13 @@ def interpret_gpu_params(**settings: Any) -> Any:
 
     **Returns:** the settings. Raises ``ValueError`` before JAX 0.12, which has the first such interpreter.
 
-    >>> hasattr(jax.experimental.pallas.mosaic_gpu, "InterpretGPUParams") == (jax.__version_info__ >= (0, 12))
-    True
+    >>> interpret_gpu_params().uninitialized_memory if jax.__version_info__ >= (0, 12) else "nan"
+    'nan'
     """
-    params = getattr(plgpu, "InterpretGPUParams", None)
-    if params is None:
+    if _GPU_PARAMS is None:
         raise ValueError(f"The interpreter of GPU kernels needs JAX 0.12 or later; this is {jax.__version__}.")
     strictest = {"detect_races": True, "on_race": "warn", "uninitialized_memory": "nan", "out_of_bounds_reads": "raise"}
-    return params(**{**strictest, **settings})
+    return _GPU_PARAMS(**{**strictest, **settings})
 
 
 def interpreted(attend: Attend, mode: str = "on_wait", **settings: Any) -> Attend:
@@ -178,7 +182,7 @@ def watched(run: Callable[..., Any], *args: Any, patience: float = PATIENCE, mus
     2.0
     """
     said, done = io.StringIO(), threading.Event()
-    for interpreter in (_TPU, _GPU):
+    for interpreter in _INTERPRETERS:
         interpreter.forget()
     guard = threading.Thread(target=_stop_when_stuck, args=(done, patience), daemon=True)
     guard.start()
@@ -187,7 +191,7 @@ def watched(run: Callable[..., Any], *args: Any, patience: float = PATIENCE, mus
             results = jax.block_until_ready(run(*args))
             jax.effects_barrier()
     except BaseException as error:
-        for interpreter in (_TPU, _GPU):
+        for interpreter in _INTERPRETERS:
             if interpreter.races is not None:
                 interpreter.reset()
                 if not isinstance(error, CheckFailure):  # a call inside of this one may have been watched itself
@@ -196,7 +200,7 @@ def watched(run: Callable[..., Any], *args: Any, patience: float = PATIENCE, mus
     finally:
         done.set()
         guard.join()
-    seen = [interpreter.races for interpreter in (_TPU, _GPU) if interpreter.races is not None]
+    seen = [interpreter.races for interpreter in _INTERPRETERS if interpreter.races is not None]
     if not seen and must_interpret:
         raise CheckFailure("interpreted", "no kernel was interpreted, so nothing was watched.")
     if any(races.races_found for races in seen):  # before what is said: JAX 0.12 logs a race where nobody listens
@@ -233,7 +237,7 @@ def _stop_when_stuck(done: threading.Event, patience: float) -> None:
     """Fail a kernel that has run for too long; compiling it does not count."""
     memory, since = None, time.monotonic()
     while not done.wait(0.2):
-        running = next((one.memory for one in (_TPU, _GPU) if one.memory is not None), None)
+        running = next((one.memory for one in _INTERPRETERS if one.memory is not None), None)
         if running is not memory:
             memory, since = running, time.monotonic()
         if memory is not None and time.monotonic() - since > patience:

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged.spec import Given, PageLayout
 
+from ..jax_version import plgpu
 from ..program import Program, Terms, by_name, dtypes_of, update_maximum
 
 # A reference to memory, inside a kernel. Pallas has no public type for it.

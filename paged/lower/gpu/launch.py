@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from paged.spec import AttentionState, Pages
 
-from ..jax_version import result_like, vary_alike
+from ..jax_version import plgpu, result_like, vary_alike
 from ..program import PageIntervals, Program, Sequences, dtypes_of, in_order, kernel_terms
 from .kernel import Decode, Inputs, Outputs, Refs, Scratch
 from .schedule import GpuDecodeSchedule
