@@ -215,7 +215,23 @@ def test_nothing_compiles_after_the_warmup_whatever_comes(caplog):
     assert "# TYPE paged_hit_rate gauge" in text and "None" not in text
 
 
+@pytest.mark.kernels
 def test_quantiles_of_nothing_are_none():
     stats = engine().stats()
     assert stats.hit_rate is stats.seconds_per_token is None and "per_token" not in stats.prometheus()
     assert np.all(np.isfinite([stats.done, stats.pages]))
+
+
+@pytest.mark.kernels
+def test_more_than_an_engine_tells_is_refused_with_what_would_do():
+    served, without = engine(log_probs=3), engine()
+    with pytest.raises(ValueError, match="log_probs=4 is more than this engine tells: make it with log_probs=4"):
+        served.submit([1], 2, log_probs=4)
+    with pytest.raises(TypeError, match="prompt_log_probs must be True or False; got 1"):
+        served.submit([1], 2, prompt_log_probs=1)
+    with pytest.raises(ValueError, match=f"log_probs must be at most {VOCAB}"):
+        engine(log_probs=VOCAB + 1)
+    with pytest.raises(ValueError, match=r"log_probs=2 needs an engine that tells.*make it with log_probs=2"):
+        without.submit([1], 2, log_probs=2)
+    with pytest.raises(ValueError, match=r"prompt_log_probs=True needs an engine .*make it with log_probs=0"):
+        without.submit([1], 2, prompt_log_probs=True)

@@ -56,6 +56,7 @@ def test_a_prompt_that_no_chunk_holds_is_refused(mask, chunk_size, most, text):
         engine(mask, chunk_size).submit(PROMPT, most)
 
 
+@pytest.mark.kernels
 def test_a_mask_that_sees_ahead_shares_no_pages():
     assert engine(Chunk(4), 4).submit(PROMPT[:8], 1).prompt == tuple(PROMPT[:8])
     with pytest.raises(ValueError, match=r"prefix_cache=True needs .*: a mask shows tokens to others before them"):
