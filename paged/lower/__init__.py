@@ -30,7 +30,6 @@ from .base import Schedule as Schedule
 from .door import copy_pages as copy_pages
 from .door import lower as lower
 from .door import write as write
-from .gpu import GPUS as GPUS
 from .gpu import GpuDecodeSchedule as GpuDecodeSchedule
 from .jax_version import MULTIPLIES_WHILE_READING as MULTIPLIES_WHILE_READING
 from .jax_version import vary_alike as vary_alike

@@ -20,6 +20,7 @@ import jaxlib
 from jax.experimental import topologies
 
 import paged
+from paged.lower.gpu import HOPPERS
 from paged.lower.gpu.launch import shared_bytes
 from paged.lower.gpu.plan import rows_of
 from paged.spec import ALiBi, AttentionSpec, PageLayout, RaggedBatch
@@ -27,8 +28,6 @@ from paged.spec import ALiBi, AttentionSpec, PageLayout, RaggedBatch
 from .sass import count, loop_with
 
 _PACKAGES = pathlib.Path(jaxlib.__file__).parent.parent
-# What the plugin calls the chips in the configurations that it brings.
-_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200 141GB HBM3e"}
 # Seconds that a process may compile; ten points take 60 on an idle core.
 PATIENCE = 900
 # Where Mosaic writes what its compilers make. It reads this once.
@@ -67,8 +66,7 @@ class Point:
             dtype=jnp.dtype(self.dtype),
             order=self.order,
         )
-        (lowering,) = paged.lower(spec, layout, "gpu").lowerings
-        return dataclasses.replace(paged.lower(spec, layout, "gpu"), lowerings=(lowering.on_chip(self.chip),))
+        return paged.lower(spec, layout, "gpu").on_chip(self.chip)
 
 
 def compile_point(point: Point) -> dict[str, Any]:
@@ -139,11 +137,8 @@ def _launches(text: str) -> int:
 
 
 def _topology(chip: str) -> Any:
-    """The chip, described by the configuration that lies as text in the CUDA plugin."""
-    plugin = (_PACKAGES / "jax_plugins/xla_cuda13/xla_cuda_plugin.so").read_bytes()
-    found = plugin.index(f'device_description_str: "{_NAMES[chip]}"'.encode())
-    text = plugin[plugin.rfind(b"\0", 0, found) + 1 : plugin.index(b"\0", found)].decode("latin1")
-    return topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
+    config = HOPPERS[chip].text
+    return topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
 
 
 def compiled(points: dict[str, Point]) -> dict[str, dict[str, Any]]:

@@ -117,11 +117,19 @@ def test_a_gpu_of_another_generation_is_refused_by_name(monkeypatch):
     program, devices = paged.Program.from_spec(SPEC), [_Device("NVIDIA A100-SXM4-80GB", "8.0")]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    assert "Hopper, H100 and H200, and this process has: NVIDIA A100" in str(GPU_DECODE.refuses(program, LAYOUT))
+    assert "Hopper, H100 and H200; this is another GPU: NVIDIA A100" in str(GPU_DECODE.refuses(program, LAYOUT))
     assert GPU_DECODE.on_chip("h200").refuses(program, LAYOUT) is None
     devices[0] = _Device("NVIDIA H200", "9.0")
     assert GPU_DECODE.refuses(program, LAYOUT) is None
-    assert GPU_DECODE.target_gpu.generation == "h200"
+    assert GPU_DECODE.target_gpu.name == "h200"
+
+
+@pytest.mark.skipif(not HAS_GPU_KERNELS, reason=f"every program is refused on JAX {jax.__version__}")
+@pytest.mark.parametrize("generation", ["a100", "b200"])
+def test_to_compile_for_another_generation_is_refused_by_name(generation):
+    attend = paged.lower(SPEC, LAYOUT, "gpu").on_chip(generation)
+    with pytest.raises(ValueError, match=f"Hopper, H100 and H200; this is another GPU: {generation}"):
+        attend.choice(CALL)
 
 
 @pytest.mark.skipif(not HAS_GPU_KERNELS, reason=f"every program is refused on JAX {jax.__version__}")

@@ -10,11 +10,12 @@ from jaxtyping import Array
 from paged.spec import AttentionState, PageLayout, Pages
 
 from ..base import Lowering, Schedule
+from ..gpu_targets import GPU_TARGETS, GpuTarget
 from ..jax_version import gpu_interpreter
 from ..program import Call, PageCopies, Program, Sequences
 from ..transforms import run_kernels
 from ..xla import XLA_BLOCKS
-from .chips import GPUS, Gpu, another_gpu, gpu_named, this_gpu
+from .chips import another_gpu, this_gpu
 from .launch import shared_bytes
 from .plan import (
     alternatives,
@@ -41,13 +42,13 @@ class GpuDecode(Lowering):
     schedule_type: ClassVar[type[Schedule]] = GpuDecodeSchedule
     has_kernels: ClassVar[bool] = True
     by_name_only: ClassVar[bool] = True
-    generations: ClassVar[dict[str, tuple[str, ...]]] = {name: gpu.device_kinds for name, gpu in GPUS.items()}
+    generations: ClassVar[dict[str, tuple[str, ...]]] = {name: gpu.device_kinds for name, gpu in GPU_TARGETS.items()}
 
-    gpu: Gpu | None = dataclasses.field(default=None, kw_only=True)
+    gpu: GpuTarget | None = dataclasses.field(default=None, kw_only=True)
     interpret: Any = dataclasses.field(default=False, kw_only=True)
 
     @property
-    def target_gpu(self) -> Gpu:
+    def target_gpu(self) -> GpuTarget:
         """The GPU that it is lowered for."""
         return self.gpu or this_gpu()
 
@@ -60,11 +61,10 @@ class GpuDecode(Lowering):
         """This lowering with its kernel interpreted as told: True stands for the interpreter's default settings."""
         return dataclasses.replace(self, interpret=gpu_interpreter(interpret))
 
-    def on_chip(self, generation: str | Gpu) -> Self:
+    def on_chip(self, generation: Any) -> Self:
         """This lowering for another GPU, compiled. For a chip that is no GPU it stays as it is."""
-        if not isinstance(generation, Gpu) and generation not in GPUS:
-            return self
-        return dataclasses.replace(self, gpu=gpu_named(generation), interpret=False)
+        gpu = GPU_TARGETS.get(generation) if isinstance(generation, str) else None
+        return self if gpu is None else dataclasses.replace(self, gpu=gpu, interpret=False)
 
     def refuses(self, program: Program, layout: PageLayout, call: Call | None = None) -> str | None:
         """Why this lowering refuses the program, the layout or the call; None if it accepts them."""
@@ -72,8 +72,8 @@ class GpuDecode(Lowering):
         return reason if reason is not None or call is None else refuses_call(program, layout, call)
 
     def _refuses_device(self) -> str | None:
-        other = another_gpu() if self.gpu is None and not self.interpret else None
-        return f"its instructions are those of Hopper, H100 and H200, and this process has: {other}" if other else None
+        other = None if self.interpret else another_gpu(self.gpu)
+        return f"its instructions are those of Hopper, H100 and H200; this is another GPU: {other}" if other else None
 
     def schedule(self, program: Program, layout: PageLayout, call: Call | None = None) -> GpuDecodeSchedule:
         """A schedule of which two blocks of threads fit a multiprocessor, with KV splits to fill the GPU."""
@@ -101,13 +101,12 @@ class GpuDecode(Lowering):
     ) -> list[str]:
         """Shared memory, the least time of the transfers, and that no GPU has run it."""
         gpu, taken = self.target_gpu, shared_bytes(layout, rows_of(program, call), schedule) / 2**10
-        microseconds = 1e6 * bytes_visited / gpu.hbm_bytes_per_second
+        microseconds = 1e6 * bytes_visited / gpu.bytes_per_second
         return [
             f"{call.slots * program.num_kv_heads * schedule.kv_splits} blocks of threads, two on each of "
             f"{gpu.multiprocessors} multiprocessors, each with {schedule.stages} tiles of "
             f"{schedule.pages_per_block * layout.page_size} tokens and {taken:.0f} KiB of shared memory",
-            f"at least {microseconds:.1f} us for its transfers at {gpu.hbm_bytes_per_second / 1e9:.0f} GB/s "
-            f"({gpu.generation}, data sheet)",
+            f"at least {microseconds:.1f} us for its transfers at {gpu.bytes_per_second / 1e9:.0f} GB/s ({gpu.name})",
             "never timed: proven in Pallas's interpreter and by the compiler, and no GPU has run it",
         ]
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from paged.spec import PageLayout
 
+from ..gpu_targets import GpuTarget
 from ..jax_version import HAS_GPU_KERNELS
 from ..program import COMMON, Call, Program, most_pages_seen, refused_operations
 from ..schedule import around, grid, halvings
-from .chips import GPUS, Gpu
+from .chips import HOPPERS, shared_for_a_block
 from .launch import DecodeLaunch, shared_bytes
 from .schedule import GpuDecodeSchedule
 from .terms import ELEMENTWISE
@@ -78,7 +79,7 @@ def refuses_call(program: Program, layout: PageLayout, call: Call) -> str | None
         return "there is no page to copy"
     smallest = _blocks(layout)[0]
     if _taken(program, layout, call, GpuDecodeSchedule(pages_per_block=smallest, stages=_LEAST_STAGES)) > min(
-        gpu.shared_for_a_block for gpu in GPUS.values()
+        shared_for_a_block(gpu) for gpu in HOPPERS.values()
     ):
         rows = call.query_rows * program.group
         return f"{rows} rows of {layout.head_dim} per KV head do not fit shared memory beside three tiles of pages"
@@ -103,7 +104,7 @@ def launch_of(
     return DecodeLaunch(program, intervals, call.query_rows, schedule, interpret)
 
 
-def plan_schedule(program: Program, layout: PageLayout, call: Call | None, gpu: Gpu) -> GpuDecodeSchedule:
+def plan_schedule(program: Program, layout: PageLayout, call: Call | None, gpu: GpuTarget) -> GpuDecodeSchedule:
     """The heuristic: steps of 64 tokens, or 128 of the shortest heads, as many tiles as two blocks of threads have room
     for, and enough KV splits to fill the GPU's multiprocessors twice.
 
@@ -121,17 +122,17 @@ def plan_schedule(program: Program, layout: PageLayout, call: Call | None, gpu: 
     return schedule
 
 
-def fits(program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSchedule, gpu: Gpu) -> str | None:
+def fits(program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSchedule, gpu: GpuTarget) -> str | None:
     """Why a schedule cannot run, or None."""
     tokens = schedule.pages_per_block * layout.page_size
     if tokens not in _TOKENS:
         return (
             f"its page blocks have {tokens} tokens, and the matrix unit's long side has {_TOKENS[0]} or {_TOKENS[1]}."
         )
-    taken = _taken(program, layout, call, schedule)
-    if taken > gpu.shared_for_a_block:
+    taken, room = _taken(program, layout, call, schedule), shared_for_a_block(gpu)
+    if taken > room:
         return (
-            f"its tiles take {taken} bytes of shared memory, and a block of threads has {gpu.shared_for_a_block} while "
+            f"its tiles take {taken} bytes of shared memory, and a block of threads has {room} while "
             "two run on a multiprocessor: lower stages or pages_per_block."
         )
     if schedule.kv_splits > call.pages_per_seq:
