@@ -8,6 +8,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *terms.COVERAGE,
     *terms.SCORES,
     *xla.VISITS,
+    *xla.AT_ONCE,
     *xla.SOFTMAX,
     *xla.BATCH,
     *xla.WRITES,

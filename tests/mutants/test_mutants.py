@@ -23,12 +23,18 @@ FEW = _few()
 IN_EVERY_RUN = {mutant.trial for mutant in FEW}
 
 
-# Trials of 20 seconds each, of bugs that are much like others in the list.
+# Trials of seconds each, of bugs that are much like others in the list.
 LONGEST = (
     "decode: an item past the end together with the last",
     "decode: an empty item together with another",
     "decode: cursor a block ahead",
     "pool: a step does not know what to copy",
+    "xla at once, decode",
+    "xla at once, holes",
+    "at once: the list of pages is too short",
+    "at once: the last step is left out",
+    "at once: values are only weighted",
+    "at once: a page in place is seen",
 )
 
 

@@ -49,6 +49,15 @@ def _xla(spec: Any, phase: str, *corners: str, checks: tuple[str, ...] = ("equal
     )
 
 
+def _at_once(spec: Any, phase: str, *corners: str, checks: tuple[str, ...] = ("equals the reference",)) -> Callable:
+    """The XLA lowering in its form for GPUs, in steps of two row blocks and one page."""
+    small = paged.XlaSchedule(pages_per_block=1, rows_per_tile=5, row_blocks_at_once=2, form="at_once")
+    lower = functools.partial(paged.lower, target="xla", schedule=small)
+    return functools.partial(
+        check_lowering, lower, specs=[spec], layouts=[LAYOUT], phases=[phase], corners=corners, checks=checks
+    )
+
+
 def _layer() -> None:
     layer, state = _made()
     check_layer(layer, state)
@@ -176,6 +185,8 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "xla, by head": _xla(BROUGHT["by head"], "ragged", "mixed"),
     "xla, tree": _xla(BROUGHT["tree"], "ragged", "mixed", "one past a page"),
     "xla, split and merge": _xla(PLAIN, "decode", checks=("split and merge",)),
+    "xla at once, decode": _at_once(RICH, "decode", "mixed", "first page masked", "few live"),
+    "xla at once, holes": _at_once(PLAIN, "decode", checks=("holes are invisible",)),
     "xla, write": functools.partial(check_write, paged.write),
     "pool": functools.partial(check_pool, PagePool, examples=20),
     "layer": _layer,

@@ -117,6 +117,37 @@ VISITS = (
         "xla, decode", "equals the reference",
     ),
 )  # fmt: skip
+AT_ONCE = (
+    Mutant(
+        "at once", "the list of pages is too short",
+        function("lower.program.visits.most_pages_of_any", lambda most: lambda *sizes: max(1, most(*sizes) - 1)),
+        "xla at once, decode", "equals the reference", in_every_run=False,
+    ),
+    Mutant(
+        "at once", "the last step is left out",
+        function(
+            "lower.xla.at_once.repeat",
+            lambda repeat: lambda most, fixed, needed, *rest: repeat(most, fixed, lambda: needed() - 1, *rest),
+        ),
+        "xla at once, decode", "equals the reference", in_every_run=False,
+    ),
+    Mutant(
+        "at once", "values are only weighted",
+        function(
+            "lower.xla.at_once._weighted_sums",
+            lambda sums: lambda weights, v, is_visible: sums(weights, v, jnp.ones_like(is_visible)),
+        ),
+        "xla at once, decode", "equals the reference", "not finite", in_every_run=False,
+    ),
+    Mutant(
+        "at once", "a page in place is seen",
+        function(
+            "lower.program.visits.visits_in_place",
+            lambda visits: lambda *what: visits(*what)._replace(is_seen=None),
+        ),
+        "xla at once, holes", "holes are invisible", in_every_run=False,
+    ),
+)  # fmt: skip
 SOFTMAX = (
     Mutant(
         "softmax", "values are not selected",
