@@ -65,8 +65,9 @@ def lower(
 
     - `spec`: what the attention means.
     - `layout`: how the pages lie in memory.
-    - `target`: ``"xla"``; ``"tpu"``; or ``"auto"``, which uses for each call the best lowering that runs on this
-      process's devices and accepts the call.
+    - `target`: ``"xla"``; ``"tpu"``; ``"gpu"``, a decode kernel for Hopper GPUs that was never timed and runs by this
+      name only; or ``"auto"``, which uses for each call the best lowering that runs on this process's devices and
+      accepts the call.
     - `mesh`: many devices. The result is then a `ShardedAttend`.
     - `axes`: which axes of the mesh divide KV heads, sequences and contexts. Where each array lies follows from them.
     - `in_specs`, `out_specs`: instead of `axes`, from which the axes follow: a dict of a ``PartitionSpec`` by argument
@@ -76,8 +77,9 @@ def lower(
     - `check`: whether every call checks the values of its batch with `paged.check`. False by default, since the check
       under ``jax.jit`` calls the host; the layers of `paged.runtime` check by default. Without it, faults of the caller
       give the results that `docs/semantics.md` lists under "Edges", and never a crash.
-    - `interpret`: True runs kernels on any machine, slowly, in Pallas's interpreter of TPU kernels. A
-      ``jax.experimental.pallas.tpu.InterpretParams`` has its settings; True is ``InterpretParams()``.
+    - `interpret`: True runs kernels on any machine, slowly, in Pallas's interpreter of TPU or of GPU kernels. A
+      ``jax.experimental.pallas.tpu.InterpretParams`` has its settings; True is ``InterpretParams()``. For GPU kernels it
+      is a ``jax.experimental.pallas.mosaic_gpu.InterpretGPUParams``, of JAX 0.12 or later.
 
     **Returns:** the attention, a pure function of arrays.
 
@@ -129,7 +131,7 @@ def write(
       dtype. Quantised pages store ``k / scale``, rounded and saturated; per-token scales are computed here.
     - `pages`: the pages. Donate them to ``jax.jit``, and they are updated in place.
     - `batch`: whose rows these are, and where the tokens of their sequences lie.
-    - `target`: ``"xla"``, ``"tpu"``, or ``"auto"``: a kernel on TPUs, and XLA elsewhere.
+    - `target`: ``"xla"``, ``"tpu"``, ``"gpu"`` or ``"auto"``: a kernel on TPUs, and XLA elsewhere.
     - `interpret`: see `lower`.
 
     **Returns:** the new pages. Raises ``ValueError`` or ``TypeError`` for wrong shapes and dtypes, and ``ValueError``
