@@ -14,7 +14,7 @@ from .model import inputs, model
 
 # Sequences, rows of each, and their length with these rows.
 SHAPES = {"decode, 4 x 256": (4, 1, 256), "decode, 16 x 1024": (16, 1, 1024), "prefill, 128 of 512": (1, 128, 512)}
-WAYS = ("list", "stack")
+WAYS = ("list", "stack", "apart")
 
 
 @dataclasses.dataclass
@@ -58,11 +58,11 @@ def row(name: str, shape: tuple[int, int, int], dtype: str, num_layers: int, rou
     for step in steps:
         step.run()
     taken = [[step.run() for step in steps] for _ in range(rounds)]
-    listed, stacked = (1e3 * statistics.median(each) for each in zip(*taken, strict=True))
-    ratio = statistics.median(stack / one_by_one for one_by_one, stack in taken)
+    listed, stacked, divided = (1e3 * statistics.median(each) for each in zip(*taken, strict=True))
+    ratio, other = (statistics.median(each[i] / each[0] for each in taken) for i in (1, 2))
     compiling = " | ".join(f"{step.compile_seconds:.1f} s" for step in steps)
     temporaries = " | ".join(f"{step.temporaries / 2**20:.0f} MiB" for step in steps)
-    return f"| {name} | {dtype} | {listed:.1f} | {stacked:.1f} | {ratio:.3f} | {compiling} | {temporaries} |"
+    return f"| {name} | {dtype} | {listed:.1f} | {stacked:.1f} | {divided:.1f} | {ratio:.3f} | {other:.3f} | {compiling} | {temporaries} |"
 
 
 def compiled(how: str, shape: tuple[int, int, int], dtype: Any, num_layers: int) -> Step:

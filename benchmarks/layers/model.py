@@ -73,7 +73,7 @@ class Listed(eqx.Module):
 
 
 def model(how: str, num_layers: int, num_pages: int, dtype: Any) -> tuple[Any, eqx.nn.State]:
-    """The layers as a ``"list"`` or as a ``"stack"``, with the same parameters, and their state."""
+    """The layers as a ``"list"``, a ``"stack"`` or a stack ``"apart"``, with the same parameters, and their state."""
     keys = jax.random.split(jax.random.key(0), num_layers)
 
     def listed() -> Listed:
@@ -82,7 +82,8 @@ def model(how: str, num_layers: int, num_pages: int, dtype: Any) -> tuple[Any, e
     def stacked() -> LayerStack:
         return LayerStack.make(lambda key: Block(num_pages, dtype, key), keys)
 
-    return eqx.nn.make_with_state({"list": listed, "stack": stacked}[how])()
+    layers, state = eqx.nn.make_with_state(listed if how == "list" else stacked)()
+    return (layers.apart() if isinstance(layers, LayerStack) and how == "apart" else layers), state
 
 
 def inputs(slots: int, rows: int, length: int, dtype: Any) -> tuple[Array, RaggedBatch, int]:

@@ -38,6 +38,7 @@ def in_turn(f: Callable[[Any, Any], Any], stacks: Any, place: Array, carry: Any)
     views = {v: View(x) for v, x in zip(jaxpr.invars, stacked, strict=False) if is_apart(x)}
     following: set[Var] = set(jaxpr.invars[len(own) :])  # what is computed from the carry
     latest: Array | None = None  # of these
+    large = [v for v, x in waiting.items() if x.nbytes >= LARGE * x.shape[0]]
     run = lambda eqn, known: _run(eqn, jaxpr, known)
     for eqn in jaxpr.eqns:
         apart = {v: views[v] for v in _variables(eqn.invars) if v in views}
@@ -54,6 +55,8 @@ def in_turn(f: Callable[[Any, Any], Any], stacks: Any, place: Array, carry: Any)
                 is_large = stack.nbytes >= LARGE * stack.shape[0]
                 known[v] = at_index(stack, _after(latest, place) if is_large else place)
         results = run_at(place, run, eqn, apart, known) if apart else run(eqn, known)
+        if eqn.primitive.name == "dot_general" and eqn.invars[0] in large:
+            results = [_as_computed(x) for x in results]
         known |= zip(eqn.outvars, results, strict=True)
         if following.intersection(_variables(eqn.invars)):
             following.update(eqn.outvars)
@@ -79,6 +82,18 @@ def _run(eqn: JaxprEqn, jaxpr: Jaxpr, known: dict[Var, Any]) -> list[Any]:
 
 def _is_number(x: Array) -> bool:
     return x.ndim > 0 and x.size > 0 and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _as_computed(product: Array) -> Array:
+    """A product whose first operand is a large array of the layer, kept in its order on CPU.
+
+    XLA:CPU would fold a transposition of the result, such as that of ``jax.vmap`` over a matrix times a vector, into
+    the product. The array is then the second operand, and is packed anew or read against its order: in float32 that
+    takes up to twice the time. In narrower dtypes it is the faster way, so nothing is done there.
+    """
+    if product.dtype != jnp.float32:
+        return product
+    return jax.lax.platform_dependent(product, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def _after(x: Array | None, place: Array) -> Array:

@@ -49,7 +49,8 @@ def visits_by_scatter(
     (some, full), num_full = _visits(program, rows, table, page_size, num_pages)
     count = jnp.sum(some, dtype=jnp.int32)
     partial = some & ~full
-    of_full, of_partial = (jnp.cumsum(pages, dtype=jnp.int32) - 1 for pages in (full, partial))
+    # One sum along both: a compiler of a CPU makes many programs of each.
+    of_full, of_partial = jnp.cumsum(jnp.stack((full, partial)), axis=1, dtype=jnp.int32) - 1
     rank = jnp.where(full, of_full, of_full[-1:] + 1 + of_partial)
     width = table.shape[0]
     column = jnp.arange(width, dtype=jnp.int32)
