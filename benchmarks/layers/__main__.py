@@ -1,4 +1,7 @@
-"""Times a step of a model whose layers are a list and a `LayerStack`, in turn: ``python -m benchmarks.layers``."""
+"""Times a step of a model whose layers are a list, a `LayerStack`, and a stack ``apart()``, in turn.
+
+``python -m benchmarks.layers``
+"""
 
 import argparse
 import dataclasses
@@ -38,13 +41,13 @@ def main() -> None:
     """Parse, measure, print."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
     options.add_argument("--layers", type=int, default=30, help="layers of the model (default 30)")
-    options.add_argument("--rounds", type=int, default=15, help="times that either is timed (default 15)")
+    options.add_argument("--rounds", type=int, default=15, help="times that each is timed (default 15)")
     options.add_argument("--shape", choices=list(SHAPES), help="one shape (default all)")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], help="one dtype (default both)")
     given = options.parse_args()
     print(f"CPU milliseconds of a step of {given.layers} layers, *measured*, jax {jax.__version__}: medians of")
-    print(f"{given.rounds} rounds in which the two take turns; the ratio is the median of the rounds' ratios.\n")
-    print("| step | dtype | list | stack | stack / list | compiling, list | stack | temporaries, list | stack |")
+    print(f"{given.rounds} rounds in which they take turns; a ratio is the median of the rounds' ratios.\n")
+    print("| step | dtype | list | stack | apart | stack / list | apart / list | compiling | temporaries |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         for dtype in ("float32", "bfloat16"):
@@ -60,9 +63,10 @@ def row(name: str, shape: tuple[int, int, int], dtype: str, num_layers: int, rou
     taken = [[step.run() for step in steps] for _ in range(rounds)]
     listed, stacked, divided = (1e3 * statistics.median(each) for each in zip(*taken, strict=True))
     ratio, other = (statistics.median(each[i] / each[0] for each in taken) for i in (1, 2))
-    compiling = " | ".join(f"{step.compile_seconds:.1f} s" for step in steps)
-    temporaries = " | ".join(f"{step.temporaries / 2**20:.0f} MiB" for step in steps)
-    return f"| {name} | {dtype} | {listed:.1f} | {stacked:.1f} | {divided:.1f} | {ratio:.3f} | {other:.3f} | {compiling} | {temporaries} |"
+    compiling = ", ".join(f"{step.compile_seconds:.1f}" for step in steps)
+    temporaries = ", ".join(f"{step.temporaries / 2**20:.0f}" for step in steps)
+    times = f"{listed:.1f} | {stacked:.1f} | {divided:.1f} | {ratio:.3f} | {other:.3f}"
+    return f"| {name} | {dtype} | {times} | {compiling} s | {temporaries} MiB |"
 
 
 def compiled(how: str, shape: tuple[int, int, int], dtype: Any, num_layers: int) -> Step:

@@ -1,6 +1,7 @@
 """`in_turn`: the arrays of a layer leave their stacks one by one on CPU, and the results keep every bit."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,24 @@ def test_nothing_waits_on_a_tpu_and_names_are_kept():
     }
     assert "bitcast_convert" in text["cpu"] and "bitcast_convert" not in text["tpu"]
     assert all("product/tanh" in each for each in text.values())
+
+
+def test_a_product_of_a_float32_array_first_keeps_its_order_on_a_cpu_alone():
+    def text(how, dtype, platform=None):
+        layer = lambda own, x: jnp.tanh(jax.vmap(lambda row: own @ row)(x))
+        step = jax.jit(lambda own, x: jax.lax.fori_loop(0, LAYERS, lambda i, x: how(layer, own, i, x), x))
+        traced = step.trace(jnp.ones((LAYERS, WIDTH, WIDTH), dtype), jnp.ones((4, WIDTH), dtype))
+        return (
+            traced.lower(lowering_platforms=(platform,)).as_text() if platform else traced.lower().compile().as_text()
+        )
+
+    ordered, folded = (text(how, jnp.float32) for how in (in_turn, _at_once))
+    shapes = [re.findall(r"f32\[(\d+),(\d+)\]\S* dot\(", compiled) for compiled in (ordered, folded)]
+    assert shapes == [[(f"{WIDTH}", "4")], [("4", f"{WIDTH}")]]
+    barriers = [("cpu", jnp.float32, 1), ("cpu", jnp.bfloat16, 0), ("tpu", jnp.float32, 0)]
+    for platform, dtype, more in barriers:
+        own, plain = (text(how, dtype, platform).count("optimization_barrier") for how in (in_turn, _at_once))
+        assert own - plain == more
 
 
 def test_gradients_are_those_of_arrays_taken_at_once():

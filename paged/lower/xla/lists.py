@@ -57,6 +57,9 @@ def with_visits(
     at_once = schedule.row_blocks_at_once
 
     def put_some(i: Array, visits: Visits) -> Visits:
+        if at_once == 1:
+            own = of_one(i)
+            return jax.tree.map(lambda all, own: jax.lax.dynamic_update_index_in_dim(all, own, i, 0), visits, own)
         which = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
         some = jax.vmap(of_one)(which)
         return jax.tree.map(lambda all, own: all.at[which].set(own, mode="drop"), visits, some)

@@ -158,18 +158,35 @@ class TpuDecode(TpuLowering):
         Rows of ``q`` that no sequence has hold anything, so that somebody else can write them in place.
         """
         layout, chip = pages.layout, self.target_chip
-        of_slots = dataclasses.replace(call, tokens=call.slots, query_rows=1, has_even_starts=True)
-        launch = launch_of(program, layout, of_slots, schedule, chip, self.interpret)
-        launch = dataclasses.replace(launch, has_even_rows=False)
+        of_slots, launch = self._of_single_rows(program, schedule, call, layout)
         if schedule.kv_splits > 1 or kernels_of(program, layout, of_slots, schedule, chip) > 1:
             return _of_lists(launch, wanted, q, pages, sinks, seqs)
         intervals = intervals_of(program, layout, of_slots, schedule, chip)
         if intervals is None:
-            work = next(iter(_lists(launch, pages.num_pages, seqs)))
+            lists = _planned(seqs)
+            work = lists.works[0] if lists else next(iter(_lists(launch, pages.num_pages, seqs)))
         else:
             brought = Brought.of(program, seqs, 1, are_even=False)
             work = Tables(intervals, PageTables.of(seqs, brought, has_even_rows=False))
         return launch(work, q, pages, wanted, sinks)[0]
+
+    def plan_single_rows(
+        self, program: Program, schedule: DecodeSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> "DecodeLists | None":
+        """The work lists of `run_single_rows`; None where the scalar core finds the pages by itself."""
+        of_slots, launch = self._of_single_rows(program, schedule, call, layout)
+        is_listed = schedule.kv_splits > 1 or kernels_of(program, layout, of_slots, schedule, self.target_chip) > 1
+        if not is_listed and intervals_of(program, layout, of_slots, schedule, self.target_chip) is not None:
+            return None
+        return DecodeLists(tuple(_lists(launch, call.num_pages, seqs)), None)
+
+    def _of_single_rows(
+        self, program: Program, schedule: DecodeSchedule, call: Call, layout: PageLayout
+    ) -> tuple[Call, DecodeLaunch]:
+        """The call in which every slot has one row, and the kernel for such rows anywhere among the batch's."""
+        of_slots = dataclasses.replace(call, tokens=call.slots, query_rows=1, has_even_starts=True)
+        launch = launch_of(program, layout, of_slots, schedule, self.target_chip, self.interpret)
+        return of_slots, dataclasses.replace(launch, has_even_rows=False)
 
     def run_update_results(
         self,
@@ -231,14 +248,16 @@ def _of_lists(
 
 
 class DecodeLists(NamedTuple):
-    """What a step's calls share: the work list of each kernel, and where new rows go."""
+    """What a step's calls share: the work list of each kernel, and where new rows go if the kernel writes them."""
 
     works: tuple[WorkList, ...]
-    targets: Targets
+    targets: Targets | None
 
     def moved(self, first_page: Any) -> "DecodeLists":
         """The lists for pages that lie ``first_page`` pages further on in the pool."""
         works = tuple(work._replace(page=work.page + first_page) for work in self.works)
+        if self.targets is None:
+            return DecodeLists(works, None)
         page = self.targets.page
         return DecodeLists(works, self.targets._replace(page=jnp.where(page < 0, -1, page + first_page)))
 

@@ -7,7 +7,7 @@ of rows, those with a single row go to the decode kernel instead, by `RaggedSche
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,19 @@ from jaxtyping import Array
 from paged.spec import AttentionState, PageLayout, Pages, merge
 
 from ...base import Schedule
-from ...program import COMMON, Call, Program, Results, Sequences, Wanted, visits_by_sort
+from ...program import COMMON, Call, Program, Results, Sequences, Wanted
 from ...work import Work
 from ..base import STATE, TpuLowering, work_of
-from ..decode import TpuDecode
-from ..pages import Brought, TileVisits, WorkList, copies_of_pages, rows_and_entries
+from ..decode import DecodeSchedule, TpuDecode
+from ..pages import WorkList, copies_of_pages, rows_and_entries
 from .intervals import Batch, Uncut, intervals_of
 from .launch import PrefillLaunch, dtype_in_kernels
+from .lists import Listed, RaggedLists, planned
 from .own import OwnOperands, OwnShape
 from .plan import alternatives, fits, launch_of, neighbours, plan_schedule, refuses_call
 from .refs import Rows
 from .schedule import RaggedSchedule
-from .tiles import cut, most_tiles, owned, query_rows
+from .tiles import cut, most_tiles, owned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,19 +98,30 @@ class TpuRagged(TpuLowering):
         self, program: Program, schedule: RaggedSchedule, call: Call, layout: PageLayout, seqs: Sequences
     ) -> tuple[Work, ...]:
         """Sequences of one row, where the decode kernel has them; then tiles."""
-        chip, rows, found = self.target_chip, schedule.rows_per_tile, ()
-        single_rows = schedule.single_rows if call.query_rows is None else None
+        chip, single_rows, found = self.target_chip, _single_rows(schedule, call), ()
         if single_rows is not None:
-            alone = seqs._replace(counts=(seqs.counts == 1).astype(jnp.int32))
-            found = self._decode.work(program, single_rows, dataclasses.replace(call, query_rows=None), layout, alone)
-        least = 1 if single_rows is None else 2
+            of_many = dataclasses.replace(call, query_rows=None)
+            found = self._decode.work(program, single_rows, of_many, layout, _alone(seqs))
 
         def listed(seqs: Sequences) -> WorkList:
-            tiles = cut(seqs, seqs.counts >= least, call.tokens, rows, most_tiles(call.tokens, call.slots, rows))
-            pages_of_tiles = _listed(program, seqs, tiles, layout.page_size, call.num_pages)
-            return _work(schedule, slice(0, seqs.tables.shape[1]), pages_of_tiles)
+            most = most_tiles(call.tokens, call.slots, schedule.rows_per_tile)
+            tiles = self._tiles(program, schedule, call, layout, seqs, most)
+            return tiles.work_list(schedule, slice(0, seqs.tables.shape[1]))
 
-        return (*found, work_of(f"tiles of up to {rows} rows", jax.jit(listed)(seqs), schedule, chip))
+        tiles = f"tiles of up to {schedule.rows_per_tile} rows"
+        return (*found, work_of(tiles, jax.jit(listed)(seqs), schedule, chip))
+
+    def plan(
+        self, program: Program, schedule: RaggedSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> RaggedLists | None:
+        """The tiles with the pages that each visits, and the work list of single rows; None where no list is made."""
+        chip, single_rows, tiled, single = self.target_chip, _single_rows(schedule, call), None, None
+        with jax.enable_x64(False):  # as all that kernels are given
+            if single_rows is not None:
+                single = self._decode.plan_single_rows(program, single_rows, call, layout, _alone(seqs))
+            if intervals_of(program, layout, call, schedule.rows_per_tile, chip) is None:
+                tiled = self._work(program, schedule, call, layout, seqs)
+        return None if tiled is None and single is None else RaggedLists(tiled, single)
 
     def run_state(
         self, program: Program, schedule: RaggedSchedule, call: Call, q: Array, pages: Pages, seqs: Sequences
@@ -133,13 +145,11 @@ class TpuRagged(TpuLowering):
         The decode kernel writes the rows of its sequences, and the prefill kernel all others, into one array.
         """
         # With a static number of rows per sequence, all sequences go to one kernel.
-        single_rows, single = schedule.single_rows if call.query_rows is None else None, None
-        least_rows = 1 if single_rows is None else 2
+        single_rows, single = _single_rows(schedule, call), None
         stored = dataclasses.replace(wanted, dtype=dtype_in_kernels(wanted.dtype))
         if single_rows is not None:
-            alone = seqs._replace(counts=(seqs.counts == 1).astype(jnp.int32))
-            single = self._decode.run_single_rows(program, single_rows, call, stored, q, pages, sinks, alone)
-        out, lse = self._tiled(program, schedule, call, stored, q, pages, sinks, seqs, least_rows, single)
+            single = self._decode.run_single_rows(program, single_rows, call, stored, q, pages, sinks, _alone(seqs))
+        out, lse = self._tiled(program, schedule, call, stored, q, pages, sinks, seqs, single)
         return Results(out.astype(wanted.dtype), lse)
 
     def run_update_results(
@@ -169,7 +179,6 @@ class TpuRagged(TpuLowering):
         pages: Pages,
         sinks: Array | None,
         seqs: Sequences,
-        least_rows: int,
         single: Results | None,
     ) -> Results:
         """The results of tiled sequences' rows and of rows of no sequence, beside ``single``, those of all others.
@@ -177,42 +186,69 @@ class TpuRagged(TpuLowering):
         Scalar memory limits how many tiles one kernel lists, and how many pages of each. Usually one kernel lists all.
         Else a loop runs it for some tiles at a time, and the states over some pages at a time are merged.
         """
-        layout, width = pages.layout, seqs.tables.shape[1]
+        layout = pages.layout
         own = OwnOperands.of(seqs.own, OwnShape.of(seqs.own, program.has_ancestors))
         intervals = intervals_of(program, layout, call, schedule.rows_per_tile, self.target_chip)
         if intervals is not None:
             launch = self._launch(program, layout, call, schedule, wanted, seqs)
             first = None if single is None else _first(launch, call.tokens, single.out)
-            uncut = Uncut(intervals, Batch.of(program, seqs), least_rows)
+            uncut = Uncut(intervals, Batch.of(program, seqs), _least_rows(schedule, call))
             found = launch.results_of(launch(uncut, q, pages, sinks, first, own))
             return _with_own_lse(found, single, seqs, has_sinks=sinks is not None)
-        most = most_tiles(call.tokens, call.slots, schedule.rows_per_tile)
-        tiles_per_kernel, entries_per_kernel = rows_and_entries((most, width), self.target_chip)
-        slices = [slice(first, min(first + entries_per_kernel, width)) for first in range(0, width, entries_per_kernel)]
+        per_kernel, slices = self._per_kernel(schedule, call, seqs.tables.shape[1])
         # Sinks enter once, after the last merge, and what is merged is float32.
         is_whole = len(slices) == 1
         of_slice, own_sinks = (wanted, sinks) if is_whole else (STATE, None)
         launch = self._launch(program, layout, call, schedule, of_slice, seqs)
-        tiles = cut(
-            seqs,
-            seqs.counts >= least_rows,
-            call.tokens,
-            schedule.rows_per_tile,
-            -(-most // tiles_per_kernel) * tiles_per_kernel,
-        )
-        listed = _listed(program, seqs, tiles, layout.page_size, pages.num_pages)
+        lists = planned(seqs)
+        work = lists.tiled if lists else self._work(program, schedule, call, layout, seqs)
         # One kernel after the other writes into one array. What is merged of several has an array of its own.
         before, found = single.out if single is not None and is_whole else None, []
-        for entries in slices:
 
-            def run(listed: _Listed, rows: Rows | None, entries: slice = entries) -> Rows:
-                return launch(_work(schedule, entries, listed), q, pages, own_sinks, rows, own)
+        def run(work: WorkList, rows: Rows | None) -> Rows:
+            return launch(work, q, pages, own_sinks, rows, own)
 
-            found.append(launch.results_of(_rows(launch, run, listed, tiles_per_kernel, call.tokens, before)))
+        for i, entries in enumerate(slices):
+            first = _first(launch, call.tokens, before)
+            if isinstance(work, Listed):
+                rows = _in_loop(run, schedule, entries, work, per_kernel, first)
+            else:
+                assert work is not None
+                rows = run(work[i], None if before is None else first)
+            found.append(launch.results_of(rows))
         if not is_whole:
             results = wanted.of(functools.reduce(merge, (results.state for results in found)), seqs, sinks)
             return _beside(single, results, seqs) if single else results
         return _with_own_lse(found[0], single, seqs, has_sinks=sinks is not None)
+
+    def _per_kernel(self, schedule: RaggedSchedule, call: Call, width: int) -> tuple[int, list[slice]]:
+        """How many tiles one kernel lists, and which of their ``width`` entries each kernel does."""
+        most = most_tiles(call.tokens, call.slots, schedule.rows_per_tile)
+        tiles, entries = rows_and_entries((most, width), self.target_chip)
+        return tiles, [slice(first, min(first + entries, width)) for first in range(0, width, entries)]
+
+    def _work(
+        self, program: Program, schedule: RaggedSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> tuple[WorkList, ...] | Listed:
+        """The work list of each kernel; or the tiles, if the kernels of some of these are a loop."""
+        rows, (per_kernel, slices) = schedule.rows_per_tile, self._per_kernel(schedule, call, seqs.tables.shape[1])
+        most = -(-most_tiles(call.tokens, call.slots, rows) // per_kernel) * per_kernel
+        listed = self._tiles(program, schedule, call, layout, seqs, most)
+        return listed if most > per_kernel else tuple(listed.work_list(schedule, entries) for entries in slices)
+
+    def _tiles(
+        self,
+        program: Program,
+        schedule: RaggedSchedule,
+        call: Call,
+        layout: PageLayout,
+        seqs: Sequences,
+        most: int,
+    ) -> Listed:
+        """``most`` tiles with the pages that each visits."""
+        tiled = seqs.counts >= _least_rows(schedule, call)
+        tiles = cut(seqs, tiled, call.tokens, schedule.rows_per_tile, most)
+        return Listed.of(program, seqs, tiles, layout.page_size, call.num_pages)
 
     def _launch(
         self,
@@ -232,56 +268,37 @@ class TpuRagged(TpuLowering):
         return TpuDecode(chip=self.chip, interpret=self.interpret)
 
 
-class _Listed(NamedTuple):
-    """Tiles with the pages that each visits, and the place of the first token of the step in each tile's sequence if
-    the batch brings positions."""
-
-    visited: TileVisits
-    place: Array | None
-
-    def sliced(self, first: Any, tiles: int) -> "_Listed":
-        """So many tiles from tile ``first`` on, which may be traced."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, tiles), self)
+def _single_rows(schedule: RaggedSchedule, call: Call) -> DecodeSchedule | None:
+    """The decode kernel's schedule for sequences of one row, if these do not go to the prefill kernel."""
+    return schedule.single_rows if call.query_rows is None else None
 
 
-def _listed(program: Program, seqs: Sequences, tiles: Sequences, size: int, num_pages: int) -> _Listed:
-    """The pages that tiles visit."""
-    if seqs.own is None:
-        return _Listed(TileVisits.of(program, tiles, size, num_pages), None)
-    seen = query_rows(seqs, tiles)
-    visits = visits_by_sort(program, seen, tiles.tables, size, num_pages)
-    return _Listed(TileVisits(tiles._replace(numbers={}), visits, Brought.of_numbers(program, tiles)), seen.own)
+def _least_rows(schedule: RaggedSchedule, call: Call) -> int:
+    """How many rows a sequence of the prefill kernel has at least."""
+    return 1 if _single_rows(schedule, call) is None else 2
 
 
-def _work(schedule: RaggedSchedule, entries: slice, listed: _Listed) -> WorkList:
-    """The work list for all tiles, over a range of their entries."""
-    work = listed.visited.work_list(
-        slice(None), entries, splits=1, pages_per_block=schedule.pages_per_block, cores=schedule.cores
-    )
-    return work._replace(own=listed.place)
+def _alone(seqs: Sequences) -> Sequences:
+    """The sequences of one row."""
+    lists = planned(seqs)
+    return seqs._replace(counts=(seqs.counts == 1).astype(jnp.int32), planned=lists.single if lists else None)
 
 
-def _rows(
-    launch: PrefillLaunch,
-    run: Callable[[_Listed, Rows | None], Rows],
-    listed: _Listed,
-    tiles_per_kernel: int,
-    tokens: int,
-    before: Array | None,
+def _in_loop(
+    run: Callable[[WorkList, Rows | None], Rows],
+    schedule: RaggedSchedule,
+    entries: slice,
+    listed: Listed,
+    per_kernel: int,
+    first: Rows,
 ) -> Rows:
-    """Results of all tiles, as the kernel writes them, in the memory of ``before`` if that is given.
-
-    Each run of the kernel is for ``tiles_per_kernel`` tiles.
-    """
-    first = _first(launch, tokens, before)
-    if listed.visited.visits.page.shape[0] == tiles_per_kernel:
-        return run(listed, None if before is None else first)
+    """Results of all tiles, as the kernel writes them, in the memory of ``first``. Each run is for ``per_kernel``."""
 
     def run_some(i: Any, rows: Rows) -> Rows:
-        return run(listed.sliced(i * tiles_per_kernel, tiles_per_kernel), rows)
+        return run(listed.sliced(i * per_kernel, per_kernel).work_list(schedule, entries), rows)
 
     live = jnp.sum(listed.visited.tiles.counts > 0, dtype=jnp.int32)
-    return jax.lax.fori_loop(0, (live + tiles_per_kernel - 1) // tiles_per_kernel, run_some, first)
+    return jax.lax.fori_loop(0, (live + per_kernel - 1) // per_kernel, run_some, first)
 
 
 def _first(launch: PrefillLaunch, tokens: int, before: Array | None) -> Rows:
