@@ -164,8 +164,9 @@ class LayerStack(eqx.Module):
             return x, (*states[:run], new, *states[run + 1 :])
 
         carry = x, tuple(state.substate(run) for run in self.runs)
-        # Traced once without a result, because the layers' calls say which plans they need: made before the loop.
-        jax.eval_shape(lambda carry: self._serve(step, carry), carry)
+        # One layer of each run is traced without a result, because its calls say which plans they need: these are made
+        # before the loop.
+        jax.eval_shape(lambda carry: self._serve_firsts(step, carry), carry)
         plans.make_asked()
         x, states = self._serve(step, carry)
         for new in states:
@@ -290,6 +291,12 @@ class LayerStack(eqx.Module):
                 return carry
 
             carry = _count(repetition, carry, repeats)
+        return carry
+
+    def _serve_firsts(self, step: Callable[[int, Any, Any, Any], Any], carry: Any) -> Any:
+        """``carry = step(run, layer, place, carry)`` for the first layer of every run."""
+        for run, layers in enumerate(self.runs):
+            carry = step(run, layer_of(layers, 0), jnp.int32(0), carry)
         return carry
 
     def _parts(self) -> tuple[list[Any], list[Any]]:
