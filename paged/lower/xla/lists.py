@@ -12,6 +12,8 @@ from .blocks import RowBlock, RowBlocks
 from .places import Places
 from .schedule import AT_ONCE, XlaSchedule
 
+_FEW_ENTRIES = 2**13  # of all lists of pages: a loop over row blocks takes longer, and more time to compile
+
 
 class XlaLists(NamedTuple):
     """The row blocks of each phase of a step, with the pages that each visits; and the places of new rows."""
@@ -44,15 +46,17 @@ def with_visits(
 ) -> RowBlocks:
     """The row blocks with the pages that each visits; ``sizes`` are the page size and the number of pages.
 
-    In the form ``"in_turn"`` as many as there are take time, ``row_blocks_at_once`` side by side. In the other all are
-    listed at once.
+    In the form ``"at_once"``, and where the lists are short, all are listed side by side. Else as many as there are
+    take time, ``row_blocks_at_once`` side by side.
     """
     room, (page_size, num_pages) = row_blocks.seq.shape[0], sizes
 
     def of_one(which: Array) -> Visits:
         return visits_of(program, row_blocks.block(seqs, which, rows), seqs, page_size, num_pages, schedule.form)
 
-    if schedule.form == AT_ONCE:
+    width = seqs.tables.shape[1]
+    is_short = isinstance(room, int) and isinstance(width, int) and room * width <= _FEW_ENTRIES
+    if schedule.form == AT_ONCE or is_short:
         return row_blocks._replace(visits=jax.vmap(of_one)(jnp.arange(room, dtype=jnp.int32)))
     at_once = schedule.row_blocks_at_once
 
