@@ -220,7 +220,7 @@ class LayerStack(eqx.Module):
         """This stack, to serve on a CPU: each layer has its large arrays by itself, and its pages in the pool.
 
         XLA:CPU copies a layer's part out of a stacked array before it multiplies with it. Where a step has few rows,
-        the copies take as long as the products. Here a product has a branch for each layer, and nothing is copied.
+        the copies take up to a fifth of its time. Here a product has a branch for each layer, and nothing is copied.
         Programs are larger, and take a little longer to compile. `together` gives a stack for training and for other
         platforms, and so does `with_layers`.
 
