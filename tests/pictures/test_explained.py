@@ -58,7 +58,7 @@ def test_an_explanation_is_shown_on_one_page_that_stands_alone(tmp_path):
         "How xla-blocks(pages_per_block=32",
     ]
     assert page.pictures[2].description.startswith(f"{explanation.pages_visited} pages visited")
-    assert page._repr_html_().count("<svg ") == len(page.pictures) and page.pictures[0]._repr_html_() in page.html
+    assert page._repr_html_().count('class="pgd"') == len(page.pictures) and page.pictures[0]._repr_html_() in page.html
     for picture in page.pictures:
         require_sound(picture)
         assert picture.title in str(page)
