@@ -78,8 +78,8 @@ def lower(
       under ``jax.jit`` calls the host; the layers of `paged.runtime` check by default. Without it, faults of the caller
       give the results that `docs/semantics.md` lists under "Edges", and never a crash.
     - `interpret`: True runs kernels on any machine, slowly, in Pallas's interpreter of TPU or of GPU kernels. A
-      ``jax.experimental.pallas.tpu.InterpretParams`` has its settings; True is ``InterpretParams()``. For GPU kernels it
-      is a ``jax.experimental.pallas.mosaic_gpu.InterpretGPUParams``, of JAX 0.12 or later.
+      ``jax.experimental.pallas.tpu.InterpretParams`` has its settings; True is ``InterpretParams()``. For GPU kernels
+      it is a ``jax.experimental.pallas.mosaic_gpu.InterpretGPUParams``, of JAX 0.12 or later.
 
     **Returns:** the attention, a pure function of arrays.
 
