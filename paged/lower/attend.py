@@ -95,7 +95,8 @@ class Attend:
 
         **Arguments:**
 
-        - `generation`: a key of `paged.CHIPS`, such as ``"v5e"``, or a `paged.Chip`.
+        - `generation`: a key of `paged.CHIPS`, such as ``"v5e"``, or a `paged.Chip`; or a GPU: ``"a100"``,
+          ``"h100"``, ``"h200"`` or ``"b200"``.
 
         **Returns:** the attention, to ask for its schedule and explanation, or to compile with `compile_for`.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import paged
 from paged.lower import LOWERINGS, Program
@@ -117,3 +118,14 @@ def test_a_plan_changes_no_bit(phase):
     attend = small(built.case)
     plan = attend.plan(built.q, built.pages, built.batch)
     assert_bitwise(attend.state(built.q, built.pages, plan, built.sinks), state_of(attend, built))
+
+
+@pytest.mark.slow
+def test_an_export_for_several_platforms_has_no_loop_and_gives_the_same_here():
+    built = build(case_of("plain", "decode"))
+    attend = paged.lower(built.case.spec, built.case.layout, "xla")
+    on_gpu = jax.jit(attend.on_chip("h200").state)
+    exported = export.export(on_gpu, platforms=["cpu", "cuda"])(built.q, built.pages, built.batch)
+    assert "stablehlo.while" not in exported.mlir_module() and "custom_call" not in exported.mlir_module()
+    again = export.deserialize(exported.serialize())
+    assert_state_close(again.call(built.q, built.pages, built.batch), built)
