@@ -45,7 +45,7 @@ class Rollouts(NamedTuple):
     tokens: Int[Array, "samples tokens"]
     log_probs: Float[Array, "samples answer"]
     advantages: Float[Array, " samples"]
-    points: float
+    points: Float[Array, ""]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             difference = max(difference, float(jnp.max(jnp.abs(trained - rollouts.log_probs))))
             model, state = learn(optimiser, model, state, rollouts)
             engine.update_model(model)
-            points.append(rollouts.points)
+            points.append(float(rollouts.points))
             compiled.append(count[0])
-            bar.set_postfix(points=f"{rollouts.points:.2f}")
+            bar.set_postfix(points=f"{points[-1]:.2f}")
     first, last = np.mean(points[:5]), np.mean(points[-5:])
     print(f"points of {ANSWER}: {first:.2f} -> {last:.2f}")
     print(f"log-probabilities of serving and training differ by at most {difference:.1e} (measured)")
@@ -103,7 +103,7 @@ def rolled_out(engine: Engine, draw: np.random.Generator, prompts: int, samples:
     grouped = points.reshape(prompts, samples)
     advantages = (grouped - grouped.mean(1, keepdims=True)).reshape(-1)
     log_probs = np.array([handle.log_probs for handle in handles])
-    return Rollouts(*map(jnp.asarray, (tokens, log_probs, advantages)), float(points.mean()))
+    return Rollouts(*map(jnp.asarray, (tokens, log_probs, advantages)), jnp.asarray(points.mean()))
 
 
 @eqx.filter_jit
