@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 
 import paged
-from examples import corpus, demo, demo_train, pretrained
+from examples import corpus, demo, demo_train, pretrained, rollout
 from tests.models.files import gguf_writing
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -107,6 +107,12 @@ def test_the_demo_notices_a_wrong_token(monkeypatch, capsys):
     monkeypatch.setattr(demo_train, "generate", dishonest)
     assert demo_train.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
+
+
+@pytest.mark.kernels
+def test_rollouts_teach_and_agree_with_training(capsys):
+    assert rollout.main(["--rounds", "40"]) == 0
+    assert "compiled: " in capsys.readouterr().out
 
 
 def test_without_the_package_the_demo_says_so_and_serves_the_small_model(monkeypatch, capsys):
