@@ -8,7 +8,7 @@ from ._groups import most_pages as most_pages
 from ._groups import page_groups as page_groups
 from ._groups import pages_for as pages_for
 from ._prefix_hit import PrefixHit as PrefixHit
-from ._serve import StepReport as StepReport
+from ._step_report import StepReport as StepReport
 from .attention import PagedAttention as PagedAttention
 from .cache import PagedCache as PagedCache
 from .calibration import calibrate as calibrate

@@ -14,16 +14,17 @@ from jaxtyping import Integer as AnyInt
 
 from paged.spec import AttentionSpec, Everything, as_bool
 
+from ._answering import Answering, Pages, new_queue, rounded
 from ._arguments import end_ids, integer, limits_of, prompts_of, values_of_prompts
+from ._asked import Asked
 from ._groups import Masks, keeps_all, page_groups
 from ._held import GroupSizes, group_sizes
 from ._masks import require_cuts, specs_of
 from ._model_call import Model
-from ._new_pools import new_pool, why_not_shared
-from ._scheduler import Request, Scheduler
-from ._serve import Serve, StepReport
-from .prefix_cache import PrefixCache
+from ._new_pools import why_not_shared
+from ._step_report import StepReport
 from .sampling import Sampler
+from .serving import ServeState
 
 Integer = int | np.integer | AnyInt[Array | np.ndarray, ""]
 Integers = Sequence[Integer] | AnyInt[Array | np.ndarray, " _"]
@@ -104,9 +105,12 @@ def generate(
 ) -> list[Generation] | tuple[list[Generation], eqx.nn.State]:
     """Generate from a list of prompts of any lengths, by continuous batching over one page pool.
 
-    Chunks of prompts and decode steps take turns, so that a long prompt does not hold up the sequences that decode.
-    When the pool has no page left, the sequence that was admitted last gives up its pages, and is prefilled again
-    later. The model is compiled twice, for chunks and for decode steps, whatever the lengths of the prompts.
+    It submits all prompts to the serve loop, runs it, and collects what it draws: see `Engine` for requests that come
+    at any time. The loop is one program on the device. A step has a row for each sequence that decodes and chunks of
+    prompts, so that a long prompt does not hold up the others. When the pool has no page left, the sequence that was
+    admitted last gives up its pages, and is prefilled again later. Sizes are rounded up: calls with other prompts,
+    samplers and numbers of pages compile nothing anew, as long as block tables have the same width and the number of
+    answers the same power of two.
 
     **Arguments:**
 
@@ -118,19 +122,20 @@ def generate(
     - `prompts`: token ids of each prompt, at least one: a list or an array.
     - `max_new_tokens`: the most tokens to generate, one number for all prompts or one for each. The last token is
       never cached, so a prompt needs room for ``len(prompt) + max_new_tokens - 1`` tokens.
-    - `num_slots`: how many sequences may run at once; rows of a decode step.
+    - `num_slots`: how many sequences may run at once; rows of a step in which all decode.
     - `num_pages`: pages of the pool. None: as many as the state's pages have. Layers form groups whose masks keep the
       same pages, and each group has a pool, see `GroupedPool`: with no more pages than its layers have in the state.
     - `page_size`: tokens per page. None: the page size of the state's pages.
     - `pages_per_seq`: width of block tables. None: the least power of two that fits every prompt.
-    - `chunk_size`: rows of a prefill step.
+    - `chunk_size`: the most rows of one prompt in a step. A step has so many for prompts, and one for each slot.
     - `sampler`: how tokens are drawn. None: the likeliest.
     - `key`: a typed PRNG key, needed by a sampler that draws at random. A draw depends on the key, the prompt's index
       and the token's index only. So scheduling changes no draw, except by what rounding changes of the logits.
     - `eos`: the token id, or a list or set of several, that ends a sequence. None: only ``max_new_tokens`` ends it.
     - `donate_state`: whether the memory of ``state`` is used for the steps, after which ``state`` is gone, and the new
       state is returned. By default the state is copied, so that there are two caches.
-    - `on_step`: called after each step with a `StepReport`.
+    - `on_step`: called with the `StepReport` of each step, in order. Steps run in launches, of 4 with ``on_step`` and
+      of 32 without: it is called when the launch has come back.
     - `values`: numbers of each prompt that the model's specs name by `Value`: for each name [prompts], or
       [prompts, size]. None where they name nothing.
     - `n`: samples of each prompt. A prompt is prefilled once, and its samples share the pages of its tokens: see
@@ -145,9 +150,9 @@ def generate(
     second, and so on; no prompts give an empty list. With ``donate_state`` a pair:
     this list, and the state, to be used again. What its pages hold means nothing to another call.
 
-    Before each step the values of its batch are checked on the host, for any mask, so that layers with ``check`` do
-    not check them again. Logits from which no token can be drawn end their own sequence, with the finish reason
-    ``"no_token"``.
+    A pool's tables are sound, and the numbers of prompts are checked before anything runs, so that layers with
+    ``check`` do not check them again. Logits from which no token can be drawn end their own sequence, with the finish
+    reason ``"no_token"``.
 
     **Raises** ``ValueError`` or ``TypeError`` before anything runs, naming the argument: for an empty prompt or one
     that could never fit, for a pool that the state's pages cannot hold, for a missing key, for ids of prompts and
@@ -178,26 +183,24 @@ def generate(
     requests = _requests(prompts, max_new_tokens, values, specs, samples)
     pages_per_seq = _table_width(requests, groups, sizes, pages_per_seq, chunk_size)
     require_cuts([spec.visibility for spec in specs], requests, chunk_size)
-    pool = new_pool(groups, sizes, num_slots, pages_per_seq)
-    cache = PrefixCache.init(pool) if _has_prefix_cache(prefix_cache, specs, requests, state) else None
-    scheduler = Scheduler(pool, [request for request in requests if not request.sample], chunk_size, cache)
+    pages = _pages(model, state, groups, sizes, pages_per_seq)
+    has_cache = _has_prefix_cache(prefix_cache, specs, requests, state)
+    queue = new_queue(requests, pages, num_slots, sampler, key, ends, has_cache)
     minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
-    longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=0)
-    of_groups = groups, sizes.bytes_per_page
-    serve = Serve(
-        model, state, scheduler, sampler, key, ends, chunk_size, minima, longest, *of_groups, on_step, samples
-    )
+    budget = num_slots + chunk_size
+    answering = Answering(model, ServeState(queue, state), requests, pages, budget, minima, on_step)
     if requests:
-        _require_in_vocabulary(requests, ends, serve.vocabulary_size())
+        _require_in_vocabulary(requests, ends, answering.vocabulary())
     if not donate_state:
-        serve.state = jax.tree.map(jnp.copy, state)
+        answering.state = ServeState(queue, jax.tree.map(jnp.copy, state))
     try:
-        serve.run()
+        answering.run()
     except BaseException as error:
-        _attach(error, [_result(request) for request in requests], serve.state if donate_state else None)
+        own = answering.state.model_state if donate_state else None
+        _attach(error, [_result(request) for request in requests], own)
         raise
     results = [_result(request) for request in requests]
-    return (results, serve.state) if donate_state else results
+    return (results, answering.state.model_state) if donate_state else results
 
 
 def _require_kinds(model: Any, state: Any, on_step: Any) -> None:
@@ -224,7 +227,7 @@ def _require_sampler(sampler: Any, key: Any) -> tuple[Sampler, PRNGKeyArray]:
 
 
 def _has_prefix_cache(
-    asked: Any, specs: Sequence[AttentionSpec], requests: Sequence[Request], state: eqx.nn.State
+    asked: Any, specs: Sequence[AttentionSpec], requests: Sequence[Asked], state: eqx.nn.State
 ) -> bool:
     """Whether a prefix cache is used. ``ValueError`` where it is asked for, and equal tokens may have other pages."""
     if asked is not None and not as_bool("prefix_cache", asked):
@@ -239,7 +242,7 @@ def _has_prefix_cache(
 
 def _requests(
     prompts: Any, max_new_tokens: Any, values: Any, specs: Sequence[AttentionSpec], samples: int
-) -> list[Request]:
+) -> list[Asked]:
     ids = prompts_of(prompts)
     numbers = values_of_prompts(values, specs, len(ids))
     for index, prompt in enumerate(ids):
@@ -247,17 +250,14 @@ def _requests(
             raise ValueError(f"prompts[{index}] is empty, so no token can follow it: begin it with a bos token.")
     limits = limits_of(max_new_tokens, len(ids))
     own = [{name: x[i] for name, x in numbers.items()} for i in range(len(ids))]
-    requests = []
-    for i, sample in itertools.product(range(len(ids)), range(samples)):
-        place: dict[str, Any] = {"sample": sample, "place": i * samples + sample, "draw": i + sample * len(ids)}
-        requests.append(Request(i, ids[i], limits[i], list(ids[i]), values=own[i], **place))
-    for first in requests[::samples]:
-        first.followers = requests[first.place + 1 : first.place + samples]
-    return requests
+    pairs = itertools.product(range(len(ids)), range(samples))
+    return [
+        Asked(i, place, i + sample * len(ids), ids[i], limits[i], own[i]) for place, (i, sample) in enumerate(pairs)
+    ]
 
 
 def _table_width(
-    requests: Sequence[Request], groups: Sequence[Masks], sizes: GroupSizes, pages_per_seq: Any, chunk_size: int
+    requests: Sequence[Asked], groups: Sequence[Masks], sizes: GroupSizes, pages_per_seq: Any, chunk_size: int
 ) -> int:
     """``pages_per_seq`` or, left out, the least power of two that fits every request, so that few widths compile."""
     pages_per_seq = None if pages_per_seq is None else integer("pages_per_seq", pages_per_seq, 1)
@@ -266,7 +266,7 @@ def _table_width(
         entries = -(-request.most_cached // page_size)
         longest = max(longest, entries)
         for masks, num_pages in zip(groups, sizes.num_pages, strict=True):
-            needed = request.most_pages(masks, request.most_cached, page_size, chunk_size)
+            needed = request.most_pages(masks, page_size, chunk_size)
             if needed > num_pages or (pages_per_seq is not None and entries > pages_per_seq):
                 most = num_pages if pages_per_seq is None else min(num_pages, pages_per_seq)
                 needed = entries if keeps_all(masks) or needed <= num_pages else needed
@@ -277,19 +277,28 @@ def _table_width(
                     f"sequence can have {most} (num_pages={num_pages}, pages_per_seq={pages_per_seq}). Shorten it, or "
                     "make the pool larger."
                 )
-    return 1 << (longest - 1).bit_length() if pages_per_seq is None else pages_per_seq
+    return rounded(longest) if pages_per_seq is None else pages_per_seq
 
 
-def _require_in_vocabulary(requests: Sequence[Request], ends: frozenset[int], size: int) -> None:
+def _pages(model: Any, state: eqx.nn.State, groups: Sequence[Masks], sizes: GroupSizes, pages_per_seq: int) -> Pages:
+    """Pools that count as many pages as there are, of which as many may be used as ``sizes`` says."""
+    if any(sizes.bytes_per_page):
+        counted = group_sizes(model, state, groups, None, sizes.page_size)
+    else:
+        counted = sizes._replace(num_pages=tuple(rounded(pages, least=16) for pages in sizes.num_pages))
+    return Pages(tuple(groups), counted, sizes.num_pages, pages_per_seq)
+
+
+def _require_in_vocabulary(requests: Sequence[Asked], ends: frozenset[int], size: int) -> None:
     named = [(f"prompts[{r.index}][{i}]", token) for r in requests for i, token in enumerate(r.prompt) if token >= size]
     named += [("eos", token) for token in sorted(ends) if token >= size]
     for name, token in named:
         raise ValueError(f"{name} = {token} is no token: the model's logits have {size} columns, for [0, {size}).")
 
 
-def _result(request: Request) -> Generation:
-    tokens = tuple(request.known[len(request.prompt) :])
-    return Generation(request.prompt, tokens, request.finish_reason or "interrupted", request.preemptions)
+def _result(request: Asked) -> Generation:
+    reason = request.finish_reason or "interrupted"
+    return Generation(request.prompt, tuple(request.tokens), reason, request.preemptions)
 
 
 def _attach(error: BaseException, generations: list[Generation], state: eqx.nn.State | None) -> None:

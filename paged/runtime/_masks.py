@@ -11,8 +11,8 @@ import numpy as np
 from paged.lower import Attend, ShardedAttend, first_rows, may_cut
 from paged.spec import AttentionSpec, Mask, values_of
 
+from ._asked import Asked
 from ._cuts import cut_through, given, longest_piece, require_decoding
-from ._scheduler import Request
 from .cache import PagedCache
 
 
@@ -61,7 +61,7 @@ def _parts(value: Any) -> Iterable[Any]:
     return [*parts, *getattr(value, "__dict__", {}).values()]
 
 
-def require_cuts(masks: Sequence[Mask], requests: Sequence[Request], chunk_size: int) -> None:
+def require_cuts(masks: Sequence[Mask], requests: Sequence[Asked], chunk_size: int) -> None:
     """Set each request's ``cuts``: where its tokens may be cut, so that no row sees what a later step writes.
 
     Then every row sees in its step all that it would see if the whole sequence were computed at once; so chunks and

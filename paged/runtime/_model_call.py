@@ -41,8 +41,10 @@ def logits_of_rows(model: Any, x: Any, rows: Any) -> Any:
     return model.logits(x[rows]) if _has_two_parts(model) else x[rows]
 
 
-def vocabulary_of(model: Any, tokens: Int[Array, " rows"], batch: Any, state: eqx.nn.State) -> int:
+def vocabulary_of(model: Any, tokens: Any, batch: Any, state: eqx.nn.State) -> int:
     """How many columns the logits of a step have. The model is traced for it, and nothing runs.
+
+    ``tokens`` and ``batch`` may be arrays, or their shapes.
 
     Raises ``TypeError`` unless the model returns logits float[rows, vocab] and a state.
     """

@@ -304,4 +304,4 @@ class GroupedPool(eqx.Module):
 
 def pages_trimmed(pool: PagePool) -> Int[Array, ""]:
     """How many pages of a pool's tokens `PagePool.trim` has freed."""
-    return jnp.sum(entries_missing(pool.block_tables, pool.lengths, pool.page_size))
+    return jnp.sum(entries_missing(pool.block_tables, pool.lengths, pool.page_size), dtype=jnp.int32)

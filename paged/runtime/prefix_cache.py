@@ -335,7 +335,7 @@ class PrefixCache(eqx.Module):
         is_same &= (found >= 0) & (counts > 0) & (self.counts[found] == counts)
         is_same &= self.parents[found] == before
         count = jnp.sum(jnp.cumsum(~is_same) == 0, dtype=jnp.int32)
-        return jnp.where(jnp.arange(entries) < count, found, -1), count
+        return jnp.where(jnp.arange(entries, dtype=jnp.int32) < count, found, -1), count
 
     def _used(self, nodes: Array) -> "PrefixCache":
         """The cache after these nodes were used."""

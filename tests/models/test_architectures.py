@@ -96,7 +96,8 @@ def test_served_from_pages_chunks_beside_decoding_rows_give_the_logits_of_transf
 def test_generate_gives_the_greedy_tokens_of_transformers(name):
     model, state, expected = loaded(name)
     prompt, want = expected["prompt"].tolist(), expected["tokens"].tolist()
-    first, second = generate(model, state, [prompt, prompt[:7]], max_new_tokens=len(want), num_slots=2, chunk_size=8)
+    sizes = {"max_new_tokens": len(want), "num_slots": 2, "chunk_size": 8, "prefix_cache": False}
+    first, second = generate(model, state, [prompt, prompt[:7]], **sizes)
     assert list(first.tokens) == want
     assert len(second.tokens) == len(want)
 

@@ -1,11 +1,13 @@
 """Everything that `generate` does with pages at once, with NaN in every page that nobody holds."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import numpy as np
 import pytest
 
-from paged.runtime import _serve, generate
+from paged.runtime import _answering, generate
 
 from .test_groups import CHUNK, SINK, SPEC, Layered, poisoned
 from .tiny import LAYOUT, VOCAB, greedy_ref
@@ -28,13 +30,15 @@ def test_prompts_that_share_pages_get_the_tokens_that_they_get_alone(served, see
     """
     model, state = served
     poison = eqx.filter_jit(lambda state, pool: poisoned(model, state, pool))
-    step = _serve.Serve._step
+    launch = _answering.Answering._launch
 
-    def poisoning(self, *args):
-        self.state = poison(self.state, self.scheduler.pool)
-        return step(self, *args)
+    def poisoning(self):
+        queue = self.state.queue
+        self.state = dataclasses.replace(self.state, model_state=poison(self.state.model_state, queue.pool))
+        return launch(self)
 
-    monkeypatch.setattr(_serve.Serve, "_step", poisoning)
+    monkeypatch.setattr(_answering.Answering, "_launch", poisoning)
+    monkeypatch.setattr(_answering, "_STEPS_TO_REPORT", 1)
     rng, reports = np.random.default_rng(seed), []
     bases = [rng.integers(0, VOCAB, size).tolist() for size in (21, 15, 4)]
     starts = [bases[rng.integers(3)][: rng.integers(1, 22)] for _ in range(7)]

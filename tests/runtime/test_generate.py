@@ -10,22 +10,16 @@ from hypothesis import strategies as st
 
 from paged.runtime import LayerStack, Sampler, generate
 
-from .tiny import GLOBAL, PAGE_SIZE, VOCAB, greedy_ref, random_layer, tiny
+from .tiny import GLOBAL, PAGE_SIZE, VOCAB, greedy_ref, random_layer, shared_tiny
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5, 9], [1, 6, 1], [3, 14, 15, 9, 26]]
 NEW_TOKENS = [9, 12, 6, 11, 1]
-SETUP = {"num_slots": 3, "pages_per_seq": 8, "chunk_size": 4}
+SETUP = {"num_slots": 3, "pages_per_seq": 8, "chunk_size": 4, "prefix_cache": False}
 
 
 @pytest.fixture(scope="module")
 def model_and_state():
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def counted():
-    """A model that only one kind of prefill step and one kind of decode step have traced."""
-    return tiny(seed=1)
+    return shared_tiny()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +34,7 @@ def run(model_and_state, prompts=PROMPTS, max_new_tokens=NEW_TOKENS, **options):
 
 def test_equals_dense_recomputation_with_waiting_and_preemption(model_and_state, expected):
     reports = []
-    results = run(model_and_state, num_pages=8, on_step=reports.append, prefix_cache=False)
+    results = run(model_and_state, num_pages=8, on_step=reports.append)
     assert [result.tokens for result in results] == expected
     assert [list(result.prompt) for result in results] == PROMPTS
     assert {result.finish_reason for result in results} == {"length"}
@@ -57,7 +51,7 @@ def test_equals_dense_recomputation_with_waiting_and_preemption(model_and_state,
     assert {g.pages_trimmed for g in full} == {0} and max(g.bytes_saved for g in local) >= 4 * 512
     ends = [(len(prompt) + count - 6) // PAGE_SIZE for prompt, count in zip(PROMPTS, NEW_TOKENS, strict=True)]
     assert sum(report.pages_freed for report in reports) >= sum(ends), "every page that has left the window"
-    prefilled = sum(report.tokens for report in reports if report.kind == "prefill")
+    prefilled = sum(report.prompt_tokens for report in reports)
     assert prefilled > sum(map(len, PROMPTS)) - len(PROMPTS), "a preempted sequence is prefilled again"
 
 
@@ -107,16 +101,18 @@ def test_penalties_know_the_prompt_and_the_answer(model_and_state):
         assert len(set(answer.tokens)) == len(answer.tokens) and not set(answer.tokens) & set(answer.prompt)
 
 
-def test_one_trace_a_kind_while_everything_varies(counted):
-    run(counted, num_pages=8)
-    run(counted, prompts=[[1] * 17, [2]], max_new_tokens=[3, 20], num_pages=8)
-    assert sorted(counted[0].traces) == [3, 4], "rows of the decode step (slots) and of the prefill step (chunk)"
+def test_nothing_is_traced_while_everything_varies(model_and_state):
+    run(model_and_state, num_pages=8)
+    traces = list(model_and_state[0].traces)
+    key = jax.random.key(1)
+    run(model_and_state, [[1] * 17, [2]], [3, 20], num_pages=9, sampler=Sampler(temperature=0.3), key=key, eos=[5, 3])
+    assert list(model_and_state[0].traces) == traces and {3, 7} <= set(traces), "rows of decode steps, and of others"
 
 
-def test_other_lengths_compile_nothing_at_all(counted):
+def test_other_lengths_compile_nothing_at_all(model_and_state):
     """Neither the steps of the model nor the small programs around them."""
     compiled: list[str] = []
-    run(counted, num_pages=8)
+    run(model_and_state, num_pages=8)
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
     )
@@ -124,7 +120,7 @@ def test_other_lengths_compile_nothing_at_all(counted):
         jax.jit(lambda x: x + 1)(1)
         assert compiled, "the listener hears of a compilation"
         compiled.clear()
-        run(counted, prompts=[[1] * 6, [2], [3] * 17], max_new_tokens=[3, 20, 2], num_pages=8)
+        run(model_and_state, prompts=[[1] * 6, [2], [3] * 17], max_new_tokens=[3, 20, 2], num_pages=8)
         assert not compiled
     finally:
         jax.monitoring.clear_event_listeners()
@@ -266,4 +262,4 @@ def test_a_model_of_two_parts_makes_logits_of_the_rows_that_draw_tokens():
     options = {"num_pages": 8, "page_size": PAGE_SIZE, "num_slots": 3, "chunk_size": 4}
     results = generate(model, state, [[1, 2, 3, 4, 5], [9]], max_new_tokens=2, **options)
     assert [result.tokens for result in results] == [(6, 7), (10, 11)]
-    assert model.rows == [4, 1, 3], "all rows for the shape alone; one of a chunk; one of each slot"
+    assert model.rows[0] == 7 and set(model.rows[1:]) == {3}, "all rows for the shape alone; then one of each slot"

@@ -64,7 +64,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_everything_else_is_refused_by_name(name, monkeypatch):
-    monkeypatch.setattr("paged.runtime._serve.Serve.run", lambda _: pytest.fail("nothing may run"))
+    monkeypatch.setattr("paged.runtime._answering.Answering.run", lambda _: pytest.fail("nothing may run"))
     for value in REFUSED[name]:
         with pytest.raises((TypeError, ValueError)) as raised:
             run(**{name: value})
@@ -78,11 +78,11 @@ def test_models_and_states_of_another_kind_are_refused_by_name():
             generate(*pair, [[1]], max_new_tokens=1, **SIZES)
     wrong = {
         r"return a pair \(logits, state\); got ShapeDtypeStruct": lambda t, b, s: t,
-        r"logits float\[rows, vocab\], here \[4, vocab\]; got int32\[4, 9\]": lambda t, b, s: (
+        r"logits float\[rows, vocab\], here \[5, vocab\]; got int32\[4, 9\]": lambda t, b, s: (
             jnp.ones((4, 9), int),
             s,
         ),
-        r"logits float\[rows, vocab\], here \[4, vocab\]; got float32\[9\]": lambda t, b, s: (jnp.ones(9), s),
+        r"logits float\[rows, vocab\], here \[5, vocab\]; got float32\[9\]": lambda t, b, s: (jnp.ones(9), s),
     }
     for text, model in wrong.items():
         with pytest.raises(TypeError, match=text):

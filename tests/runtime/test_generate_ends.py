@@ -24,6 +24,7 @@ def serve(mask, chunk_size, prompts=(PROMPT,), max_new_tokens=4, **options):
 
 
 PREFIX = Causal() | Prefix(6)
+SPANS = Causal() | paged.Spans(paged.Value("starts", 2), paged.Value("ends", 2))
 
 
 @pytest.mark.kernels
@@ -54,7 +55,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("mask", "chunk_size", "text"), REFUSED, ids=[str(mask) for mask, _, _ in REFUSED])
 def test_a_chunk_that_a_row_sees_past_is_refused(mask, chunk_size, text, monkeypatch):
-    monkeypatch.setattr("paged.runtime._serve.Serve.run", lambda _: pytest.fail("nothing may run"))
+    monkeypatch.setattr("paged.runtime._answering.Answering.run", lambda _: pytest.fail("nothing may run"))
     with pytest.raises(ValueError, match=text):
         serve(mask, chunk_size)
 
@@ -78,9 +79,8 @@ def test_each_prompt_brings_its_own_prefix():
 
 
 def test_a_chunk_ends_before_a_span_that_it_would_cut():
-    spans = Causal() | paged.Spans(paged.Value("starts", 2), paged.Value("ends", 2))
     values, reports = {"starts": [[1, 4], [4, 9]], "ends": [[4, 8], [7, 9]]}, []
-    results = serve(spans, 5, [PROMPT, PROMPT[:8]], 2, values=values, on_step=reports.append, num_slots=1)
+    results = serve(SPANS, 5, [PROMPT, PROMPT[:8]], 2, values=values, on_step=reports.append, num_slots=1)
     assert [r.tokens for r in reports if r.kind == "prefill"] == [4, 5, 2, 4, 4]
     for i, prompt in enumerate([PROMPT, PROMPT[:8]]):
         static = Causal() | paged.Spans(*(tuple(values[name][i]) for name in ("starts", "ends")))
@@ -89,7 +89,7 @@ def test_a_chunk_ends_before_a_span_that_it_would_cut():
 
 def test_a_mask_that_sees_all_serves_one_token_in_one_chunk(monkeypatch):
     served = []
-    monkeypatch.setattr("paged.runtime._serve.Serve.run", lambda serve: served.append(serve.chunk_size))
+    monkeypatch.setattr("paged.runtime._answering.Answering.run", lambda answering: served.append(answering.budget - 2))
     for chunk_size in (11, 16):
         serve(Everything(), chunk_size, max_new_tokens=1)
     serve(Chunk(4), 4, prompts=[PROMPT[:8], PROMPT], max_new_tokens=1)
@@ -127,8 +127,8 @@ class Counter(eqx.Module):
     """After token t it likes t + 1 best. It counts its traces, and after some token its logits are ``after``."""
 
     traces: list = eqx.field(static=True)
-    last: int = 100
-    after: float = 0.0
+    last: int | jax.Array = 100
+    after: float | jax.Array = 0.0
 
     def __call__(self, tokens, batch, state):
         del batch
@@ -148,9 +148,15 @@ class Traces(list):
         return self is other
 
 
+@functools.cache
+def counter():
+    return eqx.nn.make_with_state(Counter)(Traces())
+
+
 def count(prompts, max_new_tokens, last=100, after=0.0, **options):
-    model, state = eqx.nn.make_with_state(Counter)(Traces(), last, after)
-    sizes = {"num_slots": 2, "num_pages": 16, "page_size": 4, "chunk_size": 4}
+    model, state = counter()
+    model = dataclasses.replace(model, last=jnp.int32(last), after=jnp.float32(after))
+    sizes = {"num_slots": 2, "num_pages": 16, "page_size": 4, "chunk_size": 4, "pages_per_seq": 4}
     return generate(model, state, prompts, max_new_tokens=max_new_tokens, **{**sizes, **options})
 
 
@@ -166,6 +172,25 @@ def test_logits_without_a_token_end_their_own_sequence(after, sampler):
     assert sum(report.new_tokens for report in reports) == 8
     (later,) = count([[10]], 4, last=12, after=after, **options)
     assert (later.tokens, later.finish_reason) == ((11, 12), "no_token")
+
+
+def test_the_newest_gives_way_and_nobody_overtakes():
+    """Two long prompts do not fit into five pages at once; two short ones come after them."""
+    reports = []
+    results = count([[1] * 8, [1] * 7, [1], [2]], [8, 9, 2, 6], num_pages=5, on_step=reports.append)
+    assert [len(r.tokens) for r in results] == [8, 9, 2, 6]
+    assert results[1].preemptions > 0 and [results[i].preemptions for i in (0, 2)] == [0, 0]
+    told = {place: step for step, report in reversed(list(enumerate(reports))) for place in report.drawn}
+    assert told[1] < told[2] < told[3], "the one that gave way is before those that came after it"
+    (first,) = (step for step, report in enumerate(reports) if 0 in report.ended)
+    assert first < told[2] and max(report.pages_in_use for report in reports) == 5
+
+
+def test_a_pool_that_cannot_hold_one_sequence_is_an_error(monkeypatch):
+    """Nobody runs then, and no step would ever change it."""
+    monkeypatch.setattr("paged.runtime._generate._table_width", lambda *_: 4)
+    with pytest.raises(RuntimeError, match="too few pages for one sequence alone"):
+        count([[1] * 9], 3, num_pages=2)
 
 
 class Stop(BaseException):
@@ -197,35 +222,34 @@ def test_an_exception_brings_what_was_drawn(error, donates):
 
 
 def test_a_state_comes_back_from_an_exception_too():
-    model, state = two_layers(PREFIX)
+    model, state = two_layers(SPANS)
+    how = {"max_new_tokens": 2, "num_slots": 1, "pages_per_seq": 4, "chunk_size": 5, "donate_state": True}
+    how["values"] = {"starts": [[1, 4]], "ends": [[4, 8]]}
 
     def stop(report):
         raise Stop
 
     with pytest.raises(Stop) as raised:
-        generate(model, jax.tree.map(jnp.copy, state), [PROMPT], max_new_tokens=2, num_slots=2, pages_per_seq=4,
-                 chunk_size=6, donate_state=True, on_step=stop)  # fmt: skip
-    (result,), _ = generate(model, raised.value.partial.state, [PROMPT], max_new_tokens=4, num_slots=2, chunk_size=6,
-                            pages_per_seq=4, donate_state=True)  # fmt: skip
-    assert result.tokens == serve(PREFIX, 6)[0].tokens
+        generate(model, jax.tree.map(jnp.copy, state), [PROMPT], on_step=stop, **how)
+    (result,), _ = generate(model, raised.value.partial.state, [PROMPT], **how)
+    assert result.tokens == serve(SPANS, 5, max_new_tokens=2, num_slots=1, values=how["values"])[0].tokens
 
 
 def test_steps_trace_nothing():
     """The model is traced once for each kind of step, and what the host does between steps is not traced at all."""
     traced: list[int] = []
-    options = {"chunk_size": 3, "on_step": lambda report: traced.append(len(events))}
-    model, state = eqx.nn.make_with_state(Counter)(Traces())
-    sizes = {"num_slots": 2, "num_pages": 16, "page_size": 4, "pages_per_seq": 4}
+    model, _ = counter()
     events: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: events.append(event) if "jaxpr_trace" in event else None
     )
     try:
-        generate(model, state, [[1, 2, 3, 4], [5]], max_new_tokens=4, **sizes, **options)
-        assert events and sorted(model.traces) == [(2,), (3,)]
+        count([[1, 2, 3, 4], [5]], 4)
+        jax.jit(lambda x: x + 1)(1)
+        assert events and {(2,), (6,)} <= set(model.traces), "the listener hears of traces"
         events.clear()
-        traced.clear()
-        generate(model, state, [[1, 2, 3, 4, 5], [5], [7]], max_new_tokens=4, **sizes, **options)
-        assert len(set(traced)) == 1 and len(traced) > 4 and len(model.traces) == 2
+        traces = len(model.traces)
+        count([[1, 2, 3, 4, 5], [5], [7]], 4, on_step=lambda report: traced.append(len(events)))
+        assert len(set(traced)) == 1 and len(traced) > 4 and len(model.traces) == traces
     finally:
         jax.monitoring.clear_event_listeners()

@@ -8,7 +8,7 @@ import pytest
 
 from paged.runtime import GroupedPool, PrefixCache, Sampler, generate
 
-from .tiny import GLOBAL, LOCAL, PAGE_SIZE, VOCAB, greedy_ref, tiny
+from .tiny import GLOBAL, LOCAL, PAGE_SIZE, VOCAB, greedy_ref, shared_tiny, tiny
 
 SETUP = {"num_slots": 3, "pages_per_seq": 8, "chunk_size": 4}
 SYSTEM = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]  # two pages, and half of one
@@ -17,7 +17,7 @@ PROMPTS = [[*SYSTEM, *more] for more in ([7, 1], [7], [2, 7, 1, 8, 2], [7, 1, 3]
 
 @pytest.fixture(scope="module")
 def model_and_state():
-    return tiny()
+    return shared_tiny()
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def run(model_and_state, prompts=PROMPTS, **options):
 
 
 def prefilled(reports):
-    return sum(report.tokens for report in reports if report.kind == "prefill")
+    return sum(report.prompt_tokens for report in reports)
 
 
 @pytest.mark.parametrize("num_pages", [32, pytest.param(8, marks=pytest.mark.kernels)])
@@ -40,12 +40,12 @@ def test_a_hit_gives_the_tokens_of_a_miss(model_and_state, expected, num_pages):
     """With many pages, and with so few that pages are given up and sequences preempted."""
     results, reports = run(model_and_state, num_pages=num_pages)
     assert [result.tokens for result in results] == expected
-    without, all_of_them = run(model_and_state, num_pages=num_pages, prefix_cache=False)
-    assert [result.tokens for result in without] == expected
-    assert prefilled(reports) < prefilled(all_of_them) and sum(r.tokens_reused for r in reports) > 0
-    assert sum(r.tokens_reused + r.pages_cached + r.pages_evicted for r in all_of_them) == 0
+    assert sum(r.tokens_reused for r in reports) > 0
     if num_pages == 8:
-        assert sum(r.pages_evicted for r in reports) > 0
+        without, all_of_them = run(model_and_state, num_pages=num_pages, prefix_cache=False)
+        assert [result.tokens for result in without] == expected
+        assert prefilled(reports) < prefilled(all_of_them) and sum(r.pages_evicted for r in reports) > 0
+        assert sum(r.tokens_reused + r.pages_cached + r.pages_evicted for r in all_of_them) == 0
     else:
         assert prefilled(reports) <= len(SYSTEM) + sum(len(prompt) - len(SYSTEM) + 1 for prompt in PROMPTS)
         assert max(r.pages_shared for r in reports) >= 2 and sum(r.pages_copied for r in reports) >= 1
@@ -74,7 +74,7 @@ def test_samples_share_the_pages_of_their_prompt(model_and_state, expected):
     assert [result.tokens for result in results] == [expected[0]] * 3
     assert prefilled(reports) == len(PROMPTS[0])
     assert sum(report.pages_copied for report in reports) <= 3 * 2  # in the groups of both layers
-    assert [sorted(r.drawn) for r in reports if r.drawn][:2] == [[0, 1, 2]] * 2
+    assert [sorted(r.drawn) for r in reports if r.drawn][:2] == [[0], [0, 1, 2]], "when the prompt is in pages"
 
 
 @pytest.mark.kernels

@@ -106,6 +106,12 @@ class _Traces(list):
         return self is other
 
 
+@functools.cache
+def shared_tiny():
+    """A model and its state, the same ones for all tests of a process, which share compiled programs."""
+    return tiny()
+
+
 def tiny(num_pages=32, seed=0):
     """A model and its state."""
     return eqx.nn.make_with_state(Tiny)(num_pages, key=jax.random.key(seed))

@@ -52,7 +52,7 @@ def schedule(queue: Queue, budget: int) -> tuple[Queue, Int[Array, " slots"]]:
     # Admission and preemption are turns of one loop, so that XLA compiles what both do once.
     first = _Turn(queue, jnp.zeros_like(queue.request), yes, ~yes)
     last = jax.lax.while_loop(lambda turn: ~turn.is_ready, lambda turn: _turn(turn, budget), first)
-    copied = jnp.sum(jnp.where(last.rows > 0, _copies(last.queue.pool), 0))
+    copied = jnp.sum(jnp.where(last.rows > 0, _copies(last.queue.pool), 0), dtype=jnp.int32)
     return last.queue.replace(counts=last.queue.counts.plus(copied_pages=copied)), last.rows
 
 
@@ -123,12 +123,12 @@ def plan_rows(queue: Queue, budget: int) -> Int[Array, " slots"]:
     lacking = jnp.where(queue.is_running, queue.of_slots.known - queue.pool.lengths, 0)
     is_decoding = lacking == 1
     wanted = jnp.where(is_decoding, 0, jnp.minimum(lacking, max(budget - lacking.shape[0], 1)))
-    order = jnp.argsort(queue.admission)
+    order = jnp.argsort(queue.admission).astype(jnp.int32)
     left = budget - jnp.sum(is_decoding, dtype=jnp.int32)
     cuts = queue.of_slots.cuts
     if cuts is not None:
         return is_decoding.astype(jnp.int32) + _up_to_cuts(cuts, queue.pool.lengths, wanted, order, left)
-    before = jnp.zeros_like(wanted).at[order].set(jnp.cumsum(wanted[order]) - wanted[order])
+    before = jnp.zeros_like(wanted).at[order].set(jnp.cumsum(wanted[order], dtype=jnp.int32) - wanted[order])
     return is_decoding.astype(jnp.int32) + jnp.clip(left - before, 0, wanted)
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Int
 
 from paged.spec import GroupedBatch
 
-from .._pool_steps import counts_of
+from .._page_counts import counts_of
 from .._prefix_pools import pools_of_groups
 from ..grouped_pool import pages_trimmed
 from .state import Queue

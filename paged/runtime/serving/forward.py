@@ -69,7 +69,7 @@ def forward(
         own = queue.with_lengths(lengths + more)
         ids, batch = ragged_rows(own, tokens, rows + more, budget, minima)
         x, state = apply(model, ids, batch, state)
-        first = jnp.cumsum(rows + more) - more - 1
+        first = jnp.cumsum(rows + more, dtype=jnp.int32) - more - 1
         row = jnp.clip(first[None] + jnp.arange(most, dtype=jnp.int32)[:, None], 0, budget - 1)
         told = PromptLogProbs.of(model, x, own, rows + more, budget) if has_told else told
         return logits_of_rows(model, x, row.reshape(-1)).reshape(most, slots, -1), told, state
@@ -104,7 +104,7 @@ def rows_for_each(
     """The ids and the batch of a step that computes the last ``each`` tokens of every slot that takes part."""
     place = queue.pool.lengths[:, None] - each + jnp.arange(each, dtype=jnp.int32)[None]
     ids = jnp.take_along_axis(tokens, jnp.clip(place, 0, tokens.shape[1] - 1), axis=1)
-    batch = _trusted(queue.pool.decode_batch(takes, query_rows=each), queue, takes.shape[0] * each, minima)
+    batch = trusted(queue.pool.decode_batch(takes, query_rows=each), queue, takes.shape[0] * each, minima)
     return jnp.where(takes[:, None], ids, 0).reshape(-1), batch
 
 
@@ -112,14 +112,16 @@ def ragged_rows(
     queue: Queue, tokens: Int[Array, "slots width"], rows: Int[Array, " slots"], budget: int, minima: Any
 ) -> tuple[Int[Array, " budget"], Any]:
     """The ids and the batch of a step that computes the last ``rows`` tokens of each slot."""
-    starts, row = jnp.cumsum(rows) - rows, jnp.arange(budget, dtype=jnp.int32)
+    starts, row = jnp.cumsum(rows, dtype=jnp.int32) - rows, jnp.arange(budget, dtype=jnp.int32)
     slot = jnp.repeat(jnp.arange(rows.shape[0], dtype=jnp.int32), rows, total_repeat_length=budget)
     place = queue.pool.lengths[slot] - rows[slot] + row - starts[slot]
     ids = tokens[slot, jnp.clip(place, 0, tokens.shape[1] - 1)]
-    return jnp.where(row < jnp.sum(rows), ids, 0), _trusted(queue.pool.ragged_batch(rows), queue, budget, minima)
+    return jnp.where(row < jnp.sum(rows, dtype=jnp.int32), ids, 0), trusted(
+        queue.pool.ragged_batch(rows), queue, budget, minima
+    )
 
 
-def _trusted(batch: Any, queue: Queue, tokens: int, minima: Any) -> Any:
+def trusted(batch: Any, queue: Queue, tokens: int, minima: Any) -> Any:
     """The batch, marked as checked: a pool's tables are sound, and requests are checked when they are submitted."""
     values, size = dict(queue.of_slots.values), queue.pool.page_size
 

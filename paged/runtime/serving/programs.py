@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._pool_steps import counts_of
+from .._page_counts import counts_of
 from .cancelling import cancel, renewed
 from .packing import put_packed
 from .state import Queue, ServeState

@@ -77,6 +77,7 @@ class Sizes(eqx.Module):
     * ``ends``, ``stops``, ``stop_tokens``, ``biases``: how many each request may have, and tokens of one stop.
     * ``has_cuts``: whether a request may say where its tokens may be cut into steps.
     * ``has_log_probs``: whether a request may ask for log-probabilities.
+    * ``has_samples``: whether a prompt may have several samples.
     """
 
     requests: int = eqx.field(static=True)
@@ -87,6 +88,7 @@ class Sizes(eqx.Module):
     biases: int = eqx.field(static=True, default=16)
     has_cuts: bool = eqx.field(static=True, default=False)
     has_log_probs: bool = eqx.field(static=True, default=False)
+    has_samples: bool = eqx.field(static=True, default=True)
 
 
 class Requests(eqx.Module):
@@ -104,8 +106,9 @@ class Requests(eqx.Module):
     * ``values``: the numbers that the model's specs name, [requests, ...] each.
     * ``cuts`` i32[requests, tokens + 1]: for each number of tokens the largest, at most that, after which they may be
       cut into steps. None where that is everywhere, for all requests.
-    * ``family`` i32[requests]: a number that the samples of one prompt have in common; -1 for the only one.
     * ``log_probs``, ``prompt_log_probs`` i32[requests]: see `NewRequest`. None where no request may ask for them.
+    * ``family`` i32[requests]: a number that the samples of one prompt have in common; -1 for the only one. None where
+      every prompt has one.
     """
 
     tokens: Int[Array, "requests tokens"]
@@ -124,7 +127,7 @@ class Requests(eqx.Module):
     preemptions: Int[Array, " requests"]
     values: dict[str, Array]
     cuts: Int[Array, "requests places"] | None
-    family: Int[Array, " requests"]
+    family: Int[Array, " requests"] | None
     log_probs: Int[Array, " requests"] | None = None
     prompt_log_probs: Int[Array, " requests"] | None = None
 
@@ -169,9 +172,9 @@ class Requests(eqx.Module):
             preemptions=np.zeros(len(new), np.int32),
             values={name: np.stack([np.asarray(r.values[name]) for r in new]) for name in new[0].values},
             cuts=_cuts([request.cuts for request in new], sizes.tokens) if sizes.has_cuts else None,
-            family=ints(request.family for request in new),
             log_probs=ints(request.log_probs for request in new) if sizes.has_log_probs else None,
             prompt_log_probs=ints(request.prompt_log_probs for request in new) if sizes.has_log_probs else None,
+            family=ints(request.family for request in new) if sizes.has_samples else None,
         )
 
     def put(self, rows: Int[Array, " new"], new: "Requests") -> "Requests":

@@ -102,6 +102,9 @@ def _share(
     queue: Queue, may: Bool[Array, ""], slot: Int[Array, ""], row: Int[Array, ""]
 ) -> tuple[Queue, Bool[Array, ""], Bool[Array, ""]]:
     """Give a slot the prompt's pages of another sample; whether it has got them, and whether it should rather wait."""
+    if queue.requests.family is None:
+        no = jnp.zeros((), bool)
+        return queue, no, no
     requests, source = queue.requests, _sample_with_prompt(queue, row)
     waits = jnp.any(_is_of_family(queue, row) & _is_on_its_way(queue, row)) & (source < 0)
     has_more = (requests.known[row] > requests.prompt[row]) if queue.cache is not None else jnp.zeros((), bool)
@@ -143,6 +146,7 @@ def _sample_with_prompt(queue: Queue, row: Int[Array, ""]) -> Int[Array, ""]:
 
 def _is_of_family(queue: Queue, row: Int[Array, ""]) -> Bool[Array, " slots"]:
     """Which slots have samples of a request's prompt, if there are several."""
+    assert queue.requests.family is not None and queue.of_slots.family is not None
     family = queue.requests.family[row]
     return queue.is_running & (family >= 0) & (queue.of_slots.family == family)
 
@@ -177,7 +181,7 @@ def make_free(queue: Queue, pages: Int[Array, " groups"], rows: Int[Array, " slo
         held, pool, kept, of_slots, counts = changing
         # Some more than are needed: each search takes longer than a step.
         cache, pool = held.evict(pool, pages, spare=of_slots.shape[0], num_nodes=nodes)
-        gone = jnp.sum(jnp.stack([own.num_free for own in pools_of_groups(pool)])) - jnp.sum(free)
+        gone = jnp.sum(jnp.stack([own.num_free for own in pools_of_groups(pool)]) - free, dtype=jnp.int32)
         is_lost = (of_slots >= 0) & (cache.counts[of_slots] == 0)
         kept, of_slots = jnp.where(is_lost, 0, kept), jnp.where(is_lost, -1, of_slots)
         return _Changing(cache, pool, kept, of_slots, counts.plus(evicted_pages=gone))

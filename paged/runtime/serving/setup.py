@@ -49,7 +49,8 @@ class Setup(NamedTuple):
         budget = max(budget, num_slots * (1 + drafts))  # a step in which every sequence has all its drafts must fit
         specs = tuple(dict.fromkeys(spec for one, _ in served for spec in specs_of(one)))
         ahead = AheadMasks.of([spec.visibility for spec in specs], most["tokens"])
-        sizes = Sizes(**most, has_cuts=bool(ahead.masks), has_log_probs=log_probs is not None)
+        facts = {"has_cuts": bool(ahead.masks), "has_samples": True, "has_log_probs": log_probs is not None}
+        sizes = Sizes(**most, **facts)
         groups = page_groups(specs) or ((Everything(),),)
         held = _sizes(served, groups, num_pages, page_size)
         pool = new_pool(groups, held, num_slots, -(-(sizes.tokens - 1 + drafts) // held.page_size))

@@ -85,7 +85,7 @@ def _with_room(
     Pages that only the prefix cache holds are given up for them. No sequence is preempted.
     """
     left = budget - jnp.sum(rows, dtype=jnp.int32)
-    count = jnp.clip(left - (jnp.cumsum(count) - count), 0, count)
+    count = jnp.clip(left - (jnp.cumsum(count, dtype=jnp.int32) - count), 0, count)
     is_even = jnp.all(rows <= 1) & jnp.any(count > 0)
     asked = jnp.where(is_even, jnp.where(rows > 0, speculation.num_tokens, 0), count)
     lengths, size = queue.pool.lengths, queue.pool.page_size
