@@ -53,7 +53,7 @@ class Setup(NamedTuple):
         sizes = Sizes(**most, **facts)
         groups = page_groups(specs) or ((Everything(),),)
         held = _sizes(served, groups, num_pages, page_size)
-        pool = new_pool(groups, held, num_slots, -(-(sizes.tokens - 1 + drafts) // held.page_size))
+        width = -(-(sizes.tokens - 1 + drafts) // held.page_size)
         reason = _why_not_shared(served)
         reason = "a mask shows tokens to others before them" if reason is None and ahead.masks else reason
         if prefix_cache and reason is not None:
@@ -61,9 +61,7 @@ class Setup(NamedTuple):
         has_cache = reason is None if prefix_cache is None else prefix_cache
         # Any numbers: those of a row without a request are read by nobody.
         values = {v.name: jnp.ones(() if v.size is None else v.size, v.dtype) for s in specs for v in s.values}
-        queue = Queue.init(Requests.init(sizes, values), pool, PrefixCache.init(pool) if has_cache else None)
-        # A new pool and a new cache have arrays in common, which cannot be donated twice.
-        queue = jax.tree.map(jnp.copy, queue)
+        queue = _new_queue((sizes, groups, held, num_slots, width, bool(has_cache)), values)
         minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
         vocab, (capacity, unknown) = (
             _vocab(served, queue, budget, minima),
@@ -103,6 +101,14 @@ def _why_not_shared(served: Any) -> str | None:
     having = [(own, pages) for own, pages in drafting if any(map(eqx.is_array, jax.tree.leaves(pages)))]
     reasons = (why_not_shared(specs_of(own), pages) for own, pages in ((model, state), *having))
     return next((reason for reason in reasons if reason is not None), None)
+
+
+@eqx.filter_jit
+def _new_queue(facts: tuple, values: Any) -> Queue:
+    """A queue without requests. One program makes it: each of its arrays alone would be compiled as long."""
+    sizes, groups, held, num_slots, width, has_cache = facts
+    pool = new_pool(groups, held, num_slots, width)
+    return Queue.init(Requests.init(sizes, values), pool, PrefixCache.init(pool) if has_cache else None)
 
 
 def _vocab(served: Any, queue: Queue, budget: int, minima: Any) -> int:
