@@ -55,8 +55,8 @@ MODELS = {"table": table(0), "paged": PAGED}
 RULES = [
     Sampler(),
     Sampler(temperature=1.0),
-    Sampler(temperature=0.7, top_p=0.8, repetition_penalty=1.3),
-    Sampler(temperature=1.5, top_k=9, presence_penalty=0.6, logit_bias={3: -np.inf}),
+    Sampler(temperature=0.7, top_p=0.8, repetition_penalty=3.0),
+    Sampler(temperature=1.5, top_k=9, presence_penalty=9.0, logit_bias={3: -np.inf}),
     Sampler(repetition_penalty=1.4),
 ]
 
