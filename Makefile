@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
 
 OLDEST := jax==0.10.0 jaxlib==0.10.0 equinox==0.13.2 jaxtyping==0.3.0
 
-.PHONY: demo demo-train pictures test test-kernels test-slow test-oldest test-newest test-gpu-proofs gpu-proofs mutants check format bench clean
+.PHONY: demo demo-train pictures support docs test test-kernels test-slow test-oldest test-newest test-gpu-proofs gpu-proofs mutants check format bench clean
 
 demo: $(VENV)/.examples $(VENV)/.models
 	$(BIN)/python -m examples.demo
@@ -22,6 +22,15 @@ demo-train: $(VENV)/.examples
 
 pictures: $(VENV)/.examples
 	$(BIN)/python -m examples.pictures
+	$(BIN)/python -m examples.masks
+
+# The GPU kernel's column needs JAX 0.11, and so Python 3.12.
+support: $(VENV)/.examples
+	$(BIN)/python -m examples.support
+
+# Any warning, such as a dead link, is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
 
 test: $(VENV)/.test
 	$(PYTEST)

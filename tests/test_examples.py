@@ -55,7 +55,7 @@ def _annotations_rest(is_wrong_on_purpose):
 
 
 # Pages of a test of seconds: they run with the kernels' tables.
-LONG = ("engine.md", "pictures.md")
+LONG = ("engine.md", "pictures.md", "start.md")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""The documentation as a site: what is generated is not stale, and every page has a place and says whom it is for."""
+
+import itertools
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from examples import masks, support
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGE = support.PAGE.read_text()
+
+
+def test_every_page_is_in_the_navigation_and_says_first_whom_it_is_for():
+    listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert {page.name for page in DOCS} <= listed
+    benchmarks = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("README.md")}
+    assert benchmarks <= listed
+    for page in DOCS:
+        title, first, *_ = page.read_text().split("\n\n")
+        assert title.startswith("# ") and re.match(r"For whom? ", first), f"{page.name} does not say whom it is for"
+
+
+def test_the_gallery_of_masks_is_not_stale():
+    assert masks.PAGE.read_text() == masks.page(), "docs/masks.md is stale: run `make pictures`"
+    assert {f"{entry.name}.svg" for entry in masks.GALLERY} == {path.name for path in masks.FOLDER.iterdir()}
+
+
+def test_the_pictures_of_the_gallery_are_not_stale():
+    for entry in masks.GALLERY:
+        shown = (masks.FOLDER / f"{entry.name}.svg").read_text()
+        assert shown == masks.drawn(entry).svg + "\n", f"{entry.name}.svg is stale: run `make pictures`"
+
+
+def _columns(section):
+    """The first chip of each column of a section of the page, with the column's name."""
+    names = {column for title, _, column in support.read(PAGE) if title == section}
+    by_lowering = {name: [way for way in support.ways() if way.lowering.name == name.split(":")[0]] for name in names}
+    return [
+        (name, way)
+        for name, ways in sorted(by_lowering.items())
+        for way in ways
+        if way.chip is None or way.chip in name.split(": ")[1].split(", ")
+    ]
+
+
+def _require_as_shown(shown, reason, where):
+    if reason is None:
+        assert shown.answer in ("yes", "some"), f"{where} runs; run `make support`"
+    else:
+        assert reason in shown.reasons and shown.answer != "yes", f"{where} is refused: {reason}; run `make support`"
+
+
+def _is_asked(way):
+    return support.IS_WHOLE or way.lowering.name != "gpu-decode"
+
+
+def test_every_chip_of_every_lowering_has_a_column():
+    shown = [way for _, way in _columns("Terms of a spec")]
+    assert sorted(shown, key=str) == sorted(support.ways(), key=str)
+
+
+def test_the_support_matrix_is_what_the_lowerings_say_of_terms():
+    """One page order and dtype, the first chip of each column; `test_the_support_matrix_is_not_stale` asks all."""
+    cells, seen = support.read(PAGE), set()
+    assert {row for title, row, _ in cells if title == "Terms of a spec"} == set(support.TERMS)
+    for column, way in _columns("Terms of a spec"):
+        if not _is_asked(way) or column in seen:
+            continue
+        seen.add(column)
+        for term, phase in itertools.product(support.TERMS, ("decode", "mixed")):
+            reason = support.refusal(way, phase, term, "packed", "bfloat16", None, 128)
+            _require_as_shown(cells["Terms of a spec", term, column][phase], reason, f"{term} {phase} {column}")
+
+
+def test_the_support_matrix_is_what_the_lowerings_say_of_pages():
+    section, cells, seen = "Pages, head_dim 64", support.read(PAGE), set()
+    rows = {row for title, row, _ in cells if title == section}
+    for column, way in _columns(section):
+        if not _is_asked(way) or column in seen:
+            continue
+        seen.add(column)
+        for order, (dtype, scales) in itertools.product(support.ORDERS, support.DTYPES):
+            mine = rf"{order} \| (?:.*; )?{dtype}" + (rf": (?:\w+, )*{scales}\b.*" if scales else r"(?:;.*)?")
+            (row,) = (row for row in rows if re.fullmatch(mine, row))
+            reason = support.refusal(way, "decode", support.PLAIN, order, dtype, scales, 64)
+            _require_as_shown(cells[section, row, column]["decode"], reason, f"{row} {column}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not support.IS_WHOLE, reason="the page is written with JAX 0.11, which the GPU kernel needs")
+def test_the_support_matrix_is_not_stale():
+    assert support.page() == PAGE, "docs/support.md is stale: run `make support`"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings", reason='the site needs pip install "paged[docs]"')
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "api" / "paged.html").read_text().count('id="paged.') > 60
