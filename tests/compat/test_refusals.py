@@ -99,7 +99,7 @@ SHAPES = {
     "blocks 3": (lambda: v2(num_queries_per_block=0), "num_queries_per_block must be at least 1"),
     "vmem": (lambda: v3(vmem_limit_bytes=0), "vmem_limit_bytes must be at least 1; got 0"),
     "megacore": (lambda: page(megacore_mode="both"), r"megacore_mode must be one of \(None, 'batch', 'kv_head'\)"),
-    "target": (lambda: page(target="gpu"), "target must be one of .*got 'gpu'"),
+    "target": (lambda: page(target="cuda"), "target must be one of .*got 'cuda'"),
     "interpret": (lambda: page(target="xla", interpret=True), "interpret=True is for kernels"),
 }  # fmt: skip
 

@@ -98,7 +98,7 @@ def test_a_checked_batch_is_not_checked_again_under_jit():
     [
         (lambda: PagedCache(SPEC.replace(head_dim=16), LAYOUT, 4), ValueError, "layout.head_dim must equal"),
         (lambda: PagedCache(SPEC, LAYOUT, 0), ValueError, "num_pages must be at least 1; got 0."),
-        (lambda: PagedCache(SPEC, LAYOUT, 4, target="gpu"), ValueError, "target must be one of"),
+        (lambda: PagedCache(SPEC, LAYOUT, 4, target="cuda"), ValueError, "target must be one of"),
     ],
 )
 def test_error_texts(call, error, text):

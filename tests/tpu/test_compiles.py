@@ -184,7 +184,7 @@ def test_more_cores_than_the_chip_has_are_refused():
 
 def test_an_unknown_generation_is_named():
     attend, args, _ = _call()
-    with pytest.raises(ValueError, match=r"generation must be one of \['tpu7x', 'v4', .*\]; got 'v9'"):
+    with pytest.raises(ValueError, match=r"generation must be one of \['a100', .*'tpu7x', 'v4', .*\]; got 'v9'"):
         compile_for(attend, "v9", *args)
 
 

@@ -261,8 +261,8 @@ def test_the_door_takes_a_target_and_gradients_are_those_of_xla():
     ("facts", "target", "match"),
     [
         ({"page_size": 12}, "tpu", r'No lowering writes these pages on target "tpu": tpu-decode: pages of 12 tokens'),
-        ({"dtype": "float16"}, "tpu", r"a TPU has no float16.*Targets that do: \['xla'\]"),
-        ({}, "gpu", r"target must be one of .*; got 'gpu'"),
+        ({"dtype": "float16"}, "tpu", r"a TPU has no float16.*Targets that do: \['gpu', 'xla'\]"),
+        ({}, "cuda", r"target must be one of .*; got 'cuda'"),
     ],
 )
 def test_what_no_kernel_writes_is_refused_with_the_reason(facts, target, match):
