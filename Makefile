@@ -30,7 +30,7 @@ support: $(VENV)/.examples
 
 # Any warning, such as a dead link, is an error.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m mkdocs build --strict
 
 test: $(VENV)/.test
 	$(PYTEST)

@@ -1,4 +1,4 @@
-"""An extension of griffe for `make docs`: doctests become blocks of code, and double ticks single ones."""
+"""An extension of griffe for `make docs`: doctests become blocks of code, and a class's constants are no arguments."""
 
 import re
 from typing import Any
@@ -15,8 +15,13 @@ def as_markdown(text: str) -> str:
 
 
 class Doctests(griffe.Extension):
-    """Rewrites the docstring of every object that is read."""
+    """Rewrites the docstring of every object that is read, and says which fields belong to a class."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        """Griffe knows ``ClassVar[...]`` alone, and shows a plain ``ClassVar`` as an argument of a dataclass."""
+        if str(attr.annotation).split(".")[-1] == "ClassVar":
+            attr.labels = {"class-attribute"}

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from examples import masks, support
+import paged
+from examples import masks, site_links, support
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -23,6 +24,40 @@ def test_every_page_is_in_the_navigation_and_says_first_whom_it_is_for():
     for page in DOCS:
         title, first, *_ = page.read_text().split("\n\n")
         assert title.startswith("# ") and re.match(r"For whom? ", first), f"{page.name} does not say whom it is for"
+
+
+@pytest.mark.parametrize(
+    "page, link, on_site",
+    [
+        ("gpu.md", "../benchmarks/gpu/README.md", "benchmarks/gpu/README.md"),
+        ("gpu.md", "tpu.md#here", "tpu.md#here"),
+        ("CHANGELOG.md", "docs/gpu.md", "gpu.md"),
+        ("benchmarks/gpu/README.md", "../../docs/gpu.md", "../../gpu.md"),
+        ("benchmarks/tpu/static/README.md", "../../tpu_decode/README.md", "../../tpu_decode/README.md"),
+        ("gpu.md", "https://example.com/x.md", "https://example.com/x.md"),
+    ],
+)
+def test_a_link_of_the_repository_becomes_a_link_of_the_site(page, link, on_site):
+    assert site_links.rewritten(f"See [that]({link}).", page) == f"See [that]({on_site})."
+
+
+def test_on_the_site_a_page_is_called_by_its_title():
+    assert site_links.rewritten("[gpu.md](gpu.md)", "README.md") == "[Attention on GPUs](gpu.md)"
+
+
+@pytest.mark.parametrize("package", site_links.API)
+def test_the_reference_has_every_public_class_and_function(package):
+    module = paged if package == "paged" else getattr(paged, package)
+    public = {name for name, value in vars(module).items() if callable(value) and not name.startswith("_")}
+    own = {name for name in public if getattr(vars(module)[name], "__module__", "").startswith("paged")}
+    assert own and own <= set(site_links.names_of(package))
+
+
+def test_a_dead_link_of_the_site_is_found(tmp_path):
+    (tmp_path / "a.html").write_text('<a href="b.html#there"></a><a href="b.html#gone"></a><img src="no.svg">')
+    (tmp_path / "b.html").write_text('<h1 id="there"></h1><a href="https://example.com"></a><a href="./"></a>')
+    (tmp_path / "index.html").write_text("")
+    assert site_links.dead_links(tmp_path) == ["a.html: b.html#gone", "a.html: no.svg"]
 
 
 def test_the_gallery_of_masks_is_not_stale():
