@@ -6,13 +6,25 @@ from typing import Any
 from mkdocs.exceptions import PluginError  # pyright: ignore[reportMissingImports]
 from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
 
-from examples.site_links import API, OUTSIDE, ROOT, api_page, dead_links, linked_files, rewritten
+from examples.site_links import (
+    API,
+    NOTEBOOKS,
+    OUTSIDE,
+    ROOT,
+    api_page,
+    dead_links,
+    linked_files,
+    notebook_page,
+    rewritten,
+)
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:
     """Add the pages that do not lie in `docs`."""
     for path in (*OUTSIDE, *sorted(linked_files())):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    for path in NOTEBOOKS:
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_page(path)))
     for package in API:
         files.append(File.generated(config, f"api/{package}.md", content=api_page(package)))
     return files

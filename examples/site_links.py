@@ -6,6 +6,7 @@ file at ``benchmarks/gpu/README.md``. Files of other kinds that a page links are
 
 import ast
 import html.parser
+import json
 import pathlib
 import posixpath
 import re
@@ -18,6 +19,7 @@ OUTSIDE = (
     "tests/README.md",
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("README.md")),
 )
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 API = {
     "paged": "For who writes attention: specs, masks, layouts, batches, `lower`, and what explains and tunes.",
     "runtime": "For who writes and serves models: layers, pools of pages, caches, sampling, `generate` and engines.",
@@ -49,9 +51,15 @@ def api_page(package: str) -> str:
     return "\n".join(parts)
 
 
+def notebook_page(path: pathlib.Path) -> str:
+    """A notebook as a page: its words, and its code in blocks."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"]]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells) + "\n"
+
+
 def place_on_site(path: str) -> str:
-    """Where a file of the repository lies on the site, both from their roots."""
-    return path.removeprefix("docs/")
+    """Where a file of the repository lies on the site, both from their roots. A notebook is a page there."""
+    return re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
 
 
 def place_in_repository(path: str) -> str:

@@ -1,6 +1,7 @@
 """The documentation as a site: what is generated is not stale, and every page has a place and says whom it is for."""
 
 import itertools
+import json
 import pathlib
 import re
 import subprocess
@@ -130,6 +131,26 @@ def test_the_support_matrix_is_what_the_lowerings_say_of_pages():
 @pytest.mark.skipif(not support.IS_WHOLE, reason="the page is written with JAX 0.11, which the GPU kernel needs")
 def test_the_support_matrix_is_not_stale():
     assert support.page() == PAGE, "docs/support.md is stale: run `make support`"
+
+
+def test_every_notebook_is_in_the_navigation_and_stores_no_output():
+    """What is stored would be shown, true or not."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert site_links.NOTEBOOKS
+    for path in site_links.NOTEBOOKS:
+        assert f"notebooks/{path.stem}.md" in navigation
+        code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert code and not any(cell["outputs"] for cell in code), path.name
+        assert re.match(r"# .*\n\nFor whom? ", site_links.notebook_page(path)), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", site_links.NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(path):
+    names = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(path), "exec"), names)
 
 
 @pytest.mark.slow
