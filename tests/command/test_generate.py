@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.kernels
 def test_answers_are_those_of_generate_in_the_order_of_prompts(folder, tmp_path, capsys):
     """Five prompts through pages for fewer, each with its number, and what it took on stderr."""
     texts = ["w1 w2 w3 w4 w5 w6 w7", "w8", "w5 w5", "w10 w11 w12", "w13 w14"]

@@ -94,6 +94,7 @@ class Stack(eqx.Module):
         return (x @ self.embedding.T)[0]
 
 
+@pytest.mark.kernels
 def test_a_model_is_calibrated_and_then_generates():
     """Stacked layers too; pages of other kinds, and what the pages hold, stay as they were."""
     model, state = eqx.nn.make_with_state(Stack)(jax.random.key(0))

@@ -176,6 +176,7 @@ def test_any_schedule_finishes_and_every_sequence_is_its_own(shapes, num_pages, 
     assert sum(report.new_tokens for report in reports) == sum(len(result.tokens) for result in results)
 
 
+@pytest.mark.kernels
 def test_a_stack_of_layers_serves():
     """A model of stacked layers has one pool for all of them, of which each layer sees its own pages."""
 

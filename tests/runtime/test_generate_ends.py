@@ -78,6 +78,7 @@ def test_each_prompt_brings_its_own_prefix():
         serve(mask, 6, prompts, 2, values={"prefix": [6, -1, 3]})
 
 
+@pytest.mark.kernels
 def test_a_chunk_ends_before_a_span_that_it_would_cut():
     values, reports = {"starts": [[1, 4], [4, 9]], "ends": [[4, 8], [7, 9]]}, []
     results = serve(SPANS, 5, [PROMPT, PROMPT[:8]], 2, values=values, on_step=reports.append, num_slots=1)

@@ -49,6 +49,7 @@ def _blocks_of(layer, specs):
     return [layer(spec, key, check=False) for spec, key in zip(specs, keys_of(len(specs)), strict=True)]
 
 
+@pytest.mark.kernels
 def test_layers_that_use_other_batches_too_give_to_the_bit_what_they_give_without_plans(monkeypatch):
     stack, args = _stack(Changing, (GLOBAL, GLOBAL))
     planned = jax.jit(lambda *args: stack(*args))(*args)
