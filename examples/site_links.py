@@ -54,7 +54,9 @@ def api_page(package: str) -> str:
 def notebook_page(path: pathlib.Path) -> str:
     """A notebook as a page: its words, and its code in blocks."""
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"]]
-    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells) + "\n"
+    first, *others = [f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells]
+    note = f"This page is the notebook `docs/notebooks/{path.name}`. Run it to see what it prints and draws."
+    return "\n\n".join([first, note, *others]) + "\n"
 
 
 def place_on_site(path: str) -> str:
