@@ -103,7 +103,7 @@ def rolled_out(engine: Engine, draw: np.random.Generator, prompts: int, samples:
     grouped = points.reshape(prompts, samples)
     advantages = (grouped - grouped.mean(1, keepdims=True)).reshape(-1)
     log_probs = np.array([handle.log_probs for handle in handles])
-    return Rollouts(*map(jnp.asarray, (tokens, log_probs, advantages)), jnp.asarray(points.mean()))
+    return Rollouts(jnp.asarray(tokens), jnp.asarray(log_probs), jnp.asarray(advantages), jnp.asarray(points.mean()))
 
 
 @eqx.filter_jit
