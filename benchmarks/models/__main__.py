@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.folder import as_folder
 from benchmarks.worker import Worker
-from paged import models
 
 _WORKERS = {"paged": "benchmarks.models.paged_worker", "transformers": "benchmarks.models.transformers_worker"}
 
@@ -30,7 +30,7 @@ def main() -> None:
     options.add_argument("--json", help="a file to write the figures to")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = _as_folder(pathlib.Path(given.model), folder)
+        path = as_folder(pathlib.Path(given.model), folder)
         cores = [int(core) for core in given.cores.split(",")]
         pythons = {"paged": sys.executable, "transformers": given.peer}
         workers = {name: Worker(pythons[name], module, path, given.dtype, cores) for name, module in _WORKERS.items()}
@@ -41,15 +41,6 @@ def main() -> None:
     if given.json:
         facts = {"options": vars(given), "load": {name: worker.load for name, worker in workers.items()}, "rows": rows}
         pathlib.Path(given.json).write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def _as_folder(path: pathlib.Path, folder: str) -> str:
-    """A folder that both libraries read, with the weights of a GGUF file as float32."""
-    if path.is_dir():
-        return str(path)
-    model, _, _ = models.load(path, num_pages=1, dtype="float32")
-    models.save(model, folder)
-    return folder
 
 
 def _row(workers: dict[str, Worker], size: int, prompt: int, new: int, rounds: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import sys
 import tempfile
 from typing import Any
 
+from benchmarks.folder import as_folder
 from benchmarks.worker import Worker
-from paged import models
 
 from .load import Load
 from .plot import plot
@@ -32,7 +32,7 @@ def main() -> None:
     if given.page_cache == "off":
         settings["paged"]["prefix_cache"], settings["transformers"]["allow_block_sharing"] = False, False
     with tempfile.TemporaryDirectory() as folder:
-        path = _as_folder(pathlib.Path(given.model), folder)
+        path = as_folder(pathlib.Path(given.model), folder)
         cores = [int(core) for core in given.cores.split(",")]
         workers = {
             name: Worker(sys.executable if name == "paged" else given.peer, _WORKERS[name], path, given.dtype, cores)
@@ -75,15 +75,6 @@ def _options() -> argparse.ArgumentParser:
     add("--json", help="a file for every figure of every round")
     add("--plot", help="an image file: requests done over time (needs matplotlib)")
     return options
-
-
-def _as_folder(path: pathlib.Path, folder: str) -> str:
-    """A folder that both libraries read, with the weights of a GGUF file as float32."""
-    if path.is_dir():
-        return str(path)
-    model, _, _ = models.load(path, num_pages=1, dtype="float32")
-    models.save(model, folder)
-    return folder
 
 
 def _serve(workers: dict[str, Worker], asked: dict, settings: dict, rounds: int) -> dict[str, list[dict[str, Any]]]:
