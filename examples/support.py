@@ -91,7 +91,7 @@ def _program(term: str, head_dim: int) -> Program:
 
 @functools.cache
 def refusal(way: Way, phase: str, term: str, order: str, dtype: str, scales: str | None, head_dim: int) -> str | None:
-    """Why a lowering refuses a call of a term, in a phase, over pages of an order and dtype; None if it accepts it."""
+    """The reason for which a lowering refuses such a call, or None if it accepts it."""
     layout = paged.PageLayout(
         page_size=PAGE_SIZE,
         num_kv_heads=HEADS["num_kv_heads"],

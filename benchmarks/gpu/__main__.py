@@ -64,7 +64,7 @@ def _attentions(shape: Shape) -> Iterator[tuple[str, paged.Attend | None, str]]:
 
 
 def _compiled(shape: Shape, chip: str) -> Iterator[dict[str, Any]]:
-    """What each target's call is, compiled for a chip that need not be here."""
+    """Each target's call, compiled for a chip. The chip need not be here."""
     q, kv, pages = shape.abstract()
     for target, attend, reason in _attentions(shape):
         if attend is None:

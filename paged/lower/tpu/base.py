@@ -207,7 +207,7 @@ class TpuLowering(Lowering):
 
 
 def work_of(words: str, work: WorkList, schedule: Any, chip: Chip, parts: int = 1) -> Work:
-    """A work list as pictures read it: the items of each core that have a page."""
+    """A work list in the form that pictures read: the items of each core that have a page."""
     items, bounds = (
         items_of(work.row, work.rows, work.count, work.num_full, parts=parts),
         np.asarray(work.bounds).tolist(),

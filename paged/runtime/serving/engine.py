@@ -145,7 +145,7 @@ class Engine:
 
     @property
     def records(self) -> list[StepRecord]:
-        """What each step did that has come back, for `paged.pictures`. ``ValueError`` unless ``record=True``."""
+        """A record of each step that has come back, for `paged.pictures`. ``ValueError`` unless ``record=True``."""
         if self._recorder is None:
             raise ValueError("The engine keeps no records: make it with Engine(..., record=True).")
         return self._recorder.records

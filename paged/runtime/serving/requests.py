@@ -36,7 +36,7 @@ class Reason(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class NewRequest:
-    """One request on the host, checked: what a row of `Requests` is made of.
+    """One checked request on the host, from which a row of `Requests` is made.
 
     * ``prompt``: its token ids.
     * ``most_tokens``: of the prompt and the answer together.

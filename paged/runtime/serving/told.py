@@ -39,7 +39,7 @@ class DrawnLogProbs(eqx.Module):
         token: Int[Array, "slots most"],
         n: int,
     ) -> "DrawnLogProbs":
-        """Those of the tokens, if any slot that has drawn one asks."""
+        """The log-probabilities of these tokens. They are computed if any slot asks that has drawn one."""
         most, slots, vocab = logits.shape
 
         def found() -> "DrawnLogProbs":
