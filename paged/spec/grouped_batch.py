@@ -1,7 +1,7 @@
 """`GroupedBatch`: one step of a model whose layers keep different pages, with a table for each group of layers."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -98,15 +98,6 @@ class GroupedBatch(eqx.Module):
         """This step with the values of these names alone, see `RaggedBatch.naming`."""
         names = tuple(names)
         return self._map(lambda batch: batch.naming(names))
-
-    def with_values(self, values: Mapping[str, Any]) -> "GroupedBatch":
-        """This step with these numbers for the names in the masks and scores of its specs.
-
-        **Arguments:**
-
-        - `values`: as for `RaggedBatch`.
-        """
-        return self._map(lambda batch: dataclasses.replace(batch, values=dict(values)))
 
     def with_group(self, spec: AttentionSpec, batch: RaggedBatch) -> "GroupedBatch":
         """This step with another batch for the group of a spec, such as one that `paged.check` has marked.
