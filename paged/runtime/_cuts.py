@@ -30,32 +30,54 @@ class AheadMasks(NamedTuple):
                 found.append((mask, first))
         return cls(tuple(mask for mask, _ in found), tuple(first for _, first in found))
 
-    def cuts(self, prompt: int, tokens: int, values: Mapping[str, Any], chunk_size: int) -> np.ndarray | None:
+    def cuts(self, name: str, prompt: int, tokens: int, values: Mapping[str, Any]) -> "Cuts":
         """Where one sequence may be cut into steps.
 
         **Arguments:**
 
+        - `name`: the argument that its prompt is.
         - `prompt`: how many tokens its prompt has.
         - `tokens`: how many it has at most in pages.
         - `values`: its numbers, by the names in the masks.
-        - `chunk_size`: the most rows of its prompt in one step.
 
-        **Returns:** bool[tokens + 1], or None for everywhere. Raises ``ValueError`` where a mask needs a larger chunk,
-        or sees from before a token that is generated.
+        **Returns:** its `Cuts`. Raises ``ValueError`` where a mask sees from before a token that is generated.
         """
         pairs = zip(self.masks, self.firsts, strict=True)
         firsts = [first_rows(given(m, values), tokens) if first is None else first[:tokens] for m, first in pairs]
         for mask, first in zip(self.masks, firsts, strict=True):
-            require_decoding("prompt", mask, prompt, first)
-        may = [may_cut(first) for first in firsts]
-        cuts = np.all(may, axis=0) if may else np.ones(tokens + 1, bool)
-        start, needed = longest_piece(cuts, prompt)
-        if needed > chunk_size:
-            cut = start + chunk_size
-            index = next(i for i, own in enumerate(may) if not own[cut])
-            text = cut_through("prompt", self.masks[index], firsts[index], cut, chunk_size)
-            raise ValueError(f"{text} Make the engine with chunk_size={needed}.")
-        return None if cuts.all() else cuts
+            require_decoding(name, mask, prompt, first)
+        may = np.all([may_cut(first) for first in firsts], axis=0) if firsts else np.ones(tokens + 1, bool)
+        ends = np.append(np.flatnonzero(may[:prompt]), prompt)
+        longest = int(np.argmax(np.diff(ends)))
+        return Cuts(name, self.masks, tuple(firsts), may, int(ends[longest]), int(np.diff(ends)[longest]))
+
+
+class Cuts(NamedTuple):
+    """Where one sequence may be cut into steps.
+
+    * ``name``: the argument that its prompt is. * ``masks``, ``firsts``: see `AheadMasks`, with its own numbers.
+    * ``may`` bool[tokens + 1]: whether it may be cut after so many tokens.
+    * ``start``, ``longest``: the longest piece of the prompt that may not be cut: where it starts, and its tokens.
+    """
+
+    name: str
+    masks: tuple[Mask, ...]
+    firsts: tuple[np.ndarray, ...]
+    may: np.ndarray
+    start: int
+    longest: int
+
+    def within(self, chunk_size: int, advice: str) -> np.ndarray | None:
+        """``may``, None where all of it is true; ``ValueError`` with some advice where a piece exceeds a chunk."""
+        if self.longest <= chunk_size:
+            return None if self.may.all() else self.may
+        cut = self.start + chunk_size
+        mask, first = next(pair for pair in zip(self.masks, self.firsts, strict=True) if not may_cut(pair[1])[cut])
+        row, key = seen_ahead(first, cut)
+        raise ValueError(
+            f"chunk_size={chunk_size} cuts {self.name} after {cut} tokens, and the mask {mask} of a layer sees ahead: "
+            f"token {row} sees token {key}, which a later chunk writes. {advice}"
+        )
 
 
 def given(mask: Mask, values: Mapping[str, Any]) -> Any:
@@ -77,19 +99,3 @@ def require_decoding(name: str, mask: Mask, prompt: int, first: np.ndarray) -> N
             f"which is generated when token {row} has been computed already. Let the mask hide generated tokens from "
             "those before them, shorten a prefix to the prompt, or pass max_new_tokens=1."
         )
-
-
-def longest_piece(cuts: np.ndarray, prompt: int) -> tuple[int, int]:
-    """The longest piece of a prompt that may not be cut: where it starts, and its tokens."""
-    ends = np.append(np.flatnonzero(cuts[:prompt]), prompt)
-    longest = int(np.argmax(np.diff(ends)))
-    return int(ends[longest]), int(ends[longest + 1] - ends[longest])
-
-
-def cut_through(name: str, mask: Mask, first: np.ndarray, cut: int, chunk_size: int) -> str:
-    """What is wrong with a chunk that ends at a cut that may not be made."""
-    row, key = seen_ahead(first, cut)
-    return (
-        f"chunk_size={chunk_size} cuts {name} after {cut} tokens, and the mask {mask} of a layer sees ahead: token "
-        f"{row} sees token {key}, which a later chunk writes."
-    )

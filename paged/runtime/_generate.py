@@ -19,7 +19,7 @@ from ._arguments import end_ids, integer, limits_of, prompts_of, values_of_promp
 from ._asked import Asked
 from ._groups import Masks, keeps_all, page_groups
 from ._held import GroupSizes, group_sizes
-from ._masks import require_cuts, specs_of
+from ._masks import set_cuts, specs_of
 from ._model_call import Model
 from ._new_pools import why_not_shared
 from ._step_report import StepReport
@@ -182,7 +182,7 @@ def generate(
     samples = integer("n", n, 1)
     requests = _requests(prompts, max_new_tokens, values, specs, samples)
     pages_per_seq = _table_width(requests, groups, sizes, pages_per_seq, chunk_size)
-    require_cuts([spec.visibility for spec in specs], requests, chunk_size)
+    set_cuts([spec.visibility for spec in specs], requests, chunk_size)
     pages = _pages(model, state, groups, sizes, pages_per_seq)
     has_cache = _has_prefix_cache(prefix_cache, specs, requests, state)
     queue = new_queue(requests, pages, num_slots, sampler, key, ends, has_cache)

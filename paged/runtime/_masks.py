@@ -6,13 +6,11 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from paged.lower import Attend, ShardedAttend, first_rows, may_cut
-from paged.spec import AttentionSpec, Mask, values_of
+from paged.lower import Attend, ShardedAttend
+from paged.spec import AttentionSpec, Mask
 
 from ._asked import Asked
-from ._cuts import cut_through, given, longest_piece, require_decoding
+from ._cuts import AheadMasks
 from .cache import PagedCache
 
 
@@ -61,28 +59,15 @@ def _parts(value: Any) -> Iterable[Any]:
     return [*parts, *getattr(value, "__dict__", {}).values()]
 
 
-def require_cuts(masks: Sequence[Mask], requests: Sequence[Asked], chunk_size: int) -> None:
+def set_cuts(masks: Sequence[Mask], requests: Sequence[Asked], chunk_size: int) -> None:
     """Set each request's ``cuts``: where its tokens may be cut, so that no row sees what a later step writes.
 
     Then every row sees in its step all that it would see if the whole sequence were computed at once; so chunks and
     preemption change nothing. Raises ``ValueError`` where a mask needs a larger chunk, or sees from before a token that
     is generated.
     """
-    longest = max((request.most_cached for request in requests), default=0)
-    for mask in dict.fromkeys(masks):
-        is_static = not values_of(mask)
-        first = first_rows(mask, longest) if is_static else np.zeros(0, int)
-        if is_static and np.array_equal(first, np.arange(longest)):
-            continue
-        for request in requests:
-            end, name = request.most_cached, f"prompts[{request.index}]"
-            own = first[:end] if is_static else first_rows(given(mask, request.values), end)
-            require_decoding(name, mask, len(request.prompt), own)
-            may = may_cut(own)
-            request.cuts = may if request.cuts is None else request.cuts & may
-            start, needed = longest_piece(request.cuts, len(request.prompt))
-            if needed > chunk_size:
-                pairs = [(other.cuts, len(other.prompt)) for other in requests if other.cuts is not None]
-                enough = max([needed, *(longest_piece(cuts, prompt)[1] for cuts, prompt in pairs)])
-                text = cut_through(name, mask, own, start + chunk_size, chunk_size)
-                raise ValueError(f"{text} Pass chunk_size={enough}.")
+    ahead = AheadMasks.of(masks, max((request.most_cached for request in requests), default=0))
+    found = [ahead.cuts(f"prompts[{r.index}]", len(r.prompt), r.most_cached, r.values) for r in requests]
+    # The prompt with the longest piece goes first: its error names a chunk that is enough for all.
+    for request, cuts in sorted(zip(requests, found, strict=True), key=lambda pair: -pair[1].longest):
+        request.cuts = cuts.within(chunk_size, f"Pass chunk_size={cuts.longest}.")

@@ -29,20 +29,13 @@ def random_layer(spec, num_pages, key, **options):
     return layer
 
 
-class Tiny(eqx.Module):
-    """Embedding, two attention layers with residuals, logits. It counts how often it is traced."""
+class _Residual(eqx.Module):
+    """Embedding, attention layers with residuals, logits. It counts how often it is traced."""
 
     embedding: jax.Array
-    layers: tuple[PagedAttention, PagedAttention]
-    unembedding: jax.Array
+    layers: tuple[PagedAttention, ...]
+    unembedding: jax.Array  # not the embedding: by that one the likeliest next token would be the last one
     traces: list = eqx.field(static=True)
-
-    def __init__(self, num_pages, *, key):
-        e_key, u_key, a_key, b_key = jax.random.split(key, 4)
-        self.embedding = jax.random.normal(e_key, (VOCAB, EMBED))
-        self.unembedding = jax.random.normal(u_key, (VOCAB, EMBED))
-        self.layers = (random_layer(LOCAL, num_pages, a_key), random_layer(GLOBAL, num_pages, b_key, qk_norm=True))
-        self.traces = _Traces()
 
     def __call__(self, tokens, batch, state):
         self.traces.append(tokens.shape[0])
@@ -60,15 +53,22 @@ class Tiny(eqx.Module):
         return (x @ self.unembedding.T)[0]
 
 
+class Tiny(_Residual):
+    """Two layers with all that a layer may have."""
+
+    def __init__(self, num_pages, *, key):
+        e_key, u_key, a_key, b_key = jax.random.split(key, 4)
+        self.embedding = jax.random.normal(e_key, (VOCAB, EMBED))
+        self.unembedding = jax.random.normal(u_key, (VOCAB, EMBED))
+        self.layers = (random_layer(LOCAL, num_pages, a_key), random_layer(GLOBAL, num_pages, b_key, qk_norm=True))
+        self.traces = _Traces()
+
+
 _AHEAD = paged.AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=8, causal=False, scale=1.5)
 
 
-class TwoLayers(eqx.Module):
+class TwoLayers(_Residual):
     """A layer whose mask sees ahead, then a causal one, which reads what each row of the first one saw."""
-
-    embedding: jax.Array
-    layers: tuple[PagedAttention, PagedAttention]
-    unembedding: jax.Array  # not the embedding: by that one the likeliest next token would be the last one
 
     def __init__(self, mask, *, key):
         keys = jax.random.split(key, 4)
@@ -76,19 +76,7 @@ class TwoLayers(eqx.Module):
         self.layers = tuple(random_layer(spec, 16, key) for spec, key in zip(specs, keys[1:3], strict=True))
         self.embedding = jax.random.normal(keys[0], (VOCAB, EMBED))
         self.unembedding = jax.random.normal(keys[3], (VOCAB, EMBED))
-
-    def __call__(self, tokens, batch, state):
-        x = self.embedding[tokens]
-        for layer in self.layers:
-            y, state = layer(x, batch, state)
-            x = x + 3 * y
-        return x @ self.unembedding.T, state
-
-    def dense(self, tokens):
-        x = self.embedding[tokens][None]
-        for layer in self.layers:
-            x = x + 3 * layer.dense(x)
-        return (x @ self.unembedding.T)[0]
+        self.traces = _Traces()
 
 
 @functools.cache

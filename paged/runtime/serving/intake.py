@@ -91,6 +91,7 @@ class Intake:
         numbers, cached = self._values(values), len(ids) + limit - 1
         self.pages.require(cached, numbers)
         stops, strings = self._stops(stop)
+        cuts = self.ahead.cuts("prompt", len(ids), cached, numbers)
         new = NewRequest(
             ids,
             len(ids) + limit,
@@ -102,7 +103,7 @@ class Intake:
             salt=integer("salt", salt),
             values=numbers,
             log_probs=self._num_log_probs(log_probs, prompt_log_probs),
-            cuts=self.ahead.cuts(len(ids), cached, numbers, self.chunk_size),
+            cuts=cuts.within(self.chunk_size, f"Make the engine with chunk_size={cuts.longest}."),
         )
         return new, strings
 
