@@ -1,10 +1,18 @@
 """What the operations of `PagePool` compute: which slots are served, and how pages' counts change."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt
 
 from paged.lower import vary_alike
+
+# How many pages are handed out at once, and of how many slots tables are changed: XLA:CPU updates one place after the
+# other, and compares these with all slots and all words of flags.
+_AT_ONCE = 64
+_SLOTS_AT_ONCE = 8
 
 
 def entries_held(tables: Int[Array, "seqs pages_per_seq"]) -> Int[Array, " seqs"]:
@@ -26,39 +34,152 @@ def counted(ref_counts: Int[Array, " pages"], pages: Int[Array, "..."], change: 
     return ref_counts.at[jnp.where(pages >= 0, pages, ref_counts.shape[0])].add(change, mode="drop")
 
 
-def free_pages(ref_counts: Int[Array, " pages"]) -> Int[Array, " pages"]:
-    """The free pages in order, and then as many of the number of pages as there are others."""
-    size, is_free = ref_counts.shape[0], ref_counts == 0
-    place = jnp.where(is_free, jnp.cumsum(is_free, dtype=jnp.int32) - 1, size)
-    return jnp.full(size, size, jnp.int32).at[place].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
-
-
+@jax.jit
 def served_in_order(
     extra: Int[Array, "seqs pools"], fits: Bool[Array, " seqs"], num_free: Int[Array, " pools"]
-) -> tuple[Bool[Array, " seqs"], Int[Array, "seqs pools"], Int[Array, " pools"]]:
-    """Which slots get their ``extra`` pages, in all pools or in none.
-
-    Also how many pages of each pool are handed out before each slot's, and how many in all.
-    """
+) -> tuple[Bool[Array, " seqs"], Int[Array, "seqs pools"]]:
+    """Which slots get their ``extra`` pages, in all pools or in none; and how many of each pool others get before."""
     extra, fits, num_free = vary_alike(extra, fits, num_free)
 
-    def first_of(ok: Array) -> Array:
-        asked = jnp.where(ok[:, None], extra, 0)
-        return jnp.cumsum(asked, axis=0, dtype=jnp.int32) - asked
+    def through(ok: Array) -> tuple[Array, Array]:
+        asked = jnp.cumsum(jnp.where(ok[:, None], extra, 0), axis=0, dtype=jnp.int32)
+        return asked, ok & jnp.any(asked > num_free[None], axis=1)
 
-    def lacks(ok: Array) -> Array:
-        return ok & jnp.any(first_of(ok) + extra > num_free[None], axis=1)
-
-    def without_first(ok: Array) -> Array:
-        is_lacking = lacks(ok)
-        return ok & ~(is_lacking & (jnp.cumsum(is_lacking, dtype=jnp.int32) == 1))
+    def without_first(carry: tuple[Array, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
+        ok, (_, is_lacking) = carry
+        ok = ok & (jnp.arange(ok.shape[0], dtype=jnp.int32) != jnp.argmax(is_lacking).astype(jnp.int32))
+        return ok, through(ok)
 
     # A slot that pages lack for leaves those of the slots after it as they were: so one less in every turn.
-    ok = jax.lax.while_loop(lambda ok: jnp.any(lacks(ok)), without_first, fits)
-    return ok, first_of(ok), jnp.sum(jnp.where(ok[:, None], extra, 0), axis=0, dtype=jnp.int32)
+    first = fits, through(fits)
+    ok, (asked, _) = jax.lax.while_loop(lambda carry: jnp.any(carry[1][1]), without_first, first)
+    return ok, asked - jnp.where(ok[:, None], extra, 0)
 
 
-def taken(ref_counts: Int[Array, " pages"], used: Int[Array, ""]) -> Int[Array, " pages"]:
-    """The counts after the first ``used`` free pages have got a holder."""
-    is_free = ref_counts == 0
-    return ref_counts + (is_free & (jnp.cumsum(is_free, dtype=jnp.int32) <= used)).astype(jnp.int32)
+@jax.jit
+def handed_out(
+    ref_counts: Int[Array, " pages"],
+    tables: Int[Array, "seqs pages_per_seq"],
+    first: Int[Array, " seqs"],
+    own: Int[Array, " seqs"],
+    held: Int[Array, " seqs"],
+    count: Int[Array, " seqs"],
+) -> tuple[Int[Array, " pages"], Int[Array, "seqs pages_per_seq"]]:
+    """The counts and the tables after slots have got free pages, in the order of their numbers.
+
+    **Arguments:**
+
+    - `ref_counts`, `tables`: those before.
+    - `first`: which of the free pages is the first of each slot, 0 for the one of the smallest number.
+    - `own`: the entry in which a slot gets a page of its own, before all others; -1 for none.
+    - `held`: the entry from which on it gets others.
+    - `count`: how many it gets in all.
+    """
+    free, slots = Places.of(ref_counts == 0), jnp.arange(tables.shape[0], dtype=jnp.int32)
+    ref_counts, tables, begin, end, own, held = vary_alike(ref_counts, tables, first, first + count, own, held)
+
+    def some(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        done, counts, tables = carry
+        number = done + jnp.arange(_AT_ONCE, dtype=jnp.int32)
+        # The slot that gets the page of this number, and which of its pages it is.
+        is_its = (begin[None] <= number[:, None]) & (number[:, None] < end[None])
+        slot = jnp.max(jnp.where(is_its, slots[None], -1), axis=1)
+        which = number - begin[slot]
+        has_own = own[slot] >= 0
+        entry = jnp.where(has_own & (which == 0), own[slot], held[slot] + which - has_own.astype(jnp.int32))
+        page = jnp.where(slot >= 0, free.at(number), counts.shape[0])
+        tables = tables.at[jnp.where(slot >= 0, slot, tables.shape[0]), entry].set(page, mode="drop")
+        return done + _AT_ONCE, counts.at[page].add(1, mode="drop"), tables
+
+    done, _ = vary_alike(jnp.zeros((), jnp.int32), end)
+    total = jnp.max(end)
+    return jax.lax.while_loop(lambda carry: carry[0] < total, some, (done, ref_counts, tables))[1:]
+
+
+@jax.jit
+def given_up(
+    ref_counts: Int[Array, " pages"],
+    tables: Int[Array, "seqs pages_per_seq"],
+    which: Bool[Array, " seqs"],
+    is_given_up: Bool[Array, "seqs entries"],
+) -> tuple[Int[Array, " pages"], Int[Array, "seqs pages_per_seq"]]:
+    """The counts and the tables after some slots have given up pages.
+
+    Nothing is done for other slots: a scatter of all entries takes longer than a step.
+
+    **Arguments:**
+
+    - `ref_counts`, `tables`: those before.
+    - `which`: the slots.
+    - `is_given_up`: the entries; one column for all.
+    """
+    operands = vary_alike(ref_counts, tables, which, is_given_up)
+
+    def some(at: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        counts, tables = carry
+        rows = tables.at[at].get(mode="fill", fill_value=-1)
+        gone = jnp.where(operands[3].at[at].get(mode="fill", fill_value=False), rows, -1)
+        # Of the rows that were read, so that XLA sets them in place.
+        return counted(counts, gone, -1), tables.at[at].set(jnp.where(gone >= 0, -1, rows), mode="drop")
+
+    return for_some(operands[2], some, operands[:2])
+
+
+@jax.jit
+def given_rows(
+    ref_counts: Int[Array, " pages"],
+    tables: Int[Array, "seqs pages_per_seq"],
+    which: Bool[Array, " seqs"],
+    new: Int[Array, "seqs pages_per_seq"],
+) -> tuple[Int[Array, " pages"], Int[Array, "seqs pages_per_seq"]]:
+    """The counts and the tables after some slots have got pages that others hold, in place of what they had."""
+    operands = vary_alike(ref_counts, tables, which, new)
+
+    def some(at: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        counts, tables = carry
+        rows = operands[3].at[at].get(mode="fill", fill_value=-1)
+        return counted(counts, rows, 1), tables.at[at].set(rows, mode="drop")
+
+    return for_some(operands[2], some, operands[:2])
+
+
+def for_some(which: Bool[Array, " seqs"], change: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """``carry`` after ``change(slots, carry)`` for all of some slots, a few at a time: past them numbers of no slot."""
+
+    def some(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        left, carry = state
+        at = Places.of(left).at(jnp.arange(_SLOTS_AT_ONCE, dtype=jnp.int32))
+        return left.at[at].set(False, mode="drop"), change(at, carry)
+
+    return jax.lax.while_loop(lambda state: jnp.any(state[0]), some, (which, carry))[1]
+
+
+class Places(NamedTuple):
+    """Where some of many flags are true, to be asked for a few of them: in words of 32 flags.
+
+    * ``words`` u32[words]: the flags. * ``through`` i32[words]: how many are true up to the end of each word.
+    """
+
+    words: UInt[Array, " words"]
+    through: Int[Array, " words"]
+
+    @classmethod
+    def of(cls, flags: Bool[Array, " flags"]) -> "Places":
+        parts = jnp.pad(flags, (0, -flags.shape[0] % 32)).reshape(-1, 32)
+        words = jnp.sum(
+            jnp.where(parts, jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)[None], 0), axis=1, dtype=jnp.uint32
+        )
+        return cls(words, jnp.cumsum(jax.lax.population_count(words).astype(jnp.int32), dtype=jnp.int32))
+
+    def at(self, number: Int[Array, " some"]) -> Int[Array, " some"]:
+        """The place of the true flag of each number, from 0 on in order; past all flags where there are fewer."""
+        word = jnp.sum(self.through[None] <= number[:, None], axis=1, dtype=jnp.int32)
+        left = self.words.at[word].get(mode="fill", fill_value=0)
+        rest = number - jnp.where(word > 0, self.through[jnp.maximum(word - 1, 0)], 0)
+        place = word * 32
+        for width in (16, 8, 4, 2, 1):  # is it in the lower half of the bits that are left?
+            below = jax.lax.population_count(left & jnp.uint32(2**width - 1)).astype(jnp.int32)
+            is_past = rest >= below
+            rest, place = jnp.where(is_past, rest - below, rest), jnp.where(is_past, place + width, place)
+            left = jnp.where(is_past, left >> width, left)
+        return jnp.where(word < self.words.shape[0], place, self.words.shape[0] * 32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from ._arguments import Counts, slot_counts
-from ._pool_arrays import counted, free_pages, served_in_order, taken
+from ._pool_arrays import counted, handed_out, served_in_order
 
 Pool = Any  # a `PagePool`, whose module imports this one
 
@@ -42,26 +42,25 @@ class Asked(NamedTuple):
 def asked_of(pool: Pool, tokens: Int[Array, " seqs"]) -> Asked:
     """What each slot needs to have room for so many tokens."""
     fits = (tokens >= 0) & (tokens <= pool.capacity)
-    held, entry = pool.entries, jnp.arange(pool.pages_per_seq, dtype=jnp.int32)[None]
+    held = pool.entries
     needed = jnp.maximum(-(-jnp.where(fits, tokens, 0) // pool.page_size), held)
-    begins = (pool.lengths // pool.page_size)[:, None] == entry  # the entry in which the slot goes on to write
-    page = jnp.max(jnp.where(begins, pool.block_tables, -1), axis=1)
+    entry = (pool.lengths // pool.page_size)[:, None]  # in which the slot goes on to write
+    page = jnp.take_along_axis(pool.block_tables, jnp.minimum(entry, pool.pages_per_seq - 1), axis=1)[:, 0]
+    page = jnp.where(entry[:, 0] < pool.pages_per_seq, page, -1)
     is_shared = fits & (tokens > pool.lengths) & (page >= 0) & (pool.ref_counts[page] > 1)
     return Asked(fits, held, needed, page, is_shared)
 
 
-def given_to(pool: Pool, asked: Asked, ok: Array, first: Array, used: Array) -> Pool:
+def given_to(pool: Pool, asked: Asked, ok: Array, first: Array) -> Pool:
     """The pool after ``ok`` slots have got what they need: free pages from number ``first[s]`` of those on."""
-    held, is_shared = asked.held, asked.is_shared & ok
-    entry = jnp.arange(pool.pages_per_seq, dtype=jnp.int32)[None]
+    is_shared = asked.is_shared & ok
     # In order of a slot's entries: its own page in place of a shared one, then those that it lacks.
-    is_own = is_shared[:, None] & ((pool.lengths // pool.page_size)[:, None] == entry)
-    is_new = ok[:, None] & (entry >= held[:, None]) & (entry < asked.needed[:, None])
-    number = first[:, None] + jnp.where(is_own, 0, entry - held[:, None] + asked.extra_own[:, None])
-    free = free_pages(pool.ref_counts)
-    tables = jnp.where(is_own | is_new, free[jnp.clip(number, 0, pool.num_pages - 1)], pool.block_tables)
+    own = jnp.where(is_shared, pool.lengths // pool.page_size, -1)
+    counts, tables = handed_out(
+        pool.ref_counts, pool.block_tables, first, own, asked.held, jnp.where(ok, asked.extra, 0)
+    )
     # The shared page has a holder as before: the copy in place of the table.
-    counts = counted(taken(pool.ref_counts, used), jnp.where(is_shared, pool.copy_from, -1), -1)
+    counts = counted(counts, jnp.where(is_shared, pool.copy_from, -1), -1)
     copy_from = jnp.where(is_shared, asked.page, pool.copy_from)
     copy_at = jnp.where(is_shared, pool.lengths, pool.copy_at)
     return dataclasses.replace(pool, ref_counts=counts, block_tables=tables, copy_from=copy_from, copy_at=copy_at)
@@ -79,11 +78,9 @@ def reserve_in_each(
     asked = [asked_of(pool, own) for pool, own in zip(pools, tokens, strict=True)]
     extra = jnp.stack([own.extra for own in asked], axis=1)
     fits = functools.reduce(jnp.logical_and, [own.fits for own in asked])
-    ok, first, used = served_in_order(extra, fits, jnp.stack([pool.num_free for pool in pools]))
-    given = [
-        given_to(pool, own, ok, first[:, i], used[i]) for i, (pool, own) in enumerate(zip(pools, asked, strict=True))
-    ]
-    return tuple(given), ok
+    ok, first = served_in_order(extra, fits, jnp.stack([pool.num_free for pool in pools]))
+    pairs = enumerate(zip(pools, asked, strict=True))
+    return tuple(given_to(pool, own, ok, first[:, i]) for i, (pool, own) in pairs), ok
 
 
 def extend_in_all(pools: Sequence[Pool], tokens: Counts) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:

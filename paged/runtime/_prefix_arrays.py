@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt
 
+Cache = Any  # a `PrefixCache`, whose module imports this one
+
 # Odd, so that multiplication by it has an inverse modulo 2**32.
 _FACTOR = 0x9E3779B1
 _INVERSE = pow(_FACTOR, -1, 2**32)
@@ -27,13 +29,26 @@ def chain_keys(
 
 def next_keys(
     before: UInt[Array, " some"],
-    is_first: Bool[Array, " some"],
+    is_root: Bool[Array, " some"],
+    begin: Int[Array, " some"],
     tokens: Int[Array, "some page_size"],
     salts: Int[Array, " some"],
     epoch: Int[Array, ""],
 ) -> UInt[Array, " some"]:
-    """The keys of pages by those of the pages before them, as `chain_keys` gives them; of first pages by their salt."""
-    return jnp.where(is_first, _seed(salts, epoch), before * jnp.uint32(_FACTOR)) + _hashes(tokens)
+    """The keys of pages of several sequences, one after the other, as `chain_keys` gives them for each.
+
+    **Arguments:**
+
+    - `before`: the key of the page before the first one of each sequence. - `is_root`: whether there is no such page.
+    - `begin`: where the first page of each page's sequence is.
+    - `tokens`, `salts`, `epoch`: of the pages.
+    """
+    some = tokens.shape[0]
+    inverse, factor = jnp.asarray(_powers(_INVERSE, some)), jnp.asarray(_powers(_FACTOR, some))
+    own = _hashes(tokens) * inverse
+    sums = jnp.cumsum(own, dtype=jnp.uint32)
+    seed = jnp.where(is_root, _seed(salts, epoch), before * jnp.uint32(_FACTOR))
+    return seed * factor[jnp.arange(some) - begin] + (sums - sums[begin] + own[begin]) * factor
 
 
 def _seed(salt: Array, epoch: Array) -> Array:
@@ -66,15 +81,22 @@ def first_tokens(rows: Int[Array, "pages page_size"], counts: Int[Array, " pages
     return jnp.where(jnp.arange(rows.shape[1], dtype=jnp.int32)[None] < counts[:, None], rows, -1)
 
 
-def first_equal(
-    keys: UInt[Array, " nodes"], wanted: UInt[Array, " pages"], depths: Int[Array, " nodes"], may: Bool[Array, " nodes"]
-) -> Int[Array, " pages"]:
-    """For the key of each page in order, the first node of its depth that has it and may be found; -1 for none."""
-    entry = jnp.arange(wanted.shape[0], dtype=jnp.int32)[:, None]
-    is_equal = (keys[None] == wanted[:, None]) & (depths[None] == entry) & may[None]
-    number = jnp.where(is_equal, jnp.arange(keys.shape[0], dtype=jnp.int32)[None], keys.shape[0])
-    first = jnp.min(number, axis=1)
-    return jnp.where(first < keys.shape[0], first, -1)
+def found(
+    cache: Cache,
+    keys: UInt[Array, " some"],
+    depths: Int[Array, " some"],
+    tokens: Int[Array, "some page_size"],
+    counts: Int[Array, " some"],
+    salts: Int[Array, "*some"],
+) -> Int[Array, " some"]:
+    """For each page a node of its key that has all its tokens, -1 for none. Parents are not compared."""
+
+    def is_wanted(nodes: Array) -> Array:
+        is_same = (cache.keys[nodes] == keys) & (cache.depths[nodes] == depths) & (cache.counts[nodes] == counts)
+        return is_same & (cache.salts[nodes] == salts) & (cache.epochs[nodes] == cache.epoch)
+
+    nodes = cache.chains.found(keys, is_wanted)
+    return jnp.where((nodes >= 0) & jnp.all(cache.tokens[nodes] == tokens, axis=1), nodes, -1)
 
 
 def first_hidden(

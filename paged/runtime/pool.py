@@ -14,7 +14,7 @@ from paged.spec import Mask, register_module, require_positive_int
 
 from ._arguments import Counts, Flags, slot_counts, slot_flags
 from ._kept import kept_pages
-from ._pool_arrays import counted, entries_held, entries_missing
+from ._pool_arrays import counted, entries_held, entries_missing, given_rows, given_up
 from ._pool_batches import PoolBatches
 from ._pool_requests import extend_in_all, reserve_in_all
 
@@ -152,13 +152,9 @@ class PagePool(PoolBatches):
         **Returns:** the new pool. Raises ``ValueError`` or ``TypeError`` unless ``is_released`` is bool[seqs].
         """
         is_released = slot_flags("is_released", is_released, self.num_slots)
-        given_back = jnp.where(is_released[:, None], self.block_tables, -1)
         pool = self._without_copies(is_released)
-        return pool._replace(
-            ref_counts=counted(pool.ref_counts, given_back, -1),
-            block_tables=jnp.where(is_released[:, None], -1, self.block_tables),
-            lengths=jnp.where(is_released, 0, self.lengths),
-        )
+        counts, tables = given_up(pool.ref_counts, self.block_tables, is_released, is_released[:, None])
+        return pool._replace(ref_counts=counts, block_tables=tables, lengths=jnp.where(is_released, 0, self.lengths))
 
     def trim(self, mask: Mask, values: Mapping[str, Any] | None = None) -> "PagePool":
         """Free the pages that a mask hides from every query still to come.
@@ -191,10 +187,8 @@ class PagePool(PoolBatches):
         kept = kept_pages(mask, self.lengths, self.page_size, self.pages_per_seq, values)
         is_full = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None] < (self.lengths // self.page_size)[:, None]
         is_freed = is_full & ~kept & (self.block_tables >= 0)
-        return self._replace(
-            ref_counts=counted(self.ref_counts, jnp.where(is_freed, self.block_tables, -1), -1),
-            block_tables=jnp.where(is_freed, -1, self.block_tables),
-        )
+        counts, tables = given_up(self.ref_counts, self.block_tables, jnp.any(is_freed, axis=1), is_freed)
+        return self._replace(ref_counts=counts, block_tables=tables)
 
     def fork(self, source: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
         """Give empty slots all tokens of other slots, many at once. Nothing is copied: the slots share the pages.
@@ -293,12 +287,8 @@ class PagePool(PoolBatches):
         """
         is_given = slot_flags("is_given", is_given, self.num_slots)
         lengths = slot_counts("lengths", lengths, self.num_slots)
-        tables = jnp.where(is_given[:, None], block_tables, self.block_tables)
-        return self._replace(
-            ref_counts=counted(self.ref_counts, jnp.where(is_given[:, None], block_tables, -1), 1),
-            block_tables=tables,
-            lengths=jnp.where(is_given, lengths, self.lengths),
-        )
+        counts, tables = given_rows(self.ref_counts, self.block_tables, is_given, block_tables)
+        return self._replace(ref_counts=counts, block_tables=tables, lengths=jnp.where(is_given, lengths, self.lengths))
 
     @property
     def is_empty(self) -> Bool[Array, " seqs"]:

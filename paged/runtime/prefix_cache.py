@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, UInt
@@ -14,6 +13,7 @@ from paged.spec import Mask
 from . import _prefix_arrays as _arrays
 from ._arguments import Number
 from ._pool_arrays import counted
+from ._prefix_chains import Chains
 from ._prefix_hit import PrefixHit as PrefixHit
 from ._prefix_order import FREEING, UNNEEDED, order_of_removal
 from ._prefix_pools import kept_at, masks_of, pools_of_groups, require_no_values, with_pools_of_groups
@@ -45,6 +45,7 @@ class PrefixCache(eqx.Module):
     - `keys`, `salts`, `epochs` [nodes]: the hash, the salt, and when the weights were new.
     - `pages` i32[groups, nodes]: the pages.
     - `last_used`, `pins` i32[nodes]: when it was used, and how often it is pinned.
+    - `chains`: the nodes that are not free, by the hash of their keys.
     - `clock`, `epoch` i32[]: now.
     - `masks`, static: for each group of pages the mask that says which are needed, None for all.
 
@@ -67,6 +68,7 @@ class PrefixCache(eqx.Module):
     pages: Int[Array, "groups nodes"]
     last_used: Int[Array, " nodes"]
     pins: Int[Array, " nodes"]
+    chains: Chains
     clock: Int[Array, ""]
     epoch: Int[Array, ""]
     masks: tuple[Mask | None, ...] = eqx.field(static=True)
@@ -92,7 +94,7 @@ class PrefixCache(eqx.Module):
             tokens=jnp.full((nodes, pool.page_size), -1, jnp.int32),
             counts=zero, parents=none, depths=zero, keys=zero.astype(jnp.uint32), salts=zero, epochs=zero,
             pages=jnp.full((len(pools), nodes), -1, jnp.int32),
-            last_used=zero, pins=zero, clock=jnp.zeros((), jnp.int32), epoch=jnp.zeros((), jnp.int32), masks=masks,
+            last_used=zero, pins=zero, chains=Chains.init(nodes), clock=zero[0], epoch=zero[0], masks=masks,
         )  # fmt: skip
 
     @property
@@ -172,16 +174,18 @@ class PrefixCache(eqx.Module):
     def attach_hit(self, pool: Any, slot: Number, hit: PrefixHit) -> tuple["PrefixCache", Any, Int[Array, ""]]:
         """`attach` for what `lookup` has found, in this cache."""
         pools, slot = pools_of_groups(pool), jnp.asarray(slot, jnp.int32)
-        is_slot = jnp.arange(pool.num_slots, dtype=jnp.int32) == slot
-        count = jnp.where(jnp.any(is_slot & pool.is_empty), hit.count, 0)
-        nodes, new = jnp.where(count > 0, hit.nodes, -1), []
+        at = jnp.clip(slot, 0, pool.num_slots - 1)
+        is_empty = (
+            (slot == at) & (pool.lengths[at] == 0) & jnp.all(jnp.stack([own.block_tables[at] for own in pools]) < 0)
+        )
+        count, new = jnp.where(is_empty, hit.count, 0), []
+        to = jnp.where(count > 0, at, pool.num_slots)
         for own, pages in zip(pools, hit.pages, strict=True):
             row = jnp.where(count > 0, _resized(pages, own.pages_per_seq), -1)
-            counts, tables = counted(own.ref_counts, row, 1), jnp.where(is_slot[:, None], row[None], own.block_tables)
-            lengths = jnp.where(is_slot, count, own.lengths)
-            changed = dataclasses.replace(own, ref_counts=counts, block_tables=tables, lengths=lengths)
-            new.append(jax.tree.map(lambda a, b: jnp.where(count > 0, a, b), changed, own))
-        return self._used(nodes), with_pools_of_groups(pool, new), count
+            counts, tables = counted(own.ref_counts, row, 1), own.block_tables.at[to].set(row, mode="drop")
+            lengths = own.lengths.at[to].set(count, mode="drop")
+            new.append(dataclasses.replace(own, ref_counts=counts, block_tables=tables, lengths=lengths))
+        return self._used(jnp.where(count > 0, hit.nodes, -1)), with_pools_of_groups(pool, new), count
 
     def insert(
         self,
@@ -230,16 +234,18 @@ class PrefixCache(eqx.Module):
         )
         put = lambda x, values: x.at[at].set(values, mode="drop")
         counts = jnp.clip(length - entry * size, 0, size)
+        keys = self._keys(rows, counts, salt)
         room = dataclasses.replace(
             room,
             tokens=put(room.tokens, _arrays.first_tokens(rows, counts)),
             counts=put(room.counts, counts),
             parents=put(room.parents, parents),
             depths=put(room.depths, entry),
-            keys=put(room.keys, self._keys(rows, counts, salt)),
+            keys=put(room.keys, keys),
             salts=put(room.salts, salt),
             epochs=put(room.epochs, room.epoch),
             pins=put(room.pins, 0),
+            chains=room.chains.plus(new, keys),
         )
         return room._holding(pool, pools, nodes, tables)
 
@@ -328,14 +334,12 @@ class PrefixCache(eqx.Module):
         """
         size, entries = self.page_size, rows.shape[0]
         counts = jnp.clip(length - jnp.arange(entries, dtype=jnp.int32) * size, 0, size)
-        may = (self.counts > 0) & self._is_of(salt)
-        found = _arrays.first_equal(self.keys, self._keys(rows, counts, salt), self.depths, may)
+        entry, own = jnp.arange(entries, dtype=jnp.int32), _arrays.first_tokens(rows, counts)
+        found = _arrays.found(self, _arrays.chain_keys(own, salt, self.epoch), entry, own, counts, salt)
         before = jnp.concatenate([jnp.full(1, -1, jnp.int32), found[:-1]])
-        is_same = jnp.all(self.tokens[found] == _arrays.first_tokens(rows, counts), axis=1)
-        is_same &= (found >= 0) & (counts > 0) & (self.counts[found] == counts)
-        is_same &= self.parents[found] == before
-        count = jnp.sum(jnp.cumsum(~is_same) == 0, dtype=jnp.int32)
-        return jnp.where(jnp.arange(entries, dtype=jnp.int32) < count, found, -1), count
+        is_same = (found >= 0) & (counts > 0) & (self.parents[found] == before)
+        count = jnp.min(jnp.where(is_same, entries, entry))
+        return jnp.where(entry < count, found, -1), count
 
     def _used(self, nodes: Array) -> "PrefixCache":
         """The cache after these nodes were used."""
@@ -363,6 +367,7 @@ class PrefixCache(eqx.Module):
             parents=jnp.where(gone, -1, self.parents),
             pages=jnp.where(gone[None], -1, self.pages),
             pins=jnp.where(gone, 0, self.pins),
+            chains=self.chains.minus(gone),
         )
         return cache, tuple(new)
 

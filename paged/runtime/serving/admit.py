@@ -65,7 +65,8 @@ def _turn(turn: _Turn, budget: int) -> _Turn:
     queue, waits = attach(queue, may, slot, row)
     admits = may & ~waits
     queue = _settled(queue, ~admits)  # not before: others may share pages that a slot is about to give up
-    is_slot, rows = (number == slot) & may, jnp.where(admits, 0, plan_rows(queue, budget))
+    is_slot = (number == slot) & may
+    rows = jax.lax.cond(admits, lambda: jnp.zeros_like(number), lambda: plan_rows(queue, budget))
     queue, fits = _with_pages(queue, rows, is_slot & admits, queue.requests.known[row])
     # One slot changes: that which is filled, or that of the newest sequence, which gives it up.
     newest = jnp.argmax(jnp.where(queue.is_running, queue.admission, -1)).astype(jnp.int32)
@@ -84,8 +85,7 @@ def _turn(turn: _Turn, budget: int) -> _Turn:
         admission=jnp.where(is_slot & begins, queue.counts.admitted, queue.admission),
         counts=counts,
     )
-    is_some = jnp.any(is_emptied).astype(jnp.int32)
-    pool = jax.lax.fori_loop(0, is_some, lambda _, pool: pool.release(is_emptied), queue.pool)
+    pool = queue.pool.release(is_emptied)
     is_ready = ~admits & fits
     queue = queue.replace(pool=pool).with_lengths(jnp.where(is_ready, pool.lengths + rows, pool.lengths))
     return _Turn(queue, rows, begins, is_ready)

@@ -31,6 +31,12 @@ class Drafts(eqx.Module):
         # A draft may be -1, where the draft model could draw none. It is never equal to a token.
         return of_slots.tokens.at[slot, place].set(jnp.maximum(self.tokens, 0), mode="drop")
 
+    def at(
+        self, known: Int[Array, " rows"], slot: Int[Array, " rows"], place: Int[Array, " rows"]
+    ) -> Int[Array, " rows"]:
+        """The draft at each place of a slot's sequence that has so many known tokens; anything before them."""
+        return jnp.maximum(self.tokens[slot, jnp.clip(place - known, 0, self.tokens.shape[1] - 1)], 0)
+
 
 class NGramDraft(eqx.Module):
     """Drafts that a sequence's own tokens propose: what followed its last tokens where they came before.

@@ -50,7 +50,6 @@ def forward(
     """
     slots, lengths = rows.shape[0], queue.pool.lengths
     most = 1 if drafts is None else 1 + drafts.tokens.shape[1]
-    tokens = queue.of_slots.tokens if drafts is None else drafts.after(queue.of_slots)
     last, takes = jnp.arange(slots, dtype=jnp.int32), rows > 0
 
     def even(each: int, told: Any, state: eqx.nn.State) -> tuple[Array, Any, eqx.nn.State]:
@@ -58,7 +57,7 @@ def forward(
         # A layer may check its batch, and XLA may do so before the loop that does not run this form: without pages for
         # all rows the batch has none.
         own_takes = takes if each == 1 else takes & has_even_rows
-        ids, batch = rows_for_each(own, tokens, own_takes, each, minima)
+        ids, batch = rows_for_each(own, drafts, own_takes, each, minima)
         x, state = apply(model, ids, batch, state)
         # Row by row of all slots, as they are drawn from.
         logits = logits_of_rows(model, x, (last[None] * each + jnp.arange(each, dtype=jnp.int32)[:, None]).reshape(-1))
@@ -67,7 +66,7 @@ def forward(
     def ragged(told: Any, state: eqx.nn.State) -> tuple[Array, Any, eqx.nn.State]:
         more = jnp.zeros_like(rows) if drafts is None else drafts.count
         own = queue.with_lengths(lengths + more)
-        ids, batch = ragged_rows(own, tokens, rows + more, budget, minima)
+        ids, batch = ragged_rows(own, drafts, rows + more, budget, minima)
         x, state = apply(model, ids, batch, state)
         first = jnp.cumsum(rows + more, dtype=jnp.int32) - more - 1
         row = jnp.clip(first[None] + jnp.arange(most, dtype=jnp.int32)[:, None], 0, budget - 1)
@@ -99,26 +98,35 @@ def forward(
 
 
 def rows_for_each(
-    queue: Queue, tokens: Int[Array, "slots width"], takes: Bool[Array, " slots"], each: int, minima: Any
+    queue: Queue, drafts: Drafts | None, takes: Bool[Array, " slots"], each: int, minima: Any
 ) -> tuple[Int[Array, " rows"], Any]:
     """The ids and the batch of a step that computes the last ``each`` tokens of every slot that takes part."""
     place = queue.pool.lengths[:, None] - each + jnp.arange(each, dtype=jnp.int32)[None]
-    ids = jnp.take_along_axis(tokens, jnp.clip(place, 0, tokens.shape[1] - 1), axis=1)
+    ids = _ids(queue, drafts, jnp.arange(takes.shape[0], dtype=jnp.int32)[:, None], place)
     batch = trusted(queue.pool.decode_batch(takes, query_rows=each), queue, takes.shape[0] * each, minima)
     return jnp.where(takes[:, None], ids, 0).reshape(-1), batch
 
 
 def ragged_rows(
-    queue: Queue, tokens: Int[Array, "slots width"], rows: Int[Array, " slots"], budget: int, minima: Any
+    queue: Queue, drafts: Drafts | None, rows: Int[Array, " slots"], budget: int, minima: Any
 ) -> tuple[Int[Array, " budget"], Any]:
     """The ids and the batch of a step that computes the last ``rows`` tokens of each slot."""
     starts, row = jnp.cumsum(rows, dtype=jnp.int32) - rows, jnp.arange(budget, dtype=jnp.int32)
     slot = jnp.repeat(jnp.arange(rows.shape[0], dtype=jnp.int32), rows, total_repeat_length=budget)
     place = queue.pool.lengths[slot] - rows[slot] + row - starts[slot]
-    ids = tokens[slot, jnp.clip(place, 0, tokens.shape[1] - 1)]
+    ids = _ids(queue, drafts, slot, place)
     return jnp.where(row < jnp.sum(rows, dtype=jnp.int32), ids, 0), trusted(
         queue.pool.ragged_batch(rows), queue, budget, minima
     )
+
+
+def _ids(queue: Queue, drafts: Drafts | None, slot: Int[Array, "*rows"], place: Any) -> Int[Array, "*rows"]:
+    """The token of each row: at a place of a slot's sequence, or of the drafts after it."""
+    ids = queue.tokens_at(slot, place)
+    if drafts is None:
+        return ids
+    known = queue.of_slots.known[slot]
+    return jnp.where(place >= known, drafts.at(known, slot, place), ids)
 
 
 def trusted(batch: Any, queue: Queue, tokens: int, minima: Any) -> Any:

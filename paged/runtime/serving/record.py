@@ -1,6 +1,7 @@
 """What a step has drawn: the tokens of each slot, in the table and as events, and which requests they end."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -127,10 +128,10 @@ def _draw_next(
 ) -> tuple[Queue, Int[Array, " slots"], Int[Array, " slots"]]:
     """One token more for the request of each slot that goes on, -1 for none; and why the request is done with it."""
     of_slots = queue.of_slots
-    past = history(queue, of_slots.tokens, logits.shape[1])
+    past = history(queue, lambda: queue.of_slots.tokens, logits.shape[1])
     token = draw(logits, of_slots.samplers, keys_of(of_slots), *past)
     is_token = goes_on & (token >= 0)
-    place = jnp.where(is_token, of_slots.known, of_slots.tokens.shape[1])
+    place = jnp.where(is_token, of_slots.known, queue.requests.tokens.shape[1])
     tokens = queue.requests.tokens.at[queue.rows_of(is_token), place].set(token, mode="drop")
     queue = queue.replace(requests=dataclasses.replace(queue.requests, tokens=tokens))
     queue = queue.with_column(is_token, known=of_slots.known + 1)
@@ -143,13 +144,16 @@ def keys_of(of_slots: Requests, more: Any = 0) -> Key[Array, " slots"]:
 
 
 def history(
-    queue: Queue, tokens: Int[Array, "slots width"], vocab: int
+    queue: Queue, known: Callable[[], Int[Array, "slots width"]], vocab: int
 ) -> tuple[Bool[Array, "slots vocab"], Bool[Array, "slots vocab"]]:
-    """For penalties: which tokens each slot's request has, and which its answer. Computed if any slot asks."""
+    """For penalties: which tokens each slot's request has, and which its answer.
+
+    Computed if any slot asks: ``known()`` are its tokens, -1 past them.
+    """
     of_slots = queue.of_slots
 
     def found() -> tuple[Array, Array]:
-        first = jnp.zeros_like(of_slots.prompt)
+        tokens, first = known(), jnp.zeros_like(of_slots.prompt)
         return tokens_from(tokens, first, vocab), tokens_from(tokens, of_slots.prompt, vocab)
 
     none = jnp.zeros((of_slots.prompt.shape[0], vocab), bool)
@@ -162,7 +166,7 @@ def _reason(queue: Queue, token: Int[Array, " slots"]) -> Int[Array, " slots"]:
     is_end = jnp.any((of_slots.ends == token[:, None]) & (token >= 0)[:, None], axis=1)
     length = of_slots.stops.shape[2]
     place = of_slots.known[:, None] - length + jnp.arange(length, dtype=jnp.int32)[None]
-    latest = jnp.take_along_axis(of_slots.tokens, jnp.maximum(place, 0), axis=1)
+    latest = queue.tokens_at(jnp.arange(token.shape[0], dtype=jnp.int32)[:, None], place)
     latest = jnp.where(place >= of_slots.prompt[:, None], latest, -2)[:, None]  # a stop lies in the answer
     is_equal = jnp.all((of_slots.stops < 0) | (of_slots.stops == latest), axis=2)
     is_stop = jnp.any(is_equal & (of_slots.stops[..., -1] >= 0), axis=1)

@@ -10,13 +10,13 @@ from paged.spec import LARGEST_INT32
 
 from .._groups import keeps_all
 from .._prefix_hit import PrefixHit
-from .._prefix_pages import LATER, NextPages, with_pages
+from .._prefix_pages import NO_NODE, NextPages, with_pages
 from .._prefix_pools import pools_of_groups, with_pools_of_groups
 from ..grouped_pool import GroupedPool
 from .state import Counts, Queue
 
-# For how many slots a page is put into the cache at once.
-_AT_ONCE = 16
+# How many pages are put into the cache at once.
+_AT_ONCE = 32
 
 
 class _Changing(NamedTuple):
@@ -58,14 +58,9 @@ def attach(
     cache, size = queue.cache, queue.pool.page_size
 
     def found() -> tuple[PrefixHit, Array]:
-        requests, others = queue.requests, queue.of_slots
-        tokens, known, salt = requests.tokens[row], requests.known[row], requests.salt[row]
-        hit = _fitting(queue, cache.lookup(tokens, most, salt), known)
-        place = jnp.arange(tokens.shape[0], dtype=jnp.int32)[None]
-        common = jnp.min(jnp.where(others.tokens == tokens[None], tokens.shape[0], place), axis=1)
-        common = jnp.minimum(common, jnp.minimum(most, others.known)) // size * size
-        computes = queue.is_running & (others.salt == salt) & (common > queue.pool.lengths)
-        return hit, jnp.any(computes & (common > hit.count))
+        requests = queue.requests
+        hit = _fitting(queue, cache.lookup(requests.tokens[row], most, requests.salt[row]), requests.known[row])
+        return hit, _is_coming(queue, row, most, hit.count)
 
     def attached(_: Any, changing: _Changing) -> _Changing:
         cache, pool, kept, nodes, counts = changing
@@ -82,17 +77,47 @@ def attach(
     return queue, waits | is_coming
 
 
+def _is_coming(queue: Queue, row: Int[Array, ""], most: Array, found: Array) -> Bool[Array, ""]:
+    """Whether a running sequence will have one whole page more of a request's tokens than were found.
+
+    It will if its first page that it has not computed, or that was not found, is the request's too, with all before it.
+    """
+    size, tokens, of_slots = queue.pool.page_size, queue.requests.tokens, queue.of_slots
+    end = (jnp.maximum(queue.pool.lengths, found) // size + 1) * size
+    may = queue.is_running & (of_slots.salt == queue.requests.salt[row])
+    may &= end <= jnp.minimum(most, of_slots.known)
+    place = jnp.minimum(end[:, None] - size + jnp.arange(size, dtype=jnp.int32)[None], tokens.shape[1] - 1)
+    own = tokens[jnp.maximum(queue.request, 0)[:, None], place]
+    may &= jnp.all(own == tokens[row, place], axis=1)
+
+    def compare(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, _ = carry
+        slot = jnp.argmax(left).astype(jnp.int32)
+        is_past = jnp.arange(tokens.shape[1], dtype=jnp.int32) >= end[slot]
+        return left.at[slot].set(False), jnp.all(is_past | (tokens[queue.request[slot]] == tokens[row]))
+
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]) & ~carry[1], compare, (may, jnp.zeros((), bool)))[1]
+
+
 def _fitting(queue: Queue, hit: PrefixHit, known: Int[Array, ""]) -> PrefixHit:
     """The hit without a page that is not whole, where there is no room for a copy beside it.
 
     A sequence that fills the pool would wait for this copy forever.
     """
     size, pools = queue.pool.page_size, pools_of_groups(queue.pool)
-    whole, is_tight = hit.count // size, jnp.zeros((), bool)
-    for own, pages, cached, keeps in zip(pools, hit.pages, pages_cached(queue), keeping_groups(queue), strict=True):
-        taken = jnp.sum((pages >= 0) & (own.ref_counts[pages] == 1), dtype=jnp.int32)
-        if keeps:
-            is_tight |= own.num_free + cached - taken < -(-known // size) - whole
+    whole = hit.count // size
+    lacking = -(-known // size) - whole
+
+    def found() -> Array:
+        is_tight = jnp.zeros((), bool)
+        for own, pages, cached, keeps in zip(pools, hit.pages, pages_cached(queue), keeping_groups(queue), strict=True):
+            taken = jnp.sum((pages >= 0) & (own.ref_counts[pages] == 1), dtype=jnp.int32)
+            if keeps:
+                is_tight |= own.num_free + cached - taken < lacking
+        return is_tight
+
+    may = jnp.any(jnp.stack([own.num_free < lacking for own in pools]))
+    is_tight = jax.lax.cond(may, found, lambda: jnp.zeros((), bool))
     is_left = (jnp.arange(hit.nodes.shape[0], dtype=jnp.int32) < whole) | ~is_tight
     pages = jnp.where(is_left[None], hit.pages, -1)
     return PrefixHit(jnp.where(is_tight, whole * size, hit.count), jnp.where(is_left, hit.nodes, -1), pages)
@@ -173,9 +198,11 @@ def make_free(queue: Queue, pages: Int[Array, " groups"], rows: Int[Array, " slo
     pools, cache = pools_of_groups(queue.pool), queue.cache
     entries = -(-(queue.pool.lengths + rows) // queue.pool.page_size)
     nodes = jnp.sum(jnp.where(queue.is_running, entries - queue.kept, 0), dtype=jnp.int32)
-    free, cached = jnp.stack([own.num_free for own in pools]), pages_cached(queue)
+    free = jnp.stack([own.num_free for own in pools])
     # Where all that the cache could give up is not enough, it keeps what it has.
-    lacks = (jnp.any(free < pages) & jnp.all(free + cached >= pages)) | (cache.num_nodes - cache.num_used < nodes)
+    has_more = lambda: jnp.all(free + pages_cached(queue) >= pages)
+    lacks = jax.lax.cond(jnp.any(free < pages), has_more, lambda: jnp.zeros((), bool))
+    lacks |= cache.num_nodes - cache.num_used < nodes
 
     def evicted(_: Any, changing: _Changing) -> _Changing:
         held, pool, kept, of_slots, counts = changing
@@ -193,31 +220,36 @@ def keep(queue: Queue, is_last: Bool[Array, " slots"]) -> Queue:
     """Put pages that have become whole into the cache, and of slots that are at their end the last page too."""
     if queue.cache is None:
         return queue
-    slots, size, some = queue.request.shape[0], queue.pool.page_size, min(_AT_ONCE, queue.request.shape[0])
-    lengths = queue.pool.lengths
+    slots, size, lengths = queue.request.shape[0], queue.pool.page_size, queue.pool.lengths
     entries = jnp.where(is_last, -(-lengths // size), lengths // size)
+    number = jnp.arange(_AT_ONCE, dtype=jnp.int32)
 
-    def one(carry: tuple[_Changing, Array]) -> tuple[_Changing, Array]:
+    def some(carry: tuple[_Changing, Array]) -> tuple[_Changing, Array]:
         (cache, pool, kept, nodes, counted), left = carry
-        slot = jnp.nonzero(left, size=some, fill_value=slots)[0].astype(jnp.int32)
+        wanted = jnp.where(left, entries - kept, 0)
+        through = jnp.cumsum(wanted, dtype=jnp.int32)
+        slot = jnp.sum(through[None] <= number[:, None], axis=1, dtype=jnp.int32)
         at = jnp.minimum(slot, slots - 1)
-        own, depths, requests = jnp.maximum(queue.request[at], 0), kept[at], queue.requests
+        which = number - (through - wanted)[at]  # of the pages that the slot has to bring
+        own, depths, requests = jnp.maximum(queue.request[at], 0), kept[at] + which, queue.requests
         counts = jnp.where(slot < slots, jnp.clip(lengths[at] - depths * size, 0, size), 0)
         place = depths[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
         tokens = requests.tokens[own[:, None], jnp.minimum(place, requests.tokens.shape[1] - 1)]
         tokens = jnp.where(place < lengths[at][:, None], tokens, -1)
         pools = pools_of_groups(pool)
         pages = jnp.stack([each.block_tables[at, jnp.minimum(depths, each.pages_per_seq - 1)] for each in pools])
-        new = NextPages(nodes[at], depths, tokens, counts, requests.salt[own], pages)
+        new = NextPages((which == 0) | (slot == slots), nodes[at], depths, tokens, counts, requests.salt[own], pages)
         cache, pools, of_pages = with_pages(cache, pools, new)
         to = jnp.where(of_pages >= 0, slot, slots)
-        kept, nodes = kept.at[to].add(1, mode="drop"), nodes.at[to].set(of_pages, mode="drop")
+        is_latest = ~jnp.append(to[:-1] == to[1:], False)
+        kept = kept.at[to].add(1, mode="drop")
+        nodes = nodes.at[jnp.where(is_latest, to, slots)].set(of_pages, mode="drop")
         # A page that cannot be kept ends the chain of its slot, until the next step.
-        left = (left & (kept < entries)).at[jnp.where(of_pages == LATER, slots, slot)].min(of_pages >= 0, mode="drop")
+        left = (left & (kept < entries)).at[jnp.where(of_pages == NO_NODE, slot, slots)].set(False, mode="drop")
         return _Changing(cache, with_pools_of_groups(pool, pools), kept, nodes, counted), left
 
     left = queue.is_running & (queue.kept < entries)
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), one, (_Changing.of(queue), left))[0].put(queue)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), some, (_Changing.of(queue), left))[0].put(queue)
 
 
 def pages_cached(queue: Queue) -> Int[Array, " groups"]:

@@ -112,13 +112,18 @@ def _draft(
 
     def feed(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         tokens, state = carry
-        own, known = queue.with_lengths(lengths + i), Drafts(tokens, count, is_even).after(of_slots)
+        own, drafts = queue.with_lengths(lengths + i), Drafts(tokens, count, is_even)
         takes = (rows > 0) & (i < count + is_even.astype(jnp.int32))
-        ids, batch = rows_for_each(own, known, takes, 1, minima)
+        ids, batch = rows_for_each(own, drafts, takes, 1, minima)
         x, state = apply(model, ids, batch, state)
         logits = logits_of_rows(model, x, jnp.arange(slots))
-        is_known = jnp.arange(known.shape[1], dtype=jnp.int32)[None] < (of_slots.known + i)[:, None]
-        past = history(queue, jnp.where(is_known, known, -1), logits.shape[1])
+
+        def known() -> Array:
+            tokens = drafts.after(queue.of_slots)
+            is_known = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < (of_slots.known + i)[:, None]
+            return jnp.where(is_known, tokens, -1)
+
+        past = history(queue, known, logits.shape[1])
         token = draw(logits, of_slots.samplers, keys_of(of_slots, i), *past)
         return tokens.at[:, i].set(token, mode="drop"), state
 
@@ -135,7 +140,7 @@ def _catch_up(
 
     def run(_: Any, state: eqx.nn.State) -> eqx.nn.State:
         own = queue.with_lengths(queue.pool.lengths + drafts.count)
-        ids, batch = ragged_rows(own, drafts.after(queue.of_slots), rows + drafts.count, budget, minima)
+        ids, batch = ragged_rows(own, drafts, rows + drafts.count, budget, minima)
         return apply(speculation.model, ids, batch, state)[1]
 
     return jax.lax.fori_loop(0, jnp.any(rows > 1).astype(jnp.int32), run, state)

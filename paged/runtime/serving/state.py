@@ -89,6 +89,14 @@ class Queue(eqx.Module):
         """The request of each slot; any where there is none."""
         return self.requests.at(self.request)
 
+    def tokens_at(self, slot: Int[Array, "*rows"], place: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
+        """The token at a place of the request of a slot, for each of many; any where there is none.
+
+        `of_slots` would copy whole rows of the table of tokens.
+        """
+        tokens = self.requests.tokens
+        return tokens[jnp.maximum(self.request, 0)[slot], jnp.clip(place, 0, tokens.shape[1] - 1)]
+
     def replace(self, **changes: Any) -> "Queue":
         """This queue with some parts changed."""
         return dataclasses.replace(self, **changes)

@@ -81,7 +81,7 @@ class PromptLogProbs(eqx.Module):
         slot = jnp.repeat(jnp.arange(rows.shape[0], dtype=jnp.int32), rows, total_repeat_length=budget)
         known, place = queue.of_slots, queue.pool.lengths[slot] - rows[slot] + row - starts[slot] + 1
         tells = (row < jnp.sum(rows)) & asks_for_prompt(queue)[slot] & (place < known.prompt[slot])
-        token = known.tokens[slot, jnp.clip(place, 0, known.tokens.shape[1] - 1)]
+        token = queue.tokens_at(slot, place)
         at = jnp.minimum(jnp.arange(-(-budget // _ROWS) * _ROWS, dtype=jnp.int32), budget - 1).reshape(-1, _ROWS)
 
         def found() -> Array:
