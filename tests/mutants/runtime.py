@@ -28,11 +28,15 @@ def _with(field):
 
 
 def _held_pages_too(original):
-    return lambda ref_counts: original(jnp.zeros_like(ref_counts))
+    def handed_out(ref_counts, *args):
+        counts, tables = original(jnp.zeros_like(ref_counts), *args)
+        return ref_counts + counts, tables
+
+    return handed_out
 
 
 def _from_the_first(original):
-    return lambda pool, asked, ok, first, used: original(pool, asked, ok, jnp.zeros_like(first), used)
+    return lambda pool, asked, ok, first: original(pool, asked, ok, jnp.zeros_like(first))
 
 
 def _from_the_next(original):
@@ -44,7 +48,7 @@ def _not_freed(pool):
 
 
 def _not_counted(original):
-    return lambda ref_counts, used: ref_counts
+    return lambda ref_counts, *args: (ref_counts, original(ref_counts, *args)[1])
 
 
 def _never_shared(original):
@@ -57,15 +61,15 @@ def _never_shared(original):
 
 def _all_or_none(original):
     def serve(extra, fits, num_free):
-        ok, first, used = original(extra, fits, num_free)
-        return jnp.cumprod(ok.astype(jnp.int32)).astype(bool), first, used
+        ok, first = original(extra, fits, num_free)
+        return jnp.cumprod(ok.astype(jnp.int32)).astype(bool), first
 
     return serve
 
 
 POOL = (
     Mutant(
-        "pool", "held pages are handed out again", attribute(_pool_requests, "free_pages", _held_pages_too),
+        "pool", "held pages are handed out again", attribute(_pool_requests, "handed_out", _held_pages_too),
         "pool", "only free pages are handed out",
     ),
     Mutant(
@@ -77,7 +81,8 @@ POOL = (
         "pool", "ref_counts",
     ),
     Mutant(
-        "pool", "taken pages are not counted", attribute(_pool_requests, "taken", _not_counted), "pool", "ref_counts",
+        "pool", "taken pages are not counted", attribute(_pool_requests, "handed_out", _not_counted),
+        "pool", "ref_counts",
     ),
     Mutant(
         "pool", "tables outlive their slots", method(PagePool, "release", _with("block_tables")),

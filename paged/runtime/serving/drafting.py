@@ -32,8 +32,8 @@ class Drafts(eqx.Module):
         return of_slots.tokens.at[slot, place].set(jnp.maximum(self.tokens, 0), mode="drop")
 
     def at(
-        self, known: Int[Array, " rows"], slot: Int[Array, " rows"], place: Int[Array, " rows"]
-    ) -> Int[Array, " rows"]:
+        self, known: Int[Array, "*#rows"], slot: Int[Array, "*#rows"], place: Int[Array, "*#rows"]
+    ) -> Int[Array, "..."]:
         """The draft at each place of a slot's sequence that has so many known tokens; anything before them."""
         return jnp.maximum(self.tokens[slot, jnp.clip(place - known, 0, self.tokens.shape[1] - 1)], 0)
 

@@ -120,7 +120,9 @@ def ragged_rows(
     )
 
 
-def _ids(queue: Queue, drafts: Drafts | None, slot: Int[Array, "*rows"], place: Any) -> Int[Array, "*rows"]:
+def _ids(
+    queue: Queue, drafts: Drafts | None, slot: Int[Array, "*#rows"], place: Int[Array, "*#rows"]
+) -> Int[Array, "..."]:
     """The token of each row: at a place of a slot's sequence, or of the drafts after it."""
     ids = queue.tokens_at(slot, place)
     if drafts is None:

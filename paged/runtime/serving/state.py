@@ -89,7 +89,7 @@ class Queue(eqx.Module):
         """The request of each slot; any where there is none."""
         return self.requests.at(self.request)
 
-    def tokens_at(self, slot: Int[Array, "*rows"], place: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
+    def tokens_at(self, slot: Int[Array, "*#rows"], place: Int[Array, "*#rows"]) -> Int[Array, "..."]:
         """The token at a place of the request of a slot, for each of many; any where there is none.
 
         `of_slots` would copy whole rows of the table of tokens.
