@@ -22,6 +22,10 @@ def engine(mask, chunk_size, **options):
     return Engine(model, jax.tree.map(jnp.copy, state), chunk_size=chunk_size, **options)
 
 
+def spans(starts, ends):
+    return {"starts": jnp.asarray(starts), "ends": jnp.asarray(ends)}
+
+
 @pytest.mark.slow
 def test_each_request_brings_its_own_spans_and_has_the_tokens_of_a_static_mask():
     """In chunks smaller than the prompts, several prompts in a step, and with fewer pages than both need at once."""
@@ -31,15 +35,12 @@ def test_each_request_brings_its_own_spans_and_has_the_tokens_of_a_static_mask()
         (PROMPT[:8], [4, 8], [7, 8], 6),
         (CUT_WRONGLY[1], [1, 4], [4, 8], 6),
     ]
-    numbers = lambda starts, ends: {"starts": jnp.asarray(starts), "ends": jnp.asarray(ends)}
-    handles = [served.submit(prompt, most, values=numbers(starts, ends)) for prompt, starts, ends, most in jobs]
+    handles = [served.submit(prompt, most, values=spans(starts, ends)) for prompt, starts, ends, most in jobs]
     list(served.stream())
     for handle, (prompt, starts, ends, most) in zip(handles, jobs, strict=True):
         static = Causal() | paged.Spans(tuple(starts), tuple(ends))
         assert tuple(handle.tokens) == greedy_ref(two_layers(static)[0], prompt, most)
     assert served.stats().preemptions > 0
-    with pytest.raises(ValueError, match=r"chunk_size=5 cuts prompt after 7 tokens.*Make the engine with chunk_size=6"):
-        served.submit(PROMPT, 2, values=numbers([2, 9], [8, 9]))
 
 
 REFUSED = [
@@ -54,6 +55,11 @@ REFUSED = [
 def test_a_prompt_that_no_chunk_holds_is_refused(mask, chunk_size, most, text):
     with pytest.raises(ValueError, match=text):
         engine(mask, chunk_size).submit(PROMPT, most)
+
+
+def test_a_span_of_a_request_that_no_chunk_holds_is_refused():
+    with pytest.raises(ValueError, match=r"chunk_size=5 cuts prompt after 7 tokens.*Make the engine with chunk_size=6"):
+        engine(SPANS, 5).submit(PROMPT, 2, values=spans([2, 9], [8, 9]))
 
 
 @pytest.mark.kernels

@@ -133,8 +133,9 @@ class Requests(eqx.Module):
 
     @classmethod
     def init(cls, sizes: Sizes, values: dict[str, Array] | None = None) -> "Requests":
-        """A table whose rows are all free. ``values`` are examples of each number, without the leading axis."""
-        nobody = NewRequest((), 0, Sampler(), jax.random.key(0), values=values or {})
+        """A table whose rows are all free. Of ``values``, one of each number of a request, shape and dtype are read."""
+        numbers = {name: np.ones(x.shape, x.dtype) for name, x in (values or {}).items()}
+        nobody = NewRequest((), 0, Sampler(), jax.random.key(0), values=numbers)
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (sizes.requests, *x.shape[1:])), cls.of([nobody], sizes))
         return dataclasses.replace(rows, status=jnp.full(sizes.requests, Status.FREE, jnp.int32))
 
