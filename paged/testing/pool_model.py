@@ -76,15 +76,17 @@ class PoolModel:
 
     def share(self, source: list[int], tokens: list[int]) -> list[bool]:
         """Which slots get the first tokens of other slots."""
-        before, ok = [*self.tables], []
+        ok, new = [], {}
         for slot, (at, count) in enumerate(zip(source, tokens, strict=True)):
-            may = 0 <= at < SLOTS and not before[slot] and 0 <= count <= self.lengths[at]
+            may = 0 <= at < SLOTS and not self.tables[slot] and 0 <= count <= self.lengths[at]
             # Fewer tokens than the source has may need a page that it has trimmed.
             may = may and (count == self.lengths[at] or min(self._first_pages(at, count), default=0) >= 0)
             ok.append(may or at == -1)
             if may:
-                self.tables[slot], self.lengths[slot] = self._first_pages(at, count), count
-                self.tokens[slot] = self.tokens[at][:count]
+                new[slot] = self._first_pages(at, count), count, self.tokens[at][:count]
+        # All at once: no slot gets what another one gets in the same call.
+        for slot, parts in new.items():
+            self.tables[slot], self.lengths[slot], self.tokens[slot] = parts
         return ok
 
     def reorder(self, parents: list[int]) -> list[bool]:

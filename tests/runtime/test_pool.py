@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import paged
 from paged.runtime import GroupedPool, PagePool
 from paged.spec import Given
-from paged.testing import check_pool
+from paged.testing import PoolMachine, check_pool
 
 PAGES, SLOTS, WIDTH, SIZE = 7, 3, 4, 2
 CAPACITY = WIDTH * SIZE
@@ -182,6 +182,14 @@ def test_a_slot_that_is_not_empty_gets_nothing():
     shared, ok = pool.share(jnp.array([-1, -1, 0]), jnp.array([99, -1, 7]))
     assert ok.tolist() == [True, True, False]
     chex.assert_trees_all_equal(shared, pool)
+
+
+def test_no_slot_gets_what_another_gets_in_the_same_call():
+    machine = PoolMachine()
+    machine.extend([0, 0, 1])
+    machine.share([2, 0, -1], [1, 1, 0])
+    machine.agrees()
+    assert machine.pool.lengths.tolist() == [1, 0, 1]
 
 
 @pytest.mark.slow
