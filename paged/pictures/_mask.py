@@ -1,13 +1,13 @@
 """`mask`: which keys each query sees, beside what lowerings know of each tile of them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged.lower import Program
+from paged.lower import Program, QueryRows, is_ancestor, page_coverage, tree
 from paged.spec import AttentionSpec, Given, PerHead, terms_in
 
 from ._ascii import table
@@ -28,6 +28,7 @@ def mask(
     rows_per_tile: int | None = None,
     values: Mapping[str, Any] | None = None,
     head: int | None = None,
+    drafts: tree.Drafts | None = None,
 ) -> Picture:
     """Draw a mask: what each query sees, beside what a lowering knows of each tile before it looks.
 
@@ -44,11 +45,13 @@ def mask(
     - `values`: the numbers that the spec names by `Value`, by name; a tuple of numbers for a value with a size.
     - `head`: the query head, for a mask that differs by head. None for all heads together: then a pair is partly
       visible where some heads see it.
+    - `drafts`: for a mask with a `Tree` the tree whose rows ``rows`` are, such as ``paged.tree.from_topk`` makes. A row
+      then is at the position of its depth, and nothing is known of tiles with the step's own tokens. None: every row
+      descends from all rows before it, as in a batch that brings no ancestors.
 
     **Returns:** the picture. Raises ``ValueError`` for rows or a length below 1, for more than 2**24 pairs, for a head
-    that there is not, and for a value that is missing.
-
-    A mask with a `Tree` is drawn as if every row descended from all rows before it.
+    that there is not, for a value that is missing, and for drafts of another number of rows or of a mask without a
+    `Tree`.
 
     >>> spec = AttentionSpec(num_q_heads=1, num_kv_heads=1, head_dim=8, window=4)
     >>> print(paged.pictures.mask(spec, 8, 8, page_size=2, rows_per_tile=2).text)
@@ -66,25 +69,52 @@ def mask(
     program = spec if isinstance(spec, Program) else Program.from_spec(spec)
     queries = rows if isinstance(rows, range) else range(length - rows, length)
     _require(program, queries, length, head, values or {})
+    _require_drafts(program, queries, length, drafts)
     size = page_size or _tile_size(length)
     given = {name: values[name] for name in (value.name for value in program.values)} if values else {}
-    p, j = np.arange(queries.start, queries.stop, dtype=np.int32), np.arange(length, dtype=np.int32)
-    any_seen, all_seen = _seen(program, p, j, length, given, head)
-    tiles = _Tiles.of(program, queries, length, rows_per_tile or _tile_size(len(p)), size, given)
+    asked = _Asked.of(program, queries, length, given, drafts)
+    p = asked.p
+    any_seen, all_seen = _seen(asked, head)
+    tiles = _Tiles.of(asked, rows_per_tile or _tile_size(len(p)), size)
     states = tiles.states(any_seen, all_seen)
     title = f"What a query sees, where {program.visibility}"
     counts = {name: int(np.sum(states == letter)) for letter, name in _WORDS.items()}
     wrong = f" {counts['wrong']} of them are wrong: the pairs say otherwise." if counts["wrong"] else ""
+    first = f"{'position' if drafts is None else 'place'} {queries.start}"
     description = (
-        f"{len(p)} queries from position {queries.start} on, over {length} keys. Of {states.size} tiles of "
-        f"{tiles.rows} queries and {size} keys, {counts['full']} are full, "
-        f"{counts['partial']} partial and {counts['empty']} empty.{wrong}"
+        f"{len(p)} queries from {first} on, over {length} keys. Of {states.size} tiles of {tiles.rows} queries and "
+        f"{size} keys, {counts['full']} are full, {counts['partial']} partial and {counts['empty']} empty.{wrong}"
     )
     pairs = np.where(all_seen, "F", np.where(any_seen, "P", ""))
     return _drawn(title, description, (pairs, any_seen, all_seen), states, (queries, length, tiles.rows, size))
 
 
 _WORDS = {"F": "full", "P": "partial", "S": "empty", "W": "wrong"}
+
+
+class _Asked(NamedTuple):
+    """Rows and keys that a mask is drawn for: their positions, and which keys are a row's ancestors or before the step.
+
+    ``own`` is the place of the step's first token, where rows are a tree's; else None.
+    """
+
+    program: Program
+    p: np.ndarray
+    j: np.ndarray
+    length: int
+    numbers: Mapping[str, Any]
+    is_ancestor: Any = True
+    own: int | None = None
+
+    @classmethod
+    def of(cls, program: Program, queries: range, length: int, numbers: Any, drafts: Any) -> "_Asked":
+        p, j = np.arange(queries.start, queries.stop, dtype=np.int32), np.arange(length, dtype=np.int32)
+        if drafts is None:
+            return cls(program, p, j, length, numbers)
+        row, words = p[:, None] - queries.start, np.asarray(drafts.ancestors)
+        ancestor = is_ancestor([words[:, i : i + 1] for i in range(words.shape[1])], row, j[None] - queries.start)
+        p = queries.start + np.asarray(drafts.depth, np.int32)
+        return cls(program, p, np.concatenate([j[: queries.start], p]), length, numbers, ancestor, queries.start)
 
 
 class _Tiles:
@@ -94,13 +124,18 @@ class _Tiles:
         self.p, self.j, self.rows, self.some, self.full = p, j, rows, some, full
 
     @classmethod
-    def of(cls, program: Program, queries: range, length: int, rows: int, size: int, numbers: Any) -> "_Tiles":
-        p = np.arange(queries.start, queries.stop, rows, dtype=np.int32)
-        j = np.arange(0, length, size, dtype=np.int32)
-        p1, j1 = np.minimum(p + rows, queries.stop), j + size
-        found = program.coverage(p[:, None], p1[:, None], j[None], j1[None], length, numbers)
-        some, full = (np.broadcast_to(np.asarray(x), (len(p), len(j))) for x in found)
-        return cls(p - queries.start, j, rows, some, full & some)
+    def of(cls, asked: _Asked, rows: int, size: int) -> "_Tiles":
+        program, length = asked.program, asked.length
+        row, j = np.arange(0, len(asked.p), rows, dtype=np.int32), np.arange(0, length, size, dtype=np.int32)
+        p0, p1 = np.minimum.reduceat(asked.p, row), np.maximum.reduceat(asked.p, row) + 1
+        if asked.own is None:
+            found = program.coverage(p0[:, None], p1[:, None], j[None], j[None] + size, length, asked.numbers)
+        else:
+            of_rows = lambda p0, p1: QueryRows(p0, p1, length, asked.numbers, asked.own)
+            pages = jnp.arange(len(j), dtype=jnp.int32)
+            found = jax.vmap(lambda *p: page_coverage(program, of_rows(*p), pages, size, len(pages)))(p0, p1)
+        some, full = (np.broadcast_to(np.asarray(x), (len(row), len(j))) for x in found)
+        return cls(row, j, rows, some, full & some)
 
     def states(self, any_seen: np.ndarray, all_seen: np.ndarray) -> np.ndarray:
         """The letter of each tile: wrong where coverage denies what the pairs show."""
@@ -130,20 +165,33 @@ def _require(program: Program, queries: range, length: int, head: int | None, va
         raise ValueError(f"The spec names values that values= must give: {', '.join(missing)}; got {sorted(values)}.")
 
 
-def _seen(program: Program, p: Any, j: Any, length: int, numbers: Any, head: int | None) -> tuple[np.ndarray, ...]:
+def _require_drafts(program: Program, queries: range, length: int, drafts: Any) -> None:
+    if drafts is None:
+        return
+    if not program.has_ancestors:
+        raise ValueError(f"drafts= is for a mask with a Tree; got {program.visibility}.")
+    rows = np.shape(drafts.parents)
+    if rows != (len(queries),) or queries.stop != length:
+        raise ValueError(
+            f"With drafts= the rows are the tree's own, the last ones of the length: a tree of {list(rows)} rows; got "
+            f"rows {queries.start} to {queries.stop - 1} of {length}."
+        )
+
+
+def _seen(asked: _Asked, head: int | None) -> tuple[np.ndarray, ...]:
     """Whether any head and whether every head sees each pair."""
-    heads: Any = [head]
+    program, heads = asked.program, cast(Any, [head])
     if program.has_heads and head is None:
         heads = range(0, program.num_q_heads, program.heads_alike)
-    evaluate = jax.jit(lambda h: _visible(program, p, j, length, numbers, h))
-    shape = len(p), len(j)
+    evaluate = jax.jit(lambda h: _visible(asked, h))
+    shape = len(asked.p), len(asked.j)
     seen = [np.broadcast_to(np.asarray(evaluate(h if program.has_heads else 0)), shape) for h in heads]
     return np.any(seen, axis=0), np.all(seen, axis=0)
 
 
-def _visible(program: Program, p: Any, j: Any, length: int, numbers: Any, head: Any) -> Any:
-    given = Given(numbers, head=head, is_ancestor=True)
-    return program.visible(jnp.asarray(p)[:, None], jnp.asarray(j)[None], length, given)
+def _visible(asked: _Asked, head: Any) -> Any:
+    given = Given(asked.numbers, head=head, is_ancestor=asked.is_ancestor)
+    return asked.program.visible(jnp.asarray(asked.p)[:, None], jnp.asarray(asked.j)[None], asked.length, given)
 
 
 def _tile_size(count: int) -> int:

@@ -17,25 +17,33 @@ def records_of(source: Any) -> list[StepRecord]:
     found = source.records if isinstance(source, Engine) else list(source)
     if not found:
         raise ValueError("There is no step to draw. An engine records the steps that run after it was made.")
-    records = [_record_of(one) if isinstance(one, StepReport) else one for one in found]
+    records = [_record_of(one, before) for before, one in zip([None, *found], found, strict=False)]
     wrong = [one for one in records if not isinstance(one, StepRecord)]
     if wrong:
         raise TypeError(f"Steps are paged.runtime.StepRecord or StepReport, or an Engine; got {wrong[0]!r}.")
     return records
 
 
-def _record_of(report: StepReport) -> StepRecord:
-    """What a report of `generate` says. Of a pool in groups it has the shared and the cached pages of all together."""
-    groups = report.groups
+def _record_of(one: Any, before: Any) -> Any:
+    """A record as it is; or what a report of `generate` says, after the report ``before`` it.
+
+    Of a pool in groups a report has the shared and the cached pages of all groups together.
+    """
+    if not isinstance(one, StepReport):
+        return one
+    groups = one.groups
     shared, cached = [0] * len(groups), [0] * len(groups)
     if len(groups) == 1:
-        shared, cached = [report.pages_shared], [report.pages_cached]
-    drawn = {place: len(tokens) for place, tokens in report.drawn.items()}
+        shared, cached = [one.pages_shared], [one.pages_cached]
+    # Of those that ran and have not ended, who has no slot has given it up.
+    stays = before.rows.keys() - set(before.ended) if isinstance(before, StepReport) else set()
     return StepRecord(
-        rows=dict.fromkeys(drawn, 1),
-        drawn=drawn,
-        ended=report.ended,
-        waiting=report.waiting,
+        rows=one.rows,
+        prompts=one.prompts,
+        drawn={place: len(tokens) for place, tokens in one.drawn.items()},
+        ended=one.ended,
+        preempted=tuple(sorted(stays - one.rows.keys())),
+        waiting=one.waiting,
         pages=tuple(group.num_pages for group in groups),
         used=tuple(group.pages_in_use for group in groups),
         shared=tuple(shared),

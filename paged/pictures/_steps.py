@@ -23,15 +23,17 @@ def steps(source: Source) -> Picture:
     """Draw which request had how many rows in which step.
 
     A column is a step, and a line is a request. A high bar is a chunk of a prompt, with its rows where there is room; a
-    half one is a row that decodes; one of two thirds is such a row with drafts that are verified with it. Requests are
-    numbered in the order in which they first had a slot.
+    half one is a row that decodes; one of two thirds is such a row with drafts that are verified with it. An engine's
+    requests are numbered in the order in which they first had a slot, and those of `generate` by the place of their
+    result.
 
     **Arguments:**
 
-    - `source`: an `Engine` that records, or a list of `StepRecord`.
+    - `source`: an `Engine` that records, or a list of `StepRecord`, or of the `StepReport` that `generate` gives to
+      ``on_step``.
 
     **Returns:** the picture, of at most 64 requests. Of more steps than it is wide, a column shows several. Raises
-    ``ValueError`` where there is no step, and ``TypeError`` for reports that do not say whose the rows were.
+    ``ValueError`` where there is no step, and for a report that has tokens and does not say whose they were.
 
     >>> from paged.runtime import StepRecord
     >>> records = [StepRecord({0: 8}, prompts=(0,)), StepRecord({0: 1, 1: 7}, prompts=(1,)), StepRecord({1: 1})]
@@ -41,9 +43,14 @@ def steps(source: Source) -> Picture:
     # chunk of a prompt  d decoding  v with drafts  x preempted, waits  . has a slot, no row
     2 requests in 3 steps, 17 rows: 15 of prompts, 2 of decoding
     """
-    if not isinstance(source, Engine) and any(isinstance(one, StepReport) for one in source):
-        raise TypeError("A StepReport does not say whose the rows of a step were: give an Engine that records.")
     records = records_of(source)
+    if not isinstance(source, Engine):
+        for report in source:
+            if isinstance(report, StepReport) and sum(report.rows.values()) != report.tokens:
+                raise ValueError(
+                    f"A StepReport that is drawn says in rows= whose its tokens were: {report.tokens} in all; got "
+                    f"rows={dict(report.rows)}. generate makes such reports."
+                )
     states, rows = _matrices(records)
     prompts = sum(record.rows[number] for record in records for number in record.prompts)
     total = int(rows.sum())

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from ._groups import GroupUsage
 
 
@@ -30,6 +32,10 @@ class StepReport:
     * ``pages_cached``, ``pages_evicted``: pages that only the prefix cache held while it ran, and those that the cache
       gave up for it, in all groups.
     * ``prompt_tokens``: those of ``tokens`` that are prompts', or of sequences that are prefilled again.
+    * ``rows``: how many of ``tokens`` each running sequence had, by the place of its result; 0 where it had to wait.
+    * ``prompts``: the places whose rows were of a prompt, or of a sequence that is prefilled again.
+
+    ``paged.pictures.pool`` and ``paged.pictures.steps`` draw a list of reports.
     """
 
     kind: Literal["prefill", "decode"]
@@ -48,6 +54,8 @@ class StepReport:
     pages_cached: int = 0
     pages_evicted: int = 0
     prompt_tokens: int = 0
+    rows: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    prompts: tuple[int, ...] = ()
 
 
 def report_of(
@@ -62,7 +70,7 @@ def report_of(
 
     **Arguments:**
 
-    - `figures`: the `StepFigures` of all its steps, on the host.
+    - `figures`: the `StepFigures` of all its steps, on the host. A request's row of the table is its result's place.
     - `step`: which step.
     - `drawn`, `ended`: as in the report.
     - `idle`: each group with no page in use.
@@ -70,6 +78,8 @@ def report_of(
     """
     held, shared, cached, trimmed = figures.pages[step].tolist()
     held = [own - other for own, other in zip(held, out_of_use, strict=True)]
+    slots = np.flatnonzero(figures.request[step] >= 0)
+    running, is_prompt = figures.request[step, slots], figures.is_prompt[step, slots]
     groups = tuple(
         dataclasses.replace(group, pages_in_use=used, pages_trimmed=freed)
         for group, used, freed in zip(idle, held, trimmed, strict=True)
@@ -91,4 +101,6 @@ def report_of(
         pages_cached=sum(cached),
         pages_evicted=int(figures.evicted[step]),
         prompt_tokens=int(figures.prompt_rows[step]),
+        rows=dict(zip(running.tolist(), figures.slot_rows[step, slots].tolist(), strict=True)),
+        prompts=tuple(running[is_prompt].tolist()),
     )

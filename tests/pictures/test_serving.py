@@ -59,8 +59,29 @@ def test_reports_of_generate_are_drawn_as_a_pool():
     facts = {"kind": "decode", "tokens": 2, "new_tokens": 2, "pages_in_use": 5, "running": 2, "waiting": 0}
     report = StepReport(**facts, drawn={0: (3,), 1: (4,)}, ended=(), groups=(usage,), pages_shared=1, pages_cached=2)
     assert pictures.pool([report] * 3).description.startswith("at most 5 of 8 pages used, 1 shared, 2 cached")
-    with pytest.raises(TypeError, match="whose the rows"):
+    with pytest.raises(ValueError, match=r"whose its tokens were: 2 in all; got rows=\{\}"):
         pictures.steps([report])
+
+
+def test_reports_of_generate_are_drawn_as_steps():
+    """Place 1 has no slot after the second step, in which it did not end: it has given it up."""
+    usage = GroupUsage(("everything",), 8, 5, 0, 64)
+    told = [
+        ({0: 4, 1: 3}, (0, 1), {}, ()),
+        ({0: 1, 1: 1}, (), {0: (7,), 1: (8,)}, ()),
+        ({0: 1}, (), {0: (9,)}, (0,)),
+        ({1: 4, 2: 0}, (1,), {1: (5,)}, (1,)),
+    ]
+    facts = {"kind": "decode", "new_tokens": 1, "pages_in_use": 5, "running": 1, "waiting": 0, "groups": (usage,)}
+    reports = [
+        StepReport(**facts, tokens=sum(rows.values()), rows=rows, prompts=prompts, drawn=drawn, ended=ended)
+        for rows, prompts, drawn, ended in told
+    ]
+    picture = pictures.steps(reports)
+    require_sound(picture)
+    assert picture.text.splitlines()[:3] == ["request 0 #dd", "request 1 #dx#", "request 2    ."]
+    assert picture.description == "3 requests in 4 steps, 14 rows: 11 of prompts, 3 of decoding"
+    assert pictures.pool(reports).description.endswith("; 1 preemption in 4 steps")
 
 
 def test_what_cannot_be_drawn_is_refused():

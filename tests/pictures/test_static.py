@@ -88,6 +88,24 @@ def test_tokens_that_are_seen_follow_what_a_batch_brings():
     require_sound(draw(step, 0))
 
 
+def test_a_tree_is_drawn_as_the_step_that_scores_it():
+    """Rows at places 7 to 11 and positions 7, 8, 8, 9 and 9: two branches after the first row."""
+    drafts, spec = paged.tree.from_topk((2, 1)), SPEC.replace(mask=paged.Window(4) & paged.Tree())
+    picture = pictures.mask(spec, 5, 12, page_size=4, rows_per_tile=5, drafts=drafts)
+    require_sound(picture)
+    pairs = ["....####....", ".....####...", ".....###.#..", "......###.#.", "......##.#.#"]
+    assert [line.split()[0] for line in picture.text.splitlines()[1:6]] == pairs
+    assert picture.text.splitlines()[1].split()[1] == ".++"
+    batch = paged.tree.batch([12], [[0, 1, 2]], drafts)
+    any_seen, all_seen = Step.of(paged.Program.from_spec(spec), batch, 4, 3).tokens_seen(0)
+    for each, of_rows in ((any_seen, any), (all_seen, all)):
+        assert each.tolist() == [of_rows(row[j] == "#" for row in pairs) for j in range(12)]
+    with pytest.raises(ValueError, match=r"is for a mask with a Tree; got j <= p\."):
+        pictures.mask(SPEC, 5, 12, drafts=drafts)
+    with pytest.raises(ValueError, match=r"a tree of \[5\] rows; got rows 8 to 11 of 12"):
+        pictures.mask(spec, 4, 12, drafts=drafts)
+
+
 def _crowd(mask, page_size=16):
     """64 sequences of up to 512 pages."""
     random = np.random.default_rng(0)

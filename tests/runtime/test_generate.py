@@ -1,5 +1,7 @@
 """`generate` equals greedy dense recomputation, with too few pages for all prompts; scheduling changes no token."""
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,14 @@ def test_equals_dense_recomputation_with_waiting_and_preemption(model_and_state,
     assert sum(report.pages_freed for report in reports) >= sum(ends), "every page that has left the window"
     prefilled = sum(report.prompt_tokens for report in reports)
     assert prefilled > sum(map(len, PROMPTS)) - len(PROMPTS), "a preempted sequence is prefilled again"
+    assert [sum(report.rows.values()) for report in reports] == [report.tokens for report in reports]
+    assert [len(report.rows) for report in reports] == [report.running for report in reports]
+    of_prompts = [sum(report.rows[place] for place in report.prompts) for report in reports]
+    assert of_prompts == [report.prompt_tokens for report in reports]
+    # Who runs and has not ended runs on, unless it gives way.
+    pairs = itertools.pairwise(reports)
+    gave_way = sum(len(a.rows.keys() - set(a.ended) - b.rows.keys()) for a, b in pairs)
+    assert gave_way == sum(result.preemptions for result in results)
 
 
 @pytest.mark.parametrize(
