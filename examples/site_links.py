@@ -31,23 +31,31 @@ _NAMED_BY_FILE = re.compile(r"\[([\w./-]+\.md)\]\(([^)#\s]+\.md)\)")
 _LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
 
 
-def names_of(package: str) -> list[str]:
-    """What a package exports: the names that its `__init__.py` imports as themselves, classes and functions alike."""
+def names_of(package: str) -> dict[str, str | None]:
+    """What a package exports, in order, and the module that each name comes from; None for a module itself.
+
+    These are the names that its `__init__.py` imports as themselves, tables of constants included.
+    """
     folder = ROOT / "paged" / ("" if package == "paged" else package)
     tree = ast.parse((folder / "__init__.py").read_text())
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names = {(alias.name, node.module) for node in imported for alias in node.names if alias.asname == alias.name}
-    return sorted({name for name, _ in names if not name.isupper() and not name.startswith("_")}, key=str.lower)
+    pairs = [(alias, node.module) for node in imported for alias in node.names if alias.asname == alias.name]
+    found = {alias.name: module for alias, module in sorted(pairs, key=lambda pair: pair[1] is not None)}
+    return {name: found[name] for name in sorted(found, key=str.lower) if not name.startswith("_")}
 
 
 def api_page(package: str) -> str:
     """A page with a directive of mkdocstrings for each name of a package."""
     module = "paged" if package == "paged" else f"paged.{package}"
     parts = [f"# {module}\n\n{API[package]}\n"]
-    for name in names_of(package):
+    for name, source in names_of(package).items():
         # `paged.lower` is a package and the function of its name, which is what users call.
-        path = f"{module}.{name}.{name}" if (ROOT / "paged" / name).is_dir() else f"{module}.{name}"
-        parts.append(f"::: {path}\n    options:\n      heading_level: 2\n      heading: {module}.{name}\n")
+        path = f"{module}.{name}.{name}" if source == name else f"{module}.{name}"
+        options = {"heading_level": 2, "heading": f"{module}.{name}"}
+        if name.isupper():  # a table, whose source would be a page
+            options["show_attribute_values"] = "false"
+        lines = "".join(f"      {key}: {value}\n" for key, value in options.items())
+        parts.append(f"::: {path}\n    options:\n{lines}")
     return "\n".join(parts)
 
 

@@ -260,3 +260,4 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
     }
 )
+"""The architectures that `load` reads, by the ``model_type`` of their config.json."""

@@ -25,7 +25,6 @@ class Corner:
     past: tuple[int, ...] = (0,) * SLOTS
 
 
-# Tables hold four pages a sequence, and ragged batches 16 rows: what the rows below leave over is padding.
 CORNERS = {
     "mixed": Corner(((2, 1), (0, 1), (0, 0), (1, 0), (4, -1)), (3, 1, 1, 2, 5)),
     "empty": Corner(((0, 0),) * 5, (1, 3, 1, 0, 2)),
@@ -39,8 +38,10 @@ CORNERS = {
     "one live": Corner(((4, 0), (1, 0), (1, 0), (1, 0), (1, 0)), (9, 1, 1, 1, 1), num_seqs=1),
     "all dead": Corner(((2, 0),) * 5, (3, 1, 1, 2, 5), num_seqs=0),
 }
-# Rows at positions that no table entry leads to: at the first such position, a few behind it, and with no row before.
+"""Lengths and rows where bugs hide, by name. A table has four pages per sequence, and a ragged batch has 16 rows: what
+is left over is padding."""
 PAST_THE_TABLE = Corner(((4, 0), (4, 0), (4, 0), (4, -1), (4, 0)), (2, 1, 4, 3, 5), past=(1, 2, 3, 0, 5))
+"""Rows at positions that no table entry leads to: the first such position, a few behind it, and no row before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

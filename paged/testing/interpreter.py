@@ -22,7 +22,6 @@ from paged.lower import Attend
 
 from .failures import CheckFailure
 
-# What a watched kernel promises, by the name of the failure.
 KERNEL_CHECKS = {
     "no races": "Something orders every access to memory with every write to the same place.",
     "semaphores end at zero": "Every copy that was started is waited for, once.",
@@ -30,6 +29,7 @@ KERNEL_CHECKS = {
     "in bounds": "No access leaves its buffer.",
     "kernels end": "No kernel waits for what never comes.",
 }
+"""What a kernel that is `watched` promises, by the name of the failure."""
 
 PATIENCE = 300.0  # seconds that a kernel of a few pages may run; on a busy machine, unoptimised, some take 60
 # What the interpreter says, and the failure that it is. Its race detector compares only accesses that nothing orders,

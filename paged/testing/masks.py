@@ -290,6 +290,7 @@ MASK_CHECKS: dict[str, Callable[[Mask], None]] = {
     "implies": check_implies,
     "normal form": check_normal_form,
 }
+"""What `check_mask` checks, by name: each is a function of a mask, which raises `CheckFailure`."""
 
 
 def related(variant: Variant) -> Sequence[Mask]:

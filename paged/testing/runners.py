@@ -160,6 +160,7 @@ RUNNERS: Mapping[str, Runner] = {
         *(_entry(name, entry) for name, entry in ENTRY_POINTS.items()),
     )
 }
+"""The ways to run an attention, by name: lowerings, and entry points of `paged.compat`."""
 
 
 def mesh_runner(mesh: Mesh, axes: Axes) -> Runner:

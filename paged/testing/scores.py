@@ -156,6 +156,7 @@ SCORE_CHECKS: dict[str, Callable[[ScoreOp, int], None]] = {
     "values": check_op_values,
     "gradient": check_op_gradient,
 }
+"""What `check_score_op` checks, by name: functions of a score operation and the number of query heads."""
 
 
 def _arguments(region: Region, num_q_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

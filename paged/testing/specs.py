@@ -57,6 +57,7 @@ BY_HEAD = PLAIN.replace(mask=PerHead((Window(Value("window")), Where(not_every_h
 TREE = PLAIN.replace(mask=Tree() & (Window(6) | Prefix(2)), scores=(ALiBi(),))
 
 SPECS = {"plain": PLAIN, "rich": RICH, "odd": ODD}
+"""Specs that `check_lowering` checks a lowering with, by name: few terms, many, and those that nothing is known of."""
 BROUGHT = {"values": VALUES, "by head": BY_HEAD, "tree": TREE}
 # phase: what else the case says of it. Every property is crossed with these.
 PHASES = {"decode": {"rows": 1}, "ragged": {}, "prefill": {"rows": 6}}

@@ -31,7 +31,6 @@ class Tolerance(NamedTuple):
     tiny: float = 0.0
 
 
-# dtype of the output: tolerance and reason. Softmax and accumulators are float32 for all of them.
 TOLERANCES = {
     # See above; the result is not rounded again.
     "float32": Tolerance(32, 0.0),
@@ -40,6 +39,7 @@ TOLERANCES = {
     # The same float32 arithmetic, then one rounding to 11 significant bits, or to a multiple of 2**-24 under 2**-14.
     "float16": Tolerance(32, 2.0**-11, 2.0**-25),
 }
+"""How far an output may be from the reference, by its dtype. Softmax and sums are float32 for all of them."""
 
 # The log-sum-exp has the error of its largest score, absolute, in roundings of the condition: of the sum of products
 # (which at head_dim 256 is some roundings by itself), of the maximum that is added back, and of the reference's own.
@@ -54,6 +54,7 @@ LSE_ROUNDINGS = 5
 # 2**-8 of itself, and so their weighted mean by at most 2**-8 of the largest value that the row sees. The sum of
 # weights, and with it the log-sum-exp, is of the weights before rounding.
 ROUNDED_WEIGHTS = 2.0**-8
+"""What more is allowed where a kernel rounds the weights of a softmax to bfloat16: this part of the largest value."""
 
 _reference = jax.jit(reference_state, static_argnums=0)
 

@@ -18,7 +18,6 @@ Write = Callable[[jax.Array, jax.Array, Pages, RaggedBatch], Pages]
 
 _WIDTH, _SLOTS, _TOKENS = 5, 8, 128
 _GARBAGE = (-1, -7, 10**6, -(2**31), 2**31 - 1)
-# Lengths and rows of eight sequences, and what else a batch has.
 WRITES: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
     "mixed": ([70, 9, 0, 5, 40, 3, 33, 16], [45, 1, 0, 5, 16, 2, 1, 16], {}),
     "every start, 1 row": ([start + 1 for start in range(16, 24)], [1] * 8, {}),
@@ -36,6 +35,7 @@ WRITES: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
     ),
     "no rows": ([50] * 8, [0] * 8, {}),
 }
+"""The batches of `check_write`, by name: lengths and rows of eight sequences, and what else a batch has."""
 
 
 def check_write(

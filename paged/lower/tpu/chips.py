@@ -71,6 +71,7 @@ CHIPS: dict[str, Chip] = {
         Chip("tpu7x", "tpu7x:2x2x1", ("TPU7x", "TPU7"), 1, 64 * _MIB, 3690e9, has_tall_tiles=True),
     )
 }
+"""The generations of TPUs that are known, by the name that `Attend.on_chip` and `compile_for` take."""
 
 # For a machine that is none of these: one core, and no more memory than any of them has.
 ANY_CHIP = Chip("any", "", (), 1, 16 * _MIB, 819e9)

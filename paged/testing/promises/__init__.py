@@ -79,3 +79,4 @@ LOWERING_CHECKS = {
     "update": LoweringCheck(check_update, needs="update"),
     "update in place": LoweringCheck(check_in_place, needs="update", once=True),
 }
+"""What every attention over pages promises, by name: `check_lowering` runs these."""
