@@ -1,5 +1,7 @@
 """The documentation as a site: what is generated is not stale, and every page has a place and says whom it is for."""
 
+import ast
+import functools
 import itertools
 import json
 import pathlib
@@ -11,6 +13,7 @@ import pytest
 
 import paged
 from examples import masks, site_links, support
+from paged.spec import terms_in
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -20,9 +23,8 @@ PAGE = support.PAGE.read_text()
 def test_every_page_is_in_the_navigation_and_says_first_whom_it_is_for():
     listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert {page.name for page in DOCS} <= listed
-    benchmarks = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("README.md")}
-    assert benchmarks <= listed
-    for page in DOCS:
+    assert set(site_links.OUTSIDE) <= listed
+    for page in (*DOCS, *(ROOT / path for path in site_links.OUTSIDE)):
         title, first, *_ = page.read_text().split("\n\n")
         assert title.startswith("# ") and re.match(r"For whom? ", first), f"{page.name} does not say whom it is for"
 
@@ -46,9 +48,41 @@ def test_on_the_site_a_page_is_called_by_its_title():
     assert site_links.rewritten("[gpu.md](gpu.md)", "README.md") == "[Attention on GPUs](gpu.md)"
 
 
+@functools.cache
+def _tables_with_words():
+    """Constants that a line of words follows, which the reference shows."""
+    found = set()
+    for path in (ROOT / "paged").rglob("*.py"):
+        for one, following in itertools.pairwise(ast.parse(path.read_text()).body):
+            if isinstance(one, ast.Assign | ast.AnnAssign) and isinstance(following, ast.Expr):
+                targets = one.targets if isinstance(one, ast.Assign) else [one.target]
+                found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def _places(page):
+    """Places of a page that a link may name: its headings, as the site and GitHub name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_links_to_a_place_of_a_page_lead_to_a_heading():
+    found, dead = 0, []
+    for page in (ROOT / "README.md", *DOCS, *(ROOT / path for path in site_links.OUTSIDE)):
+        for path, place in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text()):
+            target = page.parent / path if path else page
+            if target.suffix == ".md":
+                found += 1
+                dead += [f"{page.relative_to(ROOT)}: {path}#{place}"] if place not in _places(target) else []
+    assert found > 20 and not dead
+
+
 @pytest.mark.parametrize("package", site_links.API)
-def test_the_reference_has_every_public_class_and_function(package):
+def test_the_reference_has_every_public_name(package):
     module = paged if package == "paged" else getattr(paged, package)
+    tables = {name for name in vars(module) if name.isupper() and name[0] != "_"} - {"TYPE_CHECKING"}
+    assert tables <= set(site_links.names_of(package)) and tables <= _tables_with_words()
     public = {name for name, value in vars(module).items() if callable(value) and not name.startswith("_")}
     own = {name for name in public if getattr(vars(module)[name], "__module__", "").startswith("paged")}
     assert own and own <= set(site_links.names_of(package))
@@ -59,6 +93,12 @@ def test_a_dead_link_of_the_site_is_found(tmp_path):
     (tmp_path / "b.html").write_text('<h1 id="there"></h1><a href="https://example.com"></a><a href="./"></a>')
     (tmp_path / "index.html").write_text("")
     assert site_links.dead_links(tmp_path) == ["a.html: b.html#gone", "a.html: no.svg"]
+
+
+def test_the_gallery_shows_every_mask():
+    shown = {type(term) for entry in masks.GALLERY for term in terms_in(entry.spec.visibility)}
+    public = {value for value in vars(paged).values() if isinstance(value, type) and issubclass(value, paged.Mask)}
+    assert public - {paged.Mask} <= shown
 
 
 def test_the_gallery_of_masks_is_not_stale():
@@ -153,10 +193,9 @@ def test_a_notebook_runs_from_top_to_bottom(path):
             exec(compile("".join(cell["source"]), str(path), "exec"), names)
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocstrings", reason='the site needs pip install "paged[docs]"')
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "api" / "paged.html").read_text().count('id="paged.') > 60
