@@ -32,6 +32,8 @@ from .door import lower as lower
 from .door import write as write
 from .gpu import GpuDecodeSchedule as GpuDecodeSchedule
 from .jax_version import MULTIPLIES_WHILE_READING as MULTIPLIES_WHILE_READING
+from .jax_version import manual_axes as manual_axes
+from .jax_version import on_devices as on_devices
 from .jax_version import vary_alike as vary_alike
 from .jax_version import whole_rows as whole_rows
 from .mesh import ArraySpecs as ArraySpecs

@@ -71,24 +71,42 @@ def gpu_interpreter(interpret: Any) -> Any:
     return interpret
 
 
-def on_devices(run: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+def on_devices(
+    run: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, axes: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """``run`` on every device, with that device's shares of the arguments.
 
     Arguments that do not lie as ``in_specs`` say are moved first, where the mesh has explicit axes.
     JAX does not check over which axes results vary: loops and kernels would have to declare it for every first value.
+
+    **Arguments:**
+
+    - `axes`: the axes of the mesh over which ``run`` is called on shares; JAX divides its work over the others. None
+      named: all but those of a ``jax.shard_map`` around this call.
     """
+    around = manual_axes()
+    names = set(axes or mesh.axis_names) - around
+    if not names:
+        return run
     # ``jax.make_mesh`` makes explicit axes, for which ``jax.shard_map`` refuses arrays that lie otherwise.
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    if AxisType.Explicit not in mesh.axis_types:
+    here: Any = jax.sharding.get_abstract_mesh() if around else mesh
+    how: dict[str, Any] = {"in_specs": in_specs, "out_specs": out_specs, "axis_names": names, "check_vma": False}
+    sharded = jax.shard_map(run, mesh=here, **how)
+    if AxisType.Explicit not in here.axis_types:
         return sharded
 
     def moved(*args: Any) -> Any:
-        return sharded(*(_moved(arg, mesh, spec) for arg, spec in zip(args, in_specs, strict=True)))
+        return sharded(*(_moved(arg, here, spec) for arg, spec in zip(args, in_specs, strict=True)))
 
     return moved
 
 
-def _moved(tree: Any, mesh: Mesh, specs: Any) -> Any:
+def manual_axes() -> set[Any]:
+    """The mesh axes of a ``jax.shard_map`` around this call, over which each device traces its own shares."""
+    return set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _moved(tree: Any, mesh: Any, specs: Any) -> Any:
     def move(spec: PartitionSpec, part: Any) -> Any:
         return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), part)
 

@@ -136,13 +136,13 @@ _SHARED: contextvars.ContextVar[tuple[StepPlans, ...]] = contextvars.ContextVar(
 def planned(attend: Attend | ShardedAttend, q: Array, pages: Pages, step: Step) -> RaggedBatch | Plan:
     """The plan that a call shares with others of its step. Where none are shared, the step as its spec reads it.
 
-    On a mesh none are: each layer makes its own lists.
+    On a mesh that shares out heads or contexts none are: each layer makes its own lists.
     """
-    around = _around(step)
-    if around is None or isinstance(attend, ShardedAttend):
+    around, own = _around(step), attend.here if isinstance(attend, ShardedAttend) else attend
+    if around is None or isinstance(own, ShardedAttend):
         return batch_for(attend.spec, step)
     q_shape, page_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, pages))
-    return around.plan_for(_Asked(attend, q_shape, page_shapes))
+    return around.plan_for(_Asked(own, q_shape, page_shapes))
 
 
 def planned_positions(batch: RaggedBatch | GroupedBatch, tokens: Any, page_size: int) -> Int[Array, " tokens"] | None:

@@ -1,7 +1,7 @@
 """`ShardedAttend`: a lowered attention on every device of a mesh."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,15 +27,16 @@ from .._check import demands_of, require_checked
 from .._explain import Explanation, explain
 from ..attend import Attend
 from ..base import Schedule
+from ..jax_version import manual_axes
 from ..plan import Plan, Step, batch_of
 from ..program import Call, Program, Results
-from ..require import require_layout, require_new_tokens, require_pages, require_queries, require_whole_call
+from ..require import require_new_tokens, require_pages, require_queries, require_whole_call
 from ..tpu import Chip
 from . import devices
-from .axes import Axes, Shares
+from .axes import Axes, Shares, mesh_axes
 from .context import copy_over, merge_over, spread
-from .heads import repeated, repeats_of, share_of, with_one_head, with_own_head
-from .specs import ArraySpecs, axes_of, require_agreement, require_names
+from .heads import repeated, with_one_head, with_own_head
+from .specs import ArraySpecs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,20 @@ class ShardedAttend:
         """The `NamedSharding` of each array, for ``jax.device_put`` and ``out_shardings``."""
         is_spec = lambda x: isinstance(x, P)
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs, is_leaf=is_spec)
+
+    @property
+    def here(self) -> "Attend | ShardedAttend":
+        """The attention that a call on these devices runs.
+
+        Inside of a ``jax.shard_map`` over its axes of sequences each shard calls it with its own rows, batch and pages.
+        It is one shard's attention there, over the other axes, if there are any.
+        """
+        if self.axes.sequences is None or not set(mesh_axes(self.axes.sequences)) <= manual_axes():
+            return self
+        axes = dataclasses.replace(self.axes, sequences=None)
+        if axes == Axes():
+            return dataclasses.replace(self.first_device, check=self.check)
+        return dataclasses.replace(self, axes=axes)
 
     @property
     def _repeats(self) -> int:
@@ -160,9 +175,7 @@ class ShardedAttend:
         sinks: Sinks | None = None,
     ) -> Float[Array, "tokens q_heads value_dim"]:
         """Attend over the pages as they are. See `Attend.__call__`."""
-        batch = self._require(q, pages, batch)
-        require_sinks(self.spec, sinks)
-        return devices.state(self, False, q, pages, batch, sinks).out
+        return self._checked(False, q, pages, batch, sinks).out
 
     def state(
         self,
@@ -172,9 +185,15 @@ class ShardedAttend:
         sinks: Sinks | None = None,
     ) -> AttentionState:
         """The output and its log-sum-exp, merged over all devices of a context. See `Attend.state`."""
+        return self._checked(True, q, pages, batch, sinks).state
+
+    def _checked(self, has_lse: bool, q: Array, pages: Pages, batch: Step, sinks: Sinks | None) -> Results:
+        own: Any = self.here
+        if own is not self:
+            return own._checked(has_lse, q, pages, batch, sinks)
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
-        return devices.state(self, True, q, pages, batch, sinks).state
+        return devices.state(self, has_lse, q, pages, batch, sinks)
 
     def update(
         self,
@@ -217,6 +236,8 @@ class ShardedAttend:
         """
         if isinstance(batch, Plan):
             raise TypeError("batch must be a paged.RaggedBatch; got a Plan, which a call accepts as it is.")
+        if (own := self.here) is not self:
+            return own.plan(q, pages, batch)
         checked: Any = self._require(q, pages, batch)
         call = Call.of(q, pages, checked, has_holes=self._merge is not None)
         tokens, num_pages = call.tokens // self.shares.sequences, call.num_pages // self.shares.pages
@@ -230,6 +251,9 @@ class ShardedAttend:
     def _updated(
         self, has_lse: bool, q: Array, k: Array, v: Array, pages: Pages, batch: Step, sinks: Sinks | None
     ) -> tuple[Results, Pages]:
+        own: Any = self.here
+        if own is not self:
+            return own._updated(has_lse, q, k, v, pages, batch, sinks)
         batch = self._require(q, pages, batch)
         require_sinks(self.spec, sinks)
         require_new_tokens(self.layout.replace(num_kv_heads=self.spec.num_kv_heads), k, v, q.shape[0])
@@ -352,32 +376,3 @@ class ShardedAttend:
         if self.axes.sequences is None:
             return [batch]
         return [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(self.shares.sequences)]
-
-
-def lower_on_mesh(
-    lower_one: "Callable[[AttentionSpec, PageLayout], Attend]",
-    spec: AttentionSpec,
-    layout: PageLayout,
-    mesh: Mesh,
-    axes: Axes | None,
-    specs: tuple[Mapping[str, P] | None, P | None],
-    check: bool,
-) -> ShardedAttend:
-    """`paged.lower` on a mesh. ``lower_one`` lowers one device's share; ``specs`` are in_specs and out_specs."""
-    require_layout(spec, layout)
-    in_specs, out_specs = specs
-    if in_specs is not None:
-        require_names(in_specs)
-    if out_specs is not None and not isinstance(out_specs, P):
-        raise TypeError(f"out_specs must be a PartitionSpec, the output's; got {out_specs!r}.")
-    if axes is None:
-        axes = axes_of(in_specs or {}, out_specs, layout)
-    if not isinstance(axes, Axes):
-        raise TypeError(f'axes must be paged.Axes, such as Axes(kv_heads="model"); got {axes!r}.')
-    shares = Shares.of(axes, mesh).kv_heads
-    whole = layout.replace(num_kv_heads=layout.num_kv_heads * repeats_of(spec, shares))
-    first_device = lower_one(*share_of(spec, whole, shares, None))
-    own_spec, _ = share_of(spec, whole, shares, axes.kv_heads)
-    sharded = ShardedAttend(spec, whole, mesh, axes, first_device, Program.from_spec(own_spec), check)
-    require_agreement(sharded.specs, in_specs or {}, out_specs)
-    return sharded

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +18,11 @@ from jaxtyping import PRNGKeyArray
 from ..sampling import Sampler
 from . import programs
 from .packing import packed
-from .placing import placed
+from .placing import everywhere, placed
 from .programs import AT_ONCE
 from .record import StepEvents
 from .requests import NewRequest, Requests, Sizes
+from .shards import shards_of
 from .state import Counts, Queue, ServeState
 
 
@@ -37,13 +39,15 @@ class Device:
     """The loop's state, which every program takes and gives back, and the launches that have not come back.
 
     * ``model``, ``state``: what runs. * ``facts``: the static ones of `serve_many`.
+    * ``shards``: of sequences, see `Shards`; or None. * ``num_rows``: of the tables of requests of all of them.
     * ``steps``: of one launch. * ``key``: in which the numbers of requests are folded.
     """
 
     def __init__(self, model: Any, state: ServeState, facts: tuple, sizes: Sizes, steps: int, key: PRNGKeyArray):
-        requests = dataclasses.replace(state.queue.requests, keys=jnp.broadcast_to(key, (sizes.requests,)))
-        state = dataclasses.replace(state, queue=state.queue.replace(requests=requests))
-        self.model, self.state = model, placed(model, state)
+        keys = jnp.broadcast_to(key, state.queue.requests.keys.shape)
+        state = eqx.tree_at(lambda state: state.queue.requests.keys, state, keys)
+        self.model, self.state, self.shards = everywhere(model), placed(model, state), shards_of(model)
+        self.num_rows = keys.size
         self._facts, self._sizes, self._key = facts, sizes, key
         self._few, self._all = (jnp.asarray(n, jnp.int32) for n in (max(steps // 4, 1), steps))
         self.in_flight: collections.deque[Launch] = collections.deque()
@@ -54,23 +58,23 @@ class Device:
     def put(self, rows: Sequence[int], new: Sequence[NewRequest]) -> None:
         """Bring requests into some rows of the table: at most 8, by one transfer."""
         more = AT_ONCE - len(new)
-        places = np.asarray([*rows, *[self._sizes.requests] * more], np.int32)
+        places = np.asarray([*rows, *[self.num_rows] * more], np.int32)
         new = [*new, *[new[-1]] * more]
         words = packed(places, np.asarray([one.folds for one in new], np.int32), Requests.columns(new, self._sizes))
         keys = tuple(self._key if one.key is None else one.key for one in new)
-        self._change(lambda queue: programs.put((jnp.asarray(words), keys), queue))
+        self._change(lambda queue: programs.put((self.shards, jnp.asarray(words), keys), queue))
 
     def end(self, rows: Sequence[int]) -> None:
         """End the requests in some rows."""
         for first in range(0, len(rows), AT_ONCE):
             some = list(rows[first : first + AT_ONCE])
             numbers = jnp.asarray(some + [-1] * (AT_ONCE - len(some)), jnp.int32)
-            self._change(lambda queue, numbers=numbers: programs.end(numbers, queue))
+            self._change(lambda queue, numbers=numbers: programs.end((self.shards, numbers), queue))
 
     def renew(self, model: Any) -> None:
         """Run another model from now on."""
-        self.model = model
-        self._change(programs.renew)
+        self.model = everywhere(model)
+        self._change(lambda queue: programs.renew(self.shards, queue))
 
     def launch(self, handles: Mapping[int, Any], *, is_short: bool = False) -> None:
         """Give the device steps to do, or a quarter of them. It works on while the host goes on."""
@@ -95,20 +99,21 @@ class Device:
     def figures(self) -> tuple[Counts, Any]:
         """Counts and pages: up to now, or while launches run up to the latest that has come back."""
         if not self.in_flight and self._lost is None:
-            self._figures = jax.device_get(programs.figures(self.state.queue))
+            self._figures = jax.device_get(programs.figures(self.shards, self.state.queue))
         return self._figures
 
     def warm_up(self, handles: Mapping[int, Any], *, progress: bool) -> float:
         """Compile every program, and give each to the device once. The seconds that it took."""
         begin, queue = time.monotonic(), self.state.queue
-        values = {name: np.zeros(x.shape[1:], x.dtype) for name, x in queue.requests.values.items()}
+        axes = queue.requests.status.ndim  # of rows, and of shards of sequences
+        values = {name: np.zeros(x.shape[axes:], x.dtype) for name, x in queue.requests.values.items()}
         nobody = NewRequest((), 0, Sampler(), None, values=values)
         parts: dict[str, Callable[[], Any]] = {
-            "uploads": lambda: self.put([self._sizes.requests], [nobody]),
+            "uploads": lambda: self.put([self.num_rows], [nobody]),
             "steps": lambda: self.launch(handles),
             "cancellation": lambda: self.end([-1]),
-            "other weights": lambda: programs.renew(jax.tree.map(jnp.copy, self.state.queue)),
-            "figures": lambda: programs.figures(self.state.queue),
+            "other weights": lambda: programs.renew(self.shards, jax.tree.map(jnp.copy, self.state.queue)),
+            "figures": lambda: programs.figures(self.shards, self.state.queue),
         }
         for part in _shown(parts, progress):
             parts[part]()

@@ -10,7 +10,6 @@ from typing import Any, overload
 
 import equinox as eqx
 import jax
-import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from .._arguments import integer
@@ -21,18 +20,14 @@ from .drafting import ModelDraft
 from .handles import Event, FinishReason, Handle
 from .intake import keys_of_samples, require_key
 from .programs import AT_ONCE, MOST_STEPS
-from .records import Recorder, StepRecord
+from .records import Recorder, StepRecord, pages_of_groups
 from .requests import NewRequest
+from .rows import Rows
 from .setup import Setup
 from .speculation import Speculation
 from .state import ServeState
-from .stats import EngineStats, Quantiles, Times
+from .stats import EngineStats, Times
 from .texts import AnswerText, decoder_of
-
-_COUNTED = (
-    "steps", "decode_steps", "prompt_tokens", "reused_tokens", "new_tokens", "evicted_pages", "copied_pages",
-    "freed_pages",
-)  # fmt: skip
 
 
 class Engine:
@@ -132,9 +127,10 @@ class Engine:
         self._key = own_key
         self._device = Device(model, served, (*facts, speculation, record, log_probs), intake.sizes, steps, own_key)
         self._recorder = Recorder.of(queue) if record else None
-        self._num_slots, self._new_model = integer("num_slots", num_slots), None
+        self._num_slots, self._new_model = queue.request.size, None
         self._handles: dict[int, Handle] = {}  # by row
-        self._free = collections.deque(range(intake.sizes.requests))
+        shards = self._device.num_rows // intake.sizes.requests
+        self._rows = Rows(intake.sizes.requests, self._num_slots // shards, shards)
         self._pending: collections.deque[tuple[Handle, NewRequest]] = collections.deque()
         self._ended: collections.deque[Handle] = collections.deque()  # by the host, and not told yet
         self._stopped: list[int] = []  # rows with which the host is done, and the device is not
@@ -261,10 +257,9 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures up to now, or while a launch runs, up to the latest one that has come back."""
         device, running = self._device, sum(handle.first_token is not None for handle in [*self._handles.values()])
-        counts, (in_use, shared, cached) = device.figures()
-        reused, computed = int(counts.reused_tokens), int(counts.prompt_tokens)
-        return EngineStats(
-            **{name: int(getattr(counts, name)) for name in _COUNTED},
+        return EngineStats.of(
+            *device.figures(),
+            self._times,
             drafted_tokens=self._drafted,
             accepted_tokens=self._accepted,
             launches=device.launches,
@@ -272,14 +267,7 @@ class Engine:
             running=running,
             waiting=len(self._pending) + len(self._handles) - running,
             done=self._done,
-            preemptions=int(counts.preempted),
-            pages=int(np.sum(device.state.queue.pool.num_pages)),
-            pages_in_use=int(in_use + cached),
-            pages_shared=int(shared),
-            pages_cached=int(cached),
-            hit_rate=reused / (reused + computed) if reused + computed else None,
-            seconds_to_first_token=Quantiles.of(self._times.first),
-            seconds_per_token=Quantiles.of(self._times.after),
+            pages=sum(pages_of_groups(device.state.queue)),
             compile_seconds=self._compile_seconds,
         )
 
@@ -324,13 +312,18 @@ class Engine:
         return len(handles) <= self._num_slots and any(handle.first_token is None for handle in handles)
 
     def _upload(self) -> None:
-        while self._pending and self._free:
-            count = min(len(self._pending), len(self._free), AT_ONCE)
-            some, rows = [self._pending[i] for i in range(count)], [self._free[i] for i in range(count)]
-            self._device.put(rows, [new for _, new in some])
-            for (handle, _), row in zip(some, rows, strict=True):
+        while some := [self._pending[i] for i in range(min(len(self._pending), AT_ONCE))]:
+            rows = self._rows.take(new.family for _, new in some)
+            if not rows:
+                break
+            try:
+                self._device.put(rows, [new for _, new in some[: len(rows)]])
+            except BaseException:
+                self._rows.give_back(rows)
+                raise
+            for (handle, _), row in zip(some, rows, strict=False):
                 self._pending.popleft()
-                handle.row = self._free.popleft()
+                handle.row = row
                 self._handles[row] = handle
 
     def _end(self, handle: Handle, reason: FinishReason) -> None:
@@ -365,7 +358,7 @@ class Engine:
 
     def _let_go(self, row: int) -> None:
         del self._handles[row]
-        self._free.append(row)
+        self._rows.give_back([row])
 
     def _collect(self) -> None:
         """The events of the oldest launch."""

@@ -1,5 +1,8 @@
 """`StepFigures`: what a step of the loop computed, and which pages were held while it ran."""
 
+import dataclasses
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -48,7 +51,8 @@ class StepFigures(eqx.Module):
         """Figures of no step, for a queue's groups."""
         zero = jnp.zeros((), jnp.int32)
         pages = jnp.zeros((4, len(pools_of_groups(queue.pool))), jnp.int32)
-        of_slots = jnp.zeros_like(queue.request), jnp.zeros_like(queue.request), jnp.zeros(queue.request.shape, bool)
+        nobody, none = jnp.full_like(queue.request, -1), jnp.zeros_like(queue.request)
+        of_slots = nobody, none, jnp.zeros(queue.request.shape, bool)
         return cls(zero, zero, zero, zero, pages, zero, zero, zero, zero, zero, *of_slots)
 
     @classmethod
@@ -82,3 +86,26 @@ class StepFigures(eqx.Module):
             slot_rows=rows,
             is_prompt=(missing > 1) & (rows > 0),
         )
+
+    def of_all(self, request: Int[Array, "shards steps slots"], joined: Callable[[Array], Array]) -> "StepFigures":
+        """The figures of several shards of sequences, which have a leading axis, as those of one loop.
+
+        **Arguments:**
+
+        - `request`: as rows among all shards. - `joined`: puts the slots of all shards side by side.
+        """
+        of_slots = {
+            "request": joined(request),
+            "slot_rows": joined(self.slot_rows),
+            "is_prompt": joined(self.is_prompt),
+        }
+        names = [field.name for field in dataclasses.fields(self) if field.name not in of_slots]
+        return StepFigures(
+            **{name: jnp.sum(getattr(self, name), axis=0, dtype=jnp.int32) for name in names}, **of_slots
+        )
+
+    def kept_after(self, steps: Int[Array, ""], queue: Queue) -> "StepFigures":
+        """These of many steps, with the pages of a queue after the last one of ``steps``: nothing runs any more."""
+        is_over = jnp.arange(self.rows.shape[0], dtype=jnp.int32) >= steps
+        pages = jnp.stack([*counts_of(queue.pool, queue.cache), jnp.zeros(self.pages.shape[2], jnp.int32)])
+        return dataclasses.replace(self, pages=jnp.where(is_over[:, None, None], pages[None], self.pages))

@@ -30,16 +30,18 @@ def packed(rows: np.ndarray, folds: np.ndarray, columns: Mapping[str, Any]) -> n
     return np.concatenate([np.ascontiguousarray(x).reshape(len(rows), -1).view(np.uint32) for x in parts], axis=1)
 
 
-def put_packed(words: UInt[Array, "new words"], keys: Sequence[Any], table: Requests) -> Requests:
+def put_packed(
+    rows: Int[Array, " new"], words: UInt[Array, "new words"], keys: Sequence[Any], table: Requests
+) -> Requests:
     """The table with new requests.
 
     **Arguments:**
 
-    - `words`: see `packed`.
+    - `rows`: in which they go; one past the table drops its request.
+    - `words`: see `packed`, without the rows.
     - `keys`: a typed key for each new request, in which its numbers are folded.
     - `table`: where they go.
     """
-    rows, words = _ints(words[:, 0]), words[:, 1:]
     folds, words = _ints(words[:, :2]), words[:, 2:]
     found: dict[str, Any] = {}
     for name, column in _flat(_columns_of(table)):

@@ -49,6 +49,29 @@ class StepEvents(eqx.Module):
         return cls(nobody, token, zero, reason, drafted=zero if num_drafts else None)
 
 
+def beside(events: StepEvents, requests: int) -> StepEvents:
+    """The events of several shards of sequences as those of one loop: with their slots side by side.
+
+    **Arguments:**
+
+    - `events`: with a leading axis of shards. - `requests`: how many rows the table of one shard has.
+    """
+
+    def among_all(rows: Array) -> Array:
+        shard = jnp.arange(rows.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (rows.ndim - 1))
+        return jnp.where(rows >= 0, rows + shard * requests, rows)
+
+    def joined(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+    told, figures = events.of_prompts, events.figures
+    if told is not None:
+        told = dataclasses.replace(told, request=among_all(told.request))
+    events = dataclasses.replace(events, request=among_all(events.request), of_prompts=told, figures=None)
+    figures = None if figures is None else figures.of_all(among_all(figures.request), joined)
+    return dataclasses.replace(jax.tree.map(joined, events), figures=figures)
+
+
 def record(
     queue: Queue,
     rows: Int[Array, " slots"],

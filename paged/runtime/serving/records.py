@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .._prefix_pools import pools_of_groups
 from .requests import Reason
 from .state import Queue
 
@@ -47,6 +48,11 @@ class StepRecord:
         return tuple(a - b - c for a, b, c in zip(self.pages, self.used, self.cached, strict=True))
 
 
+def pages_of_groups(queue: Queue) -> tuple[int, ...]:
+    """How many pages the pool of each group of layers has, of all shards of sequences together."""
+    return tuple(pool.ref_counts.size for pool in pools_of_groups(queue.pool))
+
+
 class Recorder:
     """Makes records of the events of launches, in order.
 
@@ -66,7 +72,7 @@ class Recorder:
     @classmethod
     def of(cls, queue: Queue) -> "Recorder":
         """A recorder for the pools of a queue."""
-        return cls(tuple(np.ravel(queue.pool.num_pages).tolist()))
+        return cls(pages_of_groups(queue))
 
     def add(self, events: Any, steps: int, whose: Mapping[int, Hashable]) -> None:
         """Take in the events of one launch.

@@ -18,10 +18,10 @@ from ..prefix_cache import PrefixCache
 from .drafting import ModelDraft
 from .forward import logits_of
 from .intake import Intake, PagesOfValues
-from .placing import require_one_pool
 from .requests import Requests, Sizes
+from .shards import Shards, in_each, shards_of_all
 from .speculation import require_speculation
-from .state import Queue
+from .state import Queue, ServeState
 
 
 class Setup(NamedTuple):
@@ -43,8 +43,12 @@ class Setup(NamedTuple):
     ) -> "Setup":  # fmt: skip
         """The parts of an engine, see `Engine`. ``ValueError`` or ``TypeError`` for a model that it cannot serve."""
         num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
-        require_one_pool(model)
-        budget, served = num_slots + chunk_size, _served(model, state, speculation)
+        served = _served(model, state, speculation)
+        shards = shards_of_all(served)
+        if shards is not None:
+            num_slots = shards.share("num_slots", num_slots)
+            most = most | {"requests": -(-most["requests"] // shards.count)}
+        budget = num_slots + chunk_size
         drafts = 0 if speculation is None else speculation.num_tokens
         budget = max(budget, num_slots * (1 + drafts))  # a step in which every sequence has all its drafts must fit
         specs = tuple(dict.fromkeys(spec for one, _ in served for spec in specs_of(one)))
@@ -53,6 +57,8 @@ class Setup(NamedTuple):
         sizes = Sizes(**most, **facts)
         groups = page_groups(specs) or ((Everything(),),)
         held = _sizes(served, groups, num_pages, page_size)
+        if shards is not None:
+            held = held._replace(num_pages=tuple(shards.share("num_pages", n) for n in held.num_pages))
         width = -(-(sizes.tokens - 1 + drafts) // held.page_size)
         reason = _why_not_shared(served)
         reason = "a mask shows tokens to others before them" if reason is None and ahead.masks else reason
@@ -61,10 +67,10 @@ class Setup(NamedTuple):
         has_cache = reason is None if prefix_cache is None else prefix_cache
         # Any numbers: those of a row without a request are read by nobody.
         values = {v.name: jnp.ones(() if v.size is None else v.size, v.dtype) for s in specs for v in s.values}
-        queue = _new_queue((sizes, groups, held, num_slots, width, bool(has_cache)), values)
+        queue = _new_queue((sizes, groups, held, num_slots, width, bool(has_cache), shards), values)
         minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
         vocab, (capacity, unknown) = (
-            _vocab(served, queue, budget, minima),
+            _vocab(shards, served, queue, budget, minima),
             _capacity(groups, held, sizes.tokens, budget),
         )
         pages = PagesOfValues(unknown, held.page_size, budget)
@@ -106,15 +112,22 @@ def _why_not_shared(served: Any) -> str | None:
 @eqx.filter_jit
 def _new_queue(facts: tuple, values: Any) -> Queue:
     """A queue without requests. One program makes it: each of its arrays alone would be compiled as long."""
-    sizes, groups, held, num_slots, width, has_cache = facts
+    sizes, groups, held, num_slots, width, has_cache, shards = facts
     pool = new_pool(groups, held, num_slots, width)
-    return Queue.init(Requests.init(sizes, values), pool, PrefixCache.init(pool) if has_cache else None)
+    queue = Queue.init(Requests.init(sizes, values), pool, PrefixCache.init(pool) if has_cache else None)
+    return queue if shards is None else shards.stacked(queue)
 
 
-def _vocab(served: Any, queue: Queue, budget: int, minima: Any) -> int:
+def _vocab(shards: Shards | None, served: Any, queue: Queue, budget: int, minima: Any) -> int:
     """How many tokens the model knows: as many as its draft model."""
-    logits = [eqx.filter_eval_shape(logits_of, model, queue, state, budget, minima) for model, state in served]
-    sizes = [own.shape[2] for own in logits]
+
+    def logits(model: Any, own: ServeState) -> tuple[ServeState, Any]:
+        return own, logits_of(model, own.queue, own.model_state, budget, minima)
+
+    told = [
+        eqx.filter_eval_shape(in_each, shards, logits, model, ServeState(queue, state))[1] for model, state in served
+    ]
+    sizes = [own.shape[-1] for own in told]
     if len(set(sizes)) > 1:
         raise ValueError(
             f"A ModelDraft must know the tokens of the model that it drafts for: that one has {sizes[0]} logits, and "

@@ -3,11 +3,18 @@
 import collections
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .state import Counts
+
 _QUANTILES = (0.5, 0.9, 0.99)
+# Figures that the device counts under the same name.
+_COUNTED = (
+    "steps", "decode_steps", "prompt_tokens", "reused_tokens", "new_tokens", "evicted_pages", "copied_pages",
+    "freed_pages",
+)  # fmt: skip
 
 
 class Quantiles(NamedTuple):
@@ -79,6 +86,28 @@ class EngineStats:
     seconds_to_first_token: Quantiles | None
     seconds_per_token: Quantiles | None
     compile_seconds: float | None
+
+    @classmethod
+    def of(cls, counts: Counts, held: Any, times: Times, **host: Any) -> "EngineStats":
+        """Those of an engine.
+
+        **Arguments:**
+
+        - `counts`, `held`: of the device; pages that slots hold, that several hold, and that only the cache holds.
+        - `times`: of requests. - `host`: every figure that the host counts, by name.
+        """
+        (in_use, shared, cached), reused, computed = held, int(counts.reused_tokens), int(counts.prompt_tokens)
+        return cls(
+            **{name: int(getattr(counts, name)) for name in _COUNTED},
+            **host,
+            preemptions=int(counts.preempted),
+            pages_in_use=int(in_use + cached),
+            pages_shared=int(shared),
+            pages_cached=int(cached),
+            hit_rate=reused / (reused + computed) if reused + computed else None,
+            seconds_to_first_token=Quantiles.of(times.first),
+            seconds_per_token=Quantiles.of(times.after),
+        )
 
     def prometheus(self, prefix: str = "paged") -> str:
         """The figures in the text format of Prometheus: counters, gauges, and summaries of quantiles."""

@@ -13,7 +13,8 @@ from .admit import schedule
 from .figures import StepFigures
 from .forward import forward
 from .placing import whole
-from .record import StepEvents, record
+from .record import StepEvents, beside, record
+from .shards import shards_of
 from .speculation import Speculation, speculate
 from .state import ServeState
 from .told import DrawnLogProbs, PromptLogProbs
@@ -74,20 +75,44 @@ def serve_many(
 ) -> tuple[ServeState, StepEvents, Int[Array, ""]]:
     """`serve_step` until nothing runs and nothing waits, at most ``steps`` times.
 
+    Where a mesh shares out the sequences of the model's attention, every shard does that for itself, with a queue of
+    its own: see `Shards`.
+
     **Arguments:**
 
-    - `model`, `state`, `budget`, `minima`, `speculation`, `log_probs`, `has_figures`: as for `serve_step`.
+    - `model`, `state`, `budget`, `minima`, `speculation`, `log_probs`, `has_figures`: as for `serve_step`. Of shards
+      the arrays of the queue have a leading axis, and `budget` is of one of them.
     - `steps`: the most steps, an int: for so many there is room in the events.
     - `limit`: the most steps of this call, i32[], at most ``steps``; may be traced. None for ``steps``.
 
-    **Returns:** the new state; the events of all steps, [steps, slots] each; and how many steps there were.
+    **Returns:** the new state; the events of all steps, [steps, slots] each; and how many steps there were. Of shards
+    the slots are side by side, and figures are sums; rows of requests are those among all shards, and steps those of
+    the shard that had most.
     """
-    limit = steps if limit is None else jnp.minimum(limit, steps)
+    how: Any = {"budget": budget, "minima": minima, "log_probs": log_probs, "has_figures": has_figures}
+    limit = jnp.asarray(steps, jnp.int32) if limit is None else jnp.minimum(limit, steps)
+    shards, every = shards_of(model), (model, speculation, limit)
+    if shards is None:
+        return _many(steps, how, every, state)
+
+    def run(every: tuple, state: ServeState) -> tuple[ServeState, tuple]:
+        state, events, done = _many(steps, how, every, state)
+        if events.figures is not None:
+            events = dataclasses.replace(events, figures=events.figures.kept_after(done, state.queue))
+        return state, (events, done)
+
+    state, (events, done) = shards.run(run, every, state)
+    return state, beside(events, state.queue.requests.status.shape[1]), jnp.max(done)
+
+
+def _many(steps: int, how: dict[str, Any], every: tuple, state: ServeState) -> tuple[ServeState, StepEvents, Array]:
+    """`serve_many` of one shard, or where there are none. ``every`` is what each gets: model, drafts and limit."""
+    model, speculation, limit = every
     none = StepEvents.none(state.queue.request.shape[0], 0 if speculation is None else speculation.num_tokens)
-    none = dataclasses.replace(none, figures=StepFigures.zero(state.queue) if has_figures else None)
-    if log_probs is not None:
-        (slots, most), of_prompts = none.token.shape, PromptLogProbs.none(budget)
-        drawn = DrawnLogProbs.none(slots, most, log_probs)
+    none = dataclasses.replace(none, figures=StepFigures.zero(state.queue) if how["has_figures"] else None)
+    if how["log_probs"] is not None:
+        (slots, most), of_prompts = none.token.shape, PromptLogProbs.none(how["budget"])
+        drawn = DrawnLogProbs.none(slots, most, how["log_probs"])
         none = dataclasses.replace(none, drawn=drawn, of_prompts=of_prompts)
     events = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps, *x.shape)), none)
 
@@ -97,9 +122,7 @@ def serve_many(
 
     def one(carry: tuple) -> tuple:
         i, state, events = carry
-        how: Any = {"minima": minima, "speculation": speculation, "has_figures": has_figures}
-        how |= {"log_probs": log_probs}
-        state, own = serve_step(model, state, budget=budget, **how)
+        state, own = serve_step(model, state, speculation=speculation, **how)
         return i + 1, state, jax.tree.map(lambda all_, x: all_.at[i].set(x), events, own)
 
     done, state, events = jax.lax.while_loop(goes_on, one, (jnp.zeros((), jnp.int32), state, events))
