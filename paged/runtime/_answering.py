@@ -22,13 +22,17 @@ from ._prefix_pools import pools_of_groups, with_pools_of_groups
 from ._step_report import StepReport, report_of
 from .prefix_cache import PrefixCache
 from .sampling import Sampler
-from .serving import NewRequest, Queue, Reason, Requests, ServeState, Sizes, Status, serve_many
+from .serving import ModelDraft, NewRequest, Queue, Reason, Requests, ServeState, Sizes, Status, serve_many
 from .serving.forward import trusted
+from .serving.placing import everywhere, placed
+from .serving.served import Served
+from .serving.shards import Shards, in_each
+from .serving.speculation import Speculation
 
 # Steps of one launch: for so many there is room in what it gives back. With reports there are fewer, so that what a
 # step has drawn is told soon after it.
 _STEPS, _STEPS_TO_REPORT = 32, 4
-_REASONS = {Reason.EOS: "eos", Reason.LENGTH: "length", Reason.NO_TOKEN: "no_token"}
+_REASONS: dict[int, Any] = {Reason.EOS: "eos", Reason.LENGTH: "length", Reason.NO_TOKEN: "no_token"}
 
 
 class Pages(NamedTuple):
@@ -50,20 +54,39 @@ class Pages(NamedTuple):
 class Answering:
     """All that is asked of a model, and how far the answers have come. ``run`` ends when all of them have."""
 
-    model: Any
-    state: ServeState
+    served: Served
+    queue: Queue
     asked: Sequence[Asked]
     pages: Pages
     budget: int
-    minima: tuple[Minimum, ...]
+    speculation: Speculation | None
     on_step: Callable[[StepReport], None] | None
 
     def vocabulary(self) -> int:
         """How many columns the logits have. The model is traced for it, as a step traces it, and nothing runs."""
-        queue = self.state.queue
-        batch = eqx.filter_eval_shape(_batch, queue, self.budget, self.minima)
-        tokens: Any = jax.ShapeDtypeStruct((self.budget,), jnp.int32)
-        return vocabulary_of(self.model, tokens, batch, self.state.model_state)
+        found: list[int] = []
+
+        def one(model: Any, own: ServeState) -> tuple[ServeState, tuple]:
+            batch, tokens = _batch(own.queue, self.budget, self.served.minima), jnp.zeros(self.budget, jnp.int32)
+            found.append(vocabulary_of(model, tokens, batch, own.model_state))
+            return own, ()
+
+        (model, state), *drafting = self.served.models
+        eqx.filter_eval_shape(in_each, self.served.shards, one, model, ServeState(self.queue, state))
+        return self.served.vocabulary(self.queue, self.budget) if drafting else found[0]
+
+    def take_state(self, *, is_copied: bool) -> None:
+        """Put together what the loop carries: the model's state, or a copy of it, and a copy of a draft model's."""
+        (model, state), *drafting = self.served.models
+        copied = lambda state: jax.tree.map(jnp.copy, state)
+        drafts = copied(drafting[0][1]) if drafting else None
+        self.state = ServeState(self.queue, copied(state) if is_copied else state, drafts)
+        self.model = model
+        if self.served.shards is not None:
+            self.model, self.state = everywhere(model), placed(model, self.state)
+        speculation = self.speculation
+        self._drafts = speculation.without_state if isinstance(speculation, ModelDraft) else speculation
+        self._by_row = {request.row: request for request in self.asked}
 
     def run(self) -> None:
         while any(request.finish_reason is None for request in self.asked):
@@ -74,17 +97,17 @@ class Answering:
     def _launch(self) -> list[StepReport]:
         """Run some steps, and take in what they have drawn, before anybody is told."""
         limit = jnp.asarray(_STEPS if self.on_step is None else _STEPS_TO_REPORT, jnp.int32)
-        self.state, *told = _launch((self.model, limit, self.budget, self.minima), self.state)
+        self.state, *told = _launch((self.model, limit, self.budget, self.served.minima, self._drafts), self.state)
         events, steps, preemptions = jax.device_get(told)
         for request in self.asked:
-            request.preemptions = int(preemptions[request.place])
+            request.preemptions = int(preemptions.reshape(-1)[request.row])
         return [self._taken(events, step) for step in range(int(steps))]
 
     def _taken(self, events: Any, step: int) -> StepReport:
         drawn: dict[int, tuple[int, ...]] = {}
         ended: list[int] = []
         for slot in np.flatnonzero(events.request[step] >= 0):
-            request = self.asked[events.request[step, slot]]
+            request = self._by_row[int(events.request[step, slot])]
             tokens = events.token[step, slot, : events.count[step, slot]].tolist()
             request.tokens += tokens
             drawn |= {request.place: tuple(tokens)} if tokens else {}
@@ -97,23 +120,24 @@ class Answering:
                 "later positions on? A page that it has hidden must stay hidden."
             )
         masks, sizes, usable, _ = self.pages
-        rows = zip(masks, usable, sizes.bytes_per_page, strict=True)
-        idle = [GroupUsage(names_of(own), most, 0, 0, size) for own, most, size in rows]
-        out_of_use = [pages - most for pages, most in zip(sizes.num_pages, usable, strict=True)]
+        rows, shards = zip(masks, usable, sizes.bytes_per_page, strict=True), self.served.num_shards
+        idle = [GroupUsage(names_of(own), shards * most, 0, 0, size) for own, most, size in rows]
+        out_of_use = [shards * (pages - most) for pages, most in zip(sizes.num_pages, usable, strict=True)]
         return report_of(events.figures, step, drawn, ended, idle, out_of_use)
 
 
 def new_queue(
     asked: Sequence[Asked], pages: Pages, num_slots: int, sampler: Sampler, key: Any, ends: frozenset[int],
-    has_cache: bool,
+    has_cache: bool, shards: Shards | None,
 ) -> Queue:  # fmt: skip
-    """A queue in which every request waits.
+    """A queue in which every request waits, in the row that it gets here.
 
     Sizes are rounded up, so that calls with other numbers of prompts and tokens compile nothing: rows and ids that end
     an answer to powers of two, tokens to what a block table holds.
     """
+    dealt = _dealt(asked, 1 if shards is None else shards.count)
     sizes = Sizes(
-        requests=rounded(len(asked), least=8),
+        requests=rounded(max(map(len, dealt)), least=8),
         tokens=pages.pages_per_seq * pages.sizes.page_size + 1,
         ends=rounded(len(ends), least=4),
         stops=1,
@@ -123,27 +147,37 @@ def new_queue(
         has_cuts=any(request.cuts is not None for request in asked),
     )
     ids, any_key = tuple(sorted(ends)), jax.random.key(0)
-    new = [
-        NewRequest(
-            request.prompt,
-            len(request.prompt) + request.max_new_tokens,
-            sampler,
-            any_key,
-            ids,
-            arrival=request.place,
-            values=request.values,
-            cuts=request.cuts,
-            family=request.index,
-        )
-        for request in asked
-    ]
     nobody = NewRequest((), 0, sampler, any_key, values=asked[0].values if asked else {})
-    new += [nobody] * (sizes.requests - len(asked))
-    draws = np.zeros(sizes.requests, np.int32)
-    draws[: len(asked)] = [request.draw for request in asked]
+    new, draws = [nobody] * (len(dealt) * sizes.requests), np.zeros(len(dealt) * sizes.requests, np.int32)
+    for shard, own in enumerate(dealt):
+        for row, request in enumerate(own, shard * sizes.requests):
+            request.row, draws[row] = row, request.draw
+            new[row] = NewRequest(
+                request.prompt,
+                len(request.prompt) + request.max_new_tokens,
+                sampler,
+                any_key,
+                ids,
+                arrival=request.place,
+                values=request.values,
+                cuts=request.cuts,
+                family=request.index,
+            )
     table = Requests.of(new, sizes, keys=_keys(key, jnp.asarray(draws)))
-    numbers = jnp.asarray(len(asked), jnp.int32), jnp.asarray(pages.usable, jnp.int32)
-    return _new_queue(table, *numbers, pages.groups, pages.sizes, num_slots, pages.pages_per_seq, has_cache)
+    numbers = jnp.asarray([len(own) for own in dealt], jnp.int32), jnp.asarray(pages.usable, jnp.int32)
+    return _new_queue(table, *numbers, pages.groups, pages.sizes, num_slots, pages.pages_per_seq, has_cache, shards)
+
+
+def _dealt(asked: Sequence[Asked], shards: int) -> list[list[Asked]]:
+    """The requests of each shard of sequences: those of a prompt go where the fewest tokens are so far."""
+    dealt: list[list[Asked]] = [[] for _ in range(shards)]
+    tokens = [0] * shards
+    for _, samples in itertools.groupby(asked, lambda request: request.index):
+        shard = tokens.index(min(tokens))
+        for request in samples:
+            dealt[shard].append(request)
+            tokens[shard] += request.most_cached
+    return dealt
 
 
 def rounded(number: int, least: int = 1) -> int:
@@ -158,13 +192,16 @@ def _keys(key: Any, draws: Int[Array, " requests"]) -> Any:
 
 @eqx.filter_jit
 def _new_queue(
-    table: Requests, count: Int[Array, ""], usable: Int[Array, " groups"], groups: Any, sizes: GroupSizes,
-    num_slots: int, pages_per_seq: int, has_cache: bool,
+    table: Requests, counts: Int[Array, " shards"], usable: Int[Array, " groups"], groups: Any, sizes: GroupSizes,
+    num_slots: int, pages_per_seq: int, has_cache: bool, shards: Shards | None,
 ) -> Queue:  # fmt: skip
-    """A queue of the first rows of a table, over pools of which the first pages are free, and no other ever is."""
-    status = jnp.where(jnp.arange(table.status.shape[0], dtype=jnp.int32) < count, Status.WAITING, Status.FREE).astype(
-        jnp.int32
-    )
+    """A queue of the first rows of a table, over pools of which the first pages are free, and no other ever is.
+
+    ``table`` has the rows of all shards of sequences, one shard after the other, and ``counts`` are of each.
+    """
+    row = jnp.arange(table.status.shape[0] // counts.shape[0], dtype=jnp.int32)
+    status = jnp.where(row[None] < counts[:, None], Status.WAITING, Status.FREE).astype(jnp.int32).reshape(-1)
+    table = dataclasses.replace(table, status=status)
     pool = new_pool(groups, sizes, num_slots, pages_per_seq)
     pools = [
         eqx.tree_at(
@@ -173,7 +210,11 @@ def _new_queue(
         for own, most in zip(pools_of_groups(pool), usable, strict=True)
     ]
     pool = with_pools_of_groups(pool, pools)
-    queue = Queue.init(dataclasses.replace(table, status=status), pool, PrefixCache.init(pool) if has_cache else None)
+    own = table if shards is None else jax.tree.map(lambda x: x[: row.shape[0]], table)
+    queue = Queue.init(own, pool, PrefixCache.init(pool) if has_cache else None)
+    if shards is not None:
+        of_shards = jax.tree.map(lambda x: x.reshape(shards.count, -1, *x.shape[1:]), table)
+        queue = eqx.tree_at(lambda queue: queue.requests, shards.stacked(queue), of_shards)
     # A new pool and a new cache have arrays in common, which cannot be donated twice.
     return jax.tree.map(jnp.copy, queue)
 
@@ -186,6 +227,7 @@ def _batch(queue: Queue, budget: int, minima: tuple[Minimum, ...]) -> Any:
 # donated, so that pages are updated in place, and the parameters are not.
 @eqx.filter_jit(donate="all-except-first")
 def _launch(inputs: tuple, state: ServeState) -> tuple:
-    model, limit, budget, minima = inputs
-    state, events, steps = serve_many(model, state, _STEPS, limit, budget=budget, minima=minima, has_figures=True)
+    model, limit, budget, minima, speculation = inputs
+    how: Any = {"budget": budget, "minima": minima, "speculation": speculation, "has_figures": True}
+    state, events, steps = serve_many(model, state, _STEPS, limit, **how)
     return state, events, steps, state.queue.requests.preemptions

@@ -19,6 +19,7 @@ class Asked:
     * ``max_new_tokens``: the most tokens to draw.
     * ``values``: the prompt's numbers, by name, that the model's specs name by `Value`.
     * ``cuts`` bool[most_cached + 1]: where its tokens may be cut into steps; None for everywhere.
+    * ``row``: of the table of requests, which the serve loop tells it by.
     * ``tokens``, ``finish_reason``, ``preemptions``: what has come back, see `Generation`.
     """
 
@@ -29,6 +30,7 @@ class Asked:
     max_new_tokens: int
     values: Mapping[str, Any]
     cuts: np.ndarray | None = None
+    row: int = -1
     tokens: list[int] = dataclasses.field(default_factory=list)
     finish_reason: Literal["eos", "length", "no_token"] | None = None
     preemptions: int = 0

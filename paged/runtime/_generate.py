@@ -12,19 +12,19 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from jaxtyping import Integer as AnyInt
 
-from paged.spec import AttentionSpec, Everything, as_bool
+from paged.spec import AttentionSpec, as_bool
 
 from ._answering import Answering, Pages, new_queue, rounded
 from ._arguments import end_ids, integer, limits_of, prompts_of, values_of_prompts
 from ._asked import Asked
-from ._groups import Masks, keeps_all, page_groups
-from ._held import GroupSizes, group_sizes
-from ._masks import set_cuts, specs_of
+from ._groups import Masks, keeps_all
+from ._held import GroupSizes
+from ._masks import set_cuts
 from ._model_call import Model
-from ._new_pools import why_not_shared
 from ._step_report import StepReport
 from .sampling import Sampler
-from .serving import ServeState
+from .serving.served import Served
+from .serving.speculation import Speculation
 
 Integer = int | np.integer | AnyInt[Array | np.ndarray, ""]
 Integers = Sequence[Integer] | AnyInt[Array | np.ndarray, " _"]
@@ -71,7 +71,7 @@ def generate(
     chunk_size: Integer = 64, sampler: Sampler | None = None, key: PRNGKeyArray | None = None,
     eos: Integer | Iterable[Integer] | None = None, donate_state: Literal[False] = False,
     on_step: Callable[[StepReport], None] | None = None, values: Mapping[str, Any] | None = None, n: Integer = 1,
-    prefix_cache: bool | np.bool_ | None = None,
+    prefix_cache: bool | np.bool_ | None = None, speculation: Speculation | None = None,
 ) -> list[Generation]: ...
 @overload
 def generate(
@@ -80,7 +80,7 @@ def generate(
     chunk_size: Integer = 64, sampler: Sampler | None = None, key: PRNGKeyArray | None = None,
     eos: Integer | Iterable[Integer] | None = None, donate_state: Literal[True],
     on_step: Callable[[StepReport], None] | None = None, values: Mapping[str, Any] | None = None, n: Integer = 1,
-    prefix_cache: bool | np.bool_ | None = None,
+    prefix_cache: bool | np.bool_ | None = None, speculation: Speculation | None = None,
 ) -> tuple[list[Generation], eqx.nn.State]: ...
 # fmt: on
 def generate(
@@ -102,6 +102,7 @@ def generate(
     values: Mapping[str, Any] | None = None,
     n: Integer = 1,
     prefix_cache: bool | np.bool_ | None = None,
+    speculation: Speculation | None = None,
 ) -> list[Generation] | tuple[list[Generation], eqx.nn.State]:
     """Generate from a list of prompts of any lengths, by continuous batching over one page pool.
 
@@ -145,6 +146,9 @@ def generate(
       are given up when the pool has no others. None: where it changes no result but by rounding, which is where every
       mask of the model is known and shows no token a later one, no number of a request is named by a mask or a score,
       and the state holds nothing but pages. True: raise where that is not so.
+    - `speculation`: where drafts of the next tokens come from, `NGramDraft` or `ModelDraft`; None for none. A step
+      verifies the drafts of a sequence at once, and draws the same tokens in fewer steps: see `Engine`. The state of a
+      `ModelDraft` is copied, so that it can be used again.
 
     **Returns:** one `Generation` per prompt, in order, or with `n` the samples of the first prompt, then those of the
     second, and so on; no prompts give an empty list. With ``donate_state`` a pair:
@@ -176,23 +180,20 @@ def generate(
     sampler, key = _require_sampler(sampler, key)
     num_slots, chunk_size = integer("num_slots", num_slots, 1), integer("chunk_size", chunk_size, 1)
     donate_state, ends = as_bool("donate_state", donate_state), end_ids(eos)
-    specs = specs_of(model)
-    groups = page_groups(specs) or ((Everything(),),)
-    sizes = group_sizes(model, state, groups, num_pages, page_size)
+    served = Served.of(model, state, speculation)
+    num_slots, specs, groups = served.share("num_slots", num_slots), served.specs, served.groups
+    sizes = served.sizes(num_pages, page_size)
     samples = integer("n", n, 1)
     requests = _requests(prompts, max_new_tokens, values, specs, samples)
     pages_per_seq = _table_width(requests, groups, sizes, pages_per_seq, chunk_size)
     set_cuts([spec.visibility for spec in specs], requests, chunk_size)
-    pages = _pages(model, state, groups, sizes, pages_per_seq)
-    has_cache = _has_prefix_cache(prefix_cache, specs, requests, state)
-    queue = new_queue(requests, pages, num_slots, sampler, key, ends, has_cache)
-    minima = tuple(dict.fromkeys(minimum for spec in specs for minimum in spec.minima))
-    budget = num_slots + chunk_size
-    answering = Answering(model, ServeState(queue, state), requests, pages, budget, minima, on_step)
+    pages = _pages(served, sizes, pages_per_seq)
+    has_cache = _has_prefix_cache(prefix_cache, served, requests)
+    queue = new_queue(requests, pages, num_slots, sampler, key, ends, has_cache, served.shards)
+    answering = Answering(served, queue, requests, pages, served.budget(num_slots, chunk_size), speculation, on_step)
     if requests:
         _require_in_vocabulary(requests, ends, answering.vocabulary())
-    if not donate_state:
-        answering.state = ServeState(queue, jax.tree.map(jnp.copy, state))
+    answering.take_state(is_copied=not donate_state)
     try:
         answering.run()
     except BaseException as error:
@@ -226,13 +227,11 @@ def _require_sampler(sampler: Any, key: Any) -> tuple[Sampler, PRNGKeyArray]:
     return sampler, key
 
 
-def _has_prefix_cache(
-    asked: Any, specs: Sequence[AttentionSpec], requests: Sequence[Asked], state: eqx.nn.State
-) -> bool:
+def _has_prefix_cache(asked: Any, served: Served, requests: Sequence[Asked]) -> bool:
     """Whether a prefix cache is used. ``ValueError`` where it is asked for, and equal tokens may have other pages."""
     if asked is not None and not as_bool("prefix_cache", asked):
         return False
-    reason = why_not_shared(specs, state)
+    reason = served.why_not_shared()
     if reason is None and any(request.cuts is not None for request in requests):
         reason = "a mask shows tokens to others before them"
     if asked is not None and reason is not None:
@@ -280,13 +279,13 @@ def _table_width(
     return rounded(longest) if pages_per_seq is None else pages_per_seq
 
 
-def _pages(model: Any, state: eqx.nn.State, groups: Sequence[Masks], sizes: GroupSizes, pages_per_seq: int) -> Pages:
+def _pages(served: Served, sizes: GroupSizes, pages_per_seq: int) -> Pages:
     """Pools that count as many pages as there are, of which as many may be used as ``sizes`` says."""
     if any(sizes.bytes_per_page):
-        counted = group_sizes(model, state, groups, None, sizes.page_size)
+        counted = served.sizes(None, sizes.page_size)
     else:
         counted = sizes._replace(num_pages=tuple(rounded(pages, least=16) for pages in sizes.num_pages))
-    return Pages(tuple(groups), counted, sizes.num_pages, pages_per_seq)
+    return Pages(served.groups, counted, sizes.num_pages, pages_per_seq)
 
 
 def _require_in_vocabulary(requests: Sequence[Asked], ends: frozenset[int], size: int) -> None:
