@@ -55,7 +55,9 @@ def _is_array(x: Any) -> bool:
     return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
-def filled(shapes: Decoder, config: Config, weights: Weights, dtype: Any, mesh: Mesh | None, axis: str) -> Decoder:
+def filled(
+    shapes: Decoder, config: Config, weights: Weights, dtype: Any, mesh: Mesh | None, axis: str | None
+) -> Decoder:
     """A model of shapes with the arrays of a checkpoint.
 
     **Arguments:**

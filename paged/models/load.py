@@ -36,7 +36,8 @@ def load(
     dtype: Any = None,
     target: str = "auto",
     mesh: Mesh | None = None,
-    axis: str = "model",
+    axis: str | None = "model",
+    sequences: str | None = None,
     layout: PageLayout | None = None,
     max_length: int | None = None,
     experts: str | None = None,
@@ -56,7 +57,9 @@ def load(
     - `target`, `check`: see `paged.runtime.PagedCache`.
     - `mesh`: devices that share the KV heads, and the inner features of perceptrons or the experts. Each device's part
       is read from the files by itself, so that no process holds an array twice.
-    - `axis`: the axis of the mesh that shares them. Arrays are whole along other axes.
+    - `axis`: the axis of the mesh that shares them; None for none. Arrays are whole along other axes.
+    - `sequences`: the axis of the mesh whose devices serve sequences of their own, with pages of their own, see
+      `Axes`; None for none. ``num_pages`` and ``num_slots`` are those of all of them together.
     - `layout`: how pages lie in memory, where the default does not do; its page size counts. By default they have the
       dtype of what is computed, and an order that the target reads without a copy, see `PageLayout`.
     - `max_length`: the most tokens of a sequence. Only the rotary scalings ``longrope`` and ``dynamic`` need it, and
@@ -96,8 +99,8 @@ def load(
         layout = config.layout(page_size, computed, order=_order(config, target))
     axes = None
     if mesh is not None:
-        mesh, axes = automatic(mesh), Axes(kv_heads=axis)
-        require_shares(config, mesh, axis)
+        mesh, axes = automatic(mesh), Axes(kv_heads=axis, sequences=sequences)
+        require_shares(config, mesh, axis, sequences, num_pages)
     how = {"target": target, "check": check, "mesh": mesh, "axes": axes, "dtype": computed}
     how |= {"num_slots": num_slots, "chunk_size": chunk_size}
     make = eqx.nn.make_with_state(lambda key: Decoder(config, layout, num_pages, **how, key=key))

@@ -25,10 +25,18 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def require_shares(config: Config, mesh: Mesh, axis: str) -> None:
-    """Raise unless the devices of the axis share KV heads and inner features evenly."""
-    if axis not in mesh.shape:
-        raise ValueError(f"axis must be one of the mesh's {', '.join(map(repr, mesh.axis_names))}; got {axis!r}.")
+def require_shares(config: Config, mesh: Mesh, axis: str | None, sequences: str | None, num_pages: int) -> None:
+    """Raise unless devices share KV heads and inner features evenly by one axis, and pages by the other."""
+    for name, own in {"axis": axis, "sequences": sequences}.items():
+        if own is not None and own not in mesh.shape:
+            raise ValueError(f"{name} must be one of the mesh's {', '.join(map(repr, mesh.axis_names))}; got {own!r}.")
+    if sequences is not None and num_pages % mesh.shape[sequences]:
+        raise ValueError(
+            f"num_pages must be a multiple of the {mesh.shape[sequences]} devices of the mesh's axis {sequences!r}, "
+            f"which have as many each; got {num_pages}."
+        )
+    if axis is None:
+        return
     devices = mesh.shape[axis]
     counts = {"num_key_value_heads": config.num_kv_heads}
     if config.experts is None:
@@ -43,7 +51,7 @@ def require_shares(config: Config, mesh: Mesh, axis: str) -> None:
             )
 
 
-def sharding_of(attribute: str, rank: int, has_layers: bool, mesh: Mesh, axis: str) -> NamedSharding:
+def sharding_of(attribute: str, rank: int, has_layers: bool, mesh: Mesh, axis: str | None) -> NamedSharding:
     """How an array lies.
 
     **Arguments:**

@@ -9,15 +9,24 @@ import numpy as np
 import pytest
 
 import paged
-from paged.runtime import Engine, ModelDraft, NGramDraft, PagedCache, Sampler
+from paged.models import load, open_safetensors
+from paged.runtime import Engine, ModelDraft, NGramDraft, PagedCache, Sampler, generate
 from paged.runtime.serving import programs
 from paged.runtime.serving.rows import Rows
 from tests.mesh.placing import collectives, mesh_of, needs_devices
+from tests.models.test_load import CHECKPOINTS
 
-from .tiny import LAYOUT, Tiny, greedy_ref, tiny
+from .tiny import LAYOUT, LOCAL, Tiny, greedy_ref, tiny
 
 PAGES, SLOTS = 24, 4
-PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [1], [8, 2, 8, 1, 8, 2, 8], [3, 1, 4, 1, 5]]
+PROMPTS = [
+    [3, 1, 4, 1, 5, 9, 2, 6, 5],
+    [2, 7],
+    [3, 1, 4, 1, 5, 9, 2, 6, 5, 3],
+    [1],
+    [8, 2, 8, 1, 8, 2, 8],
+    [3, 1, 4, 1, 5],
+]
 DRAWS = Sampler(temperature=1.0, top_p=0.9, repetition_penalty=1.2)
 
 
@@ -54,7 +63,9 @@ def told(handles):
 @needs_devices
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "axes", [{"sequences": 2}, {"sequences": 4}, {"sequences": 2, "kv_heads": 2}, {"sequences": 2, "context": 2}], ids=str
+    "axes",
+    [{"sequences": 2}, {"sequences": 4}, {"sequences": 2, "kv_heads": 2}, {"sequences": 2, "context": 2}],
+    ids=lambda axes: "-".join(axes) + str(axes["sequences"]),
 )
 def test_shards_serve_the_tokens_of_one_device(axes, caplog):
     """Greedy and by chance, samples of one prompt, priorities, more requests than rows, hits in prefix caches."""
@@ -78,3 +89,109 @@ def test_shards_serve_the_tokens_of_one_device(axes, caplog):
     assert max(len(record.rows) for record in served.records) == SLOTS
     assert sum(sum(record.drawn.values()) for record in served.records) == stats.new_tokens
     assert all(record.free[0] >= 0 and record.pages == (PAGES, PAGES) for record in served.records)
+    if "kv_heads" in axes or "context" in axes:
+        return
+    # While steps run no device waits for another: what they exchange is what the host is told at the end.
+    device = served._device
+    text = programs.serve.lower((device.model, device._all, *device._facts), device.state).compile().compiled.as_text()
+    assert not collectives("\n".join(own for own in text.split("\n\n") if not own.lstrip().startswith("ENTRY")))
+
+
+@needs_devices
+@pytest.mark.slow
+def test_shards_speculate_tell_log_probabilities_and_take_other_weights():
+    options = {"log_probs": 2, "num_pages": PAGES, "page_size": 4}
+    of_ngrams = {"speculation": NGramDraft(num_tokens=2, ngram=1)}
+    alone, served = engine(*tiny(PAGES), **options), engine(*on_mesh(sequences=2), **options, **of_ngrams)
+    weights = jax.tree.map(lambda x: -x if eqx.is_array(x) else x, tiny(PAGES)[0])
+    for again in range(2):
+        asked = {"log_probs": 2, "prompt_log_probs": True}
+        handles, want = submit_all(served, **asked), submit_all(alone, **asked)
+        list(served.stream()), list(alone.stream())
+        assert told(handles) == told(want), again
+        for handle, other in zip(handles, want, strict=True):
+            np.testing.assert_allclose(handle.log_probs, other.log_probs, atol=1e-4)
+            np.testing.assert_allclose(handle.prompt_log_probs[1:], other.prompt_log_probs[1:], atol=1e-4)
+        alone.update_model(eqx.combine(eqx.filter(weights, eqx.is_array), alone._device.model))
+        served.update_model(eqx.combine(eqx.filter(weights, eqx.is_array), served._device.model))
+    assert served.stats().accepted_tokens > 0
+
+
+@needs_devices
+@pytest.mark.slow
+def test_generate_deals_prompts_to_shards_and_gives_the_tokens_of_one_device():
+    rules = {
+        "max_new_tokens": 7,
+        "num_slots": SLOTS,
+        "chunk_size": 3,
+        "sampler": DRAWS,
+        "key": jax.random.key(3),
+        "n": 2,
+    }
+    want = generate(*tiny(PAGES), PROMPTS, **rules)
+    reports = []
+    model, state = on_mesh(sequences=2)
+    got, state = generate(model, state, PROMPTS, **rules, on_step=reports.append, donate_state=True)
+    assert [own.tokens for own in got] == [own.tokens for own in want]
+    assert max(report.running for report in reports) == SLOTS and reports[0].groups[0].num_pages == PAGES
+    again = generate(model, state, PROMPTS, **rules, speculation=NGramDraft(num_tokens=2, ngram=1))
+    assert [own.tokens for own in again] == [own.tokens for own in want]
+
+
+@needs_devices
+@pytest.mark.slow
+def test_a_checkpoint_is_served_by_shards():
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    sizes = {"num_pages": 16, "page_size": 4, "max_length": 64, "dtype": jnp.float32}
+    model, state, _ = load(CHECKPOINTS / "llama", **sizes, mesh=mesh, axis=None, sequences="data")
+    want = open_safetensors(CHECKPOINTS / "llama" / "expected.safetensors")
+    prompt, tokens = (want[key].read().tolist() for key in ("prompt", "tokens"))
+    for result in generate(model, state, [prompt] * 3, max_new_tokens=24, num_slots=4, chunk_size=8):
+        assert list(result.tokens) == tokens
+
+
+@needs_devices
+def test_a_shard_calls_its_attention_with_its_own_rows_batch_and_pages():
+    """As many shards of one stacked call: under a user's own ``jax.shard_map`` too."""
+    mesh, axes = mesh_of({"sequences": 2})
+    attend = paged.lower(LOCAL, LAYOUT, mesh=mesh, axes=axes)
+    batches = [
+        paged.RaggedBatch.decode([5, 2], [[1, 0], [2, -1]]),
+        paged.RaggedBatch.decode([3, 4], [[2, -1], [0, -1]]),
+    ]
+    stacked, q = paged.RaggedBatch.stack(batches), jax.random.normal(jax.random.key(0), (4, 4, 8))
+    k, v, pages = q[:, :2], q[:, 2:], LAYOUT.init(6)
+    want, pages_want = attend.update(q, k, v, pages, stacked)
+    own = lambda q, k, v, pages, batch: attend.update(q, k, v, pages, jax.tree.map(lambda x: x[0], batch))
+    specs = attend.specs
+    shard = jax.shard_map(
+        own, mesh=mesh, in_specs=(specs.q, specs.k, specs.v, specs.pages, specs.batch),
+        out_specs=(specs.out, specs.pages), check_vma=False,
+    )  # fmt: skip
+    out, pages = jax.jit(shard)(q, k, v, pages, stacked)
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(pages.arrays[0], pages_want.arrays[0])
+
+
+def test_a_request_goes_where_the_fewest_are_and_a_sample_beside_the_others_while_there_is_a_slot():
+    rows = Rows(rows=3, slots=2, shards=2)
+    assert rows.take([-1, -1, -1]) == [0, 3, 1]
+    assert rows.take([5, 5, 5]) == [4, 2, 5]  # beside its like, then where the fewest are
+    assert rows.take([-1]) == []
+    rows.give_back([1, 4])
+    assert rows.take([-1, 6, 6, 6]) == [1, 4]
+
+
+@needs_devices
+def test_what_shards_cannot_share_is_refused_by_name():
+    model, state = on_mesh(sequences=2)
+    with pytest.raises(ValueError, match=r"num_slots is of all 2 shards .* multiple of 2; got 3"):
+        Engine(model, state, num_slots=3, max_tokens=16)
+    with pytest.raises(ValueError, match=r"num_pages is of all 2 shards .* multiple of 2; got 7"):
+        Engine(model, state, num_slots=2, max_tokens=16, num_pages=7)
+    other = ModelDraft(*on_mesh(sequences=4), num_tokens=1)
+    with pytest.raises(ValueError, match="A ModelDraft whose attention shares out sequences must do so as the model"):
+        Engine(model, state, num_slots=2, max_tokens=16, speculation=other)
+    both = eqx.tree_at(lambda model: model.layers[0], model, on_mesh(sequences=4)[0].layers[0])
+    with pytest.raises(ValueError, match="All attentions of a model must share out sequences alike"):
+        Engine(both, state, num_slots=4, max_tokens=16)
