@@ -1,5 +1,7 @@
 """The serve loop apart from the engine: written down by `jax.export`, and on a mesh of devices."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged
-from paged.runtime import GroupedPool, PagedCache, PagePool, PrefixCache, Sampler, page_groups, sample
+from paged.runtime import (
+    GroupedPool,
+    ModelDraft,
+    NGramDraft,
+    PagedCache,
+    PagePool,
+    PrefixCache,
+    Sampler,
+    page_groups,
+    sample,
+)
 from paged.runtime.serving import Engine, NewRequest, Queue, Requests, ServeState, Sizes, programs, serve_many
 from tests.mesh.placing import collectives, mesh_of, needs_devices
 
@@ -19,19 +31,21 @@ from .tiny import EMBED, GLOBAL, LAYOUT, LOCAL, Tiny, greedy_ref, tiny
 pytestmark = pytest.mark.kernels  # the loop compiles for seconds
 
 SIZES, SLOTS, PAGES, BUDGET = Sizes(4, 24), 2, 10, 5
+TELLING = Sizes(4, 24, has_log_probs=True)
 MODEL, STATE = tiny(num_pages=PAGES)
 PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6, 5), (2, 7), (3, 1, 4, 1, 5, 9, 2, 6, 5, 3))
 ANSWER, DRAWS = 6, Sampler(temperature=1.0, top_p=0.9)
 
 
-def state_of(prompts=PROMPTS, specs=(LOCAL, GLOBAL), state=STATE):
+def state_of(prompts=PROMPTS, specs=(LOCAL, GLOBAL), state=STATE, asks=False):
     """Some requests that wait: the last one draws by chance."""
+    sizes, asked = (TELLING, {"log_probs": 2, "prompt_log_probs": True}) if asks else (SIZES, {})
     samplers = [*[Sampler()] * (len(prompts) - 1), DRAWS]
     new = [
-        NewRequest(prompt, len(prompt) + ANSWER, sampler, jax.random.key(i), arrival=i)
+        NewRequest(prompt, len(prompt) + ANSWER, sampler, jax.random.key(i), arrival=i, **asked)
         for i, (prompt, sampler) in enumerate(zip(prompts, samplers, strict=True))
     ]
-    requests = Requests.init(SIZES).put(jnp.arange(len(new)), Requests.of(new, SIZES))
+    requests = Requests.init(sizes).put(jnp.arange(len(new)), Requests.of(new, sizes))
     groups = page_groups(specs)
     pool = GroupedPool([PagePool.init(PAGES, SLOTS, 6, 4) for _ in groups], groups)
     return ServeState(Queue.init(requests, pool, PrefixCache.init(pool)), state)
@@ -65,6 +79,60 @@ def test_what_is_read_back_serves_the_same_tokens():
     assert answers_of(served) == answers_ref() and int(served.queue.counts.done) == len(PROMPTS)
     assert served.queue.pool.masks == start.queue.pool.masks and int(served.queue.counts.reused_tokens) > 0
     assert int(again(served)[2]) == 0  # nothing is left to do
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ngram", "model"])
+def test_what_is_read_back_speculates_and_tells_log_probabilities(kind):
+    """Of drawn tokens, of the likeliest and of prompts, where a step draws several tokens: as the loop in memory."""
+    drafts = NGramDraft(2, ngram=1) if kind == "ngram" else ModelDraft(MODEL, jax.tree.map(jnp.copy, STATE), 2)
+    start, own = state_of(asks=True), drafts
+    if kind == "model":
+        start, own = dataclasses.replace(start, draft_state=drafts.state), drafts.without_state
+    how = {"budget": BUDGET + 2, "speculation": own, "log_probs": 2, "has_figures": True}
+    run = jax.jit(lambda state: serve_many(MODEL, state, 40, **how))
+    want, got = run(start), export.deserialize(export.export(run)(start).serialize()).call(start)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        np.testing.assert_array_equal(*map(jax.random.key_data, (x, other)) if is_key else (x, other))
+    served, events, steps = got
+    assert answers_of(served) == answers_ref()
+    assert int(steps) < ANSWER * len(PROMPTS) and int(jnp.max(events.count)) > 1
+    for row, prompt in enumerate(PROMPTS):
+        known = [*prompt, *answers_ref()[row]]
+        rows = np.asarray(jax.nn.log_softmax(MODEL.dense(jnp.asarray(known))))
+        at = np.arange(len(known) - 1)
+        dense, slots = rows[at, known[1:]], np.asarray(events.request) == row
+        mine = np.asarray(events.drawn.log_prob)[slots]
+        counts = np.asarray(events.count)[slots]
+        drawn = np.concatenate([x[:count] for x, count in zip(mine, counts, strict=True)])
+        np.testing.assert_allclose(drawn, dense[len(prompt) - 1 :], atol=2e-4)
+        of_prompt = np.asarray(events.of_prompts.request) == row
+        places = np.asarray(events.of_prompts.place)[of_prompt]
+        assert set(places.tolist()) == set(range(1, len(prompt)))
+        told = np.asarray(events.of_prompts.log_prob)[of_prompt]
+        np.testing.assert_allclose(told, dense[places - 1], atol=2e-4)
+
+
+@needs_devices
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ngram", "model"])
+def test_an_engine_on_two_devices_speculates_and_tells_log_probabilities(kind):
+    """A draft model on the same devices."""
+    model, state = shared_model(kv_heads=2)
+    drafts = NGramDraft(2, ngram=1) if kind == "ngram" else ModelDraft(*shared_model(kv_heads=2), 2)
+    sizes = {"num_slots": SLOTS, "max_tokens": SIZES.tokens, "chunk_size": BUDGET - SLOTS, "max_requests": 4}
+    served = Engine(model, state, **sizes, steps=8, speculation=drafts, log_probs=1)
+    rules = [{}] * (len(PROMPTS) - 1) + [{"sampler": DRAWS, "key": jax.random.key(len(PROMPTS) - 1)}]
+    handles = [served.submit(prompt, ANSWER, log_probs=1, **rule) for prompt, rule in zip(PROMPTS, rules, strict=True)]
+    list(served.stream())
+    assert [tuple(handle.tokens) for handle in handles] == answers_ref() and served.stats().accepted_tokens > 0
+    for handle in handles:
+        known = [*handle.prompt, *handle.tokens]
+        rows = np.asarray(jax.nn.log_softmax(MODEL.dense(jnp.asarray(known))))
+        at = np.arange(len(handle.prompt) - 1, len(known) - 1)
+        np.testing.assert_allclose(handle.log_probs, rows[at, known[len(handle.prompt) :]], atol=2e-4)
 
 
 def test_a_state_that_cannot_be_written_down_is_refused_by_name():

@@ -17,10 +17,12 @@ from jaxtyping import PRNGKeyArray
 
 from ..sampling import Sampler
 from . import programs
+from .fresh import Fresh
 from .packing import packed
 from .placing import everywhere, placed
 from .programs import AT_ONCE
 from .record import StepEvents
+from .records import pages_of_groups
 from .requests import NewRequest, Requests, Sizes
 from .shards import shards_of
 from .state import Counts, Queue, ServeState
@@ -40,20 +42,47 @@ class Device:
 
     * ``model``, ``state``: what runs. * ``facts``: the static ones of `serve_many`.
     * ``shards``: of sequences, see `Shards`; or None. * ``num_rows``: of the tables of requests of all of them.
-    * ``steps``: of one launch. * ``key``: in which the numbers of requests are folded.
+    * ``pages``: of each group of layers.
+    * ``is_lost``: whether an exception has cost the state: `begin_again` makes another one.
+
+    **Arguments:**
+
+    - `new_queue`: makes a queue without requests. - `states`: of the served model, and of a draft model or None.
+    - `steps`: of one launch. - `key`: in which the numbers of requests are folded.
     """
 
-    def __init__(self, model: Any, state: ServeState, facts: tuple, sizes: Sizes, steps: int, key: PRNGKeyArray):
-        keys = jnp.broadcast_to(key, state.queue.requests.keys.shape)
-        state = eqx.tree_at(lambda state: state.queue.requests.keys, state, keys)
-        self.model, self.state, self.shards = everywhere(model), placed(model, state), shards_of(model)
-        self.num_rows = keys.size
-        self._facts, self._sizes, self._key = facts, sizes, key
+    def __init__(
+        self, model: Any, new_queue: Callable[[], Queue], states: tuple[Any, Any], facts: tuple, sizes: Sizes,
+        steps: int, key: PRNGKeyArray,
+    ):  # fmt: skip
+        self.model, self.shards = everywhere(model), shards_of(model)
+        self._new_queue, self._facts, self._sizes, self._key = new_queue, facts, sizes, key
+        self.state: Any = self._new_state(states)
+        self.num_rows, self.pages = self.state.queue.requests.status.size, pages_of_groups(self.state.queue)
+        self._fresh = Fresh((self.state.model_state, self.state.draft_state))
         self._few, self._all = (jnp.asarray(n, jnp.int32) for n in (max(steps // 4, 1), steps))
         self.in_flight: collections.deque[Launch] = collections.deque()
         self.launches = 0
         self._figures: Any = (Counts.zero(), np.zeros(3, int))
-        self._lost: BaseException | None = None
+        self._before: Counts | None = None  # what was counted before the state was lost
+        self.is_lost = False
+
+    def _new_state(self, states: tuple[Any, Any]) -> ServeState:
+        """Some states with a queue that has no requests, where the loop leaves them."""
+        queue = self._new_queue()
+        keys = jnp.broadcast_to(self._key, queue.requests.keys.shape)
+        return placed(self.model, ServeState(eqx.tree_at(lambda queue: queue.requests.keys, queue, keys), *states))
+
+    def begin_again(self, requests: Sequence[tuple[int, NewRequest]]) -> None:
+        """Go on with new pages after an exception that has cost the state, from requests that are in rows."""
+        self.in_flight.clear()
+        self._before = self._figures[0]
+        self.state = None  # what is left of it may be most of the memory
+        self.state = self._new_state(self._fresh.make())
+        for first in range(0, len(requests), AT_ONCE):
+            rows, new = zip(*requests[first : first + AT_ONCE], strict=True)
+            self.put(rows, new)
+        self.is_lost = False
 
     def put(self, rows: Sequence[int], new: Sequence[NewRequest]) -> None:
         """Bring requests into some rows of the table: at most 8, by one transfer."""
@@ -71,9 +100,12 @@ class Device:
             numbers = jnp.asarray(some + [-1] * (AT_ONCE - len(some)), jnp.int32)
             self._change(lambda queue, numbers=numbers: programs.end((self.shards, numbers), queue))
 
-    def renew(self, model: Any) -> None:
-        """Run another model from now on."""
+    def renew(self, model: Any, draft_model: Any) -> None:
+        """Run another model from now on, and another draft model unless that is None."""
         self.model = everywhere(model)
+        if draft_model is not None:
+            (*first, drafts), *last = self._facts[:3], *self._facts[3:]
+            self._facts = (*first, dataclasses.replace(drafts, model=everywhere(draft_model)), *last)
         self._change(lambda queue: programs.renew(self.shards, queue))
 
     def launch(self, handles: Mapping[int, Any], *, is_short: bool = False) -> None:
@@ -89,18 +121,23 @@ class Device:
         """What the oldest launch has drawn: one read of the device. And whose the rows were."""
         launch = self.in_flight[0]
         try:
-            events, steps, self._figures = jax.device_get(launch[:-1])
-        except Exception as error:  # of the launch: what it gives back is none, and the state neither
-            self._lost = self._lost or error
+            events, steps, figures = jax.device_get(launch[:-1])
+        except Exception:  # of the launch: what it gives back is none, and the state neither
+            self.is_lost = True
             raise
         self.in_flight.popleft()
+        self._figures = self._with_those_before(figures)
         return events, int(steps), launch.handles
 
     def figures(self) -> tuple[Counts, Any]:
         """Counts and pages: up to now, or while launches run up to the latest that has come back."""
-        if not self.in_flight and self._lost is None:
-            self._figures = jax.device_get(programs.figures(self.shards, self.state.queue))
+        if not self.in_flight and not self.is_lost:
+            self._figures = self._with_those_before(jax.device_get(programs.figures(self.shards, self.state.queue)))
         return self._figures
+
+    def _with_those_before(self, figures: Any) -> Any:
+        counts, pages = figures
+        return (counts if self._before is None else jax.tree.map(np.add, counts, self._before)), pages
 
     def warm_up(self, handles: Mapping[int, Any], *, progress: bool) -> float:
         """Compile every program, and give each to the device once. The seconds that it took."""
@@ -126,17 +163,10 @@ class Device:
     @contextlib.contextmanager
     def _keeping_state(self) -> Iterator[None]:
         """A program is about to get the state, whose memory it may use for what it gives back."""
-        if self._lost is not None:
-            raise RuntimeError(
-                "The engine's state is gone: an exception, which is this one's cause, came when a program had got its "
-                "memory already. Handles keep the tokens that they have. Make a new engine, and submit the requests "
-                "that are not done again: with keys of their own they draw the same tokens."
-            ) from self._lost
         try:
             yield
-        except BaseException as error:
-            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array)):
-                self._lost = error
+        except BaseException:
+            self.is_lost |= any(x.is_deleted() for x in jax.tree.leaves(self.state) if isinstance(x, jax.Array))
             raise
 
 

@@ -18,16 +18,16 @@ from .answers import Answer, answers_of, rest, take, tell_prompts
 from .device import Device
 from .drafting import ModelDraft
 from .handles import Event, FinishReason, Handle
-from .intake import keys_of_samples, require_key
+from .intake import is_alike, keys_of_samples, require_key
 from .programs import AT_ONCE, MOST_STEPS
-from .records import Recorder, StepRecord, pages_of_groups
+from .records import Recorder, StepRecord
 from .requests import NewRequest
 from .rows import Rows
+from .samples import samples_of
 from .setup import Setup
 from .speculation import Speculation
-from .state import ServeState
 from .stats import EngineStats, Times
-from .texts import AnswerText, decoder_of
+from .texts import decoder_of
 
 
 class Engine:
@@ -113,7 +113,7 @@ class Engine:
         if steps > MOST_STEPS:
             raise ValueError(f"steps must be at most {MOST_STEPS}; got {steps}.")
         self._decode = None if tokenizer is None else decoder_of(tokenizer)
-        intake, queue, *facts = Setup.of(
+        intake, new_queue, *facts = Setup.of(
             model, state, {name: integer(f"max_{name}", n, 1) for name, n in sizes.items()},
             num_slots=num_slots, chunk_size=chunk_size, num_pages=num_pages, page_size=page_size,
             prefix_cache=prefix_cache, speculation=speculation, log_probs=log_probs,
@@ -121,14 +121,15 @@ class Engine:
         if log_probs is not None and integer("log_probs", log_probs, 0) > intake.vocab:
             raise ValueError(f"log_probs must be at most {intake.vocab}, the tokens of the model; got {log_probs}.")
         self._intake = dataclasses.replace(intake, tokenizer=tokenizer, log_probs=log_probs)
-        served = ServeState(queue, state)
+        states = state, None
         if isinstance(speculation, ModelDraft):
-            served, speculation = ServeState(queue, state, speculation.state), speculation.without_state
-        self._key = own_key
-        self._device = Device(model, served, (*facts, speculation, record, log_probs), intake.sizes, steps, own_key)
-        self._recorder = Recorder.of(queue) if record else None
-        self._num_slots, self._new_model = queue.request.size, None
+            states, speculation = (state, speculation.state), speculation.without_state
+        self._key, facts = own_key, (*facts, speculation, record, log_probs)
+        self._device = Device(model, new_queue, states, facts, intake.sizes, steps, own_key)
+        self._recorder = Recorder(self._device.pages) if record else None
+        self._num_slots, self._new_models, self._speculation = integer("num_slots", num_slots), None, speculation
         self._handles: dict[int, Handle] = {}  # by row
+        self._requests: dict[int, NewRequest] = {}  # those of the handles
         shards = self._device.num_rows // intake.sizes.requests
         self._rows = Rows(intake.sizes.requests, self._num_slots // shards, shards)
         self._pending: collections.deque[tuple[Handle, NewRequest]] = collections.deque()
@@ -203,41 +204,37 @@ class Engine:
         how: dict[str, Any] = {"sampler": sampler, "eos": eos, "stop": stop, "priority": priority, "salt": salt}
         how |= {"log_probs": log_probs, "prompt_log_probs": prompt_log_probs}
         new, strings = self._intake.checked(prompt, max_new_tokens, **how, values=values)
-        now, first, family = time.monotonic(), self._submitted, self._submitted if len(keys) > 1 else -1
-        deadline = None if deadline is None else now + deadline
-        handles: list[Handle] = []
-        of_prompt: Any = [None] * len(new.prompt) if prompt_log_probs else None
-        for i, own in enumerate(keys):
-            number = -1 if own is not None else first
-            sample = i if n is not None and getattr(key, "ndim", 0) == 0 else -1
-            reader = None if self._decode is None else AnswerText(self._decode, strings)
-            handle = Handle(new.prompt, sample=i, deadline=deadline, submitted=now, reader=reader)
-            handle.prompt_log_probs, handle.num_log_probs = of_prompt, new.log_probs
-            handles.append(handle)
-            more: dict[str, Any] = {
-                "prompt_log_probs": prompt_log_probs and i == 0,
-                "key": own,
-                "arrival": first + i,
-                "family": family,
-                "folds": (number, sample),
-            }
-            self._pending.append((handles[i], dataclasses.replace(new, **more)))
-        self._submitted += len(keys)
-        return handles[0] if n is None else handles
+        now, folds_samples = time.monotonic(), n is not None and getattr(key, "ndim", 0) == 0
+        times = {"submitted": now, "deadline": None if deadline is None else now + deadline}
+        pairs = samples_of(new, strings, keys, folds_samples, prompt_log_probs, self._submitted, self._decode, **times)
+        self._pending.extend(pairs)
+        self._submitted += len(pairs)
+        return pairs[0][0] if n is None else [handle for handle, _ in pairs]
 
     def cancel(self, handle: Handle) -> None:
         """End a request, wherever it is. Its last event says so."""
         self._end(handle, "cancelled")
 
-    def update_model(self, model: Any) -> None:
+    def update_model(self, model: Any, draft_model: Any = None) -> None:
         """Serve with other weights from the next launch on: of the same structure, shapes and dtypes.
 
         Pages of the weights before are not used again: sequences that run are prefilled again, with their tokens.
+
+        **Arguments:**
+
+        - `model`: the served model. - `draft_model`: of a `ModelDraft`; None for the one that there is.
+
+        Raises ``ValueError`` for models of another structure, and for a draft model where there is none.
         """
-        old, new = (jax.tree.map(_kind, m) for m in (self._device.model, model))
-        if not eqx.tree_equal(old, new):
-            raise ValueError("update_model needs a model of the same structure, shapes and dtypes as the engine's.")
-        self._new_model = model
+        pairs = {"model": (self._device.model, model)}
+        if draft_model is not None:
+            if not isinstance(self._speculation, ModelDraft):
+                raise ValueError("draft_model is for an engine whose speculation is a ModelDraft.")
+            pairs["draft_model"] = (self._speculation.model, draft_model)
+        for name, both in pairs.items():
+            if not is_alike(*both):
+                raise ValueError(f"update_model needs a {name} of the same structure, shapes and dtypes as before.")
+        self._new_models = model, draft_model
 
     def warmup(self, *, progress: bool = True) -> float:
         """Compile all that the engine runs, so that the first request does not wait for it.
@@ -249,6 +246,7 @@ class Engine:
         **Returns:** the seconds that it took. ``stats`` tells them too.
         """
         with self._lock:
+            self._restore()
             self._compile_seconds = self._device.warm_up(self._handles, progress=progress)
             while self._device.in_flight:
                 self._collect()
@@ -267,7 +265,7 @@ class Engine:
             running=running,
             waiting=len(self._pending) + len(self._handles) - running,
             done=self._done,
-            pages=sum(pages_of_groups(device.state.queue)),
+            pages=sum(device.pages),
             compile_seconds=self._compile_seconds,
         )
 
@@ -293,9 +291,10 @@ class Engine:
     def _advance(self) -> None:
         """Launch what there is to do, and take in what came back from the launch before."""
         with self._lock:
-            if self._new_model is not None:
-                self._device.renew(self._new_model)
-                self._new_model = None
+            self._restore()
+            if self._new_models is not None:
+                self._device.renew(*self._new_models)
+                self._new_models = None
             self._end_late()
             self._tell_ended()
             is_working = bool(self._handles or self._pending)
@@ -304,6 +303,20 @@ class Engine:
                 self._device.launch(self._handles, is_short=self._first_tokens_are_near)
             if self._device.in_flight and (len(self._device.in_flight) > 1 or not is_working):
                 self._collect()
+
+    def _restore(self) -> None:
+        """Go on with new pages, if an exception has cost the state: the host knows the tokens of what runs."""
+        if not self._device.is_lost:
+            return
+        while self._device.in_flight:  # launches before the one that failed
+            try:
+                self._collect()
+            except Exception:  # was raised once
+                break
+        new = [(row, self._requests[row]) for row, handle in self._handles.items() if not handle.is_done]
+        self._device.begin_again(
+            [(row, dataclasses.replace(one, drawn=tuple(self._handles[row].tokens))) for row, one in new]
+        )
 
     @property
     def _first_tokens_are_near(self) -> bool:
@@ -321,10 +334,10 @@ class Engine:
             except BaseException:
                 self._rows.give_back(rows)
                 raise
-            for (handle, _), row in zip(some, rows, strict=False):
+            for (handle, new), row in zip(some, rows, strict=False):
                 self._pending.popleft()
                 handle.row = row
-                self._handles[row] = handle
+                self._handles[row], self._requests[row] = handle, new
 
     def _end(self, handle: Handle, reason: FinishReason) -> None:
         if not handle.is_done:
@@ -357,7 +370,7 @@ class Engine:
             self._stopped.clear()
 
     def _let_go(self, row: int) -> None:
-        del self._handles[row]
+        del self._handles[row], self._requests[row]
         self._rows.give_back([row])
 
     def _collect(self) -> None:
@@ -385,7 +398,3 @@ class Engine:
             else:
                 self._let_go(handle.row)
         self._outbox.append(event)
-
-
-def _kind(x: Any) -> Any:
-    return (x.shape, str(x.dtype)) if eqx.is_array(x) else x

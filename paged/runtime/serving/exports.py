@@ -18,6 +18,7 @@ from .figures import StepFigures
 from .record import StepEvents
 from .requests import Requests, Sizes
 from .state import Counts, Queue, ServeState
+from .told import DrawnLogProbs, PromptLogProbs
 
 
 def _write_keys(keys: Any) -> bytes:
@@ -45,6 +46,8 @@ def _register_all() -> None:
     for example in (queue, requests, Counts.zero(), ServeState(queue, eqx.nn.State(())), Samplers.of([Sampler()])):
         register_module(example)
     register_module(StepEvents.none(1))
+    register_module(DrawnLogProbs.none(1, 1, 1))
+    register_module(PromptLogProbs.none(1))
     register_module(StepFigures.zero(queue))
     register_module(GroupedPool([pool], [[]]), "masks")
     register_module(PrefixCache.init(pool), "masks")

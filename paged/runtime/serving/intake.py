@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -190,3 +191,9 @@ def keys_of_samples(key: Any, n: Any, of_engine: Any) -> list[Any]:
     if require_key(key).dtype != of_engine.dtype:
         raise ValueError(f"key must be of the kind of the engine's key, {of_engine.dtype}; got {key.dtype}.")
     return [key] * samples
+
+
+def is_alike(old: Any, new: Any) -> bool:
+    """Whether two models have the same structure, shapes and dtypes."""
+    kind = lambda x: (x.shape, str(x.dtype)) if eqx.is_array(x) else x
+    return bool(eqx.tree_equal(*(jax.tree.map(kind, model) for model in (old, new))))

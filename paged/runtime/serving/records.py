@@ -69,11 +69,6 @@ class Recorder:
         self._numbers: dict[Hashable, int] = {}
         self._running: set[int] = set()  # those with a slot after the latest step
 
-    @classmethod
-    def of(cls, queue: Queue) -> "Recorder":
-        """A recorder for the pools of a queue."""
-        return cls(pages_of_groups(queue))
-
     def add(self, events: Any, steps: int, whose: Mapping[int, Hashable]) -> None:
         """Take in the events of one launch.
 

@@ -40,6 +40,7 @@ class NewRequest:
 
     * ``prompt``: its token ids.
     * ``most_tokens``: of the prompt and the answer together.
+    * ``drawn``: tokens of the answer that it has already.
     * ``sampler``, ``key``: how its tokens are drawn; a typed PRNG key, or None for the engine's.
     * ``log_probs``: how many of the likeliest tokens' log-probabilities are told with each token's own; -1 for none.
     * ``prompt_log_probs``: whether those of the prompt's tokens are told.
@@ -67,6 +68,7 @@ class NewRequest:
     folds: tuple[int, int] = (-1, -1)
     log_probs: int = -1
     prompt_log_probs: bool = False
+    drawn: tuple[int, ...] = ()
 
 
 class Sizes(eqx.Module):
@@ -158,9 +160,9 @@ class Requests(eqx.Module):
         ints = lambda numbers: np.asarray(list(numbers), np.int32)
         lengths = ints(len(request.prompt) for request in new)
         return dict(
-            tokens=padded([request.prompt for request in new], sizes.tokens),
+            tokens=padded([request.prompt + request.drawn for request in new], sizes.tokens),
             prompt=lengths,
-            known=lengths,
+            known=lengths + ints(len(request.drawn) for request in new),
             most=ints(request.most_tokens for request in new),
             samplers=Samplers.columns([request.sampler for request in new], sizes.biases),
             ends=padded([request.ends for request in new], sizes.ends),

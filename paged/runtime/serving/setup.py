@@ -1,5 +1,7 @@
 """What an engine is made of: the pool of a model's groups, the table of requests, and what requests are checked for."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -22,12 +24,12 @@ from .state import Queue
 class Setup(NamedTuple):
     """What an engine is made of.
 
-    * ``intake``: what requests are checked against. * ``queue``: without requests.
+    * ``intake``: what requests are checked against. * ``new_queue``: makes a queue without requests.
     * ``budget``: the most rows of a step. * ``minima``: what the numbers of requests are checked for.
     """
 
     intake: Intake
-    queue: Queue
+    new_queue: Callable[[], Queue]
     budget: int
     minima: tuple[Minimum, ...]
 
@@ -54,17 +56,19 @@ class Setup(NamedTuple):
         has_cache = reason is None if prefix_cache is None else prefix_cache
         # Any numbers: those of a row without a request are read by nobody.
         values = {v.name: jnp.ones(() if v.size is None else v.size, v.dtype) for s in specs for v in s.values}
-        queue = new_queue((sizes, groups, held, num_slots, width, bool(has_cache), shards), values)
+        facts = (sizes, groups, held, num_slots, width, bool(has_cache), shards)
+        make = functools.partial(_new_queue, facts, values)
+        queue = eqx.filter_eval_shape(make)
         vocab, (capacity, unknown) = (
             served.vocabulary(queue, budget),
             _capacity(groups, held, sizes.tokens, budget),
         )
         pages = PagesOfValues(unknown, held.page_size, budget)
-        return cls(Intake(sizes, vocab, capacity, specs, ahead, chunk_size, pages), queue, budget, minima)
+        return cls(Intake(sizes, vocab, capacity, specs, ahead, chunk_size, pages), make, budget, minima)
 
 
 @eqx.filter_jit
-def new_queue(facts: tuple, values: Any) -> Queue:
+def _new_queue(facts: tuple, values: Any) -> Queue:
     """A queue without requests. One program makes it: each of its arrays alone would be compiled as long."""
     sizes, groups, held, num_slots, width, has_cache, shards = facts
     pool = new_pool(groups, held, num_slots, width)
