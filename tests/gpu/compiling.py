@@ -23,7 +23,7 @@ import paged
 from paged.lower.gpu import HOPPERS
 from paged.lower.gpu.launch import shared_bytes
 from paged.lower.gpu.plan import rows_of
-from paged.spec import ALiBi, AttentionSpec, PageLayout, RaggedBatch
+from paged.spec import ALiBi, AttentionSpec, PageLayout, Prefix, RaggedBatch, Window
 
 from .sass import count, loop_with
 
@@ -50,12 +50,15 @@ class Point:
     pages_per_seq: int = 256
     window: int | None = None
     rich: bool = False
+    listed: bool = False
     writes: bool = False
 
     @property
     def attend(self) -> paged.Attend:
         """The attention, lowered for the chip."""
-        terms = {"soft_cap": 30.0, "sinks": True, "scores": (ALiBi(),)} if self.rich else {}
+        terms: dict[str, Any] = {"soft_cap": 30.0, "sinks": True, "scores": (ALiBi(),)} if self.rich else {}
+        if self.listed:
+            terms["mask"] = Prefix(64) | Window(1024)
         spec = AttentionSpec(
             num_q_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim, window=self.window, **terms
         )

@@ -76,6 +76,8 @@ def _nested(eqn: Any) -> list[tuple[Any, list]]:
         return [(branch.jaxpr, invars[1:]) for branch in params["branches"]]
     if eqn.primitive.name == "while":
         return [(params["body_jaxpr"].jaxpr, invars[params["cond_nconsts"] :])]
+    if "jaxprs" in params:  # of warps
+        return [(inner, invars) for inner in params["jaxprs"]]
     inner = params.get("jaxpr", params.get("call_jaxpr"))
     if inner is None:
         return []

@@ -51,6 +51,6 @@ def test_a_fence_that_is_left_out_is_noticed(name, reader):
 
 
 def test_pages_are_copied_while_others_are_used():
-    """Of each tile as many copies as a block has pages, for every stage before the loop and for two tiles in it."""
+    """Of each tile one copy by each of four warps, for every stage before the loop and for two tiles in it."""
     names = names_in(_kernel(stages=4))
-    assert names.count("copy_gmem_to_smem") == 1 + 4 * (4 + 2)
+    assert names.count("copy_gmem_to_smem") == 1 + 4 + 2

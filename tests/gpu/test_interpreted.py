@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from paged.lower import GpuDecodeSchedule
-from paged.spec import ALiBi, AttentionSpec, Bias, Chunk, PerHead, Value, Where, Window
+from paged.spec import ALiBi, AttentionSpec, Bias, Chunk, PerHead, Prefix, Value, Where, Window
 from paged.testing import PAST_THE_TABLE, Corner
 from tests.support import CORNERS, Case, build
 from tests.support.pairs import assert_every_pair_meets, covering_rows, named
@@ -34,6 +34,8 @@ TERMS = {
     "chunk": {"mask": Chunk(48), "scores": (Bias(head_bias),)},
     "brought": {"mask": Window(Value("window")), "soft_cap": Value("cap", dtype="float32")},
     "by head": {"mask": PerHead((Window(9), Window(40)))},
+    "two runs": {"mask": Prefix(20) | Window(33), "soft_cap": 20.0},
+    "by sequence": {"mask": Prefix(Value("prefix")) | Chunk(20)},
     "opaque": {"mask": Where(not_fifth)},
     "all": {"causal": False},
 }
@@ -47,7 +49,7 @@ FACTORS = {
     "terms": tuple(TERMS),
     "dtype": ("bfloat16", "float16"),
     "heads": ((2, 2), (6, 2), (5, 1), (8, 1)),
-    "order": ("packed", "split"),
+    "order": ("packed", "split", "joined", "interleaved"),
     "head_dim": (64, 128, 256),
     "page_size": (16, 8, 32, 64),
     "rows": (1, 2),

@@ -1,5 +1,6 @@
 """Bugs that are planted in the kernel for GPUs die, each by the check that must see it."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from paged.lower import GpuDecodeSchedule
 from paged.lower.gpu import kernel as kernel_module
 from paged.lower.gpu import launch as launch_module
 from paged.lower.gpu.kernel import Decode
-from paged.spec import AttentionSpec
+from paged.spec import AttentionSpec, Prefix, Window
 from paged.testing import CheckFailure, Corner, check_case
 from tests.mutants.planting import Plant, attribute, method, planted
 from tests.support import ROUNDED_WEIGHTS, Case
@@ -32,13 +33,15 @@ CASE = Case(
     corner=CORNER,
     pages_per_seq=16,
 )
+# What is seen are two runs of pages, so that they are listed.
+LISTED = dataclasses.replace(CASE, spec=CASE.spec.replace(window=None, mask=Window(40) | Prefix(20)))
 # In a ring of eight no stage comes twice.
 STAGES, ONCE = 3, 8
 
 
-def _run(stages: int) -> None:
+def _run(stages: int, case: Case = CASE) -> None:
     schedule = GpuDecodeSchedule(pages_per_block=4, stages=stages, kv_splits=2)
-    check_case(kernel_of(CASE.spec, CASE.layout, schedule), CASE, weights=ROUNDED_WEIGHTS, patience=PATIENCE)
+    check_case(kernel_of(case.spec, case.layout, schedule), case, weights=ROUNDED_WEIGHTS, patience=PATIENCE)
 
 
 def _unwaited(original):
@@ -48,8 +51,8 @@ def _unwaited(original):
 def _too_early(original):
     """The tile that comes next is fetched into the stage after the one that was used."""
 
-    def refill(self, refs, item, i, kind, stage, later):
-        return original(self, refs, item, i, kind, jax.lax.rem(stage + 1, jnp.int32(self.stages)), later)
+    def refill(self, refs, item, i, kind, stage):
+        return original(self, refs, item, i, kind, jax.lax.rem(stage + 1, jnp.int32(self.stages)))
 
     return refill
 
@@ -85,6 +88,15 @@ def _undecayed(original):
     return update
 
 
+def _one_page_on(original):
+    """Of each page but the first one of a block the next one's place is taken."""
+    return lambda self, *args: (columns := original(self, *args)) and [columns[0], *columns[2:], columns[-1]]
+
+
+def _same_page(original):
+    return lambda self, refs, item, block, kind, stage, place: original(self, refs, item, block, kind, stage, place * 0)
+
+
 def _one_arrival_more(original):
     def scratch(layout, rows, schedule):
         found = original(layout, rows, schedule)
@@ -100,6 +112,7 @@ class Bug(NamedTuple):
     plant: Plant
     killed_by: str
     stages: int = STAGES
+    case: Case = CASE
 
 
 REFERENCE = "equals the reference"
@@ -113,19 +126,21 @@ BUGS = {
     "a split goes on into the next": Bug(method(Decode, "item", _item(blocks=lambda item: item.blocks + 1)), REFERENCE),
     "values are not silenced": Bug(method(Decode, "_present", _always_whole), REFERENCE),
     "no sum decays": Bug(attribute(kernel_module, "update_maximum", _undecayed), REFERENCE),
+    "a list's pages have each other's places": Bug(method(Decode, "_columns", _one_page_on), REFERENCE, case=LISTED),
+    "every warp copies a page to one place": Bug(method(Decode, "_copy", _same_page), "no races"),
     "an arrival that never comes": Bug(attribute(launch_module, "scratch_of", _one_arrival_more), "kernels end"),
 }
 
 
-@pytest.mark.parametrize("stages", [STAGES, ONCE])
-def test_without_a_bug_the_trial_passes(stages):
-    _run(stages)
+@pytest.mark.parametrize(("stages", "case"), [(STAGES, CASE), (ONCE, CASE), (STAGES, LISTED)])
+def test_without_a_bug_the_trial_passes(stages, case):
+    _run(stages, case)
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_dies_by_its_check(name):
     with planted(BUGS[name].plant), pytest.raises(CheckFailure) as failure:
         kernel_of.cache_clear()
-        _run(BUGS[name].stages)
+        _run(BUGS[name].stages, BUGS[name].case)
     kernel_of.cache_clear()
     assert failure.value.check == BUGS[name].killed_by, failure.value

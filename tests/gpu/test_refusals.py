@@ -10,7 +10,7 @@ import paged
 from paged.lower import Call, GpuDecodeSchedule, refusals
 from paged.lower.gpu import GPU_DECODE
 from paged.lower.jax_version import HAS_GPU_KERNELS
-from paged.spec import Bias, Prefix, RaggedBatch, Tree, Window
+from paged.spec import Bias, RaggedBatch, Tree
 
 SPEC = paged.AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
 LAYOUT = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
@@ -23,10 +23,7 @@ def _by_a_table(p, j, h):
 
 PROGRAMS = {
     "tree": (SPEC.replace(mask=Tree()), {}, "Tree asks for a row's ancestors"),
-    "two runs of pages": (SPEC.replace(mask=Window(9) | Prefix(3)), {}, "not proven to be one"),
     "a table by position": (SPEC.replace(scores=(Bias(_by_a_table),)), {}, "gather, which the kernel has no rule for"),
-    "interleaved": (SPEC, {"order": "interleaved"}, 'order="packed" or "split"'),
-    "joined": (SPEC, {"order": "joined"}, 'order="packed" or "split"'),
     "float32": (SPEC, {"dtype": jnp.float32}, "must be float16 or bfloat16.*got float32"),
     "int8": (SPEC, {"dtype": jnp.int8, "scales": "head"}, "must be float16 or bfloat16.*got int8"),
     "float8": (SPEC, {"dtype": jnp.float8_e4m3fn, "scales": "token"}, "must be float16 or bfloat16.*got float8_e4m3fn"),

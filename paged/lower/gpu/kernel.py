@@ -8,7 +8,8 @@ a group of query heads is far shorter:
     values [dim, rows] += values.T [dim, keys] @ weights [keys, rows]
 
 A ring of tiles in shared memory feeds it. Tile ``2i`` is the keys of block ``i``, tile ``2i + 1`` its values. A tile is
-on its way from the moment that the tile in its place before it was used.
+on its way from the moment that the tile in its place before it was used. Each of the four warps starts a fourth of a
+tile's copies.
 """
 
 import dataclasses
@@ -23,12 +24,17 @@ from paged.spec import Given, PageLayout
 
 from ..jax_version import plgpu
 from ..program import Program, Terms, by_name, dtypes_of, update_maximum
+from .terms import spread
 
 # A reference to memory, inside a kernel. Pallas has no public type for it.
 Ref = Any
 KEYS, VALUES = 0, 1
 # Columns of values that are selected at once: registers do not hold a tile of 256.
 _COLUMNS = 64
+_WARPS = 4
+# A word of `Inputs.presence` begins so many pages after the word before it, and tells of twice as many. So the pages of
+# one block, which are at most 16, are in one word.
+PAGES_PER_WORD = 16
 
 
 class Inputs(NamedTuple):
@@ -36,16 +42,21 @@ class Inputs(NamedTuple):
 
     * ``q`` [seqs, kv_heads, rows, dim]: query rows of each sequence and KV head.
     * ``pools``: the arrays of pages.
-    * ``tables`` i32[seqs, pages_per_seq].
-    * ``facts`` i32[seqs, 4 + n]: for each sequence the first visible page and the page after the last one, the position
-      of the first query row, the number of keys, and the integers that the batch brings.
+    * ``pages`` i32[seqs, entries]: pages of each sequence: its block table, or the list of the pages that it visits.
+    * ``presence`` i32[seqs, words]: which entries of ``pages`` are no holes. Bit ``b`` of word ``w`` is of entry
+      ``16 w + b``. None for lists, which have no holes.
+    * ``columns`` i32[seqs, entries]: the place of each page of a list in its sequence. None for tables.
+    * ``facts`` i32[seqs, 4 + n]: for each sequence the first entry to visit and the one after the last, the position of
+      the first query row, the number of keys, and the integers that the batch brings.
     * ``floats`` f32[seqs, n]: the floats that the batch brings; None without any.
     * ``arrays``: what scores and mask need of each row, [kv_heads, rows] each.
     """
 
     q: Ref
     pools: tuple[Ref, ...]
-    tables: Ref
+    pages: Ref
+    presence: Ref | None
+    columns: Ref | None
     facts: Ref
     floats: Ref | None
     arrays: tuple[Ref, ...]
@@ -87,7 +98,7 @@ class Refs(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What one block of threads works on: ``blocks`` page blocks from page ``first`` on, before page ``end``.
+    """What one block of threads works on: ``blocks`` page blocks from entry ``first`` on, before entry ``end``.
 
     ``position`` is that of the first query row, ``length`` the number of keys, ``given`` what the batch brings.
     """
@@ -156,65 +167,72 @@ class Decode:
         self.store(refs, item, sums)
 
     def item(self, refs: Refs, seq: Any, head: Any, split: Any) -> Item:
-        """The item of a block of threads: every split has as many page blocks, the last ones perhaps fewer."""
+        """The item of a block of threads."""
         facts, values = refs.inputs.facts, self.program.values
         first, end, position, length = (facts[seq, i] for i in range(4))
-        blocks = _ceil_div(end - first, self.pages_per_block)
-        of_split = _ceil_div(blocks, self.splits)
-        begin = jnp.minimum(split * of_split, blocks)
         ints, floats = iter(range(4, facts.shape[1])), iter(range(len(values)))
         numbers = [
             facts[seq, next(ints)] if dtype == jnp.int32 else refs.inputs.floats[seq, next(floats)]  # pyright: ignore
             for dtype in dtypes_of(values)
         ]
-        blocks = jnp.minimum(of_split, blocks - begin)
-        first = first + begin * self.pages_per_block
+        first, blocks = split_of(first, end, split, self.splits, self.pages_per_block)
         return Item(seq, head, split, first, end, blocks, position, length, Given(by_name(values, numbers)))
 
-    def fetch(self, refs: Refs, item: Item, block: Any, kind: int, stage: Any, pages: Any = None) -> None:
-        """Start the copies of a page block's keys or values into a stage of the ring, if the item has that block."""
+    def fetch(self, refs: Refs, item: Item, block: Any, kind: int, stage: Any) -> None:
+        """Start the copies of a page block's keys or values into a stage of the ring, if the item has that block.
+
+        Every warp starts as many copies. What one warp issues, the scheduler of another one does not wait for.
+        """
+        per_warp = -(-self.pages_per_block // _WARPS)
 
         @pl.when(block < item.blocks)
         def _():
-            size, scratch = self.layout.page_size, refs.scratch
-            for i, page in enumerate(self.pages(refs, item, block) if pages is None else pages):
-                # A hole has no page. Page 0 comes in its place, so that as many bytes arrive, and is not looked at.
-                page = jnp.where(self.is_page(refs, page), page, 0)
-                target = scratch.tiles.at[stage, pl.ds(i * size, size)]
-                source = self._in_pool(refs, page, item.head, kind)
-                plgpu.copy_gmem_to_smem(source, target, scratch.arrived.at[stage])
+            @plgpu.warp_map
+            def _(warp: Any):
+                for n in range(per_warp):
+                    place = warp * per_warp + n
 
-    def pages(self, refs: Refs, item: Item, block: Any) -> list[Any]:
-        """The table entries of a page block. Past the item's last page that page comes again: it is in the cache."""
-        first = item.first + block * self.pages_per_block
-        last = jnp.maximum(item.end - 1, 0)
-        return [refs.inputs.tables[item.seq, jnp.minimum(first + i, last)] for i in range(self.pages_per_block)]
+                    @pl.when(True if self.pages_per_block % _WARPS == 0 else place < self.pages_per_block)
+                    def _(place: Any = place):
+                        self._copy(refs, item, block, kind, stage, place)
 
-    def is_page(self, refs: Refs, page: Any) -> Any:
-        """Whether a table entry is a page of the pool, and no hole."""
-        axis = self.layout.page_axis
-        return (page >= 0) & (page < refs.inputs.pools[0].shape[axis])
+    def _copy(self, refs: Refs, item: Item, block: Any, kind: int, stage: Any, place: Any) -> None:
+        """Start the copy of one page: number ``place`` of its block. Past the item's last page that page comes again:
+        it is in the cache, and as many bytes must arrive for every block."""
+        size, scratch = self.layout.page_size, refs.scratch
+        page = refs.inputs.pages[item.seq, jnp.minimum(item.first + block * self.pages_per_block + place, item.end - 1)]
+        if refs.inputs.presence is not None:
+            # A hole has no page. Page 0 comes in its place, so that as many bytes arrive, and is not looked at.
+            num_pages = refs.inputs.pools[0].shape[self.layout.page_axis]
+            page = jnp.where((page >= 0) & (page < num_pages), page, 0)
+        target = scratch.tiles.at[stage, pl.ds(place * size, size)]
+        plgpu.copy_gmem_to_smem(self._in_pool(refs, page, item.head, kind), target, scratch.arrived.at[stage])
 
     def _in_pool(self, refs: Refs, page: Any, head: Any, kind: int) -> Ref:
         """The keys or the values of one head in a page, [page_size, dim]."""
-        if self.layout.order == "packed":
-            return refs.inputs.pools[0].at[page, kind, head]
-        return refs.inputs.pools[kind].at[head, page]
+        pools, dim = refs.inputs.pools, self.layout.head_dim
+        match self.layout.order:
+            case "packed":
+                return pools[0].at[page, kind, head]
+            case "joined":
+                return pools[0].at[page, head, :, pl.ds(kind * self.layout.value_lane, dim)]
+            case "interleaved":  # heads side by side in one row: see `DecodeLaunch`
+                return pools[0].at[page, :, pl.ds((2 * head + kind) * dim, dim)]
+            case _:
+                return pools[kind].at[head, page]
 
     def step(self, refs: Refs, item: Item, arrays: tuple[Any, ...], i: Any, sums: Sums) -> Sums:
         """Take in page block ``i``: a step of the online softmax, as in `docs/semantics.md`, with data on its way."""
         scratch, tile = refs.scratch, 2 * i
         # Early: what is read here comes while keys are awaited and multiplied.
-        here = self.pages(refs, item, i)
-        later = [self.pages(refs, item, i + (kind + self.stages) // 2) for kind in (KEYS, VALUES)]
+        present, columns = self._present(refs, item, i), self._columns(refs, item, i)
 
         stage = self._await(refs, tile)
         s = _product(scratch.tiles.at[stage], scratch.q.T) * self.terms.factor
-        self._refill(refs, item, i, KEYS, stage, later)
+        self._refill(refs, item, i, KEYS, stage)
 
-        p, j = self._positions(item, i)
+        p, j = self._positions(item, i, columns)
         s = self.terms.scores(arrays, item.given, s, p, j)
-        present = self._present(refs, item, i, here)
         visible = self.terms.visible(arrays, item.given, p, j, item.length) & present.of_tile((self.keys, self.rows))
         s = jnp.where(visible, s, -jnp.inf)
 
@@ -230,7 +248,7 @@ class Decode:
         plgpu.commit_smem()
         product = _product(scratch.tiles.at[stage].T, scratch.weights.T)
         values = sums.values * self._of_rows(decay, self.layout.head_dim) + product
-        self._refill(refs, item, i, VALUES, stage, later)
+        self._refill(refs, item, i, VALUES, stage)
         return Sums(top, total, values)
 
     def _await(self, refs: Refs, tile: Any) -> Any:
@@ -239,26 +257,41 @@ class Decode:
         plgpu.barrier_wait(refs.scratch.arrived.at[stage])
         return stage
 
-    def _refill(self, refs: Refs, item: Item, i: Any, kind: int, stage: Any, later: list[list[Any]]) -> None:
+    def _refill(self, refs: Refs, item: Item, i: Any, kind: int, stage: Any) -> None:
         """Fetch the tile that comes next into a stage whose tile was used. Not earlier: the product must be done."""
-        block = i + (kind + self.stages) // 2
-        self.fetch(refs, item, block, (kind + self.stages) % 2, stage, later[kind])
+        self.fetch(refs, item, i + (kind + self.stages) // 2, (kind + self.stages) % 2, stage)
 
-    def _positions(self, item: Item, i: Any) -> tuple[Any, Any]:
+    def _columns(self, refs: Refs, item: Item, i: Any) -> list[Any] | None:
+        """The places of a block's pages in their sequence, for lists. None for tables, where pages are in order."""
+        if refs.inputs.columns is None:
+            return None
+        first = item.first + i * self.pages_per_block
+        return [
+            refs.inputs.columns[item.seq, jnp.minimum(first + n, item.end - 1)] for n in range(self.pages_per_block)
+        ]
+
+    def _positions(self, item: Item, i: Any, columns: list[Any] | None) -> tuple[Any, Any]:
         """The positions of each row's query and of each key, as tiles."""
-        shape, group = (self.keys, self.rows), self.program.group
+        shape, group, size = (self.keys, self.rows), self.program.group, self.layout.page_size
         row = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
         key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        first = (item.first + i * self.pages_per_block) * self.layout.page_size
-        return item.position + (row if group == 1 else jax.lax.div(row, jnp.full(shape, group, jnp.int32))), first + key
+        if columns is None:
+            j = (item.first + i * self.pages_per_block) * size + key
+        else:
+            page, first = _page_of(key, size), spread(columns[0], shape, jnp.int32)
+            for n, column in enumerate(columns[1:], 1):
+                first = jnp.where(page == n, spread(column, shape, jnp.int32), first)
+            j = first * size + jnp.bitwise_and(key, size - 1)
+        return item.position + (row if group == 1 else jax.lax.div(row, jnp.full(shape, group, jnp.int32))), j
 
-    def _present(self, refs: Refs, item: Item, i: Any, pages: list[Any]) -> "Present":
+    def _present(self, refs: Refs, item: Item, i: Any) -> "Present":
         """Which pages of a block are there: within the item, and no holes."""
-        bits = jnp.int32(0)
         first = item.first + i * self.pages_per_block
-        for n, page in enumerate(pages):
-            is_there = self.is_page(refs, page) & (first + n < item.end)
-            bits = bits | jnp.where(is_there, jnp.int32(1 << n), 0)
+        within = jnp.clip(item.end - first, 0, self.pages_per_block)
+        bits = jax.lax.shift_left(jnp.int32(1), within) - 1
+        if refs.inputs.presence is not None:
+            word = refs.inputs.presence[item.seq, jax.lax.div(first, jnp.int32(PAGES_PER_WORD))]
+            bits = bits & jax.lax.shift_right_logical(word, jax.lax.rem(first, jnp.int32(PAGES_PER_WORD)))
         end = (first + self.pages_per_block) * self.layout.page_size
         is_whole = (bits == (1 << self.pages_per_block) - 1) & (end <= item.length)
         return Present(bits, is_whole, self.layout.page_size)
@@ -273,10 +306,13 @@ class Decode:
         @pl.when(True if may_visit_unseen else jnp.logical_not(present.is_whole))
         def _():
             seen = jnp.max(jnp.where(visible, 1.0, 0.0).astype(jnp.float32), axis=1)
+            # All bits of a value that is seen, and none of another: two values are masked by one instruction.
+            seen = jnp.where(seen > 0, -1, 0).astype(jnp.int16)
             for column in range(0, self.layout.head_dim, _COLUMNS):
                 part = refs.scratch.tiles.at[stage, :, pl.ds(column, _COLUMNS)]
                 v = plgpu.load(part, layout=plgpu.Layout.WGMMA)  # pyright: ignore
-                part[...] = jnp.where(jax.lax.broadcast_in_dim(seen, v.shape, [0]) > 0, v, jnp.zeros_like(v))
+                bits = jax.lax.bitcast_convert_type(v, jnp.int16) & jax.lax.broadcast_in_dim(seen, v.shape, [0])
+                part[...] = jax.lax.bitcast_convert_type(bits, v.dtype)
 
     def store(self, refs: Refs, item: Item, sums: Sums) -> None:
         """Store an item's normalised results. An item that has seen no key has ``(0, -inf)``."""
@@ -316,9 +352,22 @@ class Present(NamedTuple):
 
     def of_tile(self, shape: tuple[int, int]) -> Any:
         """Which keys of a tile are in a page that is there."""
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        page = jax.lax.shift_right_logical(key, jnp.full(shape, self.page_size.bit_length() - 1, jnp.int32))
+        page = _page_of(plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA), self.page_size)
         return jnp.bitwise_and(jax.lax.shift_right_logical(jnp.full(shape, self.bits, jnp.int32), page), 1) == 1
+
+
+def split_of(first: Any, end: Any, split: Any, splits: int, pages_per_block: int) -> tuple[Any, Any]:
+    """The first entry of a KV split of ``[first, end)``, and its page blocks: every split has as many, the last ones
+    perhaps fewer."""
+    blocks = _ceil_div(end - first, pages_per_block)
+    of_split = _ceil_div(blocks, splits)
+    begin = jnp.minimum(split * of_split, blocks)
+    return first + begin * pages_per_block, jnp.minimum(of_split, blocks - begin)
+
+
+def _page_of(key: Any, page_size: int) -> Any:
+    """Which page of its block each key of a tile is in."""
+    return jax.lax.shift_right_logical(key, jnp.full(key.shape, page_size.bit_length() - 1, jnp.int32))
 
 
 def _product(a: Ref, b: Ref) -> Any:

@@ -1,37 +1,49 @@
 """From arrays to the decode kernel and back: its operands, its shared memory, and its results as a state."""
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from paged.spec import AttentionState, Pages
 
 from ..jax_version import plgpu, result_like, vary_alike
-from ..program import PageIntervals, Program, Sequences, dtypes_of, in_order, kernel_terms
-from .kernel import Decode, Inputs, Outputs, Refs, Scratch
+from ..program import PageIntervals, Program, Sequences, dtypes_of, in_order, kernel_terms, visits_by_scatter
+from .kernel import PAGES_PER_WORD, Decode, Inputs, Outputs, Refs, Scratch
 from .schedule import GpuDecodeSchedule
-from .terms import compute
+from .terms import compute, has_own_powers
 
 # The position of the first row of a slot without rows. Nothing is visible from there.
 _NO_ROWS = -(2**20)
 _LOG2_E = math.log2(math.e)
 
 
+class Visited(NamedTuple):
+    """The pages that sequences visit: `Inputs` says what the first three are. An item's entries are those from
+    ``first`` on, before ``end``."""
+
+    pages: Int[Array, "seqs entries"]
+    presence: Int[Array, "seqs words"] | None
+    columns: Int[Array, "seqs entries"] | None
+    first: Int[Array, " seqs"]
+    end: Int[Array, " seqs"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeLaunch:
     """One decode kernel, ready to be called.
 
-    * ``intervals``: the pages that a sequence's rows see.
+    * ``intervals``: the pages that a sequence's rows see, where they are one run; else None, and they are listed.
     * ``query_rows``: rows of each sequence.
     * ``interpret``: passed to Pallas.
     """
 
     program: Program
-    intervals: PageIntervals
+    intervals: PageIntervals | None
     query_rows: int
     schedule: GpuDecodeSchedule
     interpret: Any
@@ -54,9 +66,11 @@ class DecodeLaunch:
         decode = Decode(
             self.program, layout, terms, self.rows, schedule.pages_per_block, schedule.stages, schedule.kv_splits
         )
-        facts, floats = self._facts(seqs, layout.page_size)
+        visited = self.visited(seqs, layout.page_size, pages.num_pages)
+        facts, floats = self._facts(seqs, visited)
+        operands = Inputs(self._queries(q), _pools(pages), *visited[:3], facts, floats, self._arrays(terms))
         # In a caller's `jax.shard_map`, a kernel's operands and results vary over the same mesh axes.
-        inputs = vary_alike(Inputs(self._queries(q), pages.arrays, seqs.tables, facts, floats, self._arrays(terms)))
+        inputs = vary_alike(operands)
         leaves, tree = jax.tree.flatten(inputs)
         slots, heads = seqs.starts.shape[0], layout.num_kv_heads
         shape = (slots, heads, schedule.kv_splits)
@@ -77,6 +91,7 @@ class DecodeLaunch:
             grid=shape,
             grid_names=("seq", "head", "split"),
             scratch_types=_in_turn(scratch_of(layout, self.rows, schedule)),
+            compiler_params=plgpu.CompilerParams(approx_math=has_own_powers(self.program)),
             interpret=self.interpret,
         )
         return self._state(*kernel(*leaves))
@@ -88,24 +103,35 @@ class DecodeLaunch:
         rows = jnp.moveaxis(grouped, 2, 1).reshape(-1, heads, self.used_rows, q.shape[-1])
         return jnp.pad(rows, ((0, 0), (0, 0), (0, self.rows - self.used_rows), (0, 0)))
 
-    def _facts(self, seqs: Sequences, page_size: int) -> tuple[Array, Array | None]:
-        """`Inputs.facts` and `Inputs.floats`."""
-        values, width = self.program.values, seqs.tables.shape[1]
-        numbers = [jnp.asarray(x) for x in in_order(values, seqs.numbers)]
-        position = jnp.where(seqs.counts > 0, seqs.positions, _NO_ROWS)
+    def visited(self, seqs: Sequences, page_size: int, num_pages: int) -> Visited:
+        """The pages that each sequence's rows visit."""
+        if self.intervals is None:
+            list_pages = functools.partial(visits_by_scatter, self.program, page_size=page_size, num_pages=num_pages)
+            visits = jax.vmap(list_pages)(seqs.query_rows(), seqs.tables)
+            return Visited(visits.page, None, visits.index, jnp.zeros_like(visits.count), visits.count)
+        return Visited(seqs.tables, _presence(seqs.tables, num_pages), None, *self._runs(seqs, self.intervals))
+
+    def _runs(self, seqs: Sequences, intervals: PageIntervals) -> tuple[Array, Array]:
+        """For each sequence the first visible page, and the page after the last one."""
+        numbers = [jnp.asarray(x) for x in in_order(self.program.values, seqs.numbers)]
 
         def seen(position: Array, length: Array, *numbers: Array) -> tuple[Any, Any]:
-            first, end = self.intervals.visible(position, position + self.query_rows, length, width, numbers)
+            width = seqs.tables.shape[1]
+            first, end = intervals.visible(position, position + self.query_rows, length, width, numbers)
             return jnp.asarray(first, jnp.int32), jnp.asarray(end, jnp.int32)
 
-        first, end = jax.vmap(seen)(position, seqs.lengths, *numbers)
+        return jax.vmap(seen)(_positions(seqs), seqs.lengths, *numbers)
+
+    def _facts(self, seqs: Sequences, visited: Visited) -> tuple[Array, Array | None]:
+        """`Inputs.facts` and `Inputs.floats`."""
+        numbers = [jnp.asarray(x) for x in in_order(self.program.values, seqs.numbers)]
         of_dtype = {
-            dtype: [x for x, its in zip(numbers, dtypes_of(values), strict=True) if its == dtype]
+            dtype: [x for x, its in zip(numbers, dtypes_of(self.program.values), strict=True) if its == dtype]
             for dtype in (jnp.dtype("int32"), jnp.dtype("float32"))
         }
         floats = of_dtype[jnp.dtype("float32")]
-        facts = jnp.stack([first, end, position, seqs.lengths, *of_dtype[jnp.dtype("int32")]], axis=1)
-        return facts, jnp.stack(floats, axis=1) if floats else None
+        columns = visited.first, visited.end, _positions(seqs), seqs.lengths, *of_dtype[jnp.dtype("int32")]
+        return jnp.stack(columns, axis=1), jnp.stack(floats, axis=1) if floats else None
 
     def _arrays(self, terms: Any) -> tuple[Array, ...]:
         """What the scores and the mask need of each query row of a KV head, such as the slopes of ALiBi."""
@@ -124,6 +150,28 @@ class DecodeLaunch:
         out = out.transpose(*order, 5).reshape(splits, -1, self.program.num_q_heads, dim)
         lse = lse[..., : self.used_rows].reshape(shape).transpose(order).reshape(splits, -1, self.program.num_q_heads)
         return AttentionState(out[0], lse[0]) if splits == 1 else _merged(out, lse)
+
+
+def _positions(seqs: Sequences) -> Array:
+    return jnp.where(seqs.counts > 0, seqs.positions, _NO_ROWS)
+
+
+def _presence(tables: Int[Array, "seqs pages_per_seq"], num_pages: int) -> Int[Array, "seqs words"]:
+    """`Inputs.presence`: a bit for each page, in words that overlap by half. One operation on a GPU."""
+    width, bit = tables.shape[1], jnp.arange(2 * PAGES_PER_WORD, dtype=jnp.int32)[None]
+    word = jnp.arange(-(-width // PAGES_PER_WORD), dtype=jnp.int32)[:, None]
+    entry = word * PAGES_PER_WORD + bit
+    page = tables[:, jnp.minimum(entry, width - 1)]
+    is_page = (page >= 0) & (page < num_pages) & (entry < width)[None]
+    bits = jnp.where(is_page, jnp.left_shift(jnp.int32(1), bit)[None], 0)
+    return jnp.sum(bits, axis=-1, dtype=jnp.int32)
+
+
+def _pools(pages: Pages) -> tuple[Array, ...]:
+    """The arrays of pages. Interleaved heads become parts of one long row, since a copy has five axes at most."""
+    if pages.layout.order != "interleaved":
+        return pages.arrays
+    return tuple(pool.reshape(*pool.shape[:2], -1) for pool in pages.arrays)
 
 
 def _merged(out: Float[Array, "splits tokens heads dim"], lse: Float[Array, "splits tokens heads"]) -> AttentionState:

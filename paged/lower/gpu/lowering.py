@@ -5,6 +5,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from paged.spec import AttentionState, PageLayout, Pages
@@ -14,8 +16,10 @@ from ..gpu_targets import GPU_TARGETS, GpuTarget
 from ..jax_version import gpu_interpreter
 from ..program import Call, PageCopies, Program, Sequences
 from ..transforms import run_kernels
+from ..work import Work, items_of, with_pages
 from ..xla import XLA_BLOCKS
 from .chips import another_gpu, this_gpu
+from .kernel import split_of
 from .launch import shared_bytes
 from .plan import (
     alternatives,
@@ -117,6 +121,29 @@ class GpuDecode(Lowering):
         like = functools.partial(XLA_BLOCKS.state, program, XLA_BLOCKS.schedule(program, pages.layout), call)
         launch = launch_of(program, pages.layout, call, schedule, self.interpret)
         return run_kernels(launch, like, q, pages, seqs, is_interpreted=self.is_interpreted)
+
+    def work(
+        self, program: Program, schedule: GpuDecodeSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> tuple[Work, ...]:
+        """The sequences, or their KV splits. Every page takes a mask."""
+        launch, splits = launch_of(program, layout, call, schedule, self.interpret), schedule.kv_splits
+
+        def of_one(first: Array, end: Array, split: Array) -> Array:
+            begin, blocks = split_of(first, end, split, splits, schedule.pages_per_block)
+            return jnp.clip(blocks * schedule.pages_per_block, 0, jnp.maximum(end - begin, 0))
+
+        def of_all(seqs: Sequences) -> Array:
+            visited = launch.visited(seqs, layout.page_size, call.num_pages)
+            first, end = (jnp.repeat(x, splits) for x in (visited.first, visited.end))
+            return jax.vmap(of_one)(first, end, jnp.tile(jnp.arange(splits, dtype=jnp.int32), call.slots))
+
+        pages = jax.jit(of_all)(seqs)
+        row, rows = (jnp.repeat(x, splits) for x in (seqs.starts, seqs.counts))
+        items = with_pages(items_of(row, rows, pages, jnp.zeros_like(pages), parts=splits))
+        words = "sequences" if splits == 1 else f"sequences in {splits} KV splits"
+        words += ", each KV head by a block of threads of its own, all side by side"
+        speed = self.target_gpu.bytes_per_second
+        return (Work(words, (items,), schedule.pages_per_block, schedule.stages // 2, speed),)
 
     def write(self, k: Array, v: Array, pages: Pages, seqs: Sequences, query_rows: int | None) -> Pages:
         """The pages with new rows written, by XLA, in place where they are donated."""

@@ -37,19 +37,12 @@ def refuses_program(program: Program, layout: PageLayout) -> str | None:
             f"a mask or bias uses {', '.join(operations)}, which the kernel has no rule for: only elementwise "
             "arithmetic of positions, and anything of the head alone"
         )
-    if program.page_intervals(layout.page_size) is None:
-        return (
-            "it streams one run of pages per sequence, and the mask's visible pages are not proven to be one: causal "
-            "masks, windows, chunks and their intersections are"
-        )
     if not HAS_GPU_KERNELS:
         return "its kernel is written for JAX 0.11 or later (Python 3.12)"
     return None
 
 
 def _refuses_layout(layout: PageLayout) -> str | None:
-    if layout.order not in ("packed", "split"):
-        return f'order="{layout.order}" is not one that it copies pages of: use order="packed" or "split"'
     if layout.dtype not in ("float16", "bfloat16"):
         return (
             f"the pages must be float16 or bfloat16, which the matrix unit multiplies as they lie; got {layout.dtype}"
@@ -99,8 +92,8 @@ def launch_of(
     program: Program, layout: PageLayout, call: Call, schedule: GpuDecodeSchedule, interpret: Any
 ) -> DecodeLaunch:
     """The kernel that a schedule describes."""
+    assert call.query_rows is not None
     intervals = program.page_intervals(layout.page_size)
-    assert intervals is not None and call.query_rows is not None
     return DecodeLaunch(program, intervals, call.query_rows, schedule, interpret)
 
 
