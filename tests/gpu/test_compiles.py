@@ -14,7 +14,7 @@ from .sass import count, instructions, loop_with, opcode
 # The shape of the bound: issue slots of one turn of the loop, which a scheduler issues for its warp, against the cycles
 # in which the turn's bytes come from memory at 4.8 TB/s. It says that instructions do not bound the kernel, and nothing
 # of latency, of the cache or of what a GPU has timed.
-HALF = {
+POINTS = {
     "16 x 4096": Point(),
     "256 x 1024": Point(slots=256, pages_per_seq=64),
     "window, written": Point(window=128, writes=True),
@@ -33,8 +33,6 @@ HALF = {
     "interleaved": Point(order="interleaved"),
     "listed": Point(listed=True),
 }
-WHOLE = {}
-POINTS = HALF | WHOLE
 FIRST = ("16 x 4096", "window, written", "h100")
 
 
@@ -71,7 +69,8 @@ def test_a_kernel_spills_nothing_and_two_fit_a_multiprocessor(name):
 def test_a_call_is_a_few_launches(name):
     facts = facts_of(name)
     assert facts["loops"] == 0
-    assert facts["launches"] <= 8
+    # Where pages are listed, XLA lists them: a sum along each table, and a scatter.
+    assert facts["launches"] <= (12 if POINTS[name].listed else 8)
     assert facts["temporary_bytes"] < 2**26
 
 
@@ -88,7 +87,7 @@ def test_instructions_do_not_bound_the_loop(name):
     facts, gpu = facts_of(name), HOPPERS["h200"]
     bytes_per_cycle = gpu.bytes_per_second / gpu.multiprocessors / (1e9 * gpu.clock)
     cycles = 2 * facts["tile_bytes"] / bytes_per_cycle
-    assert facts["issue_slots"] <= cycles * (0.5 if name in HALF else 1.0), f"{facts['issue_slots']} of {cycles:.0f}"
+    assert facts["issue_slots"] <= cycles / 2, f"{facts['issue_slots']} of {cycles:.0f}"
 
 
 @pytest.mark.parametrize("name", _marked(POINTS))
