@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import lower as lower
 from ._version import __version__ as __version__
 from .lower import CHIPS as CHIPS
+from .lower import GPU_GRAPHS as GPU_GRAPHS
 from .lower import Around as Around
 from .lower import ArraySpecs as ArraySpecs
 from .lower import Attend as Attend

@@ -31,6 +31,7 @@ from .door import copy_pages as copy_pages
 from .door import lower as lower
 from .door import write as write
 from .gpu import GpuDecodeSchedule as GpuDecodeSchedule
+from .gpu_targets import GPU_GRAPHS as GPU_GRAPHS
 from .jax_version import MULTIPLIES_WHILE_READING as MULTIPLIES_WHILE_READING
 from .jax_version import manual_axes as manual_axes
 from .jax_version import on_devices as on_devices

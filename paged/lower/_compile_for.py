@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -73,6 +74,7 @@ def compile_for(
     sinks: Sinks | jax.ShapeDtypeStruct | None = None,
     *,
     new: tuple[Any, Any] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Compile a call ahead of time for a generation of TPUs or GPUs. It needs their compiler, and no chip.
 
@@ -90,6 +92,7 @@ def compile_for(
     - `q`, `pages`, `batch`, `sinks`: the arguments of ``attend(q, pages, batch, sinks)``. Arrays may be
       ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
     - `new`: ``(k, v)``, to compile ``attend.update(q, k, v, pages, batch, sinks)`` with donated pages instead.
+    - `compiler_options`: XLA's options, as ``jax.jit`` accepts them, such as `GPU_GRAPHS`.
 
     **Returns:** a `Compiled`: what was compiled, and how much memory it needs.
 
@@ -113,9 +116,11 @@ def compile_for(
     attend = attend.on_chip(generation)
     lowering, schedule, _ = attend.choice(Call.of(q, pages, batch))
     args = (q, pages, batch, sinks) if new is None else (q, *new, pages, batch, sinks)
-    function = jax.jit(attend.__call__) if new is None else jax.jit(attend.update, donate_argnums=3)
+    donated, options = None if new is None else 3, dict(compiler_options or {})
+    call = attend.__call__ if new is None else attend.update
     if generation in GPU_TARGETS:
-        return _for_gpu(generation, lowering.name, schedule, function, None if new is None else 3, args)
+        return _for_gpu(generation, lowering.name, schedule, jax.jit(call), donated, args, options)
+    function = jax.jit(call, donate_argnums=donated, compiler_options=options)
     try:
         compiled = compile_on(chip_named(generation), function, *args)
     except ImportError:
@@ -143,10 +148,16 @@ def require_generation(generation: Any) -> None:
 
 
 def _for_gpu(
-    generation: str, name: str, schedule: Schedule, function: Any, donated: int | None, args: tuple[Any, ...]
+    generation: str,
+    name: str,
+    schedule: Schedule,
+    function: Any,
+    donated: int | None,
+    args: tuple[Any, ...],
+    options: Mapping[str, Any],
 ) -> Compiled:
     try:
-        sizes, program = compile_on_gpu(GPU_TARGETS[generation], function, donated, *args)
+        sizes, program = compile_on_gpu(GPU_TARGETS[generation], function, donated, *args, options=options)
     except CompilerFailed as error:
         raise CompileError(generation, schedule, str(error)) from error
     memory = (sizes[kind] for kind in ("argument", "output", "temp", "generated_code"))

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ class GpuProgram:
     * ``launches_in_loops``: those inside, each counted once.
     * ``loops``: loops.
     * ``host_steered``: loops and branches for which the host waits for a number from the GPU: a loop before every turn.
-      A loop that XLA knows the number of turns of is none, and a loop inside of a CUDA graph is none.
+      A loop that XLA knows the number of turns of is none: the host launches each turn, and waits for nothing. A loop
+      inside of a CUDA graph is none either: the GPU counts its turns.
     * ``kernels``: every kernel that was compiled. Launches of equal code share one.
     """
 
@@ -68,8 +70,12 @@ class CompilerFailed(Exception):
     """The compiler refused, ended or hung; the text says which."""
 
 
-def compile_on_gpu(target: GpuTarget, function: Any, donated: int | None, *args: Any) -> tuple[Any, GpuProgram]:
+def compile_on_gpu(
+    target: GpuTarget, function: Any, donated: int | None, *args: Any, options: Mapping[str, Any] | None = None
+) -> tuple[Any, GpuProgram]:
     """Compile ``function(*args)``, with argument number ``donated`` donated. Only their shapes and dtypes matter.
+
+    ``options`` are XLA's, as `jax.jit` accepts them.
 
     **Returns:** the sizes of its memory by name, and what it consists of. Raises ``ImportError`` without the compiler,
     and `CompilerFailed`.
@@ -78,11 +84,18 @@ def compile_on_gpu(target: GpuTarget, function: Any, donated: int | None, *args:
         raise ImportError(f"The GPU compiler is not installed: {_INSTALL}.")
     with tempfile.TemporaryDirectory(prefix="paged-gpu-") as name:
         folder = pathlib.Path(name)
-        _write_task(folder, target, function, donated, args)
+        _write_task(folder, target, function, donated, args, dict(options or {}))
         return _compiled(folder)
 
 
-def _write_task(folder: pathlib.Path, target: GpuTarget, function: Any, donated: int | None, args: Any) -> None:
+def _write_task(
+    folder: pathlib.Path,
+    target: GpuTarget,
+    function: Any,
+    donated: int | None,
+    args: Any,
+    options: dict[str, Any],
+) -> None:
     """The function of flat arguments, exported. So the other process needs none of the caller's classes."""
     flat, tree = jax.tree.flatten(args)
     sizes = [len(jax.tree.leaves(arg)) for arg in args]
@@ -96,7 +109,7 @@ def _write_task(folder: pathlib.Path, target: GpuTarget, function: Any, donated:
     (folder / "target.txt").write_text(target.text)
     first = 0 if donated is None else sum(sizes[:donated])
     which = [] if donated is None else list(range(first, first + sizes[donated]))
-    (folder / "task.json").write_text(json.dumps({"donated": which}))
+    (folder / "task.json").write_text(json.dumps({"donated": which, "options": options}))
 
 
 def _compiled(folder: pathlib.Path) -> tuple[Any, GpuProgram]:

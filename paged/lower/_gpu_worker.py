@@ -27,7 +27,7 @@ def main(folder: pathlib.Path) -> None:
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in exported.in_avals]
-    function = jax.jit(exported.call, donate_argnums=task["donated"])
+    function = jax.jit(exported.call, donate_argnums=task["donated"], compiler_options=task["options"])
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             compiled: Any = function.trace(*args).lower(lowering_platforms=("cuda",)).compile()

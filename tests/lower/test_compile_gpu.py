@@ -32,11 +32,11 @@ def arguments(slots, tokens, rows=1, width=None, layout=LAYOUT):
     return q, kv, pages, batch
 
 
-def compiled(*sizes, spec=SPEC, generation="h200", writes=False, **more):
+def compiled(*sizes, spec=SPEC, generation="h200", writes=False, options=None, **more):
     q, kv, pages, batch = arguments(*sizes, **more)
-    return paged.compile_for(
-        paged.lower(spec, LAYOUT, "xla"), generation, q, pages, batch, new=(kv, kv) if writes else None
-    )
+    new = (kv, kv) if writes else None
+    attend = paged.lower(spec, LAYOUT, "xla")
+    return paged.compile_for(attend, generation, q, pages, batch, new=new, compiler_options=options)
 
 
 @pytest.mark.slow
@@ -58,6 +58,34 @@ def test_temporaries_are_bounded_in_a_table_of_any_width(width):
     made = compiled(16, 4096, width=width)
     assert made.temporary_bytes < 256 * MIB and made.gpu.loops == made.gpu.host_steered == 1
     assert made.gpu.launches <= 20 and made.gpu.launches_in_loops <= 20
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_in_a_graph_no_loop_is_steered_by_the_host():
+    """A decode call over tables of 131,072 tokens has one loop."""
+    made = compiled(16, 4096, width=2**17, options=paged.GPU_GRAPHS)
+    assert made.gpu.loops == 1 and made.gpu.host_steered == 0 and made.temporary_bytes < 256 * MIB
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_in_a_graph_the_loops_of_a_large_ragged_batch_are_not_steered_by_the_host():
+    """2048 rows of 32 sequences: loops over row blocks, and loops over page blocks inside of these."""
+    _, _, pages, batch = arguments(32, 4096, 64, width=8192)
+    batch = paged.RaggedBatch(batch.lengths, batch.block_tables, 64 * np.arange(33))
+    q = jax.ShapeDtypeStruct((2048, 32, 128), jnp.bfloat16)
+    attend = paged.lower(SPEC, LAYOUT, "xla")
+    made = paged.compile_for(attend, "h200", q, pages, batch, compiler_options=paged.GPU_GRAPHS)
+    assert made.gpu.loops >= 2 and made.gpu.host_steered == 0 and made.temporary_bytes < 320 * MIB
+
+
+def test_the_options_for_graphs_are_options_of_the_compiler():
+    """Of any platform: XLA checks their names and values."""
+    assert jax.jit(lambda x: x + 1, compiler_options=paged.GPU_GRAPHS)(1) == 2
+    wrong = {name: value.replace("WHILE", "LOOPS") for name, value in paged.GPU_GRAPHS.items()}
+    with pytest.raises(Exception, match="is not a valid enum value"):
+        jax.jit(lambda x: x + 1, compiler_options=wrong)(1)
 
 
 @pytest.mark.slow
