@@ -45,6 +45,18 @@ def test_a_split_has_whole_blocks_and_the_last_one_the_rest():
     assert "in 3 KV splits" in work.words
 
 
+def test_only_lists_are_made_once_for_all_layers():
+    batch = RaggedBatch.decode(LENGTHS, np.arange(4 * 64).reshape(4, 64))
+    call, seqs = Call(4, 4, 64, 256, 1, jnp.dtype("bfloat16")), Sequences.of(batch, 4, LAYOUT.page_size)
+    schedule = GpuDecodeSchedule(pages_per_block=4)
+    of = lambda mask: paged.Program.from_spec(SPEC.replace(mask=mask))
+    assert GPU_DECODE.plan(of(Window(128)), schedule, call, LAYOUT, seqs) is None
+    lists = GPU_DECODE.plan(of(Window(32) | Prefix(20)), schedule, call, LAYOUT, seqs).moved(1000)
+    # The last sequence sees its first two pages and its last two. Of the second page it sees a part: it comes last.
+    assert lists.columns[3, :4].tolist() == [0, 62, 63, 1] and lists.end.tolist() == [0, 3, 5, 4]
+    assert lists.pages[3, :4].tolist() == [1192, 1254, 1255, 1193]
+
+
 @pytest.mark.parametrize(
     ("mask", "pages"), [(Window(128), [3, 9, 8]), (Window(128) | Prefix(20), [3, 11, 10])], ids=["a run", "two runs"]
 )

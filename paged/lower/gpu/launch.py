@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,10 @@ class Visited(NamedTuple):
     columns: Int[Array, "seqs entries"] | None
     first: Int[Array, " seqs"]
     end: Int[Array, " seqs"]
+
+    def moved(self, first_page: Any) -> Self:
+        """The same for pages that lie ``first_page`` pages further on in the pool."""
+        return self._replace(pages=self.pages + first_page)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,9 @@ class DecodeLaunch:
         return jnp.pad(rows, ((0, 0), (0, 0), (0, self.rows - self.used_rows), (0, 0)))
 
     def visited(self, seqs: Sequences, page_size: int, num_pages: int) -> Visited:
-        """The pages that each sequence's rows visit."""
+        """The pages that each sequence's rows visit: as they were listed for the step, or else found here."""
+        if isinstance(seqs.planned, Visited):
+            return seqs.planned
         if self.intervals is None:
             list_pages = functools.partial(visits_by_scatter, self.program, page_size=page_size, num_pages=num_pages)
             visits = jax.vmap(list_pages)(seqs.query_rows(), seqs.tables)

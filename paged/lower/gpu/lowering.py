@@ -20,7 +20,7 @@ from ..work import Work, items_of, with_pages
 from ..xla import XLA_BLOCKS
 from .chips import another_gpu, this_gpu
 from .kernel import split_of
-from .launch import shared_bytes
+from .launch import Visited, shared_bytes
 from .plan import (
     alternatives,
     fits,
@@ -121,6 +121,13 @@ class GpuDecode(Lowering):
         like = functools.partial(XLA_BLOCKS.state, program, XLA_BLOCKS.schedule(program, pages.layout), call)
         launch = launch_of(program, pages.layout, call, schedule, self.interpret)
         return run_kernels(launch, like, q, pages, seqs, is_interpreted=self.is_interpreted)
+
+    def plan(
+        self, program: Program, schedule: GpuDecodeSchedule, call: Call, layout: PageLayout, seqs: Sequences
+    ) -> Visited | None:
+        """The pages that each sequence visits, where they are listed; None where they are one run."""
+        launch = launch_of(program, layout, call, schedule, self.interpret)
+        return launch.visited(seqs, layout.page_size, call.num_pages) if launch.intervals is None else None
 
     def work(
         self, program: Program, schedule: GpuDecodeSchedule, call: Call, layout: PageLayout, seqs: Sequences
