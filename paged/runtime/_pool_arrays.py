@@ -83,7 +83,7 @@ def handed_out(
         number = done + jnp.arange(_AT_ONCE, dtype=jnp.int32)
         # The slot that gets the page of this number, and which of its pages it is.
         is_its = (begin[None] <= number[:, None]) & (number[:, None] < end[None])
-        slot = jnp.max(jnp.where(is_its, slots[None], -1), axis=1)
+        slot = jax.lax.optimization_barrier(jnp.max(jnp.where(is_its, slots[None], -1), axis=1))
         which = number - begin[slot]
         has_own = own[slot] >= 0
         entry = jnp.where(has_own & (which == 0), own[slot], held[slot] + which - has_own.astype(jnp.int32))
@@ -173,7 +173,8 @@ class Places(NamedTuple):
 
     def at(self, number: Int[Array, " some"]) -> Int[Array, " some"]:
         """The place of the true flag of each number, from 0 on in order; past all flags where there are fewer."""
-        word = jnp.sum(self.through[None] <= number[:, None], axis=1, dtype=jnp.int32)
+        # Behind a barrier: XLA would count once more for each use of the number.
+        word = jax.lax.optimization_barrier(jnp.sum(self.through[None] <= number[:, None], axis=1, dtype=jnp.int32))
         left = self.words.at[word].get(mode="fill", fill_value=0)
         rest = number - jnp.where(word > 0, self.through[jnp.maximum(word - 1, 0)], 0)
         place = word * 32

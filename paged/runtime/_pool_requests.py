@@ -39,10 +39,9 @@ class Asked(NamedTuple):
         return self.needed - self.held + self.extra_own
 
 
-def asked_of(pool: Pool, tokens: Int[Array, " seqs"]) -> Asked:
-    """What each slot needs to have room for so many tokens."""
+def asked_of(pool: Pool, tokens: Int[Array, " seqs"], held: Int[Array, " seqs"]) -> Asked:
+    """What each slot needs to have room for so many tokens, where its table has so many entries in use."""
     fits = (tokens >= 0) & (tokens <= pool.capacity)
-    held = pool.entries
     needed = jnp.maximum(-(-jnp.where(fits, tokens, 0) // pool.page_size), held)
     entry = (pool.lengths // pool.page_size)[:, None]  # in which the slot goes on to write
     page = jnp.take_along_axis(pool.block_tables, jnp.minimum(entry, pool.pages_per_seq - 1), axis=1)[:, 0]
@@ -68,14 +67,12 @@ def given_to(pool: Pool, asked: Asked, ok: Array, first: Array) -> Pool:
 
 def reserve_in_all(pools: Sequence[Pool], tokens: Counts) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
     """`PagePool.reserve` in several pools of the same slots: a slot gets its pages in all of them, or in none."""
-    return reserve_in_each(pools, [slot_counts("tokens", tokens, pools[0].num_slots)] * len(pools))
+    own = slot_counts("tokens", tokens, pools[0].num_slots)
+    return reserve_asked(pools, [asked_of(pool, own, pool.entries) for pool in pools])
 
 
-def reserve_in_each(
-    pools: Sequence[Pool], tokens: Sequence[Int[Array, " seqs"]]
-) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
-    """`reserve_in_all` for other tokens in every pool."""
-    asked = [asked_of(pool, own) for pool, own in zip(pools, tokens, strict=True)]
+def reserve_asked(pools: Sequence[Pool], asked: Sequence[Asked]) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
+    """`reserve_in_all` of what slots need in each pool, which may be for other tokens in every one."""
     extra = jnp.stack([own.extra for own in asked], axis=1)
     fits = functools.reduce(jnp.logical_and, [own.fits for own in asked])
     ok, first = served_in_order(extra, fits, jnp.stack([pool.num_free for pool in pools]))

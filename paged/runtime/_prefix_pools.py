@@ -1,15 +1,19 @@
 """The pools that a `PrefixCache` lies beside: one for each group of layers, or one for all."""
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Array, Bool, Int
 
 from paged.spec import Mask, values_of
 
 from ._groups import keeps_all, mask_of
 from ._kept import kept_pages
+from ._pool_arrays import counted
 from .grouped_pool import GroupedPool
 from .pool import PagePool
 
@@ -22,6 +26,24 @@ def pools_of_groups(pool: PagePool | GroupedPool) -> tuple[PagePool, ...]:
 def with_pools_of_groups(pool: PagePool | GroupedPool, pools: Any) -> Any:
     """``pool`` with other pools of its groups."""
     return GroupedPool(pools, pool.masks) if isinstance(pool, GroupedPool) else pools[0]
+
+
+def with_slot(
+    pool: PagePool | GroupedPool, slot: Int[Array, ""], rows: Sequence[Int[Array, " pages_per_seq"]], length: Array
+) -> Any:
+    """``pool`` with the pages that others hold in an empty slot, those of each group; unchanged for slot -1.
+
+    What `PagePool.attach` does for all slots.
+    """
+    new, at = [], jnp.where(slot >= 0, slot, pool.num_slots)
+    for own, row in zip(pools_of_groups(pool), rows, strict=True):
+        changes = {
+            "ref_counts": counted(own.ref_counts, jnp.where(slot >= 0, row, -1), 1),
+            "block_tables": own.block_tables.at[at].set(row, mode="drop"),
+            "lengths": own.lengths.at[at].set(length, mode="drop"),
+        }
+        new.append(dataclasses.replace(own, **changes))
+    return with_pools_of_groups(pool, new)
 
 
 def masks_of(pool: PagePool | GroupedPool) -> tuple[Mask | None, ...]:

@@ -215,12 +215,26 @@ class GroupedPool(eqx.Module):
         """
         source = slot_counts("source", source, self.num_slots)
         tokens = slot_counts("tokens", tokens, self.num_slots)
-        at = jnp.clip(source, 0, self.num_slots - 1)
-        is_given = (source == at) & self.is_empty & (tokens >= 0) & (tokens <= self.lengths[at])
-        tables = [pool.tables_of(at, tokens) for pool in self.pools]
-        for table, masks in zip(tables, self.masks, strict=True):
-            is_given = is_given & ((tokens == self.lengths[at]) | self._has_needed(table, tokens, masks, values))
+        tables, is_given = self.prefix_of(source, tokens, values)
+        is_given = is_given & self.is_empty
         return self.attach(is_given, tables, tokens), is_given | (source == -1)
+
+    def prefix_of(
+        self, source: Int[Array, " some"], tokens: Int[Array, " some"], values: Mapping[str, Any] | None = None
+    ) -> tuple[list[Int[Array, "some pages_per_seq"]], Bool[Array, " some"]]:
+        """For each group the pages of the first tokens of some slots, and whether `share` may give them to others.
+
+        **Arguments:**
+
+        - `source`, `tokens`: see `PagePool.prefix_of`.
+        - `values`: the numbers that masks name by `Value`, one for each of those who get them.
+        """
+        at = jnp.clip(source, 0, self.num_slots - 1)
+        tables, length = [pool.tables_of(at, tokens) for pool in self.pools], self.lengths[at]
+        may = (source == at) & (tokens >= 0) & (tokens <= length)
+        for table, masks in zip(tables, self.masks, strict=True):
+            may = may & ((tokens == length) | self._has_needed(table, tokens, masks, values))
+        return tables, may
 
     def reorder(self, parents: Counts) -> tuple["GroupedPool", Bool[Array, " seqs"]]:
         """Make every slot a continuation of some slot, all at once. See `PagePool.reorder`.
@@ -257,11 +271,11 @@ class GroupedPool(eqx.Module):
         return jnp.all(jnp.stack([pool.is_empty for pool in self.pools]), axis=0)
 
     def _has_needed(
-        self, table: Int[Array, "seqs pages_per_seq"], tokens: Int[Array, " seqs"], masks: Masks, values: Any
-    ) -> Bool[Array, " seqs"]:
+        self, table: Int[Array, "some pages_per_seq"], tokens: Int[Array, " some"], masks: Masks, values: Any
+    ) -> Bool[Array, " some"]:
         """Whether a table has all pages of so many tokens that masks may show to a later one."""
         if keeps_all(masks):
-            return jnp.ones(self.num_slots, bool)
+            return jnp.ones(tokens.shape, bool)
         kept = kept_pages(mask_of(masks), tokens, self.page_size, self.pages_per_seq, values)
         first = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None] * self.page_size
         # A page that is not full is needed in any case: it is written.

@@ -229,12 +229,23 @@ class PagePool(PoolBatches):
         """
         source = slot_counts("source", source, self.num_slots)
         tokens = slot_counts("tokens", tokens, self.num_slots)
-        at = jnp.clip(source, 0, self.num_slots - 1)
-        is_given = (source == at) & self.is_empty & (tokens >= 0) & (tokens <= self.lengths[at])
-        tables = self.tables_of(at, tokens)
-        is_whole = entries_missing(tables, tokens, self.page_size) == 0
-        is_given = is_given & (is_whole | (tokens == self.lengths[at]))
+        tables, is_given = self.prefix_of(source, tokens)
+        is_given = is_given & self.is_empty
         return self.attach(is_given, tables, tokens), is_given | (source == -1)
+
+    def prefix_of(
+        self, source: Int[Array, " some"], tokens: Int[Array, " some"]
+    ) -> tuple[Int[Array, "some pages_per_seq"], Bool[Array, " some"]]:
+        """The pages of the first tokens of some slots, as `share` gives them to others, and whether it may.
+
+        **Arguments:**
+
+        - `source`, `tokens`: of which slots, and how many; a number that is no slot may not be shared.
+        """
+        at = jnp.clip(source, 0, self.num_slots - 1)
+        tables, length = self.tables_of(at, tokens), self.lengths[at]
+        is_whole = entries_missing(tables, tokens, self.page_size) == 0
+        return tables, (source == at) & (tokens >= 0) & (tokens <= length) & (is_whole | (tokens == length))
 
     def reorder(self, parents: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
         """Make every slot a continuation of some slot, all at once, as a step of beam search does.

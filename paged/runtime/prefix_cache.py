@@ -16,7 +16,7 @@ from ._pool_arrays import counted
 from ._prefix_chains import Chains
 from ._prefix_hit import PrefixHit as PrefixHit
 from ._prefix_order import FREEING, UNNEEDED, order_of_removal
-from ._prefix_pools import kept_at, masks_of, pools_of_groups, require_no_values, with_pools_of_groups
+from ._prefix_pools import kept_at, masks_of, pools_of_groups, require_no_values, with_pools_of_groups, with_slot
 
 Tokens = Integer[Array | np.ndarray, " tokens"]
 
@@ -94,7 +94,8 @@ class PrefixCache(eqx.Module):
             tokens=jnp.full((nodes, pool.page_size), -1, jnp.int32),
             counts=zero, parents=none, depths=zero, keys=zero.astype(jnp.uint32), salts=zero, epochs=zero,
             pages=jnp.full((len(pools), nodes), -1, jnp.int32),
-            last_used=zero, pins=zero, chains=Chains.init(nodes), clock=zero[0], epoch=zero[0], masks=masks,
+            last_used=zero, pins=zero, chains=Chains.init(nodes), masks=masks,
+            clock=jnp.zeros((), jnp.int32), epoch=jnp.zeros((), jnp.int32),
         )  # fmt: skip
 
     @property
@@ -175,17 +176,12 @@ class PrefixCache(eqx.Module):
         """`attach` for what `lookup` has found, in this cache."""
         pools, slot = pools_of_groups(pool), jnp.asarray(slot, jnp.int32)
         at = jnp.clip(slot, 0, pool.num_slots - 1)
-        is_empty = (
-            (slot == at) & (pool.lengths[at] == 0) & jnp.all(jnp.stack([own.block_tables[at] for own in pools]) < 0)
+        is_empty = (pool.lengths[at] == 0) & jnp.all(jnp.stack([own.block_tables[at] for own in pools]) < 0)
+        count = jnp.where((slot == at) & is_empty, hit.count, 0)
+        pool = with_slot(
+            pool, jnp.where(count > 0, at, -1), [_resized(row, pool.pages_per_seq) for row in hit.pages], count
         )
-        count, new = jnp.where(is_empty, hit.count, 0), []
-        to = jnp.where(count > 0, at, pool.num_slots)
-        for own, pages in zip(pools, hit.pages, strict=True):
-            row = jnp.where(count > 0, _resized(pages, own.pages_per_seq), -1)
-            counts, tables = counted(own.ref_counts, row, 1), own.block_tables.at[to].set(row, mode="drop")
-            lengths = own.lengths.at[to].set(count, mode="drop")
-            new.append(dataclasses.replace(own, ref_counts=counts, block_tables=tables, lengths=lengths))
-        return self._used(jnp.where(count > 0, hit.nodes, -1)), with_pools_of_groups(pool, new), count
+        return self._used(jnp.where(count > 0, hit.nodes, -1)), pool, count
 
     def insert(
         self,

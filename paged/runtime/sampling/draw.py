@@ -1,5 +1,6 @@
 """`draw`: one token for each row of logits, each by its own rule, without a sort of the vocabulary."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ class _Last(NamedTuple):
 def draw(
     logits: Float[Array, "rows vocab"],
     samplers: Samplers,
-    keys: Key[Array, " rows"],
+    keys: Key[Array, " rows"] | Callable[[], Key[Array, " rows"]],
     seen: Bool[Array, "rows vocab"] | None = None,
     drawn: Bool[Array, "rows vocab"] | None = None,
 ) -> Int[Array, " rows"]:
@@ -54,7 +55,8 @@ def draw(
 
     - `logits`: of the model. A logit of ``-inf`` is never drawn. Of several logits of ``inf`` each is as likely.
     - `samplers`: the rule of each row.
-    - `keys`: a typed PRNG key for each row. A row's draw depends on its own key, rule and logits only.
+    - `keys`: a typed PRNG key for each row, or a function that makes them where a row draws by chance. A row's draw
+      depends on its own key, rule and logits only.
     - `seen`, `drawn`: for penalties, which tokens the prompt or the answer of a row has, and which the answer alone.
       None for none.
 
@@ -75,7 +77,8 @@ def draw(
 
     def by_chance() -> Array:
         largest = jnp.take_along_axis(logits, jnp.maximum(first, 0)[:, None], axis=1)
-        return jnp.where(samplers.is_greedy, first, _by_chance(logits, largest, has_token, samplers, keys))
+        own = keys() if callable(keys) else keys
+        return jnp.where(samplers.is_greedy, first, _by_chance(logits, largest, has_token, samplers, own))
 
     found = jax.lax.cond(jnp.all(samplers.is_greedy | ~has_token), lambda: first, by_chance)
     return jnp.where(has_token, found, -1)

@@ -1,13 +1,15 @@
 """Which requests get a slot, which give theirs up, and how many rows each has in a step."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from .._pool_requests import asked_of, reserve_in_each
+from .._pool_arrays import entries_held
+from .._pool_requests import asked_of, reserve_asked
 from .._prefix_pools import pools_of_groups, with_pools_of_groups
 from ..grouped_pool import GroupedPool
 from .requests import Status
@@ -21,11 +23,13 @@ class _Turn(NamedTuple):
     """What one turn of `schedule` gives the next one.
 
     * ``rows``: of the step, for which there are pages once ``is_ready``.
+    * ``held``: for each group, how many table entries each slot uses: to be found once in a step.
     * ``admits``: whether another request may be admitted.
     """
 
     queue: Queue
     rows: Int[Array, " slots"]
+    held: tuple[Int[Array, " slots"], ...]
     admits: Bool[Array, ""]
     is_ready: Bool[Array, ""]
 
@@ -50,7 +54,8 @@ def schedule(queue: Queue, budget: int) -> tuple[Queue, Int[Array, " slots"]]:
     """
     yes = jnp.ones((), bool)
     # Admission and preemption are turns of one loop, so that XLA compiles what both do once.
-    first = _Turn(queue, jnp.zeros_like(queue.request), yes, ~yes)
+    held = tuple(own.entries for own in pools_of_groups(queue.pool))
+    first = _Turn(queue, jnp.zeros_like(queue.request), held, yes, ~yes)
     last = jax.lax.while_loop(lambda turn: ~turn.is_ready, lambda turn: _turn(turn, budget), first)
     copied = jnp.sum(jnp.where(last.rows > 0, _copies(last.queue.pool), 0), dtype=jnp.int32)
     return last.queue.replace(counts=last.queue.counts.plus(copied_pages=copied)), last.rows
@@ -67,7 +72,11 @@ def _turn(turn: _Turn, budget: int) -> _Turn:
     queue = _settled(queue, ~admits)  # not before: others may share pages that a slot is about to give up
     is_slot = (number == slot) & may
     rows = jax.lax.cond(admits, lambda: jnp.zeros_like(number), lambda: plan_rows(queue, budget))
-    queue, fits = _with_pages(queue, rows, is_slot & admits, queue.requests.known[row])
+    held = tuple(
+        old.at[slot].set(jnp.where(may, entries_held(own.block_tables[slot][None])[0], old[slot]))
+        for own, old in zip(pools_of_groups(queue.pool), turn.held, strict=True)
+    )
+    queue, held, fits = _with_pages(queue, rows, is_slot & admits, queue.requests.known[row], held)
     # One slot changes: that which is filled, or that of the newest sequence, which gives it up.
     newest = jnp.argmax(jnp.where(queue.is_running, queue.admission, -1)).astype(jnp.int32)
     begins, ends = admits & fits, ~admits & ~fits
@@ -88,22 +97,31 @@ def _turn(turn: _Turn, budget: int) -> _Turn:
     pool = queue.pool.release(is_emptied)
     is_ready = ~admits & fits
     queue = queue.replace(pool=pool).with_lengths(jnp.where(is_ready, pool.lengths + rows, pool.lengths))
-    return _Turn(queue, rows, begins, is_ready)
+    return _Turn(queue, rows, tuple(jnp.where(is_emptied, 0, own) for own in held), begins, is_ready)
 
 
 def _with_pages(
-    queue: Queue, rows: Int[Array, " slots"], is_new: Bool[Array, " slots"], known: Int[Array, ""]
-) -> tuple[Queue, Bool[Array, ""]]:
-    """The queue with pages for rows of slots, or for the known tokens of a new one; and whether there are enough."""
+    queue: Queue,
+    rows: Int[Array, " slots"],
+    is_new: Bool[Array, " slots"],
+    known: Int[Array, ""],
+    held: Sequence[Array],
+) -> tuple[Queue, tuple[Array, ...], Bool[Array, ""]]:
+    """The queue with pages for rows of slots, or for the known tokens of a new one; and whether there are enough.
+
+    ``held`` are the table entries in use, before and after.
+    """
     lengths = queue.pool.lengths
     more = jnp.where(is_new, known - lengths, rows)
     # Of a new sequence, groups that free pages get theirs step by step.
     wanted = [jnp.where(keep | ~is_new, more, 0) for keep in keeping_groups(queue)]
     tokens = [jnp.where(own > 0, lengths + own, 0) for own in wanted]
-    pairs = zip(pools_of_groups(queue.pool), tokens, strict=True)
-    queue = make_free(queue, jnp.stack([jnp.sum(asked_of(own, of).extra, dtype=jnp.int32) for own, of in pairs]), more)
-    pools, ok = reserve_in_each(pools_of_groups(queue.pool), tokens)
-    return queue.replace(pool=with_pools_of_groups(queue.pool, pools)), jnp.all(ok)
+    asked = lambda queue: [asked_of(*of) for of in zip(pools_of_groups(queue.pool), tokens, held, strict=True)]
+    queue = make_free(queue, jnp.stack([jnp.sum(own.extra, dtype=jnp.int32) for own in asked(queue)]), more)
+    own = asked(queue)  # once more: a page that the cache has given up may be shared no longer
+    pools, ok = reserve_asked(pools_of_groups(queue.pool), own)
+    held = [jnp.where(ok, each.needed, old) for each, old in zip(own, held, strict=True)]
+    return queue.replace(pool=with_pools_of_groups(queue.pool, pools)), tuple(held), jnp.all(ok)
 
 
 def _first_waiting(queue: Queue) -> Int[Array, ""]:

@@ -152,7 +152,7 @@ def _draw_next(
     """One token more for the request of each slot that goes on, -1 for none; and why the request is done with it."""
     of_slots = queue.of_slots
     past = history(queue, lambda: queue.of_slots.tokens, logits.shape[1])
-    token = draw(logits, of_slots.samplers, keys_of(of_slots), *past)
+    token = draw(logits, of_slots.samplers, lambda: keys_of(of_slots), *past)
     is_token = goes_on & (token >= 0)
     place = jnp.where(is_token, of_slots.known, queue.requests.tokens.shape[1])
     tokens = queue.requests.tokens.at[queue.rows_of(is_token), place].set(token, mode="drop")
@@ -189,10 +189,14 @@ def _reason(queue: Queue, token: Int[Array, " slots"]) -> Int[Array, " slots"]:
     is_end = jnp.any((of_slots.ends == token[:, None]) & (token >= 0)[:, None], axis=1)
     length = of_slots.stops.shape[2]
     place = of_slots.known[:, None] - length + jnp.arange(length, dtype=jnp.int32)[None]
-    latest = queue.tokens_at(jnp.arange(token.shape[0], dtype=jnp.int32)[:, None], place)
-    latest = jnp.where(place >= of_slots.prompt[:, None], latest, -2)[:, None]  # a stop lies in the answer
-    is_equal = jnp.all((of_slots.stops < 0) | (of_slots.stops == latest), axis=2)
-    is_stop = jnp.any(is_equal & (of_slots.stops[..., -1] >= 0), axis=1)
+    has_stop = of_slots.stops[..., -1] >= 0
+
+    def stops() -> Bool[Array, " slots"]:
+        latest = queue.tokens_at(jnp.arange(token.shape[0], dtype=jnp.int32)[:, None], place)
+        latest = jnp.where(place >= of_slots.prompt[:, None], latest, -2)[:, None]  # a stop lies in the answer
+        return jnp.any(has_stop & jnp.all((of_slots.stops < 0) | (of_slots.stops == latest), axis=2), axis=1)
+
+    is_stop = jax.lax.cond(jnp.any(has_stop), stops, lambda: jnp.zeros(token.shape, bool))
     reasons = [token < 0, is_end, is_stop, of_slots.known >= of_slots.most]
     names = [Reason.NO_TOKEN, Reason.EOS, Reason.STOP, Reason.LENGTH]
     return jnp.select(reasons, [jnp.full_like(token, name) for name in names], jnp.full_like(token, Reason.NONE))

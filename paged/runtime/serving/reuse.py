@@ -11,7 +11,7 @@ from paged.spec import LARGEST_INT32
 from .._groups import keeps_all
 from .._prefix_hit import PrefixHit
 from .._prefix_pages import NO_NODE, NextPages, with_pages
-from .._prefix_pools import pools_of_groups, with_pools_of_groups
+from .._prefix_pools import pools_of_groups, with_pools_of_groups, with_slot
 from ..grouped_pool import GroupedPool
 from .state import Counts, Queue
 
@@ -62,19 +62,15 @@ def attach(
         hit = _fitting(queue, cache.lookup(requests.tokens[row], most, requests.salt[row]), requests.known[row])
         return hit, _is_coming(queue, row, most, hit.count)
 
-    def attached(_: Any, changing: _Changing) -> _Changing:
-        cache, pool, kept, nodes, counts = changing
-        cache, pool, _ = cache.attach_hit(pool, slot, hit)
-        whole = hit.count // size
-        node = jnp.where(whole > 0, hit.nodes[jnp.maximum(whole - 1, 0)], -1)
-        return _Changing(cache, pool, kept.at[slot].set(whole), nodes.at[slot].set(node), counts)
-
-    # A branch, because XLA would search before a loop that is not entered. It gives little, so that little is copied.
+    # A branch gives little, so that little is copied.
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found))
     hit, is_coming = jax.lax.cond(may & ~is_shared & ~waits, found, lambda: nothing)
     gets = may & ~is_shared & ~waits & ~is_coming
-    queue = jax.lax.fori_loop(0, gets.astype(jnp.int32), attached, _Changing.of(queue)).put(queue)
-    return queue, waits | is_coming
+    cache, pool, _ = cache.attach_hit(queue.pool, jnp.where(gets, slot, -1), hit)
+    whole, at = hit.count // size, jnp.where(gets, slot, queue.kept.shape[0])
+    node = jnp.where(whole > 0, hit.nodes[jnp.maximum(whole - 1, 0)], -1)
+    kept, nodes = queue.kept.at[at].set(whole, mode="drop"), queue.nodes.at[at].set(node, mode="drop")
+    return queue.replace(cache=cache, pool=pool, kept=kept, nodes=nodes), waits | is_coming
 
 
 def _is_coming(queue: Queue, row: Int[Array, ""], most: Array, found: Array) -> Bool[Array, ""]:
@@ -86,9 +82,12 @@ def _is_coming(queue: Queue, row: Int[Array, ""], most: Array, found: Array) -> 
     end = (jnp.maximum(queue.pool.lengths, found) // size + 1) * size
     may = queue.is_running & (of_slots.salt == queue.requests.salt[row])
     may &= end <= jnp.minimum(most, of_slots.known)
-    place = jnp.minimum(end[:, None] - size + jnp.arange(size, dtype=jnp.int32)[None], tokens.shape[1] - 1)
-    own = tokens[jnp.maximum(queue.request, 0)[:, None], place]
-    may &= jnp.all(own == tokens[row, place], axis=1)
+
+    def has_its_page() -> Bool[Array, " slots"]:
+        place = jnp.minimum(end[:, None] - size + jnp.arange(size, dtype=jnp.int32)[None], tokens.shape[1] - 1)
+        return jnp.all(tokens[jnp.maximum(queue.request, 0)[:, None], place] == tokens[row, place], axis=1)
+
+    may &= jax.lax.cond(jnp.any(may), has_its_page, lambda: may)
 
     def compare(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         left, _ = carry
@@ -134,22 +133,20 @@ def _share(
     waits = jnp.any(_is_of_family(queue, row) & _is_on_its_way(queue, row)) & (source < 0)
     has_more = (requests.known[row] > requests.prompt[row]) if queue.cache is not None else jnp.zeros((), bool)
 
-    def shared(_: Any, carry: tuple) -> tuple:
-        pool, kept, nodes, _ = carry
-        slots, prompt = queue.request.shape, requests.prompt[row] - 1
-        at = jnp.where(jnp.arange(slots[0], dtype=jnp.int32) == slot, source, -1)
-        values = {name: jnp.broadcast_to(x[row], (*slots, *x.shape[1:])) for name, x in requests.values.items()}
-        of_groups = (values,) if isinstance(pool, GroupedPool) else ()
-        pool, ok = pool.share(at, jnp.broadcast_to(prompt, slots), *of_groups)  # some pages may be freed
-        if queue.cache is not None:
-            parents, whole = queue.cache.parents, jnp.minimum(kept[source], prompt // pool.page_size)
-            node = jax.lax.fori_loop(0, kept[source] - whole, lambda _, node: parents[node], nodes[source])
-            kept, nodes = kept.at[slot].set(whole), nodes.at[slot].set(jnp.where(whole > 0, node, -1))
-        return pool, kept, nodes, ok[slot]
-
-    shares = may & (source >= 0) & ~has_more
-    carry = queue.pool, queue.kept, queue.nodes, jnp.zeros((), bool)
-    pool, kept, nodes, is_shared = jax.lax.fori_loop(0, shares.astype(jnp.int32), shared, carry)
+    shares, prompt = may & (source >= 0) & ~has_more, requests.prompt[row] - 1
+    values = {name: x[row][None] for name, x in requests.values.items()}
+    of_groups = (values,) if isinstance(queue.pool, GroupedPool) else ()
+    rows, ok = queue.pool.prefix_of(source[None], prompt[None], *of_groups)  # some pages may be freed
+    is_shared = shares & ok[0]
+    rows = [own[0] for own in rows] if isinstance(queue.pool, GroupedPool) else [rows[0]]
+    pool, kept, nodes = with_slot(queue.pool, jnp.where(is_shared, slot, -1), rows, prompt), queue.kept, queue.nodes
+    if queue.cache is not None:
+        parents, whole = queue.cache.parents, jnp.minimum(kept[source], prompt // pool.page_size)
+        above = jnp.where(shares, kept[source] - whole, 0)
+        node = jax.lax.fori_loop(0, above, lambda _, node: parents[node], nodes[source])
+        at = jnp.where(shares, slot, kept.shape[0])
+        kept = kept.at[at].set(whole, mode="drop")
+        nodes = nodes.at[at].set(jnp.where(whole > 0, node, -1), mode="drop")
     return queue.replace(pool=pool, kept=kept, nodes=nodes), is_shared, waits
 
 
@@ -228,7 +225,7 @@ def keep(queue: Queue, is_last: Bool[Array, " slots"]) -> Queue:
         (cache, pool, kept, nodes, counted), left = carry
         wanted = jnp.where(left, entries - kept, 0)
         through = jnp.cumsum(wanted, dtype=jnp.int32)
-        slot = jnp.sum(through[None] <= number[:, None], axis=1, dtype=jnp.int32)
+        slot = jax.lax.optimization_barrier(jnp.sum(through[None] <= number[:, None], axis=1, dtype=jnp.int32))
         at = jnp.minimum(slot, slots - 1)
         which = number - (through - wanted)[at]  # of the pages that the slot has to bring
         own, depths, requests = jnp.maximum(queue.request[at], 0), kept[at] + which, queue.requests

@@ -124,7 +124,7 @@ def _draft(
             return jnp.where(is_known, tokens, -1)
 
         past = history(queue, known, logits.shape[1])
-        token = draw(logits, of_slots.samplers, keys_of(of_slots, i), *past)
+        token = draw(logits, of_slots.samplers, lambda: keys_of(of_slots, i), *past)
         return tokens.at[:, i].set(token, mode="drop"), state
 
     feeds = jnp.max(count) + is_even.astype(jnp.int32)
