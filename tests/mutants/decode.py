@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from paged.lower.tpu.decode import launch as launch_module
+from paged.lower.tpu.decode.apart import Apart
 from paged.lower.tpu.decode.kernel import ROWS_IN_FLIGHT, Decode
 from paged.lower.tpu.decode.launch import DecodeLaunch
 from paged.lower.tpu.decode.sight import Sight
@@ -45,6 +46,10 @@ def _next_item(index):
 
 def _one_semaphore(original):
     return lambda self, *args: original(self._replace(arrived=Elsewhere(self.arrived, _first)), *args)
+
+
+def _of_the_next_tile(original):
+    return lambda self, memory, stage, tile, x: original(self, memory, stage, (tile + 1) % self.views.tiles, x)
 
 
 def _one_too_long(original):
@@ -164,6 +169,15 @@ DECODE = (
     _decode(
         "results from the wrong place", method(Decode, "_result_copies", _wrong_place),
         "decode, late", "no races",
+    ),
+    _decode(
+        "results laid out for the next KV head", method(Apart, "store", _of_the_next_tile),
+        "decode, apart", _EQUAL,
+    ),
+    _decode(
+        "queries of every item laid out in one place",
+        method(Apart, "put", lambda put: lambda self, memory, stage, q: put(self, memory, 0, q)),
+        "decode, apart", _EQUAL, "not finite",
     ),
     _decode(
         "j <= length", method(Decode, "_attend", _one_too_long),

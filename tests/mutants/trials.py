@@ -194,6 +194,7 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "decode, listed": _kernel(_LISTED_DECODE, _decode(2, 3), "on_wait"),
     "decode, hidden pages": _kernel(_HIDDEN_DECODE, _decode(2, 3), "on_wait"),
     "decode, window": _kernel(_WINDOW_DECODE, _decode(2, 3), "on_wait"),
+    "decode, apart": _kernel(_OPEN_DECODE.replace(spec=OPEN.replace(num_q_heads=6)), _decode(2, 3), "on_wait"),
     "decode, tree": _kernel(_TREE_DECODE, _decode(1, 3), "on_wait"),
     "decode, by head": _kernel(_BY_HEAD_DECODE, _decode(2, 3), "on_wait"),
     "decode, early": _kernel(_MASKED_FIRST, _decode(1), "eager"),

@@ -121,6 +121,12 @@ POINTS = {
         **{"rows": 4, "ancestors": 1, "slots": 4},
         "spec": {"mask": paged.Tree() & paged.Chunk(_N) & _BY_HEAD, "scores": (paged.ALiBi(),)},
     },
+    "group 7, 28 heads, update": {"kv_heads": 4, "group": 7, "update": True},
+    "group 3, 9 heads of 64": {"kv_heads": 3, "group": 3, "head_dim": 64, "order": "joined"},
+    "group 5, float16 queries, grid": {
+        **{"group": 5, "q_dtype": "float16"},
+        "schedule": {"sequence": "grid", "pages_per_block": 16},
+    },
 }
 # The kernels inline, on the grid and with a write; generations of one core and of two.
 FAST = (("llama 8b", "v4"), ("grid", "tpu7x"), ("update", "v5e"))

@@ -25,6 +25,7 @@ from ...program import Running, Terms
 from ..chips import LANES
 from ..pages import Views, dot
 from ..references import Copies
+from .apart import Apart
 from .refs import Refs
 from .sight import Block, Seen, Sight
 
@@ -50,6 +51,7 @@ class Decode:
       also those of slots that are not live.
     * ``items_at_once``: items of one block that are worked on together, from 1 to `ITEMS_AT_ONCE`.
     * ``sight``: what the scores of a block need beside products.
+    * ``apart``: how rows are laid out for tiles; None where queries lie by KV head, as tiles meet them.
     """
 
     bodies: tuple[tuple[Views, Terms], ...]
@@ -57,6 +59,7 @@ class Decode:
     has_even_rows: bool
     items_at_once: int
     sight: Sight
+    apart: Apart | None
 
     @property
     def views(self) -> Views:
@@ -156,7 +159,11 @@ class Decode:
         # Before the wait, so that it is on its way meanwhile. The stage is free: its last item is done.
         pl.when(later < end)(self._query_copies(refs, later).start)
         self._query_copies(refs, item).wait()
-        return [self.views.queries(refs.scratch.q.at[row_stage], tile) for tile in range(self.views.tiles)]
+        apart, q, tiles = self.apart, refs.scratch.q.at[row_stage], range(self.views.tiles)
+        if apart is None:
+            return [self.views.queries(q, tile) for tile in tiles]
+        apart.put(refs.scratch.apart, row_stage, q)
+        return [apart.queries(refs.scratch.apart, row_stage, tile) for tile in tiles]
 
     def drain(self, refs: Refs, first: Any, end: Any) -> None:
         """Wait for the last results to leave: a kernel must not end while a copy is on its way."""
@@ -287,8 +294,13 @@ class Decode:
             out, lse = self._with_sinks(refs, item, tile, running[tile]).finish()
             if refs.inputs.v_scale is not None:
                 out = out * refs.inputs.v_scale[tile]
-            views.store(refs.scratch.out.at[row_stage], tile, out)
+            if self.apart is None:
+                views.store(refs.scratch.out.at[row_stage], tile, out)
+            else:
+                self.apart.store(refs.scratch.apart, row_stage, tile, out)
             lses = jnp.where(lane == tile, lse, lses)
+        if self.apart is not None:
+            self.apart.take(refs.scratch.apart, row_stage, refs.scratch.out.at[row_stage])
         if refs.scratch.lse is not None:
             refs.scratch.lse[row_stage] = lses.reshape(refs.scratch.lse.shape[1:])
 

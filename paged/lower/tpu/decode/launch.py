@@ -17,6 +17,7 @@ from ...program import PageIntervals, Program, Results, Wanted, kernel_terms
 from ..chips import LANES, Chip, padded_bytes
 from ..pages import Facts, Holes, IntervalWork, PageTables, Stream, Transfers, Views, WorkList, pools_of
 from ..references import call_kernel
+from .apart import Apart
 from .kernel import ROWS_IN_FLIGHT, Decode
 from .refs import Inputs, Outputs, Refs, Scalars, Scratch
 from .schedule import DecodeSchedule
@@ -84,7 +85,7 @@ class DecodeLaunch:
         # Pages of the step's own tokens are visited, whether some row sees them or not.
         hides_unseen = has_own_rows or self.program.may_visit_unseen(self.views.layout.page_size)
         sight = Sight(self.program, self.views.pages_per_block, hides_unseen)
-        decode = Decode(terms, self.schedule.kv_splits, self.has_even_rows, self.items_at_once, sight)
+        decode = Decode(terms, self.schedule.kv_splits, self.has_even_rows, self.items_at_once, sight, self.apart)
         arrays = self._arrays(terms[-1][1])
         per_row = self._head_scales(pages), self._sinks(sinks)
         inputs = Inputs(*per_row[0], per_row[1], arrays, self._queries(q), new.rows if new else (), _pools(pages))
@@ -176,18 +177,22 @@ class DecodeLaunch:
         """The sink of every query row."""
         return None if sinks is None else sinks[self.views.q_head(self.program.group)][..., None]
 
-    def _queries(self, q: Array) -> Float[Array, "tokens kv_heads group dim"]:
-        """Queries by KV head, as they lie, or padded to the views' group and to a key's lanes."""
-        # A TPU has no float16.
-        q = q.astype(jnp.float32) if q.dtype == jnp.float16 else q
-        grouped = q.reshape(q.shape[0], self.program.num_kv_heads, self.program.group, -1)
-        padding = [(0, 0), (0, 0), (0, self.views.group - self.program.group), (0, 0)]
-        padding[3] = (0, self.views.key_lanes - q.shape[-1])
-        return jnp.pad(grouped, padding)
+    @property
+    def apart(self) -> Apart | None:
+        """How rows are laid out for tiles, where the heads of a KV head are no whole registers as they lie."""
+        return Apart.of(self.views, self.program.group)
+
+    def _queries(self, q: Array) -> Float[Array, "tokens ... dim"]:
+        """Queries as they lie, padded to a key's lanes: by KV head, or rows of all heads if they are laid apart."""
+        # Kernels have no float16, and a reading of its bits as int16 would be an operation of XLA's as well.
+        q = q.astype(_stored(q.dtype))
+        rows = q.reshape(q.shape[0], *_heads(self.views, self.program.group), q.shape[-1])
+        return jnp.pad(rows, [*[(0, 0)] * (rows.ndim - 1), (0, self.views.key_lanes - q.shape[-1])])
 
     def _scratch(self, inputs: Inputs, wanted: Wanted, facts: Facts | None) -> Scratch:
         dma, stages, block = pltpu.SemaphoreType.DMA, self.schedule.buffers, self.schedule.pages_per_block
-        pages, (q, out, lse) = _vmem_scratch(self.views, stages, inputs.q.dtype, _stored(wanted.dtype))
+        dtypes = inputs.q.dtype, _stored(wanted.dtype)
+        pages, (q, out, lse) = _vmem_scratch(self.views, self.program.group, stages, *dtypes)
         write = Write.of(self.views.layout, self.views.query_rows, inputs.new)
         return Scratch(
             pages=pages,
@@ -195,6 +200,7 @@ class DecodeLaunch:
             q=q,
             q_arrived=dma((ROWS_IN_FLIGHT,)),
             out=out,
+            apart=None if self.apart is None else self.apart.scratch(ROWS_IN_FLIGHT),
             lse=lse if wanted.has_lse else None,
             out_left=dma((ROWS_IN_FLIGHT,)),
             cursor=pltpu.SMEM((2,), jnp.int32),
@@ -206,8 +212,8 @@ class DecodeLaunch:
         )
 
     def _outputs(self, tokens: int, wanted: Wanted, pools: tuple[Array, ...]) -> Outputs:
-        views, layout, splits = self.views, self.views.layout, self.schedule.kv_splits
-        out = (splits, tokens, layout.num_kv_heads, views.group, views.result_lanes)
+        views, splits = self.views, self.schedule.kv_splits
+        out = (splits, tokens, *_heads(views, self.program.group), views.result_lanes)
         lse = (splits, tokens, views.heads_per_tile * views.group, LANES)
         written = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools)
         return Outputs(
@@ -220,7 +226,7 @@ class DecodeLaunch:
         """The kernel's results: KV splits merged, padding dropped, heads in the order of the queries."""
         views, program = self.views, self.program
         splits, tokens = out.shape[:2]
-        out = out[:, :, :, : program.group, views.value_lanes].reshape(splits, tokens, program.num_q_heads, -1)
+        out = out[..., views.value_lanes].reshape(splits, tokens, program.num_q_heads, -1)
         if lse is None:
             return Results(out[0], None)
         lse = jnp.moveaxis(lse[..., : views.tiles], -1, 2).reshape(splits, tokens, program.num_kv_heads, views.group)
@@ -228,19 +234,30 @@ class DecodeLaunch:
         return Results(*((out[0], lse[0]) if splits == 1 else _merge_splits(out, lse)))
 
     @staticmethod
-    def vmem_bytes(views: Views, buffers: int) -> int:
-        """Vector memory of a kernel's buffers, with every tile padded as chips lay it out. ``buffers`` are stages."""
-        pages, rows = _vmem_scratch(views, buffers, views.compute_dtype, jnp.float32)
-        return sum(padded_bytes(x.shape, x.dtype) for x in (*pages, *rows))
+    def vmem_bytes(views: Views, group: int, buffers: int) -> int:
+        """Vector memory of a kernel's buffers, with every tile padded as chips lay it out.
+
+        ``group`` are the query heads of a KV head, and ``buffers`` are stages.
+        """
+        pages, rows = _vmem_scratch(views, group, buffers, views.compute_dtype, jnp.float32)
+        apart = Apart.of(views, group)
+        apart = () if apart is None else (apart.scratch(ROWS_IN_FLIGHT),)
+        return sum(padded_bytes(x.shape, x.dtype) for x in (*pages, *rows, *apart))
+
+
+def _heads(views: Views, group: int) -> tuple[int, ...]:
+    """The axes of heads of queries and results as the kernel has them."""
+    apart, kv_heads = Apart.of(views, group), views.layout.num_kv_heads
+    return (kv_heads, group) if apart is None else (apart.q_heads,)
 
 
 def _vmem_scratch(
-    views: Views, buffers: int, q_dtype: Any, out_dtype: Any
+    views: Views, group: int, buffers: int, q_dtype: Any, out_dtype: Any
 ) -> tuple[tuple[Any, ...], tuple[Any, Any, Any]]:
     """Vector memory for pages; and for queries, results and log-sum-exps."""
     layout, block = views.layout, views.pages_per_block
     pages = tuple(pltpu.VMEM((buffers, block, *pool.page_shape), pool.dtype) for pool in pools_of(layout))
-    rows = (ROWS_IN_FLIGHT, views.query_rows, layout.num_kv_heads, views.group)
+    rows = (ROWS_IN_FLIGHT, views.query_rows, *_heads(views, group))
     return pages, (
         pltpu.VMEM((*rows, views.key_lanes), q_dtype),
         pltpu.VMEM((*rows, views.result_lanes), out_dtype),
@@ -249,7 +266,7 @@ def _vmem_scratch(
 
 
 def _stored(dtype: Any) -> Any:
-    """The dtype in which a kernel stores results that are wanted in ``dtype``: a TPU has no float16."""
+    """The dtype that a kernel reads or stores instead of the caller's: it has no float16."""
     return jnp.float32 if dtype == jnp.float16 else dtype
 
 

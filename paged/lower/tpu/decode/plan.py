@@ -172,7 +172,7 @@ def _round_up(pages: int, page_size: int) -> int:
 def vmem_bytes(program: Program, layout: PageLayout, call: Call, schedule: DecodeSchedule) -> int:
     """Vector memory of the kernel's buffers."""
     views = _views(program, layout, call, schedule.pages_per_block)
-    return DecodeLaunch.vmem_bytes(views, schedule.buffers)
+    return DecodeLaunch.vmem_bytes(views, program.group, schedule.buffers)
 
 
 def vmem_budget(chip: Chip) -> int:
@@ -181,7 +181,7 @@ def vmem_budget(chip: Chip) -> int:
 
 
 def _views(program: Program, layout: PageLayout, call: Call, pages_per_block: int) -> Views:
-    # Groups of 2 and 4 lie in HBM without padding. Others are padded to whole registers.
+    # Tiles read groups of 2, 4 and whole registers as they lie. Rows of others are laid `Apart` for whole registers.
     group = program.group if program.group in (2, 4) else -(-program.group // SUBLANES) * SUBLANES
     dtype = compute_dtype(layout, call.q_dtype)
     views = Views(layout, pages_per_block, call.query_rows or 1, group, dtype)

@@ -184,7 +184,10 @@ class Views:
         """The rows that meet a tile, from ``[query_rows, kv_heads, group, dim]``."""
         if self.query_rows == 1 and self.heads_per_tile == 1:
             return ref[0, tile].astype(self.compute_dtype)
-        q = ref[:, self._heads_of(tile)].astype(jnp.float32).reshape(self.tile_rows, -1)
+        return self.operand(ref[:, self._heads_of(tile)].astype(jnp.float32).reshape(self.tile_rows, -1))
+
+    def operand(self, q: Float[Array, "tile_rows dim"]) -> Float[Array, "tile_rows dim"]:
+        """A tile's rows as they are multiplied."""
         if self.is_paired:
             # Zero at the lanes of the other head, whose keys then add nothing to a score.
             head = self._head_of_row(q.shape)
