@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from paged.models import Config, Decoder, Tensor, load, open_safetensors, save, write_safetensors
+from paged.models.layers import product
 from paged.runtime import generate
 from paged.spec import RaggedBatch
 
@@ -232,6 +233,13 @@ def test_a_model_that_is_apart_copies_no_weights_and_is_saved_as_it_was(tmp_path
         save(each, tmp_path / name)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "apart")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("rows", "dtype", "first"), [(47, "float32", 96), (48, "float32", 48), (48, "bfloat16", 96)])
+def test_on_a_cpu_few_rows_come_after_the_weight_and_many_before_it(rows, dtype, first):
+    x, weight = (jax.ShapeDtypeStruct((n, 64), dtype) for n in (rows, 96))
+    program = jax.jit(product).lower(x, weight).as_text()
+    assert re.findall(r"dot_general.*: \(tensor<(\d+)x", program) == [str(first)]
 
 
 def test_layers_of_one_kind_are_one_run():

@@ -274,3 +274,25 @@ def test_a_model_of_two_parts_makes_logits_of_the_rows_that_draw_tokens():
     results = generate(model, state, [[1, 2, 3, 4, 5], [9]], max_new_tokens=2, **options)
     assert [result.tokens for result in results] == [(6, 7), (10, 11)]
     assert model.rows[0] == 7 and set(model.rows[1:]) == {3}, "all rows for the shape alone; then one of each slot"
+
+
+class RowCounter(eqx.Module):
+    """The likeliest next token is the next number; its state counts the rows that it is called with."""
+
+    rows: eqx.nn.StateIndex
+
+    def __init__(self):
+        self.rows = eqx.nn.StateIndex(jnp.zeros((), jnp.int32))
+
+    def __call__(self, tokens, batch, state):
+        state = state.set(self.rows, state.get(self.rows) + tokens.shape[0])
+        return jax.nn.one_hot((tokens + 1) % VOCAB, VOCAB), state
+
+
+def test_a_step_with_few_rows_of_prompts_computes_half_the_padding():
+    model, state = eqx.nn.make_with_state(RowCounter)()
+    sizes = {"num_pages": 32, "page_size": PAGE_SIZE, "num_slots": 2, "chunk_size": 32, "donate_state": True}
+    results, state = generate(model, state, [[1] * 42, [2, 3]], max_new_tokens=[3, 4], prefix_cache=False, **sizes)
+    assert [result.tokens for result in results] == [(2, 3, 4), (4, 5, 6, 7)]
+    # 32 rows of the first prompt and 2 of the second; the other 10 beside a decoding row; two steps of two rows each.
+    assert int(state.get(model.rows)) == 34 + 18 + 2 * 2

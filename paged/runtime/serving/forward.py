@@ -1,6 +1,7 @@
 """The model's part of a step: which rows it computes, in which form, and whose logits are made."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +15,9 @@ from .._model_call import apply, logits_of_rows
 from .drafting import Drafts
 from .state import Queue
 from .told import PromptLogProbs, has_prompt_rows
+
+# With fewer rows than so many beside those that decode, a step has one ragged form.
+_WORTH_HALVING = 32
 
 
 def logits_of(model: Any, queue: Queue, state: eqx.nn.State, budget: int, minima: Any) -> Array:
@@ -44,9 +48,10 @@ def forward(
     **Returns:** the logits of each slot's last row and of its drafts, which are anything where there is no such row;
     the log-probabilities, None where no request may ask; and the state.
 
-    The step has one of three forms. Where every slot has one row or none, the batch has one row for each slot. Where
+    The step has one of few forms. Where every slot has one row or none, the batch has one row for each slot. Where
     some have drafts too, and all have pages for them, it has ``1 + num_tokens`` rows for each. Kernels for decoding
-    take both. Else it is ragged, and also where log-probabilities of a prompt's tokens are told.
+    take both. Else it is ragged, and also where log-probabilities of a prompt's tokens are told. A ragged batch has as
+    many rows as the first of `ragged_sizes` that holds the step's: padding is computed like any row.
     """
     slots, lengths = rows.shape[0], queue.pool.lengths
     most = 1 if drafts is None else 1 + drafts.tokens.shape[1]
@@ -63,14 +68,17 @@ def forward(
         logits = logits_of_rows(model, x, (last[None] * each + jnp.arange(each, dtype=jnp.int32)[:, None]).reshape(-1))
         return logits.reshape(each, slots, -1), told, state
 
-    def ragged(told: Any, state: eqx.nn.State) -> tuple[Array, Any, eqx.nn.State]:
-        more = jnp.zeros_like(rows) if drafts is None else drafts.count
+    more = jnp.zeros_like(rows) if drafts is None else drafts.count
+
+    def ragged(size: int, told: Any, state: eqx.nn.State) -> tuple[Array, Any, eqx.nn.State]:
         own = queue.with_lengths(lengths + more)
-        ids, batch = ragged_rows(own, drafts, rows + more, budget, minima)
+        # As above: where the form does not run for lack of room, its batch has no rows.
+        own_rows = rows + more if size == budget else jnp.where(num_rows <= size, rows + more, 0)
+        ids, batch = ragged_rows(own, drafts, own_rows, size, minima)
         x, state = apply(model, ids, batch, state)
         first = jnp.cumsum(rows + more, dtype=jnp.int32) - more - 1
-        row = jnp.clip(first[None] + jnp.arange(most, dtype=jnp.int32)[:, None], 0, budget - 1)
-        told = PromptLogProbs.of(model, x, own, rows + more, budget) if has_told else told
+        row = jnp.clip(first[None] + jnp.arange(most, dtype=jnp.int32)[:, None], 0, size - 1)
+        told = PromptLogProbs.of(model, x, own, rows + more, budget) if has_told and size == budget else told
         return logits_of_rows(model, x, row.reshape(-1)).reshape(most, slots, -1), told, state
 
     told = PromptLogProbs.none(budget) if has_told else None
@@ -80,11 +88,21 @@ def forward(
     is_single = jnp.all(rows <= 1) & ~is_told
     if drafts is not None:
         is_single, has_even_rows = is_single & ~jnp.any(drafts.count > 0), drafts.has_even_rows & ~is_told
-    forms = [(is_single, lambda told, state: even(1, told, state)), (~is_single & ~has_even_rows, ragged)]
+    forms: list[tuple[Array, Any]] = [(is_single, functools.partial(even, 1))]
+    # Log-probabilities are told by the largest form alone.
+    num_rows, sizes = jnp.where(is_told, budget, jnp.sum(rows + more, dtype=jnp.int32)), ragged_sizes(slots, budget)
+    which = sum(((num_rows > size).astype(jnp.int32) for size in sizes[:-1]), jnp.zeros((), jnp.int32))
+    for i, size in enumerate(sizes):
+        forms.append((~is_single & ~has_even_rows & (which == i), functools.partial(ragged, size)))
     if drafts is not None:
-        forms.append((has_even_rows, lambda told, state: even(most, told, state)))
+        forms.append((has_even_rows, functools.partial(even, most)))
     logits = jax.eval_shape(lambda state: even(1, None, state)[0], state)
     carry = jnp.zeros((most, *logits.shape[1:]), logits.dtype), told, state
+    return _run_one(forms, carry)
+
+
+def _run_one(forms: list[tuple[Array, Any]], carry: tuple) -> tuple:
+    """What the one form that runs makes of the carry, whose first part has room for its logits."""
 
     def run(form: Any, carry: tuple) -> tuple:
         new, *others = form(*carry[1:])
@@ -95,6 +113,16 @@ def forward(
     for runs, form in forms:
         carry = jax.lax.fori_loop(0, runs.astype(jnp.int32), lambda _, carry, form=form: run(form, carry), carry)
     return carry
+
+
+def ragged_sizes(slots: int, budget: int) -> tuple[int, ...]:
+    """How many rows the ragged forms of a step have, the smallest first.
+
+    One row for each slot, and half of the others or all. Where the others are few, one form serves: another one takes
+    longer to compile than it saves.
+    """
+    others = budget - slots
+    return (budget,) if others < _WORTH_HALVING else (slots + others // 2, budget)
 
 
 def rows_for_each(
