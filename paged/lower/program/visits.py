@@ -28,7 +28,7 @@ class Visits(NamedTuple):
     True there.
 
     There are two ways to make the list, with the same result: `visits_by_scatter` for one sequence, and
-    `visits_by_sort` for many at once, on hardware that scatters slowly. `visits_in_place` does not sort the pages.
+    `visits_by_sort` for many at once. `visits_in_place` does not sort the pages.
     """
 
     index: Int[Array, "*tiles pages_per_seq"]
@@ -59,9 +59,19 @@ def visits_by_scatter(
 
 
 def visits_by_sort(
-    program: Program, rows: QueryRows, tables: Int[Array, "tiles pages_per_seq"], page_size: int, num_pages: int
+    program: Program,
+    rows: QueryRows,
+    tables: Int[Array, "tiles pages_per_seq"],
+    page_size: int,
+    num_pages: int,
+    *,
+    has_maxima: bool = False,
 ) -> Visits:
-    """`visits_by_scatter` for many tiles of query rows at once, by one sort: a TPU has no fast scatter."""
+    """`visits_by_scatter` for many tiles of query rows at once, by one sort: a TPU has no fast scatter.
+
+    With ``has_maxima`` the counts are maxima over the sorted list, of which XLA:CPU makes one program each. It makes
+    three of a sum. And entries past the count are page 0.
+    """
 
     def visits(rows, table):
         return _visits(program, rows, table, page_size, num_pages)
@@ -72,8 +82,14 @@ def visits_by_sort(
     # Full pages sort before all partial ones, and these before all others; within each kind the index decides.
     key = index + jnp.where(full, 0, jnp.where(some, width, 2 * width))
     key, page = jax.lax.sort((key, tables), dimension=1, num_keys=1)
-    index = jax.lax.rem(key, width)
-    return Visits(index, page, num_full, jnp.sum(some, axis=1, dtype=jnp.int32))
+    count_below = lambda bound: jnp.max(jnp.where(key < bound, index + 1, 0), axis=1, initial=0)
+    if has_maxima:
+        # Pages of the step's own tokens sort before others, and need a mask if the batch brings anything for its rows.
+        num_full = count_below(width) if rows.own is None else num_full
+        count, page = count_below(2 * width), jnp.where(key < 2 * width, page, 0)
+    else:
+        count = jnp.sum(some, axis=1, dtype=jnp.int32)
+    return Visits(jax.lax.rem(key, width), page, num_full, count)
 
 
 def visits_in_place(

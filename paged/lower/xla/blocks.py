@@ -33,8 +33,9 @@ class OwnOfBlock(NamedTuple):
 class RowBlock(NamedTuple):
     """Up to ``rows`` consecutive query rows of one sequence of ``length`` keys.
 
-    Row ``i`` is the batch's row ``row[i]``, at position ``position[i]``. Where ``is_row`` is False the sequence has no
-    such row: the batch's row 0 is read instead, and nothing is written. ``numbers`` are the sequence's, by name.
+    Row ``i`` is the batch's row ``row[i]``, at position ``position[i]``. The first ``num_rows`` rows are the sequence's.
+    Where ``is_row`` is False the batch's row 0 is read instead, and nothing is written. ``numbers`` are the sequence's,
+    by name.
     ``own`` is what the batch brings for the rows, None if nothing. ``visits`` are the pages that the rows see, if they
     have been listed before.
     """
@@ -42,6 +43,7 @@ class RowBlock(NamedTuple):
     seq: Int[Array, ""]
     row: Int[Array, " rows"]
     position: Int[Array, " rows"]
+    num_rows: Int[Array, ""]
     is_row: Bool[Array, " rows"]
     length: Int[Array, ""]
     numbers: Mapping[str, Any]
@@ -55,7 +57,7 @@ class RowBlock(NamedTuple):
             own_range = position_range(self.position, self.is_row)
             return QueryRows(*own_range, self.length, self.numbers, self.own.place)
         first = self.position[0]
-        return QueryRows(first, first + jnp.sum(self.is_row, dtype=jnp.int32), self.length, self.numbers)
+        return QueryRows(first, first + self.num_rows, self.length, self.numbers)
 
 
 class RowBlocks(NamedTuple):
@@ -98,8 +100,10 @@ class RowBlocks(NamedTuple):
     def block(self, seqs: Sequences, which: Any, rows: int) -> RowBlock:
         """Row block number ``which``, of at most ``rows`` rows; it has no row if ``which`` is ``count`` or more."""
         seq = self.seq[which]
-        offset = (which - self.first[seq]) * rows + jnp.arange(rows, dtype=jnp.int32)
-        is_row = (offset < seqs.counts[seq]) & (which < self.count)
+        number = jnp.arange(rows, dtype=jnp.int32)
+        first = (which - self.first[seq]) * rows
+        num_rows = jnp.where(which < self.count, jnp.clip(seqs.counts[seq] - first, 0, rows), 0)
+        offset, is_row = first + number, number < num_rows
         row = jnp.where(is_row, seqs.starts[seq] + offset, 0)
         position, own = seqs.positions[seq] + offset, None
         if seqs.own is not None:
@@ -107,4 +111,5 @@ class RowBlocks(NamedTuple):
             own = OwnOfBlock(offset, seqs.starts[seq], seqs.positions[seq], seqs.own.positions, words)
             position = seqs.own.positions[row]
         visits = jax.tree.map(lambda x: x[which], self.visits)
-        return RowBlock(seq, row, position, is_row, seqs.lengths[seq], seqs.numbers_of(seq), own, visits)
+        numbers = seqs.numbers_of(seq)
+        return RowBlock(seq, row, position, num_rows, is_row, seqs.lengths[seq], numbers, own, visits)

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..jax_version import vary_alike
-from ..program import Program, Sequences, Visits, most_pages_of_any, visits_by_scatter, visits_in_place
+from ..program import (
+    Program,
+    Sequences,
+    Visits,
+    most_pages_of_any,
+    visits_by_scatter,
+    visits_by_sort,
+    visits_in_place,
+)
 from .blocks import RowBlock, RowBlocks
 from .places import Places
 from .schedule import AT_ONCE, XlaSchedule
@@ -47,7 +55,8 @@ def with_visits(
     """The row blocks with the pages that each visits; ``sizes`` are the page size and the number of pages.
 
     In the form ``"at_once"``, and where the lists are short, all are listed side by side. Else as many as there are
-    take time, ``row_blocks_at_once`` side by side.
+    take time, ``row_blocks_at_once`` side by side. Short lists are sorted: XLA:CPU makes three times as many programs of
+    a scatter and the running sums that it needs, and compiling is what they take most time for.
     """
     room, (page_size, num_pages) = row_blocks.seq.shape[0], sizes
 
@@ -56,8 +65,13 @@ def with_visits(
 
     width = seqs.tables.shape[1]
     is_short = isinstance(room, int) and isinstance(width, int) and room * width <= _FEW_ENTRIES
-    if schedule.form == AT_ONCE or is_short:
+    if schedule.form == AT_ONCE:
         return row_blocks._replace(visits=jax.vmap(of_one)(jnp.arange(room, dtype=jnp.int32)))
+    if is_short:
+        blocks = jax.vmap(lambda which: row_blocks.block(seqs, which, rows))(jnp.arange(room, dtype=jnp.int32))
+        query_rows = jax.vmap(lambda block: block.query_rows)(blocks)
+        sorts = (program, query_rows, seqs.tables[blocks.seq], page_size, num_pages)
+        return row_blocks._replace(visits=visits_by_sort(*sorts, has_maxima=True))
     at_once = schedule.row_blocks_at_once
 
     def put_some(i: Array, visits: Visits) -> Visits:
