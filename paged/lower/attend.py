@@ -270,7 +270,16 @@ class Attend:
         if type(batch) is Plan:
             raise TypeError("batch must be a paged.RaggedBatch; got a Plan, which a call accepts as it is.")
         checked: Any = self._step(q, pages, batch)
-        return _plan(self, Call.of(q, pages, checked), checked)
+        return _plan(self, self.call_of(q, pages, checked), checked)
+
+    def call_of(self, q: Any, pages: Pages, batch: RaggedBatch) -> Call:
+        """The static facts of a call, of whose arguments only shapes and dtypes matter. A plan is for one such call."""
+        return Call.of(q, pages, batch)
+
+    @property
+    def placement(self) -> None:
+        """On which devices of a mesh a plan's arrays lie, see `ShardedAttend.placement`: here there is none."""
+        return None
 
     def explain(
         self,

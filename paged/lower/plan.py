@@ -21,7 +21,8 @@ _REMEDY = "Attentions of one mask, layout and call shape share a plan; make one 
 class PlanFacts:
     """What a plan was made for. A call that differs in any of these would read another call's lists.
 
-    ``mesh`` is the mesh and its axes, for a plan whose arrays lie on the devices of a mesh; else None.
+    ``mesh`` is the mesh and its axes, for a plan whose arrays lie on the devices of a mesh; else None. ``copies`` tells
+    how many devices have the same rows. These are neighbours on the arrays' axis of devices.
     """
 
     visibility: Mask
@@ -30,6 +31,7 @@ class PlanFacts:
     lowering: Lowering
     schedule: Schedule
     mesh: Any
+    copies: int = 1
 
 
 class Plan(eqx.Module):
@@ -67,7 +69,7 @@ class Plan(eqx.Module):
         **Arguments:**
 
         - `layer`: the layer, an int or a traced int32: a value in ``[0, num_layers)``.
-        - `num_pages`: how many pages each layer has: as many as the plan was made for.
+        - `num_pages`: how many pages each layer has: as many as the plan was made for. On a mesh, on each device.
         - `num_layers`: how many layers the pool holds: it has ``num_layers * num_pages`` pages.
 
         **Returns:** the plan for calls with that pool. Raises ``ValueError`` for another number of pages.
@@ -75,12 +77,22 @@ class Plan(eqx.Module):
         call, seqs = self.facts.call, self.seqs
         if num_pages != call.num_pages:
             raise ValueError(f"The plan is for {call.num_pages} pages; each layer has {num_pages}. {_REMEDY}")
-        batch = self.batch.for_layer(layer, num_pages, num_layers)
+        batch, checked = self.batch.for_layer(layer, num_pages, num_layers), self.batch.checked_for
+        if checked is not None:  # by all devices of a context together, for the pages of all of them
+            checked = checked._replace(num_pages=num_layers * checked.num_pages)
+            batch = batch.with_fields(checked_for=checked)
         if seqs is not None:
             planned = None if seqs.planned is None else seqs.planned.moved(layer * num_pages)
             seqs = seqs._replace(tables=batch.block_tables, planned=planned)
         facts = dataclasses.replace(self.facts, call=dataclasses.replace(call, num_pages=num_layers * num_pages))
         return dataclasses.replace(self, batch=batch, seqs=seqs, facts=facts)
+
+    @property
+    def row_positions(self) -> Int[Array, " tokens"]:
+        """The position of every query row of the step, of all devices of a mesh."""
+        if self.facts.mesh is None:
+            return self.positions
+        return self.positions[:: self.facts.copies].reshape(-1)
 
     def choice(
         self,
@@ -144,7 +156,7 @@ def batch_of(step: RaggedBatch | Plan) -> RaggedBatch:
     return step.batch if type(step) is Plan else step  # pyright: ignore
 
 
-def stacked_plan(plan: Plan, mesh: Any) -> Plan:
+def stacked_plan(plan: Plan, mesh: Any, copies: int) -> Plan:
     """One device's plan with a leading axis of devices on every array, as a plan for all devices of ``mesh`` has it."""
-    facts = dataclasses.replace(plan.facts, mesh=mesh)
+    facts = dataclasses.replace(plan.facts, mesh=mesh, copies=copies)
     return dataclasses.replace(jax.tree.map(lambda x: x[None], plan), facts=facts)

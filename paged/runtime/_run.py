@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paged.lower import ShardedAttend
+
 from ._apart import LARGE, Apart, is_apart
+from ._masks import caches_of
 from ._step_plans import StepPlans
 from .stacked_state import StackedState, pools_of, with_pools, without_pools
 
@@ -26,7 +29,8 @@ def made_together(makers: Sequence[Callable[[Any], Any]], keys: Sequence[Any]) -
         arrays = [eqx.filter(_without_states(part), eqx.is_array) for part in parts]
         back = np.argsort(order)
         run = eqx.combine(jax.tree.map(lambda *xs: jnp.concatenate(xs)[back], *arrays), run)
-    return _map_states(lambda index: eqx.nn.StateIndex(with_pools(index.init, len(keys))), run)
+    parts = parts_of(run)
+    return _map_states(lambda index: eqx.nn.StateIndex(with_pools(index.init, len(keys), parts)), run)
 
 
 def _without_pages(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -35,7 +39,8 @@ def _without_pages(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def stacked(layers: Sequence[Any]) -> Any:
     """The run of these layers, which are alike."""
-    values = iter([StackedState.of(inits) for inits in zip(*map(_initial_states, layers), strict=True)])
+    parts = parts_of(layers[0])
+    values = iter([StackedState.of(inits, parts) for inits in zip(*map(_initial_states, layers), strict=True)])
     run = _map_states(lambda index: eqx.nn.StateIndex(next(values)), layers[0])
     return _with_arrays(run, layers)
 
@@ -86,12 +91,31 @@ def kind_of(layer: Any) -> Any:
     return _kind(layer), _abstract(_initial_states(layer))
 
 
+def parts_of(layer: Any, *, is_here: bool = False) -> tuple[int, int]:
+    """Among how many shards of sequences, and devices of a context, the pages of a layer's attentions are divided.
+
+    With ``is_here``: as a call finds them, which may be inside of a ``jax.shard_map`` over the shards of sequences.
+    ``ValueError`` where they differ: one block table serves all of them.
+    """
+    attends = [cache.attend for cache in caches_of(layer)]
+    if is_here:
+        attends = [attend.here if isinstance(attend, ShardedAttend) else attend for attend in attends]
+    shares = [attend.shares if isinstance(attend, ShardedAttend) else None for attend in attends]
+    parts = {(1, 1) if own is None else (own.sequences, own.context) for own in shares} or {(1, 1)}
+    if len(parts) > 1:
+        raise ValueError(
+            "The attentions of one layer must divide their pages among devices in one way; got (sequences, context) = "
+            f"{sorted(parts)}."
+        )
+    return next(iter(parts))
+
+
 def serve_one(layer: Any, place: Any, x: Any, plans: StepPlans, state: eqx.nn.State) -> tuple[Any, eqx.nn.State]:
     """``layer(x, step, state)`` at a place in its run, with the state of the run."""
     pools = pools_of(state)
     if pools:
         held = next(x for x in jax.tree.leaves(state, is_leaf=_is_stacked) if _is_stacked(x))
-        plans = plans.for_layer(place, pools[0].num_pages, held.num_layers)
+        plans = plans.for_layer(place, pools[0].num_pages, held.num_layers, *parts_of(layer, is_here=True))
     seen = jax.tree.map(lambda x: x.view(place), state, is_leaf=_is_stacked)
     given = jax.tree.map(lambda x: x, seen)  # the layer's own, because a state that is set cannot be read again
     with plans.shared():

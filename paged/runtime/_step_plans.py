@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
 import jax
@@ -22,6 +22,7 @@ class _Key(NamedTuple):
     call: Call
     lowering: Lowering
     schedule: Schedule
+    placement: Any  # on a mesh, the devices and how they share the work
     check: bool
     values: tuple[str, ...]  # names
 
@@ -29,16 +30,16 @@ class _Key(NamedTuple):
 class _Asked(NamedTuple):
     """A call as `Attend.plan` needs it: of queries and pages only shapes and dtypes."""
 
-    attend: Attend
+    attend: Attend | ShardedAttend
     q: Any
     pages: Pages
 
     def key(self, batch: RaggedBatch) -> _Key:
         """What this call shares with others, of a step whose batch for this spec this is."""
-        call = Call.of(self.q, self.pages, batch)
-        lowering, schedule, _ = self.attend.choice(call)
-        spec, layout = self.attend.spec, self.attend.layout
-        return _Key(spec.visibility, layout, call, lowering, schedule, self.attend.check, self.values)
+        attend, call = self.attend, self.attend.call_of(self.q, self.pages, batch)
+        lowering, schedule, _ = attend.choice(call)
+        facts = (attend.spec.visibility, attend.layout, call, lowering, schedule, attend.placement)
+        return _Key(*facts, attend.check, self.values)
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -48,6 +49,14 @@ class _Asked(NamedTuple):
         layout = self.attend.layout
         arrays = tuple(jax.ShapeDtypeStruct(shape, layout.dtype) for shape in layout.array_shapes(num_pages))
         return self._replace(pages=dataclasses.replace(self.pages, arrays=arrays))
+
+
+class _Above(NamedTuple):
+    """Whose layer a step is: the plans of all layers, the pages of one layer, and how a plan of these is shifted."""
+
+    plans: "StepPlans"
+    num_pages: int
+    moved: Callable[[Plan], Plan]
 
 
 class StepPlans:
@@ -65,7 +74,7 @@ class StepPlans:
         self._plans: dict[_Key, Plan] = {}
         self._trace = get_opaque_trace_state()
         self._asked: list[_Asked] = []  # by the layers, for the pages of one layer
-        self._above: tuple[StepPlans, int] | None = None  # whose layer this is, and the pages of one layer
+        self._above: _Above | None = None  # whose layer this is
 
     @classmethod
     def of(cls, step: Step) -> "StepPlans":
@@ -86,13 +95,20 @@ class StepPlans:
         finally:
             _SHARED.reset(token)
 
-    def for_layer(self, layer: Any, num_pages: int, num_layers: int) -> "StepPlans":
-        """The step for one of several layers whose pages lie in one pool, see `Plan.for_layer`."""
-        own = StepPlans(self.step.for_layer(layer, num_pages, num_layers))
-        own._above = self, num_pages
+    def for_layer(self, layer: Any, num_pages: int, num_layers: int, shards: int = 1, devices: int = 1) -> "StepPlans":
+        """The step for one of several layers whose pages lie in one pool, see `Plan.for_layer`.
+
+        The ``num_pages`` of a layer are those of ``shards`` of sequences, each on as many ``devices`` of a context.
+        """
+        part, step = num_pages // (shards * devices), self.step
+        if isinstance(step, Plan):
+            own = StepPlans(step.for_layer(layer, part, num_layers))
+        else:
+            own = StepPlans(step.for_layer(layer, num_pages // shards, num_layers, devices))
+        own._above = _Above(self, num_pages, lambda plan: plan.for_layer(layer, part, num_layers))
         for key, plan in self._plans.items():
-            if key.call.num_pages == num_pages:
-                moved = plan.for_layer(layer, num_pages, num_layers)
+            if key.call.num_pages == part:
+                moved = own._above.moved(plan)
                 own._plans[key._replace(call=moved.facts.call)] = moved
         return own
 
@@ -115,17 +131,25 @@ class StepPlans:
         if key not in self._plans:
             if self._trace != get_opaque_trace_state():
                 return batch
-            self._plans[key] = asked.attend.plan(asked.q, asked.pages, batch.naming(asked.values))
-            if self._above is not None:
-                above, num_pages = self._above
-                above._asked.append(asked.with_pages(num_pages))
+            self._plans[key] = self._made(asked)
         return self._plans[key]
+
+    def _made(self, asked: _Asked) -> Plan:
+        """A new plan: of a layer, the plan for the pages of one layer, shifted, and asked for before the next loop."""
+        if self._above is None:
+            batch: RaggedBatch = batch_for(asked.attend.spec, self.step)
+            return asked.attend.plan(asked.q, asked.pages, batch.naming(asked.values))
+        above, num_pages, moved = self._above
+        one = asked.with_pages(num_pages)
+        above._asked.append(one)
+        return moved(above._made(one))
 
     def positions(self, tokens: Any, page_size: int) -> Int[Array, " tokens"] | None:
         """The position of each query row, if a plan has them."""
         for key, plan in self._plans.items():
-            if (key.call.tokens, key.layout.page_size) == (tokens, page_size):
-                return plan.positions
+            shards = plan.positions.size // key.call.tokens // plan.facts.copies
+            if (shards * key.call.tokens, key.layout.page_size) == (tokens, page_size):
+                return plan.row_positions
         return None
 
 
@@ -134,12 +158,9 @@ _SHARED: contextvars.ContextVar[tuple[StepPlans, ...]] = contextvars.ContextVar(
 
 
 def planned(attend: Attend | ShardedAttend, q: Array, pages: Pages, step: Step) -> RaggedBatch | Plan:
-    """The plan that a call shares with others of its step. Where none are shared, the step as its spec reads it.
-
-    On a mesh that shares out heads or contexts none are: each layer makes its own lists.
-    """
+    """The plan that a call shares with others of its step. Where none are shared, the step as its spec reads it."""
     around, own = _around(step), attend.here if isinstance(attend, ShardedAttend) else attend
-    if around is None or isinstance(own, ShardedAttend):
+    if around is None:
         return batch_for(attend.spec, step)
     q_shape, page_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, pages))
     return around.plan_for(_Asked(own, q_shape, page_shapes))

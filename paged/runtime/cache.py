@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -142,14 +143,17 @@ class PagedCache(eqx.Module):
         **Returns:** the positions; what a row of no sequence gets means nothing.
         """
         if isinstance(batch, Plan):
-            return batch.positions
+            return batch.row_positions
         if batch.positions is not None:
-            return batch.positions
+            return batch.positions.reshape(-1)  # of all shards of sequences
         page_size = self.attend.layout.page_size
         planned = planned_positions(batch, tokens, page_size)
         if planned is not None:
             return planned
-        return Sequences.of(batch_for(self.attend.spec, batch), tokens, page_size).rows(tokens)[1]
+        own: RaggedBatch = batch_for(self.attend.spec, batch)
+        rows = tokens if own.lengths.ndim == 1 else tokens // own.lengths.shape[0]
+        positions_of = lambda batch: Sequences.of(batch, rows, page_size).rows(rows)[1]
+        return positions_of(own) if own.lengths.ndim == 1 else jax.vmap(positions_of)(own).reshape(-1)
 
     def write_pages(
         self,

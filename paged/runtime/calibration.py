@@ -173,7 +173,7 @@ def _measuring(state: eqx.nn.State, num_pages: int) -> eqx.nn.State:
     def begin(x: Any) -> Any:
         if isinstance(x, StackedState):
             pools = functools.partial(_begin, num_pages=num_pages * x.num_layers, num_layers=(x.num_layers,))
-            return StackedState(_map_pages(pools, x.value), x.num_layers)
+            return StackedState(_map_pages(pools, x.value), x.num_layers, x.parts)
         return _begin(x, num_pages=num_pages) if isinstance(x, Pages) else x
 
     return jax.tree.map(begin, state, is_leaf=lambda x: isinstance(x, Pages | StackedState))

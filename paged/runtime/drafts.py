@@ -48,9 +48,9 @@ def commit(
         return tree.commit(pages, batch, rows, count, target, interpret=interpret)
 
     def of_layer(i: Any, stacked: StackedState) -> StackedState:
-        seen = stacked.view(i)
+        seen, layers = stacked.view(i), stacked.num_layers
         new = jax.tree.map(
-            lambda x: of_pages(x, batch.for_layer(i, x.num_pages // stacked.num_layers, stacked.num_layers)),
+            lambda x: of_pages(x, batch.for_layer(i, x.num_pages // layers, layers, stacked.parts[1])),
             seen,
             is_leaf=lambda x: isinstance(x, Pages),
         )

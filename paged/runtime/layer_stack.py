@@ -1,6 +1,7 @@
 """`LayerStack`: the layers of a model as one scan, with stacked parameters and one pool of pages."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from paged.spec import GroupedBatch, batch_for
 from ._apart import is_apart
 from ._in_turn import in_turn
 from ._pattern import Segment, places_of, segments_of
-from ._run import apart, kinds_of, layer_of, made_together, replaced, serve_one, stacked, together
+from ._run import apart, kinds_of, layer_of, made_together, parts_of, replaced, serve_one, stacked, together
 from ._step_plans import StepPlans
 from .cache import PagedCache
 from .stacked_state import pools_of
@@ -129,12 +130,14 @@ class LayerStack(eqx.Module):
 
     def __check_init__(self) -> None:
         for run in self.runs:
-            sizes = {pool.num_pages for pool in pools_of(run)}
+            sizes, parts = {pool.num_pages for pool in pools_of(run)}, math.prod(parts_of(run))
             if len(sizes) > 1:
                 raise ValueError(
                     f"The pages inside of one layer must be equal in number; got {sorted(sizes)}. One block table "
                     "serves all of them."
                 )
+            if any(size % parts for size in sizes):
+                raise ValueError(f"{parts} devices cannot share {sizes.pop()} pages of each layer evenly.")
 
     def __len__(self) -> int:
         return sum(segment.num_layers for segment in self.segments)

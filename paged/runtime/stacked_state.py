@@ -1,5 +1,6 @@
 """`StackedState`: what like layers keep in the state, with the pages of all of them in one pool."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ class StackedState(eqx.Module):
       ``p`` of layer ``i`` is page ``i * num_pages + p``. Per-token scales lie as their pages do. Every other array has
       a leading axis of layers, per-tensor and per-head scales too.
     - `num_layers`: how many layers it is for, static.
+    - `parts`: among how many shards of sequences, and devices of a context, the pages of a layer are divided, static.
+      The pool has the first part of every layer, then the second part of every layer, and so on: each device has its
+      part of all layers.
 
     >>> layout = PageLayout(page_size=2, num_kv_heads=1, head_dim=4, dtype=jnp.float32)
     >>> stacked = StackedState.of([layout.init(num_pages=3) for _ in range(5)])
@@ -28,20 +32,25 @@ class StackedState(eqx.Module):
 
     value: Any
     num_layers: int = eqx.field(static=True)
+    parts: tuple[int, int] = eqx.field(static=True, default=(1, 1))
 
     @classmethod
-    def of(cls, values: Sequence[Any]) -> "StackedState":
+    def of(cls, values: Sequence[Any], parts: tuple[int, int] = (1, 1)) -> "StackedState":
         """The values of several layers as one.
 
         **Arguments:**
 
         - `values`: what each layer keeps, at least one: pytrees of one structure, with `Pages` of one layout.
+        - `parts`: see above.
         """
 
         def join(axis: Any, *leaves: Any) -> Any:
-            return jnp.stack(leaves) if axis == _STACKED else jnp.concatenate(leaves, axis)
+            if axis == _STACKED:
+                return jnp.stack(leaves)
+            cut = [jnp.split(x, math.prod(parts), axis) for x in leaves]
+            return jnp.concatenate([x[part] for part in range(math.prod(parts)) for x in cut], axis)
 
-        return cls(jax.tree.map(join, _page_axes(values[0]), *values), len(values))
+        return cls(jax.tree.map(join, _page_axes(values[0]), *values), len(values), parts)
 
     def layer(self, i: int) -> Any:
         """What layer ``i`` keeps, on its own: its pages are a copy.
@@ -54,8 +63,10 @@ class StackedState(eqx.Module):
         def cut(axis: Any, x: Any) -> Any:
             if axis == _STACKED:
                 return x[i]
-            size = x.shape[axis] // self.num_layers
-            return jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=axis)
+            size = x.shape[axis] // self.num_layers // math.prod(self.parts)
+            first = [(part * self.num_layers + i) * size for part in range(math.prod(self.parts))]
+            cut = [jax.lax.slice_in_dim(x, begin, begin + size, axis=axis) for begin in first]
+            return cut[0] if len(cut) == 1 else jnp.concatenate(cut, axis)
 
         return jax.tree.map(cut, _page_axes(self.value), self.value)
 
@@ -75,7 +86,8 @@ class StackedState(eqx.Module):
                 return new
             return x if new is seen else jax.lax.dynamic_update_index_in_dim(x, new, i, axis=0)
 
-        return StackedState(jax.tree.map(keep, _page_axes(self.value), self.value, seen, new), self.num_layers)
+        value = jax.tree.map(keep, _page_axes(self.value), self.value, seen, new)
+        return StackedState(value, self.num_layers, self.parts)
 
 
 class Pool(NamedTuple):
@@ -114,7 +126,7 @@ def without_pools(value: Any) -> Any:
     return jax.tree.map(shape_of, _page_axes(value), value)
 
 
-def with_pools(value: Any, num_layers: int) -> StackedState:
+def with_pools(value: Any, num_layers: int, parts: tuple[int, int]) -> StackedState:
     """The inverse of `without_pools`, of a value whose other arrays are stacked: pools of zeros for all layers."""
 
     def make(axis: Any, x: Any) -> Any:
@@ -124,7 +136,7 @@ def with_pools(value: Any, num_layers: int) -> StackedState:
         shape[axis] *= num_layers
         return jnp.zeros(shape, x.dtype)
 
-    return StackedState(jax.tree.map(make, _page_axes(value), value), num_layers)
+    return StackedState(jax.tree.map(make, _page_axes(value), value), num_layers, parts)
 
 
 def _page_axes(value: Any) -> Any:

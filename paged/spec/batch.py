@@ -238,7 +238,7 @@ class RaggedBatch(eqx.Module):
             raise ValueError("stack needs batches that bring the same values, and all other arrays alike.")
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *same)
 
-    def for_layer(self, layer: Any, num_pages: Any, num_layers: int) -> "RaggedBatch":
+    def for_layer(self, layer: Any, num_pages: Any, num_layers: int, devices: int = 1) -> "RaggedBatch":
         """This batch for one of several layers whose pages lie in one pool, one layer after the other.
 
         Page ``p`` of layer ``i`` is page ``i * num_pages + p`` of the pool. So a model whose layers run in a
@@ -250,6 +250,8 @@ class RaggedBatch(eqx.Module):
         - `layer`: the layer, an int or a traced int32: a value in ``[0, num_layers)``.
         - `num_pages`: how many pages each layer has.
         - `num_layers`: how many layers the pool holds: it has ``num_layers * num_pages`` pages.
+        - `devices`: among how many devices the pages of a layer are divided, by ``Axes(context=...)``. Each device has
+          its part of every layer, one layer after the other, with ``num_pages / devices`` pages in each part.
 
         **Returns:** the batch with its block tables and `copy_from` shifted. An entry that is no page of the layer
         becomes -1, and never a page of another layer. A batch that `paged.check` has passed for ``num_pages`` pages
@@ -259,12 +261,25 @@ class RaggedBatch(eqx.Module):
         >>> batch.for_layer(2, num_pages=4, num_layers=8).block_tables.tolist()
         [[11, 8], [9, -1]]
         """
-        moved = lambda ids: jnp.where((ids >= 0) & (ids < num_pages), ids + layer * num_pages, -1)
+        part = num_pages // devices
+
+        def moved(ids: Array) -> Array:
+            # The devices before an entry's own have the parts of the other layers too.
+            before = 0 if devices == 1 else ids // part * (num_layers - 1) * part
+            return jnp.where((ids >= 0) & (ids < num_pages), ids + before + layer * part, -1)
+
         tables, copy_from = moved(self.block_tables), None if self.copy_from is None else moved(self.copy_from)
         checked = self.checked_for
         if checked is not None:
             checked = checked._replace(num_pages=num_layers * num_pages) if checked.num_pages <= num_pages else None
-        return dataclasses.replace(self, block_tables=tables, copy_from=copy_from, checked_for=checked)
+        return self.with_fields(block_tables=tables, copy_from=copy_from, checked_for=checked)
+
+    def with_fields(self, **fields: Any) -> "RaggedBatch":
+        """This batch with some fields exchanged as they are, which a batch of `stack` has with an axis of shards."""
+        new = object.__new__(RaggedBatch)  # as a pytree is unflattened: `__init__` would refuse that axis
+        for field in dataclasses.fields(self):
+            object.__setattr__(new, field.name, fields.get(field.name, getattr(self, field.name)))
+        return new
 
     def naming(self, names: Iterable[str]) -> "RaggedBatch":
         """This batch with the values of these names alone: a model brings what any of its layers names.
@@ -274,7 +289,7 @@ class RaggedBatch(eqx.Module):
         - `names`: of values. A name that the batch lacks is left out.
         """
         values = {name: self.values[name] for name in names if name in self.values}
-        return self if len(values) == len(self.values) else dataclasses.replace(self, values=values)
+        return self if len(values) == len(self.values) else self.with_fields(values=values)
 
     def has_rows(self, tokens: Any) -> bool:
         """Whether this batch and a step of ``tokens`` query rows have room for a row of a sequence, by their shapes."""

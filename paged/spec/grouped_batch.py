@@ -85,14 +85,14 @@ class GroupedBatch(eqx.Module):
         """
         return self._batch(self._group_of(spec))
 
-    def for_layer(self, layer: Any, num_pages: Any, num_layers: int) -> "GroupedBatch":
+    def for_layer(self, layer: Any, num_pages: Any, num_layers: int, devices: int = 1) -> "GroupedBatch":
         """This step for one of several layers whose pages lie in one pool, see `RaggedBatch.for_layer`.
 
         **Arguments:**
 
-        - `layer`, `num_pages`, `num_layers`: as there. The layer's own group has ``num_pages`` pages.
+        - `layer`, `num_pages`, `num_layers`, `devices`: as there. The layer's own group has ``num_pages`` pages.
         """
-        return self._map(lambda batch: batch.for_layer(layer, num_pages, num_layers))
+        return self._map(lambda batch: batch.for_layer(layer, num_pages, num_layers, devices))
 
     def naming(self, names: Iterable[str]) -> "GroupedBatch":
         """This step with the values of these names alone, see `RaggedBatch.naming`."""

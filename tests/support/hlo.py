@@ -33,10 +33,26 @@ def copies_in_loops(hlo: str, least_bytes: int) -> list[str]:
     An update in place of a small part of an array makes none, nor does a kernel whose result is its operand's memory.
     """
     computations = dict(_computations(hlo))
+    return [
+        f"{instruction.name} = {instruction.shape} {instruction.opcode} in {name}"
+        for name, instruction in _in_loops(hlo, computations)
+        if _largest(instruction.shape) >= least_bytes and not _is_in_place(instruction, name, computations, least_bytes)
+    ]
+
+
+def opcodes_in_loops(hlo: str) -> set[str]:
+    """What the instructions in loops do, at any depth, those of fusions included."""
+    computations = dict(_computations(hlo))
+    found = [instruction for _, instruction in _in_loops(hlo, computations)]
+    fused = [x for fusion in found if fusion.opcode == "fusion" for x in computations[fusion.called[0]]]
+    return {instruction.opcode for instruction in (*found, *fused)}
+
+
+def _in_loops(hlo: str, computations: dict[str, list[Instruction]]) -> Iterable[tuple[str, Instruction]]:
+    """The instructions in loops, at any depth, each with the computation that it is in. A fusion counts as one."""
     bodies = [re.search(r"body=%?([\w.-]+)", line) for line in hlo.splitlines() if " while(" in line]
     waiting, seen = [match.group(1) for match in bodies if match], set()
     assert waiting, "the program has no loop"
-    found = []
     while waiting:
         name = waiting.pop()
         if name in seen:
@@ -45,10 +61,7 @@ def copies_in_loops(hlo: str, least_bytes: int) -> list[str]:
         for instruction in computations[name]:
             if instruction.opcode != "fusion":
                 waiting += [called for called in instruction.called if called in computations]
-            is_large = _largest(instruction.shape) >= least_bytes
-            if is_large and not _is_in_place(instruction, name, computations, least_bytes):
-                found.append(f"{instruction.name} = {instruction.shape} {instruction.opcode} in {name}")
-    return found
+            yield name, instruction
 
 
 def _is_in_place(instruction: Instruction, where: str, computations: Any, least_bytes: int) -> bool:

@@ -74,7 +74,7 @@ def plan(attend: Any, call: Call, batch: RaggedBatch) -> Plan:
         own = _own_batch(attend, batch, call.tokens, call.num_pages)
         one = attend.first_device
         made = make_plan(attend.program_per_device.for_batch(own), one.layout, one.choice(call), call, own)
-        return stacked_plan(made, attend.placement)
+        return stacked_plan(made, attend.placement, attend.shares.context)
 
     return on_devices(on_device, attend.mesh, (attend.specs.batch,), P(attend.axes.pages))(batch)
 

@@ -31,6 +31,7 @@ from ..jax_version import manual_axes
 from ..plan import Plan, Step, batch_of
 from ..program import Call, Program, Results
 from ..require import require_new_tokens, require_pages, require_queries, require_whole_call
+from ..schedule import Choice
 from ..tpu import Chip
 from . import devices
 from .axes import Axes, Shares, mesh_axes
@@ -239,9 +240,17 @@ class ShardedAttend:
         if (own := self.here) is not self:
             return own.plan(q, pages, batch)
         checked: Any = self._require(q, pages, batch)
-        call = Call.of(q, pages, checked, has_holes=self._merge is not None)
+        return devices.plan(self, self.call_of(q, pages, checked), checked)
+
+    def call_of(self, q: Any, pages: Pages, batch: RaggedBatch) -> Call:
+        """The static facts of what each device runs in a call: of its own rows, over its own pages."""
+        call = Call.of(q, pages, batch, has_holes=self._merge is not None)
         tokens, num_pages = call.tokens // self.shares.sequences, call.num_pages // self.shares.pages
-        return devices.plan(self, dataclasses.replace(call, tokens=tokens, num_pages=num_pages), checked)
+        return dataclasses.replace(call, tokens=tokens, num_pages=num_pages)
+
+    def choice(self, call: Call | None = None) -> Choice:
+        """What runs such a call on each device. See `Attend.choice`."""
+        return self.first_device.choice(call)
 
     @property
     def placement(self) -> tuple[Mesh, Axes]:

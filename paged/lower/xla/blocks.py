@@ -33,11 +33,10 @@ class OwnOfBlock(NamedTuple):
 class RowBlock(NamedTuple):
     """Up to ``rows`` consecutive query rows of one sequence of ``length`` keys.
 
-    Row ``i`` is the batch's row ``row[i]``, at position ``position[i]``. The first ``num_rows`` rows are the sequence's.
-    Where ``is_row`` is False the batch's row 0 is read instead, and nothing is written. ``numbers`` are the sequence's,
-    by name.
-    ``own`` is what the batch brings for the rows, None if nothing. ``visits`` are the pages that the rows see, if they
-    have been listed before.
+    Row ``i`` is the batch's row ``row[i]``, at position ``position[i]``. The first ``num_rows`` of them are rows of the
+    sequence. Where ``is_row`` is False the batch's row 0 is read instead, and nothing is written. ``numbers`` are those
+    of the sequence. ``own`` is what the batch brings for the rows, None if nothing. ``visits`` are the pages that the
+    rows see, if they have been listed before.
     """
 
     seq: Int[Array, ""]

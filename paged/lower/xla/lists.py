@@ -55,8 +55,8 @@ def with_visits(
     """The row blocks with the pages that each visits; ``sizes`` are the page size and the number of pages.
 
     In the form ``"at_once"``, and where the lists are short, all are listed side by side. Else as many as there are
-    take time, ``row_blocks_at_once`` side by side. Short lists are sorted: XLA:CPU makes three times as many programs of
-    a scatter and the running sums that it needs, and compiling is what they take most time for.
+    take time, ``row_blocks_at_once`` side by side. Short lists are sorted. A scatter and the running sums that it needs
+    take three times as many programs of XLA:CPU, and compiling these takes most of the time.
     """
     room, (page_size, num_pages) = row_blocks.seq.shape[0], sizes
 

@@ -51,7 +51,7 @@ def _register_all() -> None:
     register_module(StepFigures.zero(queue))
     register_module(GroupedPool([pool], [[]]), "masks")
     register_module(PrefixCache.init(pool), "masks")
-    register_module(StackedState(None, 1), "num_layers")
+    register_module(StackedState(None, 1), "num_layers", "parts")
 
 
 # Shapes alone: nothing is computed when the package is imported.
