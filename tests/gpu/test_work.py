@@ -45,6 +45,7 @@ def test_a_split_has_whole_blocks_and_the_last_one_the_rest():
     assert "in 3 KV splits" in work.words
 
 
+@pytest.mark.kernels
 def test_only_lists_are_made_once_for_all_layers():
     batch = RaggedBatch.decode(LENGTHS, np.arange(4 * 64).reshape(4, 64))
     call, seqs = Call(4, 4, 64, 256, 1, jnp.dtype("bfloat16")), Sequences.of(batch, 4, LAYOUT.page_size)
@@ -57,6 +58,7 @@ def test_only_lists_are_made_once_for_all_layers():
     assert lists.pages[3, :4].tolist() == [1192, 1254, 1255, 1193]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     ("mask", "pages"), [(Window(128), [3, 9, 8]), (Window(128) | Prefix(20), [3, 11, 10])], ids=["a run", "two runs"]
 )
