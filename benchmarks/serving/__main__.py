@@ -70,7 +70,7 @@ def _options() -> argparse.ArgumentParser:
     add("--pages", type=int, default=256, help="pages of 16 tokens (default 256)")
     add("--page-cache", choices=["on", "off"], default="on", help="whether prompts share pages (default on)")
     add("--chunk", type=int, default=64, help="rows of a step for prompts, ours (default 64)")
-    add("--steps", type=int, default=16, help="steps of a launch, ours (default 16)")
+    add("--steps", type=int, default=32, help="steps of a launch, ours (default 32)")
     add("--rounds", type=int, default=3, help="times that each serves the load, in turn, after one more (default 3)")
     add("--json", help="a file for every figure of every round")
     add("--plot", help="an image file: requests done over time (needs matplotlib)")

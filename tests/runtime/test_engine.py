@@ -59,7 +59,8 @@ def engine(steps=4, tokenizer=True, model=MODEL, **options):
     _, state = eqx.nn.make_with_state(lambda: MODEL)()
     options = {"num_slots": 3, "max_tokens": 96, "num_pages": 24, "page_size": 8, "max_requests": 6, **options}
     tokenizer = Ascii() if tokenizer else None
-    return Engine(model, state, chunk_size=6, max_biases=2, steps=steps, tokenizer=tokenizer, **options)
+    options |= {} if steps is None else {"steps": steps}
+    return Engine(model, state, chunk_size=6, max_biases=2, tokenizer=tokenizer, **options)
 
 
 def run(served):
@@ -179,7 +180,8 @@ def test_a_state_that_an_exception_has_cost_is_made_anew_and_requests_go_on_with
 
     want, _ = _served_after_exceptions(engine(log_probs=1), submitted, ())
     failing = engine(log_probs=1, model=Failing(MODEL, (3, 11, 12, 20), _Traces()), record=True)
-    handles, raised = _served_after_exceptions(failing, submitted, jax.errors.JaxRuntimeError)
+    # By JAX a `ValueError` where the launch fails before the call that begins it has returned.
+    handles, raised = _served_after_exceptions(failing, submitted, (jax.errors.JaxRuntimeError, ValueError))
     assert 2 <= raised <= 4
     served, serve, calls = engine(log_probs=1), device.programs.serve, []
 
@@ -228,7 +230,7 @@ def test_an_exception_before_a_launch_or_of_who_reads_the_events_costs_nothing(m
 @pytest.mark.kernels
 def test_one_launch_is_one_read_and_one_upload_one_transfer(monkeypatch):
     reads, puts, outside = [], [], []
-    served = engine(steps=32, prefix_cache=False)
+    served = engine(steps=None, prefix_cache=False)
     served.warmup(progress=False)
     arrays, get, asarray = type(jnp.zeros(())), jax.device_get, jnp.asarray
     value = arrays._value
@@ -248,11 +250,11 @@ def test_one_launch_is_one_read_and_one_upload_one_transfer(monkeypatch):
         if all(handle.tokens for handle in handles):
             break
     short, begun = served.stats().launches - short, len(handles[0].tokens)
-    assert short == 2 and begun <= 8  # one whose tokens are told, and one that was given to the device meanwhile
+    assert short == 2 and begun == 4  # one whose tokens are told, and one that was given to the device meanwhile
     reads.clear()
     run(served)
     assert [handle.tokens[-1] for handle in handles] == [61] * 3 and not outside and len(puts) == 1
-    assert len(reads) == 1 + math.ceil((60 - 2 * 8) / 32) + 1  # of the short one; the last finds nothing to do
+    assert len(reads) == math.ceil((60 - 4) / 32) + 1  # the last finds nothing to do
 
 
 @pytest.mark.kernels

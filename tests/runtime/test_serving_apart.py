@@ -189,7 +189,7 @@ def test_an_engine_on_two_devices_serves_the_same_tokens_and_leaves_each_its_hea
         assert all(x.sharding.is_equivalent_to(own, x.ndim) for x, own in zip(pages.arrays, layout.arrays, strict=True))
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(device.state.queue))
     # Devices add up what their heads give to a row, and exchange neither pages nor anything of the queue.
-    step = programs.serve.lower((device.model, device._all, *device._facts), device.state).compile()
+    step = programs.serve.lower((device.model, device._limits, *device._facts), device.state).compile()
     exchanged = collectives(step.compiled.as_text())
     assert exchanged and {operation for *_, operation in exchanged} == {"all-reduce"}
     assert max(exchanged)[0] <= BUDGET * EMBED

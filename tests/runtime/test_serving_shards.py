@@ -93,7 +93,9 @@ def test_shards_serve_the_tokens_of_one_device(axes, caplog):
         return
     # While steps run no device waits for another: what they exchange is what the host is told at the end.
     device = served._device
-    text = programs.serve.lower((device.model, device._all, *device._facts), device.state).compile().compiled.as_text()
+    text = (
+        programs.serve.lower((device.model, device._limits, *device._facts), device.state).compile().compiled.as_text()
+    )
     assert not collectives("\n".join(own for own in text.split("\n\n") if not own.lstrip().startswith("ENTRY")))
 
 

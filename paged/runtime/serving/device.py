@@ -27,6 +27,9 @@ from .requests import NewRequest, Requests, Sizes
 from .shards import shards_of
 from .state import Counts, Queue, ServeState
 
+# A launch that has drawn the first token of a request ends with this part of its steps, or with that token.
+_SOONER = 8
+
 
 class Launch(NamedTuple):
     """What a launch gives back, and whose the rows were when it began."""
@@ -60,7 +63,7 @@ class Device:
         self.state: Any = self._new_state(states)
         self.num_rows, self.pages = self.state.queue.requests.status.size, pages_of_groups(self.state.queue)
         self._fresh = Fresh((self.state.model_state, self.state.draft_state))
-        self._few, self._all = (jnp.asarray(n, jnp.int32) for n in (max(steps // 4, 1), steps))
+        self._limits = jnp.asarray((max(steps // _SOONER, 1), steps), jnp.int32)
         self.in_flight: collections.deque[Launch] = collections.deque()
         self.launches = 0
         self._figures: Any = (Counts.zero(), np.zeros(3, int))
@@ -108,11 +111,10 @@ class Device:
             self._facts = (*first, dataclasses.replace(drafts, model=everywhere(draft_model)), *last)
         self._change(lambda queue: programs.renew(self.shards, queue))
 
-    def launch(self, handles: Mapping[int, Any], *, is_short: bool = False) -> None:
-        """Give the device steps to do, or a quarter of them. It works on while the host goes on."""
-        limit = self._few if is_short else self._all
+    def launch(self, handles: Mapping[int, Any]) -> None:
+        """Give the device steps to do: fewer where first tokens are drawn. It works on while the host goes on."""
         with self._keeping_state():
-            state, *told = programs.serve((self.model, limit, *self._facts), self.state)
+            state, *told = programs.serve((self.model, self._limits, *self._facts), self.state)
             self.state = state
         self.launches += 1
         self.in_flight.append(Launch(*told, handles=dict(handles)))

@@ -71,7 +71,7 @@ class Engine:
         max_stops: int = 4,
         max_stop_tokens: int = 8,
         max_biases: int = 16,
-        steps: int = 16,
+        steps: int = 32,
         speculation: Speculation | None = None,
         tokenizer: Any = None,
         record: bool = False,
@@ -94,7 +94,8 @@ class Engine:
         - `max_ends`, `max_stops`, `max_stop_tokens`, `max_biases`: how many ids of ``eos``, stop sequences, tokens of
           one, and logit biases a request may have.
         - `steps`: of one launch, at most 64. Tokens come back when it ends, and requests that come later wait for it. A
-          quarter of them while a request that has a slot waits for its first token.
+          launch that draws the first token of a request ends with it, or if that is later, after an eighth of the
+          steps.
         - `speculation`: where drafts come from, `NGramDraft` or `ModelDraft`; None for none. A step verifies the drafts
           of a sequence at once, and draws the same tokens in fewer steps. ``ValueError`` for models whose state holds
           more than pages, and for a draft model of other tokens or fewer pages.
@@ -127,11 +128,11 @@ class Engine:
         self._key, facts = own_key, (*facts, speculation, record, log_probs)
         self._device = Device(model, new_queue, states, facts, intake.sizes, steps, own_key)
         self._recorder = Recorder(self._device.pages) if record else None
-        self._num_slots, self._new_models, self._speculation = integer("num_slots", num_slots), None, speculation
+        self._new_models, self._speculation = None, speculation
         self._handles: dict[int, Handle] = {}  # by row
         self._requests: dict[int, NewRequest] = {}  # those of the handles
         shards = self._device.num_rows // intake.sizes.requests
-        self._rows = Rows(intake.sizes.requests, self._num_slots // shards, shards)
+        self._rows = Rows(intake.sizes.requests, integer("num_slots", num_slots) // shards, shards)
         self._pending: collections.deque[tuple[Handle, NewRequest]] = collections.deque()
         self._ended: collections.deque[Handle] = collections.deque()  # by the host, and not told yet
         self._stopped: list[int] = []  # rows with which the host is done, and the device is not
@@ -300,7 +301,7 @@ class Engine:
             is_working = bool(self._handles or self._pending)
             if is_working:
                 self._upload()
-                self._device.launch(self._handles, is_short=self._first_tokens_are_near)
+                self._device.launch(self._handles)
             if self._device.in_flight and (len(self._device.in_flight) > 1 or not is_working):
                 self._collect()
 
@@ -317,12 +318,6 @@ class Engine:
         self._device.begin_again(
             [(row, dataclasses.replace(one, drawn=tuple(self._handles[row].tokens))) for row, one in new]
         )
-
-    @property
-    def _first_tokens_are_near(self) -> bool:
-        """Whether requests lack their first token, and no other is in the way of any: the host asks for it sooner."""
-        handles = self._handles.values()
-        return len(handles) <= self._num_slots and any(handle.first_token is None for handle in handles)
 
     def _upload(self) -> None:
         while some := [self._pending[i] for i in range(min(len(self._pending), AT_ONCE))]:

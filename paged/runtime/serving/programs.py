@@ -24,9 +24,9 @@ MOST_STEPS = 64
 @eqx.filter_jit(donate="all-except-first")
 def serve(inputs: tuple, state: ServeState) -> tuple:
     """Run steps: the state, and what the host is told."""
-    model, limit, *facts = inputs
+    model, limits, *facts = inputs
     how = dict(zip(("budget", "minima", "speculation", "has_figures", "log_probs"), facts, strict=True))
-    state, events, done = serve_many(model, state, MOST_STEPS, limit, **how)
+    state, events, done = serve_many(model, state, MOST_STEPS, limits[1], limits[0], **how)
     return state, events, done, _figures(shards_of(model), state.queue)
 
 

@@ -66,6 +66,7 @@ def serve_many(
     state: ServeState,
     steps: int,
     limit: Any = None,
+    soon: Any = None,
     *,
     budget: int,
     minima: tuple[Minimum, ...] = (),
@@ -84,6 +85,8 @@ def serve_many(
       the arrays of the queue have a leading axis, and `budget` is of one of them.
     - `steps`: the most steps, an int: for so many there is room in the events.
     - `limit`: the most steps of this call, i32[], at most ``steps``; may be traced. None for ``steps``.
+    - `soon`: after how many steps, i32[], the call ends as soon as it has drawn the first token of a request; may be
+      traced. None: first tokens end no call.
 
     **Returns:** the new state; the events of all steps, [steps, slots] each; and how many steps there were. Of shards
     the slots are side by side, and figures are sums; rows of requests are those among all shards, and steps those of
@@ -91,7 +94,8 @@ def serve_many(
     """
     how: Any = {"budget": budget, "minima": minima, "log_probs": log_probs, "has_figures": has_figures}
     limit = jnp.asarray(steps, jnp.int32) if limit is None else jnp.minimum(limit, steps)
-    shards, every = shards_of(model), (model, speculation, limit)
+    soon = limit if soon is None else jnp.asarray(soon, jnp.int32)
+    shards, every = shards_of(model), (model, speculation, limit, soon)
     if shards is None:
         return _many(steps, how, every, state)
 
@@ -106,8 +110,8 @@ def serve_many(
 
 
 def _many(steps: int, how: dict[str, Any], every: tuple, state: ServeState) -> tuple[ServeState, StepEvents, Array]:
-    """`serve_many` of one shard, or where there are none. ``every`` is what each gets: model, drafts and limit."""
-    model, speculation, limit = every
+    """`serve_many` of one shard, or where there are none. ``every`` is what each gets: all but the queue."""
+    model, speculation, limit, soon = every
     none = StepEvents.none(state.queue.request.shape[0], 0 if speculation is None else speculation.num_tokens)
     none = dataclasses.replace(none, figures=StepFigures.zero(state.queue) if how["has_figures"] else None)
     if how["log_probs"] is not None:
@@ -117,13 +121,17 @@ def _many(steps: int, how: dict[str, Any], every: tuple, state: ServeState) -> t
     events = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps, *x.shape)), none)
 
     def goes_on(carry: tuple) -> Array:
-        i, state, _ = carry
-        return (i < limit) & (jnp.any(state.queue.is_running) | jnp.any(state.queue.is_waiting))
+        i, state, _, has_first = carry
+        most = jnp.where(has_first, jnp.minimum(soon, limit), limit)
+        return (i < most) & (jnp.any(state.queue.is_running) | jnp.any(state.queue.is_waiting))
 
     def one(carry: tuple) -> tuple:
-        i, state, events = carry
+        i, state, events, has_first = carry
         state, own = serve_step(model, state, speculation=speculation, **how)
-        return i + 1, state, jax.tree.map(lambda all_, x: all_.at[i].set(x), events, own)
+        drawn = state.queue.requests.drawn[jnp.maximum(own.request, 0)]
+        has_first |= jnp.any((own.count > 0) & (drawn == own.count))
+        return i + 1, state, jax.tree.map(lambda all_, x: all_.at[i].set(x), events, own), has_first
 
-    done, state, events = jax.lax.while_loop(goes_on, one, (jnp.zeros((), jnp.int32), state, events))
+    start = jnp.zeros((), jnp.int32), state, events, jnp.zeros((), bool)
+    done, state, events, _ = jax.lax.while_loop(goes_on, one, start)
     return state, events, done
