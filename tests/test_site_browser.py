@@ -87,6 +87,7 @@ BROKEN = {
     "no picture": ("<img alt='gone' src='gone.svg'>", "no picture: gone.svg"),
     "an empty picture": (PICTURE.replace("INSIDE", ""), "an empty picture"),
     "no words for a picture": (PICTURE.replace("alt='a picture'", ""), "a picture without words"),
+    "small": (PICTURE.replace("<img ", "<img width='20' "), "a picture too small to read"),
     "always light": ("<style>body{background:#fff !important}</style>", "the page is not dark"),
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ LOOK = """(async (isDark) => {
     if (isDarkAt(bytes) === !isDark) faults.push(`a picture in the wrong colours: ${name}`);
     if (!image.alt) faults.push(`a picture without words: ${name}`);
     const box = image.getBoundingClientRect();
-    if (box.width < 1 || box.height < 1) faults.push(`a picture without a size: ${name}`);
+    if (box.width < 0.8 * image.naturalWidth || box.height < 1) faults.push(`a picture too small to read: ${name}`);
   }
   // Where the words of an element can be seen: what the boxes around it leave, and whether one of them cuts or scrolls.
   const places = new Map();
