@@ -28,6 +28,7 @@ API = {
     "pictures": "For who draws what an attention or an engine did.",
 }
 _NAMED_BY_FILE = re.compile(r"\[([\w./-]+\.md)\]\(([^)#\s]+\.md)\)")
+_ROW = re.compile(r"^\|.*$", re.MULTILINE)
 _LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
 
 
@@ -90,7 +91,9 @@ def rewritten(markdown: str, page: str) -> str:
         target = posixpath.normpath(posixpath.join(here, match[2]))
         return match[1] + posixpath.relpath(place_on_site(target), posixpath.dirname(page) or ".")
 
-    return _LINK.sub(link, _NAMED_BY_FILE.sub(named, markdown))
+    # In a table, GitHub wants `a \\| b` for the code `a | b`. The site would show the backslash.
+    plain = _ROW.sub(lambda match: match[0].replace("\\|", "|"), markdown)
+    return _LINK.sub(link, _NAMED_BY_FILE.sub(named, plain))
 
 
 def linked_files() -> set[str]:

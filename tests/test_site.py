@@ -48,6 +48,10 @@ def test_on_the_site_a_page_is_called_by_its_title():
     assert site_links.rewritten("[gpu.md](gpu.md)", "README.md") == "[Attention on GPUs](gpu.md)"
 
 
+def test_code_in_a_table_has_no_backslash_on_the_site():
+    assert site_links.rewritten("| `a \\| b` |\n`c \\| d`", "gpu.md") == "| `a | b` |\n`c \\| d`"
+
+
 @functools.cache
 def _tables_with_words():
     """Constants that a line of words follows, which the reference shows."""

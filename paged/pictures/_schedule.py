@@ -200,5 +200,5 @@ def _lines(items: tuple[WorkItem, ...], names: dict[WorkItem, str], size: int, l
         blocks = [min(size, item.pages - first) for first in range(0, item.pages, size)]
         more = f" and {len(blocks) - 8} more" if len(blocks) > 8 else ""
         shown = " ".join(f"[{pages}]" for pages in blocks[:8]) + more
-        found.append(f"  {names[item]}: {item.pages} pages, {item.full} full: {shown}")
+        found.append(f"  {names[item]}: {item.pages} page{'s' * (item.pages != 1)}, {item.full} full: {shown}")
     return found + [f"  and {len(items) - _MOST_LINES} more"] * (len(items) > _MOST_LINES)

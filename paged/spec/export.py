@@ -41,8 +41,8 @@ def register_module(example: eqx.Module, *static: str) -> None:
     """
     cls, tree = type(example), jax.tree.structure(example, is_leaf=lambda part: part is not example)
 
-    def write(aux_data: Sequence[Any]) -> bytes:
-        values = zip(static, aux_data[len(aux_data) - len(static) :], strict=True)
+    def write(aux_data: Any) -> bytes:
+        values = zip(static, _static_values(aux_data, static), strict=True)
         return json.dumps([_written(cls, name, value) for name, value in values]).encode()
 
     def build(aux_data: list[Any], children: Sequence[Any]) -> Any:
@@ -58,6 +58,17 @@ def register_module(example: eqx.Module, *static: str) -> None:
         deserialize_auxdata=lambda data: json.loads(bytes(data)),
         from_children=build,
     )
+
+
+def _static_values(aux_data: Any, names: Sequence[str]) -> list[Any]:
+    """The values of static fields in what Equinox keeps of a module beside its arrays.
+
+    Equinox 0.13.2 keeps an object with pairs of a name and a value. Later versions keep the values alone, these last.
+    """
+    pairs = getattr(aux_data, "static_fields", None)
+    if pairs is not None:
+        return [dict(pairs)[name] for name in names]
+    return list(aux_data[len(aux_data) - len(names) :])
 
 
 def _written(cls: type, name: str, value: Any) -> Any:

@@ -10,6 +10,7 @@ import paged
 from paged.lower import Call, GpuDecodeSchedule, Sequences
 from paged.lower.gpu import GPU_DECODE, HOPPERS
 from paged.spec import Prefix, RaggedBatch, Window
+from tests.pictures.drawn import require_sound
 
 SPEC = paged.AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
 LAYOUT = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
@@ -65,3 +66,17 @@ def test_only_lists_are_made_once_for_all_layers():
 def test_pages_that_nobody_sees_are_no_work(mask, pages):
     _, items = items_of(SPEC.replace(mask=mask), splits=1)
     assert [count for _, count, _ in items] == pages
+
+
+@pytest.mark.parametrize("generation", HOPPERS)
+def test_the_work_is_drawn(generation):
+    batch = RaggedBatch.decode([40, 16, 900], np.arange(3 * 64).reshape(3, 64))
+    pinned = GpuDecodeSchedule(pages_per_block=4, stages=6, kv_splits=2)
+    attend = paged.lower(SPEC, LAYOUT, target="gpu", schedule=pinned).on_chip(generation)
+    picture = paged.pictures.schedule(attend, batch)
+    require_sound(picture)
+    lines = picture.text.splitlines()
+    assert "side by side, 3 buffers of 4 pages" in lines[0] and "modelled from the chip's bandwidth" in lines[-1]
+    assert "  seq 1, part 1/2: 1 page, 0 full: [1]" in lines
+    pages = [int(line.split(": ")[1].split()[0]) for line in lines[1:-1]]
+    assert sum(pages) == sum(-(-length // 16) for length in (40, 16, 900))
