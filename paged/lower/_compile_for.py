@@ -16,6 +16,7 @@ from ._compile_gpu import CompilerFailed, GpuProgram, compile_on_gpu
 from .attend import Attend
 from .base import Schedule
 from .gpu_targets import GPU_TARGETS
+from .jax_version import abstract_device
 from .program import Call
 from .require import require_queries, require_type
 from .tpu import CHIPS, Chip, chip_named
@@ -170,7 +171,7 @@ def compile_on(chip: Chip, function: Any, *args: Any) -> Any:
     sharding = SingleDeviceSharding(device)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     # Pallas asks the mesh, and where there is none the process, which chip it lowers for.
-    kind = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=chip.cores, platform="tpu")
+    kind = abstract_device(device.device_kind, chip.cores, "tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
         return function.lower(*abstract).compile()
 

@@ -17,6 +17,7 @@ import jax
 from jax import export
 
 from .gpu_targets import GpuTarget
+from .jax_version import abstract_device
 
 # Seconds that one call may compile. A kernel that is wrong may keep a compiler busy for ever.
 PATIENCE = 900
@@ -102,7 +103,7 @@ def _write_task(
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
     run = lambda *leaves: jax.tree.leaves(function(*tree.unflatten(leaves)))
     # Pallas asks the mesh which chip it lowers for.
-    kind = jax.sharding.AbstractDevice(device_kind=target.device_kinds[0], num_cores=None, platform="gpu")
+    kind = abstract_device(target.device_kinds[0], None, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
         exported = export.export(jax.jit(run), platforms=["cuda"])(*shapes)
     (folder / "function.bin").write_bytes(exported.serialize())

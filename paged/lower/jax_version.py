@@ -1,6 +1,7 @@
 """Differences between the supported versions of JAX, as facts with names. Measured on CPU, x86-64."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,13 @@ class _Late:
 
 # Before JAX 0.11 it needs the package absl, which JAX does not bring: who asks for no GPU kernel need not have that.
 plgpu: Any = _Late("jax.experimental.pallas.mosaic_gpu")
+
+
+def abstract_device(device_kind: str, num_cores: int | None, platform: str) -> Any:
+    """A device that need not be there. JAX 0.10.0 does not ask for the platform."""
+    is_asked = "platform" in inspect.signature(jax.sharding.AbstractDevice).parameters
+    more = {"platform": platform} if is_asked else {}
+    return jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=num_cores, **more)
 
 
 def gpu_interpreter(interpret: Any) -> Any:
