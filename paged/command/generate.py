@@ -13,7 +13,7 @@ import jax
 
 from paged.lower import TARGETS
 from paged.models import Tokenizer, load, open_checkpoint, open_tokenizer
-from paged.runtime import Generation, Sampler, StepReport
+from paged.runtime import Generation, NGramDraft, Sampler, StepReport
 from paged.runtime import generate as answer
 
 from .progress import Bar
@@ -60,6 +60,8 @@ def add_parser(commands: Any) -> None:
     served.add_argument("--pages", type=int, metavar="N", help="pages of the pool (default: as --slots prompts need)")
     served.add_argument("--page-size", type=int, default=16, metavar="N", help="tokens per page (default: 16)")
     served.add_argument("--chunk-size", type=int, default=64, metavar="N", help="rows of a prompt's step (default: 64)")
+    number = functools.partial(served.add_argument, type=int, metavar="N")
+    number("--ngram-drafts", default=0, help="verify up to N drafts from a prompt's own tokens in a step (default: 0)")
     served.add_argument("--dtype", help="of parameters and pages (default: as they are stored)")
     served.add_argument("--target", default="auto", choices=TARGETS, help='default: "auto"')
 
@@ -95,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
             key=jax.random.key(options.seed),
             eos=tokenizer.eos_ids or None,
             donate_state=True,
+            speculation=NGramDraft(num_tokens=options.ngram_drafts) if options.ngram_drafts else None,
             on_step=show.step,
         )
     ended = time.perf_counter()
@@ -128,6 +131,8 @@ def _sizes(prompts: Sequence[Sequence[int]], options: argparse.Namespace, positi
     for name in ("max_new_tokens", "page_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}.")
+    if options.ngram_drafts < 0:
+        raise ValueError(f"--ngram-drafts must be at least 0; got {options.ngram_drafts}.")
     for i, prompt in enumerate(prompts):
         if isinstance(positions, int) and len(prompt) + options.max_new_tokens > positions:
             raise ValueError(

@@ -123,7 +123,8 @@ class Answering:
         rows, shards = zip(masks, usable, sizes.bytes_per_page, strict=True), self.served.num_shards
         idle = [GroupUsage(names_of(own), shards * most, 0, 0, size) for own, most, size in rows]
         out_of_use = [shards * (pages - most) for pages, most in zip(sizes.num_pages, usable, strict=True)]
-        return report_of(events.figures, step, drawn, ended, idle, out_of_use)
+        places = {row: request.place for row, request in self._by_row.items()}
+        return report_of(events.figures, step, drawn, ended, idle, out_of_use, places)
 
 
 def new_queue(

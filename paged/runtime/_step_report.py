@@ -65,21 +65,24 @@ def report_of(
     ended: Sequence[int],
     idle: Sequence[GroupUsage],
     out_of_use: Sequence[int],
+    places: Mapping[int, int],
 ) -> StepReport:
     """The report of one step of a launch.
 
     **Arguments:**
 
-    - `figures`: the `StepFigures` of all its steps, on the host. A request's row of the table is its result's place.
+    - `figures`: the `StepFigures` of all its steps, on the host.
     - `step`: which step.
     - `drawn`, `ended`: as in the report.
     - `idle`: each group with no page in use.
     - `out_of_use`: how many pages of each group nobody may use.
+    - `places`: of the results, by the rows of their requests in the table.
     """
     held, shared, cached, trimmed = figures.pages[step].tolist()
     held = [own - other for own, other in zip(held, out_of_use, strict=True)]
     slots = np.flatnonzero(figures.request[step] >= 0)
-    running, is_prompt = figures.request[step, slots], figures.is_prompt[step, slots]
+    running = [places[row] for row in figures.request[step, slots].tolist()]
+    is_prompt = figures.is_prompt[step, slots]
     groups = tuple(
         dataclasses.replace(group, pages_in_use=used, pages_trimmed=freed)
         for group, used, freed in zip(idle, held, trimmed, strict=True)
@@ -101,6 +104,6 @@ def report_of(
         pages_cached=sum(cached),
         pages_evicted=int(figures.evicted[step]),
         prompt_tokens=int(figures.prompt_rows[step]),
-        rows=dict(zip(running.tolist(), figures.slot_rows[step, slots].tolist(), strict=True)),
-        prompts=tuple(running[is_prompt].tolist()),
+        rows=dict(zip(running, figures.slot_rows[step, slots].tolist(), strict=True)),
+        prompts=tuple(place for place, own in zip(running, is_prompt, strict=True) if own),
     )

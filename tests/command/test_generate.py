@@ -14,7 +14,7 @@ from paged import command
 from paged.command.generate import _Show
 from paged.command.progress import Bar
 from paged.models import Tokenizer, load
-from paged.runtime import Generation, StepReport, generate
+from paged.runtime import Generation, NGramDraft, StepReport, generate
 
 CHECKPOINT = pathlib.Path(__file__).parent.parent / "models" / "checkpoints" / "smollm2"
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}w9"
@@ -88,6 +88,7 @@ FAULTS = {
     "no file": (["--file", "nowhere.txt"], "nowhere.txt"),
     "system": (["--prompt", "w1", "--system", "w2"], "add --chat"),
     "no tokens": (["--prompt", "w1", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1; got 0"),
+    "drafts": (["--prompt", "w1", "--ngram-drafts", "-1"], "--ngram-drafts must be at least 0; got -1"),
     "long": (["--prompt", "w1", "--max-new-tokens", "9999"], "more than the 256 positions that the model knows"),
     "no model": (["--prompt", "w1", "--model", "nowhere"], "nowhere must be a folder with config.json"),
 }
@@ -100,6 +101,19 @@ def test_faults_are_one_sentence_without_a_traceback(folder, capsys, name):
     said = capsys.readouterr()
     last = said.err.rpartition("python -m paged generate: ")[2]
     assert text in last and last.count("\n") == 1 and not said.out
+
+
+def test_drafts_are_asked_for_by_number(folder, capsys, monkeypatch):
+    asked = []
+
+    def answer(*_, speculation, **__):
+        asked.append(speculation)
+        raise ValueError("asked")
+
+    monkeypatch.setattr("paged.command.generate.answer", answer)
+    for more in ([], ["--ngram-drafts=3"]):
+        assert command.main(["generate", "--model", str(folder), "--prompt", "w1", *more]) == 2
+    assert asked == [None, NGramDraft(num_tokens=3)]
 
 
 def test_an_interruption_and_a_missing_tokenizer_are_said(folder, capsys, monkeypatch, tmp_path):

@@ -135,6 +135,8 @@ def test_generate_deals_prompts_to_shards_and_gives_the_tokens_of_one_device():
     got, state = generate(model, state, PROMPTS, **rules, on_step=reports.append, donate_state=True)
     assert [own.tokens for own in got] == [own.tokens for own in want]
     assert max(report.running for report in reports) == SLOTS and reports[0].groups[0].num_pages == PAGES
+    assert all(set(report.drawn) <= set(report.rows) for report in reports), "by place, whatever the shard"
+    assert sum(sum(report.rows.values()) for report in reports) == sum(report.tokens for report in reports)
     again = generate(model, state, PROMPTS, **rules, speculation=NGramDraft(num_tokens=2, ngram=1))
     assert [own.tokens for own in again] == [own.tokens for own in want]
 
