@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged.runtime import NGramDraft, Sampler
+from paged.runtime import ModelDraft, NGramDraft, Sampler
 from paged.runtime.serving import Engine
 
 from .tiny import VOCAB, tiny
@@ -114,3 +114,30 @@ def test_samples_have_the_log_probabilities_of_their_prompt_in_common():
     for sample in samples:
         require_right("table", sample, 1)
     assert len({tuple(sample.tokens) for sample in samples}) > 1 and served.stats().reused_tokens >= 2 * 13
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ngram", "same", "other"])
+def test_accepted_drafts_have_their_own_log_probabilities(kind):
+    """With samples of one prompt, stops within accepted tokens, and log-probabilities of the prompt."""
+    model, state = TABLE
+    other = eqx.tree_at(lambda model: model.logits, model, jnp.roll(model.logits, 1, axis=0))
+    drafts = {"same": ModelDraft(model, state, 3), "other": ModelDraft(other, state, 3)}
+    served, alone = engine("table", speculation=drafts.get(kind, NGramDraft(3, ngram=1))), engine("table")
+    rule, rounds = Sampler(temperature=0.7), []
+    for each in (served, alone):
+
+        def ask(i, each=each, **how):
+            return each.submit(PROMPTS[i], 20, sampler=rule, key=jax.random.key(i), **how)
+
+        handles = [ask(i, log_probs=2, prompt_log_probs=True) for i in range(len(PROMPTS))]
+        handles += ask(0, n=3, log_probs=1)
+        list(each.stream())
+        stopped = [ask(i, stop=[handles[i].tokens[3 + i : 5 + i]], log_probs=0) for i in range(len(PROMPTS))]
+        list(each.stream())
+        assert all(handle.finish_reason == "stop" and len(handle.tokens) < 11 for handle in stopped)
+        rounds.append(handles + stopped)
+    for handle, want in zip(*rounds, strict=True):
+        assert (handle.tokens, handle.finish_reason) == (want.tokens, want.finish_reason)
+        require_right("table", handle, handle.num_log_probs)
+    assert served.stats().drafted_tokens > 0 and (kind != "same" or served.stats().accepted_tokens > 40)
