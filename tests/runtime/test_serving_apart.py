@@ -23,7 +23,17 @@ from paged.runtime import (
     page_groups,
     sample,
 )
-from paged.runtime.serving import Engine, NewRequest, Queue, Requests, ServeState, Sizes, programs, serve_many
+from paged.runtime.serving import (
+    Engine,
+    NewRequest,
+    Queue,
+    Requests,
+    ServeState,
+    Sizes,
+    programs,
+    serve_many,
+    serve_step,
+)
 from tests.mesh.placing import collectives, mesh_of, needs_devices
 
 from .tiny import EMBED, GLOBAL, LAYOUT, LOCAL, Tiny, greedy_ref, tiny
@@ -133,6 +143,16 @@ def test_an_engine_on_two_devices_speculates_and_tells_log_probabilities(kind):
         rows = np.asarray(jax.nn.log_softmax(MODEL.dense(jnp.asarray(known))))
         at = np.arange(len(handle.prompt) - 1, len(known) - 1)
         np.testing.assert_allclose(handle.log_probs, rows[at, known[len(handle.prompt) :]], atol=2e-4)
+
+
+def test_all_that_a_step_takes_and_tells_can_be_written_down():
+    """Without compiling the loop: with a prefix cache, drafts, log-probabilities and figures."""
+    start = dataclasses.replace(state_of(asks=True), draft_state=STATE)
+    how = {"budget": BUDGET + 2, "speculation": NGramDraft(2), "log_probs": 2, "has_figures": True}
+    events = eqx.filter_eval_shape(lambda state: serve_step(MODEL, state, **how)[1], start)
+    told = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), events)
+    again = export.deserialize(export.export(jax.jit(lambda *all_: all_))(start, told).serialize())
+    assert jax.tree.structure(again.call(start, told)) == jax.tree.structure((start, told))
 
 
 def test_a_state_that_cannot_be_written_down_is_refused_by_name():

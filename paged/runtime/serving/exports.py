@@ -9,6 +9,7 @@ from jax import export
 
 from paged.spec import register_module
 
+from .._prefix_chains import Chains
 from ..grouped_pool import GroupedPool
 from ..pool import PagePool
 from ..prefix_cache import PrefixCache
@@ -51,6 +52,7 @@ def _register_all() -> None:
     register_module(StepFigures.zero(queue))
     register_module(GroupedPool([pool], [[]]), "masks")
     register_module(PrefixCache.init(pool), "masks")
+    register_module(Chains.init(1))
     register_module(StackedState(None, 1), "num_layers", "parts")
 
 
