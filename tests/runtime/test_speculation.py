@@ -193,6 +193,27 @@ def test_nothing_is_traced_after_the_first_requests_with_drafts(name, kind):
     assert "paged_accepted_tokens" in served.stats().prometheus()
 
 
+@of_models("same")
+def test_a_draft_model_gets_other_weights_without_another_trace(name, kind):
+    served, job = engine(name, kind, num_pages=30), ([3, 1, 4], 13, {})
+    own = served._device.model
+    other = jax.tree.map(lambda x: -x if eqx.is_array(x) else x, own)
+    (before,), _ = run(served, [job])
+    traced = len(TINY.traces)
+    try:
+        served.update_model(other, other)
+        (handle,), figures = run(served, [job])
+        assert handle.tokens != before.tokens and figures["accepted_tokens"] == figures["drafted_tokens"] >= 7
+        served.update_model(own)
+        (handle,), figures = run(served, [job])
+        assert handle.tokens == before.tokens and figures["accepted_tokens"] < figures["drafted_tokens"]
+    finally:
+        served.update_model(own, own)
+    (handle,), figures = run(served, [job])
+    assert handle.tokens == before.tokens and figures["accepted_tokens"] == figures["drafted_tokens"] >= 7
+    assert len(TINY.traces) == traced
+
+
 @pytest.mark.slow
 def test_drafts_follow_a_prompt_that_a_mask_sees_whole():
     model, state = two_layers(Causal() | Prefix(6))
@@ -271,6 +292,16 @@ def _engine(speculation, served=None):
             lambda: _engine(ModelDraft(*table(0, 4)), served=table(0, 5)),
             ValueError,
             "that one has 5 logits, and the draft model 4",
+        ),
+        (
+            lambda: _engine(NGramDraft()).update_model(table(0)[0], table(0)[0]),
+            ValueError,
+            "draft_model is for an engine whose speculation is a ModelDraft",
+        ),
+        (
+            lambda: _engine(ModelDraft(*table(1))).update_model(table(0)[0], table(0, 5)[0]),
+            ValueError,
+            "update_model needs a draft_model of the same structure",
         ),
         (
             lambda: serve_step(None, _engine(None)._device.state, budget=9, speculation=NGramDraft(4)),
