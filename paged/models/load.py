@@ -149,7 +149,7 @@ def _state(make: Any, mesh: Mesh | None, shapes: Decoder) -> eqx.nn.State:
         if isinstance(x, Pages):
             return dataclasses.replace(of_pages, layout=x.layout)
         if isinstance(x, StackedState):
-            return StackedState(jax.tree.map(placed, x.value, is_leaf=_is_pages), x.num_layers)
+            return StackedState(jax.tree.map(placed, x.value, is_leaf=_is_pages), x.num_layers, x.parts)
         return whole
 
     placements = jax.tree.map(placed, arrays, is_leaf=lambda x: _is_pages(x) or isinstance(x, StackedState))
