@@ -53,7 +53,9 @@ def test_only_lists_are_made_once_for_all_layers():
     schedule = GpuDecodeSchedule(pages_per_block=4)
     of = lambda mask: paged.Program.from_spec(SPEC.replace(mask=mask))
     assert GPU_DECODE.plan(of(Window(128)), schedule, call, LAYOUT, seqs) is None
-    lists = GPU_DECODE.plan(of(Window(32) | Prefix(20)), schedule, call, LAYOUT, seqs).moved(1000)
+    planned = GPU_DECODE.plan(of(Window(32) | Prefix(20)), schedule, call, LAYOUT, seqs)
+    assert planned is not None
+    lists = planned.moved(1000)
     # The last sequence sees its first two pages and its last two. Of the second page it sees a part: it comes last.
     assert lists.columns[3, :4].tolist() == [0, 62, 63, 1] and lists.end.tolist() == [0, 3, 5, 4]
     assert lists.pages[3, :4].tolist() == [1192, 1254, 1255, 1193]

@@ -14,7 +14,7 @@ tile's copies.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -218,8 +218,10 @@ class Decode:
                 return pools[0].at[page, head, :, pl.ds(kind * self.layout.value_lane, dim)]
             case "interleaved":  # heads side by side in one row: see `DecodeLaunch`
                 return pools[0].at[page, :, pl.ds((2 * head + kind) * dim, dim)]
-            case _:
+            case "split":
                 return pools[kind].at[head, page]
+            case _:
+                assert_never(self.layout.order)
 
     def step(self, refs: Refs, item: Item, arrays: tuple[Any, ...], i: Any, sums: Sums) -> Sums:
         """Take in page block ``i``: a step of the online softmax, as in `docs/semantics.md`, with data on its way."""
