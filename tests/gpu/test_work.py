@@ -57,7 +57,8 @@ def test_only_lists_are_made_once_for_all_layers():
     assert planned is not None
     lists = planned.moved(1000)
     # The last sequence sees its first two pages and its last two. Of the second page it sees a part: it comes last.
-    assert lists.columns[3, :4].tolist() == [0, 62, 63, 1] and lists.end.tolist() == [0, 3, 5, 4]
+    assert lists.columns is not None and lists.end.tolist() == [0, 3, 5, 4]
+    assert lists.columns[3, :4].tolist() == [0, 62, 63, 1]
     assert lists.pages[3, :4].tolist() == [1192, 1254, 1255, 1193]
 
 
