@@ -43,6 +43,7 @@ SHAPES = {
         Shape("mha-p16", 16, 16, 128, 16, _rows(*[2048] * 64)),
         Shape("group3-p16", 24, 8, 128, 16, _rows(*[2048] * 64)),
         Shape("group5-p16", 40, 8, 128, 16, _rows(*[2048] * 64)),
+        Shape("group5-window-p16", 40, 8, 128, 16, _rows(*[2048] * 64), window=128),
         Shape("256-1k-p16", 32, 8, 128, 16, _rows(*[1024] * 256)),
         Shape("window-p16", 32, 8, 128, 16, _rows(*[2048] * 64), window=128),
         Shape("opaque-p16", 32, 8, 128, 16, _LONG, is_opaque=True),
