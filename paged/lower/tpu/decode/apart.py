@@ -57,31 +57,31 @@ class Apart:
 
     def scratch(self, stages: int) -> Any:
         """The memory's shape."""
-        lanes = max(self.views.key_lanes, self.views.result_lanes)
+        lanes = max(self.views.layout.head_dim, self.views.layout.value_dim)
         return pltpu.VMEM((stages, self.views.query_rows, self.rows, lanes), jnp.float32)
 
     def put(self, memory: Ref, stage: Any, q: Ref) -> None:
-        """Lay out the queries ``[query_rows, q_heads, key_lanes]`` of a sequence."""
+        """Lay out the queries ``[query_rows, q_heads, head_dim]`` of a sequence."""
         for row in range(self.views.query_rows):
             x = q[row].astype(jnp.float32)
-            memory[stage, row, pl.ds(0, self.q_heads), pl.ds(0, self.views.key_lanes)] = x
+            memory[stage, row, pl.ds(0, self.q_heads), pl.ds(0, self.views.layout.head_dim)] = x
 
     def queries(self, memory: Ref, stage: Any, tile: int) -> Float[Array, "tile_rows dim"]:
         """The rows that meet a tile."""
-        lanes = pl.ds(0, self.views.key_lanes)
+        lanes = pl.ds(0, self.views.layout.head_dim)
         parts = [memory[stage, row, pl.ds(first, self.views.group), lanes] for row, first in self._first_rows_of(tile)]
         return self.views.operand(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0))
 
     def store(self, memory: Ref, stage: Any, tile: int, x: Float[Array, "tile_rows dim"]) -> None:
         """Store a tile's results in place of its own queries."""
-        lanes = pl.ds(0, self.views.result_lanes)
+        x, lanes = self.views.in_value_lanes(x), pl.ds(0, self.views.layout.value_dim)
         for i, (row, first) in enumerate(self._first_rows_of(tile)):
             own = x[i * self.views.group : i * self.views.group + self.group]
             memory[stage, row, pl.ds(first, self.group), lanes] = own
 
     def take(self, memory: Ref, stage: Any, out: Ref) -> None:
-        """Put the results of all tiles into ``out`` ``[query_rows, q_heads, result_lanes]``."""
-        lanes = pl.ds(0, self.views.result_lanes)
+        """Put the results of all tiles into ``out`` ``[query_rows, q_heads, value_dim]``."""
+        lanes = pl.ds(0, self.views.layout.value_dim)
         for row in range(self.views.query_rows):
             out[row] = memory[stage, row, pl.ds(0, self.q_heads), lanes].astype(out.dtype)
 

@@ -174,8 +174,14 @@ class DecodeLaunch:
         return k_scale, v_scale
 
     def _sinks(self, sinks: Float[Array, " q_heads"] | None) -> Array | None:
-        """The sink of every query row."""
-        return None if sinks is None else sinks[self.views.q_head(self.program.group)][..., None]
+        """The sink of every query row. No index leads to it: XLA would gather sinks one by one."""
+        if sinks is None:
+            return None
+        views, group = self.views, self.program.group
+        of_heads = sinks.reshape(views.tiles, 1, views.heads_per_tile, group)
+        of_heads = jnp.pad(of_heads, [(0, 0), (0, 0), (0, 0), (0, views.group - group)])
+        rows = jnp.broadcast_to(of_heads, (views.tiles, views.query_rows, *of_heads.shape[2:]))
+        return rows.reshape(views.tiles, views.tile_rows, 1)
 
     @property
     def apart(self) -> Apart | None:
@@ -183,11 +189,10 @@ class DecodeLaunch:
         return Apart.of(self.views, self.program.group)
 
     def _queries(self, q: Array) -> Float[Array, "tokens ... dim"]:
-        """Queries as they lie, padded to a key's lanes: by KV head, or rows of all heads if they are laid apart."""
+        """Queries as they lie: by KV head, or rows of all heads if they are laid apart."""
         # Kernels have no float16, and a reading of its bits as int16 would be an operation of XLA's as well.
         q = q.astype(_stored(q.dtype))
-        rows = q.reshape(q.shape[0], *_heads(self.views, self.program.group), q.shape[-1])
-        return jnp.pad(rows, [*[(0, 0)] * (rows.ndim - 1), (0, self.views.key_lanes - q.shape[-1])])
+        return q.reshape(q.shape[0], *_heads(self.views, self.program.group), q.shape[-1])
 
     def _scratch(self, inputs: Inputs, wanted: Wanted, facts: Facts | None) -> Scratch:
         dma, stages, block = pltpu.SemaphoreType.DMA, self.schedule.buffers, self.schedule.pages_per_block
@@ -213,7 +218,7 @@ class DecodeLaunch:
 
     def _outputs(self, tokens: int, wanted: Wanted, pools: tuple[Array, ...]) -> Outputs:
         views, splits = self.views, self.schedule.kv_splits
-        out = (splits, tokens, *_heads(views, self.program.group), views.result_lanes)
+        out = (splits, tokens, *_heads(views, self.program.group), views.layout.value_dim)
         lse = (splits, tokens, views.heads_per_tile * views.group, LANES)
         written = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools)
         return Outputs(
@@ -226,7 +231,7 @@ class DecodeLaunch:
         """The kernel's results: KV splits merged, padding dropped, heads in the order of the queries."""
         views, program = self.views, self.program
         splits, tokens = out.shape[:2]
-        out = out[..., views.value_lanes].reshape(splits, tokens, program.num_q_heads, -1)
+        out = out.reshape(splits, tokens, program.num_q_heads, -1)
         if lse is None:
             return Results(out[0], None)
         lse = jnp.moveaxis(lse[..., : views.tiles], -1, 2).reshape(splits, tokens, program.num_kv_heads, views.group)
@@ -259,8 +264,8 @@ def _vmem_scratch(
     pages = tuple(pltpu.VMEM((buffers, block, *pool.page_shape), pool.dtype) for pool in pools_of(layout))
     rows = (ROWS_IN_FLIGHT, views.query_rows, *_heads(views, group))
     return pages, (
-        pltpu.VMEM((*rows, views.key_lanes), q_dtype),
-        pltpu.VMEM((*rows, views.result_lanes), out_dtype),
+        pltpu.VMEM((*rows, layout.head_dim), q_dtype),
+        pltpu.VMEM((*rows, layout.value_dim), out_dtype),
         pltpu.VMEM((ROWS_IN_FLIGHT, views.query_rows, views.heads_per_tile * views.group, LANES), jnp.float32),
     )
 

@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     * ``k_scale``, ``v_scale`` f32[tiles, tile_rows, 1]: the factor of each row's KV head; None without such scales.
     * ``sinks`` f32[tiles, tile_rows, 1]: the sink of each row's query head; None without sinks.
     * ``arrays``: a tuple of what the scores and the mask need of each row, [tiles, tile_rows, 1], or of each tile.
-    * ``q`` [tokens, kv_heads, group, key_lanes]: queries; [tokens, q_heads, key_lanes] where they are laid `Apart`.
+    * ``q`` [tokens, kv_heads, group, head_dim]: queries; [tokens, q_heads, head_dim] where they are laid `Apart`.
     * ``new``: for each array of pages the rows to write, f32[tokens, *row]; empty if nothing is written.
     * ``pools``: the arrays of pages, and then their per-token scales.
     """
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """The kernel's results. A KV split is one of the items that make a sequence.
 
-    * ``out`` [splits, tokens, kv_heads, group, result_lanes], or [splits, tokens, q_heads, result_lanes], as queries.
+    * ``out`` [splits, tokens, kv_heads, group, value_dim], or [splits, tokens, q_heads, value_dim], as queries.
     * ``lse`` f32[splits, tokens, heads_per_tile * group, lanes]: lane ``t`` holds the log-sum-exps of tile ``t``; None
       where nobody reads it.
     * ``pools``: the same memory as `Inputs.pools`; empty if nothing is written.
@@ -64,8 +64,8 @@ class Scratch(NamedTuple):
     A ring for queries and results on their way. Item ``i`` is in stage ``i % ROWS_IN_FLIGHT``, and each stage has a
     semaphore for queries, ``q_arrived``, and one for results, ``out_left``:
 
-    * ``q`` [ROWS_IN_FLIGHT, query_rows, kv_heads, group, key_lanes], or [.., q_heads, key_lanes], as in HBM.
-    * ``out`` [ROWS_IN_FLIGHT, query_rows, kv_heads, group, result_lanes], or [.., q_heads, result_lanes].
+    * ``q`` [ROWS_IN_FLIGHT, query_rows, kv_heads, group, head_dim], or [.., q_heads, head_dim], as in HBM.
+    * ``out`` [ROWS_IN_FLIGHT, query_rows, kv_heads, group, value_dim], or [.., q_heads, value_dim].
     * ``apart`` f32[ROWS_IN_FLIGHT, query_rows, rows, lanes]: `Apart`; None where queries lie by KV head.
     * ``lse`` f32[ROWS_IN_FLIGHT, query_rows, heads_per_tile * group, lanes]; None where nobody reads it.
 

@@ -108,7 +108,7 @@ def new_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, ...]:
     Else one array for each array of pages, in which every row is as its page holds it, in float32.
     """
     layout = pages.layout
-    if layout.order in ("packed", "split") and layout.scales is None:
+    if layout.order != "interleaved" and layout.scales is None:
         # A TPU has no float16. Registers hold rows of 16 bits in pairs.
         k, v = (x.astype(jnp.float32) if x.dtype == jnp.float16 or x.shape[1] % 2 else x for x in (k, v))
         return k, v
@@ -248,18 +248,26 @@ class Write(NamedTuple):
                 for row in range(self.rows):
                     # The token of the granule that this row is; -1, which is none, for a row that does not exist.
                     target = jnp.where(row < work.rows[seq], work.position[seq] + row - position, -1)
-                    new = staging.rows[which][staged, row].astype(jnp.float32)
-                    x = jnp.where(token == target, jnp.expand_dims(new, axis) if self.is_plain else new, x)
+                    new = [staging.rows[array][staged, row].astype(jnp.float32) for array in which]
+                    x = jnp.where(token == target, self._in_granule(new, axis), x)
                 ref[...] = x.astype(ref.dtype)
 
-    def _parts(self, staging: Staging, i: Any) -> Iterator[tuple[Ref, int, int, bool]]:
+    def _in_granule(self, new: list[Array], axis: int) -> Array:
+        """A token's rows of `new_rows` as a part of a granule holds them, whose token axis is ``axis``."""
+        if not self.is_plain:
+            return new[0]
+        (row,) = self.layout.stack(*new) if len(new) > 1 else new
+        return jnp.expand_dims(row, axis)
+
+    def _parts(self, staging: Staging, i: Any) -> Iterator[tuple[Ref, int, tuple[int, ...], bool]]:
         """The parts of the granule in place ``i`` that rows go into.
 
-        Each with its token axis, with the number of the array of `new_rows` that goes there, and whether it is scales.
+        Each with its token axis, with the numbers of the arrays of `new_rows` that go there, and whether it is scales.
         """
         for which, pool in enumerate(pools_of(self.layout)):
             axis = token_axis(self.layout, pool)
             if self.is_plain and self.layout.order == "packed":
-                yield from ((staging.granules[0].at[i, part], axis - 1, part, False) for part in range(2))
+                yield from ((staging.granules[0].at[i, part], axis - 1, (part,), False) for part in range(2))
             else:
-                yield staging.granules[which].at[i], axis, which, pool.is_scale
+                is_both = self.is_plain and self.layout.order == "joined"
+                yield staging.granules[which].at[i], axis, (0, 1) if is_both else (which,), pool.is_scale

@@ -181,23 +181,33 @@ class Views:
         return x
 
     def queries(self, ref: Ref, tile: int) -> Float[Array, "tile_rows dim"]:
-        """The rows that meet a tile, from ``[query_rows, kv_heads, group, dim]``."""
+        """The rows that meet a tile, from ``[query_rows, kv_heads, group, head_dim]``."""
         if self.query_rows == 1 and self.heads_per_tile == 1:
-            return ref[0, tile].astype(self.compute_dtype)
+            return self._in_key_lanes(ref[0, tile]).astype(self.compute_dtype)
         return self.operand(ref[:, self._heads_of(tile)].astype(jnp.float32).reshape(self.tile_rows, -1))
 
-    def operand(self, q: Float[Array, "tile_rows dim"]) -> Float[Array, "tile_rows dim"]:
+    def operand(self, q: Float[Array, "tile_rows head_dim"]) -> Float[Array, "tile_rows dim"]:
         """A tile's rows as they are multiplied."""
+        q = self._in_key_lanes(q)
         if self.is_paired:
             # Zero at the lanes of the other head, whose keys then add nothing to a score.
             head = self._head_of_row(q.shape)
             q = jnp.concatenate([jnp.where(head == i, q, 0.0) for i in range(2)], axis=1)
         return q.astype(self.compute_dtype)
 
-    def store(self, ref: Ref, tile: int, x: Float[Array, "tile_rows dim"]) -> None:
-        """Store a tile's rows in the layout that `queries` reads."""
-        x = x.reshape(self.query_rows, self.heads_per_tile, self.group, -1)
+    def _in_key_lanes(self, q: Float[Array, "tile_rows head_dim"]) -> Float[Array, "tile_rows key_lanes"]:
+        """Queries with zeros in the lanes of a joined key's register that are not the key's."""
+        missing = self.key_lanes - self.layout.head_dim if self.layout.order == "joined" else 0
+        return jnp.pad(q, ((0, 0), (0, missing))) if missing else q
+
+    def store(self, ref: Ref, tile: int, x: Float[Array, "tile_rows result_lanes"]) -> None:
+        """Store a tile's results in the layout that `queries` reads."""
+        x = self.in_value_lanes(x).reshape(self.query_rows, self.heads_per_tile, self.group, -1)
         ref[:, self._heads_of(tile)] = x.astype(ref.dtype)
+
+    def in_value_lanes(self, x: Float[Array, "tile_rows result_lanes"]) -> Float[Array, "tile_rows value_dim"]:
+        """The lanes of results that are the value's."""
+        return x if self.result_lanes == self.layout.value_dim else x[:, self.value_lanes]
 
     def own_head(self, x: Float[Array, "tile_rows dims"]) -> Float[Array, "tile_rows dim"]:
         """Select each row's own head from weighted values of all heads of a tile."""
