@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from paged.lower.tpu.write import partial as partial_module
 from paged.lower.tpu.write import whole as whole_module
-from paged.lower.tpu.write.granules import GRANULE, Granules
+from paged.lower.tpu.write.granules import GRANULE
 from paged.lower.tpu.write.partial import Partial
 from paged.lower.tpu.write.whole import Whole
 
@@ -57,7 +57,20 @@ def _read_too_early(original):
 
 
 def _next_row(original):
-    return lambda self, rows, axis: original(self._replace(row=self.row + 1), rows, axis)
+    def note(self, block, i):
+        original(self, block, i)
+        row, at = self.scratch.noted.row, self._noted(block, i)
+        row[at] = jnp.minimum(row[at] + 1, self.new[0].shape[0] - GRANULE)
+
+    return note
+
+
+def _granule_too_many(original):
+    def granules_of(self, seq):
+        position, count = original(self, seq)
+        return position, count + 1
+
+    return granules_of
 
 
 _write = functools.partial(Mutant, "write", trial="write", killed_by="writes", in_every_run=False)
@@ -71,5 +84,6 @@ WRITE = (
     _write("neighbours at once", method(Partial, "_note", _never_shared), trial="write, neighbours"),
     _write("a buffer is read into too early", attribute(partial_module, "pipeline", _read_too_early)),
     _write("a buffer of blocks is read into too early", attribute(whole_module, "pipeline", _read_too_early)),
-    _write("the next row", method(Granules, "gather", _next_row)),
+    _write("the next row", method(Whole, "_note", _next_row)),
+    _write("a granule too many", method(Whole, "_granules_of", _granule_too_many)),
 )  # fmt: skip

@@ -15,8 +15,8 @@ from paged.lower._compile_for import compile_on
 from paged.lower.tpu import CHIPS
 from paged.lower.tpu.write import plan as plan_module
 from paged.lower.tpu.write import write_rows
-from paged.lower.tpu.write.granules import GRANULE, Granules
-from paged.lower.tpu.write.partial import Slots, edges
+from paged.lower.tpu.write.granules import GRANULE
+from paged.lower.tpu.write.slots import Slots, edges, inner
 from paged.spec import PAGE_ORDERS, PageLayout, Pages, RaggedBatch
 
 from .interpreter import params, watched
@@ -171,7 +171,7 @@ def test_all_orders_and_dtypes(name):
 @pytest.mark.parametrize(
     "generation", [pytest.param("v4", marks=pytest.mark.slow), pytest.param("v5e", marks=pytest.mark.kernels)]
 )
-def test_lists_too_long_for_scalar_memory_are_cut_into_kernels(generation, small_rings):
+def test_tables_too_long_for_scalar_memory_are_cut_into_kernels(generation, small_rings):
     chip = small_rings(generation, generation="forgetful", smem_bytes=200)
     _assert_writes(_layout(), ("mixed", "neighbours", "holes"), "on_wait", chip)
 
@@ -188,24 +188,19 @@ def test_a_few_rows_of_known_number_are_written_by_one_kernel(small_rings):
     _assert_same_bits(got, paged.write(k, v, pages, batch, target="xla"))
 
 
-def _by_whole(granules):
-    """Which row the kernel of whole granules puts in each place in the pages, as ``((page, offset), row)``."""
-    page, offset = (np.asarray(x) for x in granules.lists)
-    count, row = int(granules.count), np.asarray(granules.row)
-    assert (page[count:] == -1).all() and (offset % GRANULE == 0).all()
-    listed = [(int(page[i]), int(offset[i]), int(row[i])) for i in np.flatnonzero(page >= 0)]
-    return [((p, o + at), r + at) for p, o, r in listed for at in range(GRANULE)]
-
-
-def _by_partial(slots, parts):
-    """Which row the kernel of partial granules puts in each place."""
+def _by_kernels(slots, whole, parts):
+    """Which row the kernels put in each place in the pages, as ``((page, offset), row)``, by their granules."""
     places, tables = [], np.asarray(slots.tables).reshape(SLOTS, WIDTH)
     for s in range(SLOTS):
-        for part in parts:
-            exists, position, begin, end = (int(np.broadcast_to(x, SLOTS)[s]) for x in part)
+        of_seq = [tuple(int(np.broadcast_to(x, SLOTS)[s]) for x in part) for part in parts]
+        granules = [(position, begin, end) for exists, position, begin, end in of_seq if exists]
+        assert all(0 <= begin < end <= GRANULE and end - begin < GRANULE for _, begin, end in granules)
+        first, count = (int(x[s]) for x in whole)
+        granules += [(first + GRANULE * i, 0, GRANULE) for i in range(count)]
+        for position, begin, end in granules:
             page = tables[s, min(position // PAGE_SIZE, WIDTH - 1)]
-            if exists and 0 <= page < NUM_PAGES:
-                assert position % GRANULE == 0 and 0 <= begin < end <= GRANULE and end - begin < GRANULE
+            if 0 <= page < NUM_PAGES:
+                assert position % GRANULE == 0
                 row = int(slots.row[s]) + position - int(slots.first[s])
                 places += [((int(page), position % PAGE_SIZE + at), row + at) for at in range(begin, end)]
     return places
@@ -217,9 +212,8 @@ def test_every_row_is_in_one_granule_and_whole_granules_are_whole():
 
     @jax.jit
     def lists(batch):
-        seqs = Sequences.of(batch, TOKENS, PAGE_SIZE)
-        slots = Slots.of(seqs)
-        return Granules.whole(seqs, TOKENS // GRANULE, PAGE_SIZE, NUM_PAGES), slots, edges(slots.first, slots.end)
+        slots = Slots.of(Sequences.of(batch, TOKENS, PAGE_SIZE))
+        return slots, inner(slots.first, slots.end), edges(slots.first, slots.end)
 
     for _ in range(200):
         rows = rng.integers(0, 1 + rng.choice([1, 9, 40]), SLOTS)
@@ -227,14 +221,14 @@ def test_every_row_is_in_one_granule_and_whole_granules_are_whole():
         rows, lengths = np.diff(starts), rng.integers(0, WIDTH * PAGE_SIZE + 1, SLOTS)
         tables = rng.permutation(NUM_PAGES)[: SLOTS * WIDTH].reshape(SLOTS, WIDTH)
         tables = np.where(rng.random(tables.shape) < 0.2, rng.choice(GARBAGE, tables.shape), tables).astype(np.int32)
-        whole, slots, parts = lists(RaggedBatch(lengths, tables, starts))
+        granules = lists(RaggedBatch(lengths, tables, starts))
         want = {}
         for s in range(SLOTS):
             for i in range(rows[s]):
                 position = lengths[s] - rows[s] + i
                 if position >= 0 and 0 <= tables[s, position // PAGE_SIZE] < NUM_PAGES:
                     want[int(tables[s, position // PAGE_SIZE]), int(position % PAGE_SIZE)] = int(starts[s] + i)
-        found = _by_whole(whole) + _by_partial(slots, parts)
+        found = _by_kernels(*granules)
         assert dict(found) == want and len(found) == len(want)
 
 

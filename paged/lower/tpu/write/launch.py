@@ -1,11 +1,12 @@
 """Writing new rows into the pages, for any batch: two kernels, in place, with many copies on their way.
 
-Rows are written by granules. A granule of which every token is written needs no read: XLA puts its rows into the
-pool's order, and the kernel of whole granules copies them. Of any other granule, at most two for each sequence, some
-tokens must stay as they are: the kernel of partial granules reads it, changes it and writes it back.
+Rows are written by granules. A granule of which every token is written needs no read: the kernel of whole granules
+puts its rows into the pool's order. Of any other granule, at most two for each sequence, some tokens must stay as they
+are: the kernel of partial granules reads it, changes it and writes it back.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +19,18 @@ from paged.spec import Pages
 
 from ...program import Sequences
 from ...transforms import run_kernels
-from ...xla import XLA_BLOCKS, Places, stored_rows, write_scales
+from ...xla import XLA_BLOCKS, stored_rows, write_scales
+from ...xla import Places as XlaPlaces
 from ..chips import Chip
 from ..references import Ref, call_kernel
 from . import partial, whole
-from .granules import GRANULE, GranuleLists, Granules, first_position, token_axis
+from .granules import GRANULE
 from .plan import Writer
+from .slots import Places, Slots, first_position
 
 
 class Inputs(NamedTuple):
-    """``new`` are new rows, in the form that the kernel reads; ``pools`` are the arrays of the pages."""
+    """``new`` are new rows, see `Writer.as_they_lie`; ``pools`` are the arrays of the pages."""
 
     new: tuple[Ref, ...]
     pools: tuple[Ref, ...]
@@ -61,53 +64,29 @@ def _write(
 ) -> Pages:
     writer, tokens, size = Writer(pages.layout), k.shape[0], pages.layout.page_size
     (k, v), scales = stored_rows(k, v, pages)
-    launch, pools = functools.partial(_launch, chip, interpret), pages.arrays
-    if (query_rows or tokens) >= GRANULE:
-        in_block = writer.granules_per_block
-        most = -(-(tokens // GRANULE) // in_block) * in_block
-        granules = Granules.whole(seqs, most, size, pages.num_pages)
-        pools = _write_whole(writer, chip, launch, granules, pages.layout.stack(k, v), pools)
-    new = (k, v) if len(writer.parts) == 2 else pages.layout.stack(k, v)
-    pools = _write_partial(writer, chip, launch, seqs, pages.num_pages, new, pools)
-    places = Places.of(seqs, tokens, size, pages.num_pages)
+    launch, new, pools = functools.partial(_launch, chip, interpret), writer.as_they_lie(k, v), pages.arrays
+    for part, places in _parts(writer, chip, seqs, tokens, pages.num_pages):
+        slots = Slots.of(part)
+        if (query_rows or tokens) >= GRANULE:
+            run = functools.partial(_run, whole.Whole, writer, places, chip.cores)
+            pools = launch(run, "whole", slots, new, pools, whole.Whole.scratch_of(writer))
+        run = functools.partial(_run, partial.Partial, writer, places, chip.cores)
+        pools = launch(run, "partial", slots, new, pools, partial.Partial.scratch_of(writer, places.slots))
+    places = XlaPlaces.of(seqs, tokens, size, pages.num_pages)
     return Pages(pools, *write_scales(scales, pages, places), layout=pages.layout)
 
 
-def _write_whole(
-    writer: Writer, chip: Chip, launch: Any, granules: Granules, rows: tuple[Array, ...], pools: tuple[Array, ...]
-) -> tuple[Array, ...]:
-    """The pools with these granules written: by one kernel, or by several if scalar memory cannot hold the lists."""
+def _parts(
+    writer: Writer, chip: Chip, seqs: Sequences, tokens: int, num_pages: int
+) -> Iterator[tuple[Sequences, Places]]:
+    """The sequences, and where their positions lie; in several parts if scalar memory cannot hold all block tables.
 
-    def run(scalars: whole.Scalars, inputs: Inputs, outputs: Outputs, scratch: whole.Scratch) -> None:
-        whole.Whole(writer, scalars, inputs.new, outputs.pools, scratch).run()
-
-    length, most = granules.row.shape[0], writer.most_listed(chip, len(GranuleLists._fields))
-    for first in range(0, length, most):
-        part = granules.sliced(slice(first, min(first + most, length)))
-        new = [part.gather(x, token_axis(writer.layout, pool)) for x, pool in zip(rows, writer.pools, strict=True)]
-        scalars = whole.Scalars.of(writer, part, chip.cores)
-        pools = launch(run, "whole", scalars, tuple(new), pools, whole.Whole.scratch(writer))
-    return pools
-
-
-def _write_partial(
-    writer: Writer,
-    chip: Chip,
-    launch: Any,
-    seqs: Sequences,
-    num_pages: int,
-    new: tuple[Array, ...],
-    pools: tuple[Array, ...],
-) -> tuple[Array, ...]:
-    """The pools with the other granules written: by one kernel, or by several if scalar memory cannot hold the tables.
-
-    Where it cannot hold all block tables, XLA takes from each the entries that rows may be written to.
+    Where it cannot, XLA takes from each table the entries that rows may be written to.
     """
-    slots, width = seqs.tables.shape
+    size, (slots, width) = writer.layout.page_size, seqs.tables.shape
     is_window = writer.most_slots(chip, width) < slots
     if is_window:
-        size = writer.layout.page_size
-        width = min(width, (new[0].shape[0] + size - 2) // size + 1)
+        width = min(width, (tokens + size - 2) // size + 1)
         entry = first_position(seqs)[:, None] // size + jnp.arange(width, dtype=jnp.int32)[None]
         entry = jnp.minimum(entry, seqs.tables.shape[1] - 1)
         seqs = seqs._replace(tables=jnp.take_along_axis(seqs.tables, entry, axis=1), planned=None)
@@ -115,15 +94,21 @@ def _write_partial(
     for first in range(0, slots, most):
         count = min(most, slots - first)
         part: Sequences = jax.tree.map(lambda x, at=slice(first, first + count): x[at], seqs._replace(planned=None))
+        yield part, Places(count, width, size, num_pages, is_window)
 
-        def run(scalars: Any, inputs: Inputs, outputs: Outputs, scratch: Any, count: int = count) -> None:
-            # The pools are read where they are written: a granule that two sequences share is read after it is written.
-            static = writer, count, width, num_pages, is_window
-            partial.Partial(*static, scalars, inputs.new, outputs.pools, scratch).run(pl.program_id(0), chip.cores)
 
-        scratch = partial.Partial.scratch_of(writer, count)
-        pools = launch(run, "partial", partial.Slots.of(part), new, pools, scratch)
-    return pools
+def _run(
+    kernel: Any,
+    writer: Writer,
+    places: Places,
+    cores: int,
+    scalars: Slots,
+    inputs: Inputs,
+    outputs: Outputs,
+    scratch: Any,
+) -> None:
+    # The pools are read where they are written: a granule that two sequences share is read after it is written.
+    kernel(writer, places, scalars, inputs.new, outputs.pools, scratch).run(pl.program_id(0), cores)
 
 
 def _launch(

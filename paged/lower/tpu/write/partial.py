@@ -13,36 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int
 
-from ...program import Sequences
 from ..chips import LANES, SUBLANES
 from ..references import Copies, Ref
-from .granules import GRANULE, first_position
+from .granules import GRANULE
 from .pipeline import pipeline
 from .plan import Part, Writer, granules_at
-
-
-class Slots(NamedTuple):
-    """What each sequence writes, for scalar memory.
-
-    * ``first``, ``end``: the positions from the first that is written to the one after the last.
-    * ``row``: the new row of the first.
-    * ``tables``: block tables, one after the other. Where the kernel's `Partial.is_window` is set, each begins with the
-      entry of the first position.
-    """
-
-    first: Int[Array, " seqs"]
-    end: Int[Array, " seqs"]
-    row: Int[Array, " seqs"]
-    tables: Int[Array, " entries"]
-
-    @classmethod
-    def of(cls, seqs: Sequences) -> "Slots":
-        """The sequences' slots, with whole block tables."""
-        first = first_position(seqs)
-        end = jnp.where(seqs.counts > 0, seqs.lengths, first)
-        return cls(first, end, seqs.starts + first - seqs.positions, seqs.tables.reshape(-1))
+from .slots import Places, Slots, edges
 
 
 class Noted(NamedTuple):
@@ -74,32 +51,12 @@ class Scratch(NamedTuple):
     left: Ref
 
 
-def edges(first: Any, end: Any) -> tuple[tuple[Any, Any, Any, Any], ...]:
-    """The granules of which a sequence writes some tokens: at most its first and its last one.
-
-    Each is ``(exists, position, begin, end)``: the position of its first token, and its tokens that are written.
-    """
-    head, tail = first - _in_granule(first), end - _in_granule(end)
-    return (
-        ((_in_granule(first) > 0) & (first < end), head, _in_granule(first), jnp.minimum(end - head, GRANULE)),
-        # Where rows begin and end in one granule, that granule is the head, and there is no tail.
-        ((_in_granule(end) > 0) & (first < end) & (tail >= first), tail, 0, _in_granule(end)),
-    )
-
-
-def _in_granule(position: Any) -> Any:
-    return position & (GRANULE - 1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Partial:
-    """The kernel, of ``slots`` sequences with ``width`` entries of a block table each, over ``num_pages`` pages."""
+    """The kernel, for the sequences of ``scalars``."""
 
     writer: Writer
-    slots: int
-    width: int
-    num_pages: int
-    is_window: bool
+    places: Places
     scalars: Slots
     new: tuple[Ref, ...]
     pools: tuple[Ref, ...]
@@ -110,7 +67,7 @@ class Partial:
         """Memory for the granules of so many sequences."""
         dma, stages = pltpu.SemaphoreType.DMA, 2 * writer.granules_ahead
         noted: Any = [pltpu.SMEM((2 * slots + 1,), jnp.int32)] * len(Noted._fields)
-        new = [pltpu.VMEM((stages, GRANULE, *part.row_shape), part.dtype) for part in writer.parts]
+        new = [pltpu.VMEM((stages, GRANULE, *shape), writer.layout.dtype) for shape in writer.new_shapes]
         row = [pltpu.VMEM(part.row_shape, jnp.float32) for part in writer.parts]
         old = writer.vmem(stages)
         return Scratch(tuple(new), tuple(row), old, Noted(*noted), dma((stages,)), dma((stages,)))
@@ -138,22 +95,20 @@ class Partial:
 
     def _note(self) -> tuple[Any, Any]:
         """Note every granule. Returns how many there are, and whether two of them are the same piece of memory."""
-        keys = -(-(2 * self.slots) // (SUBLANES * LANES)) * SUBLANES, LANES
+        keys = -(-(2 * self.places.slots) // (SUBLANES * LANES)) * SUBLANES, LANES
         place = LANES * jax.lax.broadcasted_iota(jnp.int32, keys, 0) + jax.lax.broadcasted_iota(jnp.int32, keys, 1)
         per_page = self.writer.layout.page_size // GRANULE
 
         def note(seq: Any, carry: Any) -> Any:
             first, end = self.scalars.first[seq], self.scalars.end[seq]
-            base = _quotient(first, self.writer.layout.page_size) if self.is_window else 0
+            base = self.places.base(first)
             for exists, position, start, stop in edges(first, end):
                 count, before, is_shared = carry
-                entry = _quotient(position, self.writer.layout.page_size)
-                at = seq * self.width + jnp.clip(entry - base, 0, self.width - 1)
-                page, offset = self.scalars.tables[at], position - entry * self.writer.layout.page_size
+                page, offset = self.places.find(self.scalars, seq, position, base)
                 row = self.scalars.row[seq] + position - first
                 for ref, x in zip(self.scratch.noted, (page, offset, start, stop, row), strict=True):
                     ref[count] = x  # the next granule overwrites it, if this one is not counted
-                exists = exists & (page >= 0) & (page < self.num_pages)
+                exists = exists & self.places.has(page)
                 # All granules before it at once. One that is not written has a key that equals none.
                 key = jnp.where(exists, page * per_page + jax.lax.div(offset, GRANULE), -1)
                 is_shared = jnp.where((before == key) & (key >= 0), 1.0, is_shared)
@@ -162,7 +117,7 @@ class Partial:
 
         # Not by constants: the compiler keeps a constant register as one number, and a loop cannot change that.
         start = jnp.int32(0), jnp.minimum(place, -1), jnp.minimum(place, 0).astype(jnp.float32)
-        count, _, is_shared = jax.lax.fori_loop(0, self.slots, note, start)
+        count, _, is_shared = jax.lax.fori_loop(0, self.places.slots, note, start)
         return count, jnp.max(is_shared) > 0
 
     def _change(self, granule: Any) -> None:
@@ -216,8 +171,9 @@ class Partial:
         stage, noted = self._stage(granule), self.scratch.noted
 
         def put_token(token: Any, _: Any) -> None:
-            for part, new, row in zip(self.writer.parts, self.scratch.new, self.scratch.row, strict=True):
-                row[...] = new[stage, token].astype(jnp.float32)
+            new = self.writer.stacked([new[stage, token].astype(jnp.float32) for new in self.scratch.new])
+            for part, x, row in zip(self.writer.parts, new, self.scratch.row, strict=True):
+                row[...] = x
                 self._put_row(part, row, self.scratch.old[part.pool].at[stage, *part.index], token)
 
         jax.lax.fori_loop(noted.begin[granule], noted.end[granule], put_token, None)
@@ -234,10 +190,3 @@ class Partial:
             is_token = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == token
             of_head = jnp.broadcast_to(row[pl.ds(head, 1), :], x.shape)
             old[head] = jnp.where(is_token, of_head, x).astype(old.dtype)
-
-
-def _quotient(x: Any, divisor: int) -> Any:
-    """``x // divisor`` of a number that is not negative: a shift where that does."""
-    if divisor & (divisor - 1) == 0:
-        return jax.lax.shift_right_logical(x, jnp.int32(divisor.bit_length() - 1))
-    return jax.lax.div(x, jnp.int32(divisor))

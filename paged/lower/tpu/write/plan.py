@@ -3,23 +3,26 @@
 import math
 from typing import Any, NamedTuple, assert_never
 
+import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 from paged.spec import PageLayout
 
-from ..chips import Chip
+from ..chips import LANES, SUBLANES, Chip, padded_bytes
 from ..pages import Pool, pools_of, refuses_layout
 from ..references import Ref
 from .granules import GRANULE, granule_at, granule_shape
 
-# Blocks of whole granules that are read ahead, and as many that are being written; and the most granules of a block.
+# The most blocks of whole granules that are read ahead, and as many that are being written; the most granules of one.
 _BLOCKS_AHEAD, _MOST_IN_BLOCK = 4, 8
 # The most partial granules that are read ahead, and as many that are being written back.
 _MOST_AHEAD = 16
 # Numbers in scalar memory per sequence, besides its block table: three of its own, and five for each of two granules.
 _NUMBERS_PER_SLOT = 13
-# Vector memory for the ring of either kernel.
-_RING_BYTES = 2**22
+# Vector memory for blocks of whole granules, and for the ring of partial ones.
+_BLOCKS_BYTES, _RING_BYTES = 6 * 2**20, 2**22
 
 
 def refuses_write(layout: PageLayout, chip: Chip) -> str | None:
@@ -37,10 +40,10 @@ def refuses_write(layout: PageLayout, chip: Chip) -> str | None:
 
 
 class Part(NamedTuple):
-    """New rows as they lie, ``[tokens, *row_shape]``, and where a token's rows belong: in a part of a granule.
+    """A part of a granule that a token's rows belong to, ``row_shape [heads, lanes]``.
 
-    ``row_shape`` is ``[heads, lanes]``. The part is ``index`` of a granule of the array number ``pool``. It is
-    ``[8, heads, lanes]`` where ``is_token_first``, else ``[heads, 8, lanes]``.
+    The part is ``index`` of a granule of the array number ``pool``. It is ``[8, heads, lanes]`` where
+    ``is_token_first``, else ``[heads, 8, lanes]``.
     """
 
     pool: int
@@ -49,9 +52,22 @@ class Part(NamedTuple):
     dtype: Any
     is_token_first: bool = False
 
+    @property
+    def stride(self) -> int:
+        """Rows that a token's heads take where they are laid apart: an odd number of tiles of 8 rows.
+
+        With an even number of tiles, a strided access would take all its rows from a few banks of memory, one by one.
+        """
+        return (-(-self.row_shape[0] // SUBLANES) | 1) * SUBLANES
+
+    @property
+    def apart_shape(self) -> tuple[int, int, int]:
+        """The shape of a granule's rows that are laid apart: a register's lanes in each column."""
+        return -(-self.row_shape[1] // LANES), GRANULE * self.stride, LANES
+
 
 class Writer(NamedTuple):
-    """The static facts of the writing kernels: the arrays that they write, and the rings of buffers that fit."""
+    """The static facts of the writing kernels: the arrays that they read and write, and the rings that fit."""
 
     layout: PageLayout
 
@@ -79,19 +95,37 @@ class Writer(NamedTuple):
                 assert_never(layout.order)
 
     @property
+    def new_shapes(self) -> tuple[tuple[int, int], ...]:
+        """The shape of a token's rows in each array of `as_they_lie`."""
+        layout = self.layout
+        if layout.order == "interleaved":
+            return tuple(part.row_shape for part in self.parts)
+        return (layout.num_kv_heads, layout.head_dim), (layout.num_kv_heads, layout.value_dim)
+
+    def as_they_lie(self, k: Array, v: Array) -> tuple[Array, ...]:
+        """New keys and values as the kernels take them, ``[tokens, heads, lanes]``: as they lie, if their heads do not
+        take turns."""
+        return self.layout.stack(k, v) if self.layout.order == "interleaved" else (k, v)
+
+    def stacked(self, rows: list[Array]) -> tuple[Array, ...]:
+        """A token's rows for each of the `parts`, from those of `as_they_lie`."""
+        return self.layout.stack(*rows) if self.layout.order == "joined" else tuple(rows)
+
+    @property
     def _granule_bytes(self) -> int:
         # A tile of 8-bit values may occupy as much vector memory as one of 32-bit values.
         return 4 * sum(math.prod(granule_shape(self.layout, pool)) for pool in self.pools)
 
     @property
     def blocks_ahead(self) -> int:
-        """Blocks of whole granules that are read ahead. The ring has as many more stages for blocks being written."""
-        return _BLOCKS_AHEAD
+        """Blocks of whole granules that are read ahead, and as many that may be on their way to the pages."""
+        several = range(_BLOCKS_AHEAD, 1, -1)
+        return next((ahead for ahead in several if self._whole_bytes(ahead, 1) <= _BLOCKS_BYTES), 1)
 
     @property
     def granules_per_block(self) -> int:
         """Whole granules of a block: a power of two."""
-        fit = max(1, min(_MOST_IN_BLOCK, _RING_BYTES // (2 * self.blocks_ahead * self._granule_bytes)))
+        fit = max(1, min(_MOST_IN_BLOCK, _BLOCKS_BYTES // self._whole_bytes(self.blocks_ahead, 1)))
         return 2 ** (fit.bit_length() - 1)
 
     @property
@@ -102,13 +136,20 @@ class Writer(NamedTuple):
     @property
     def vmem_bytes(self) -> int:
         """Vector memory of the larger of the two kernels."""
-        whole, partial = 2 * self.blocks_ahead * self.granules_per_block, 4 * self.granules_ahead
-        return self._granule_bytes * max(whole, partial)
+        whole = self._whole_bytes(self.blocks_ahead, self.granules_per_block)
+        return max(whole, 4 * self.granules_ahead * self._granule_bytes)
 
-    def most_listed(self, chip: Chip, num_lists: int) -> int:
-        """The most granules that one kernel can list in scalar memory: whole blocks of any size."""
-        most = chip.smem_for_lists // (4 * num_lists)
-        return most - most % _MOST_IN_BLOCK
+    def _whole_bytes(self, ahead: int, size: int) -> int:
+        """Vector memory of the kernel of whole granules."""
+        shapes: list[Any] = jax.tree.leaves(self.whole_vmem(ahead, size))
+        return sum(padded_bytes(x.shape, x.dtype) for x in shapes)
+
+    def whole_vmem(self, ahead: int, size: int) -> tuple[Any, Any, Any]:
+        """Vector memory for blocks of ``size`` whole granules, of which ``ahead`` are read ahead: for new rows, for
+        granules, and for rows between the two."""
+        new = [pltpu.VMEM((ahead + 1, size, GRANULE, *shape), self.layout.dtype) for shape in self.new_shapes]
+        apart = [pltpu.VMEM((size, *part.apart_shape), jnp.float32) for part in self.parts if not part.is_token_first]
+        return tuple(new), self.vmem(ahead, size), tuple(apart)
 
     def most_slots(self, chip: Chip, width: int) -> int:
         """The most sequences of which scalar memory holds ``width`` entries, and what a kernel notes; perhaps none."""
