@@ -18,7 +18,7 @@ from paged.lower.tpu import chip_named
 from .points import needs_libtpu
 
 POOL_BYTES = 512 * 2**20  # a smaller pool may be placed in VMEM, where copying it shows nothing
-LAYOUT = paged.PageLayout(page_size=16, num_kv_heads=8, head_dim=128)
+WIDE, NARROW = 128, 64  # heads; of the narrow ones keys and values are joined in pages
 DECODE_ROWS = [(1, 1032 + 52 * i) for i in range(60)]
 CHUNKS = [(256, length) for length in (1024, 2048, 3072, 4096)]
 BATCHES = {  # (query rows, tokens) of each sequence
@@ -30,6 +30,7 @@ BATCHES = {  # (query rows, tokens) of each sequence
 }
 GROUPS = {"group 1": (16, 16), "group 3": (24, 8), "group 5": (40, 8), "group 5, float16": (40, 8)}  # heads
 WINDOW = {"window": 128}
+JOINED = {"head_dim": NARROW, "sinks": True, **WINDOW}
 LISTED = {"mask": paged.Window(1024) | paged.Prefix(64)}  # its pages are no interval: they are listed
 # (batch, call, terms, generation): (kernels, operations, loops, sorts, fusions, copies, KiB that they write)
 MOST = {
@@ -37,15 +38,16 @@ MOST = {
     ("16 x 4096", "attend", "listed", "v5e"): (1, 28, 0, 1, 16, 5, 153),
     ("64 x 2048", "attend", "window", "tpu7x"): (1, 2, 0, 0, 1, 0, 1),
     ("16 x 4096", "write", "", "v6e"): (1, 5, 0, 0, 2, 2, 17),
-    ("512 of 4096", "write", "", "v6e"): (2, 74, 0, 0, 9, 5, 8203),
+    ("64 x 2048", "update", "joined", "v6e"): (1, 3, 0, 0, 1, 0, 1),
+    ("512 of 4096", "write", "", "v6e"): (2, 16, 0, 0, 0, 4, 2050),
     ("64 x 2048", "attend", "group 5", "v6e"): (1, 2, 0, 0, 1, 0, 1),
     ("64 x 2048", "attend", "group 5, float16", "v6e"): (1, 4, 0, 0, 3, 0, 1921),
     ("64 x 2048", "layers", "", "v6e"): (1, 12, 1, 0, 2, 4, 1057),
     ("64 x 2048", "update", "", "v5e"): (1, 2, 0, 0, 1, 0, 1),
     ("256 x 1024", "update", "", "tpu7x"): (1, 4, 0, 0, 1, 1, 131),
-    ("512 of 4096", "update", "", "v6e"): (3, 72, 0, 0, 9, 3, 6155),
-    ("60 + 4 x 256", "update", "", "v6e"): (4, 57, 0, 0, 22, 9, 17538),
-    ("60 + 4 x 256", "write", "", "v6e"): (2, 63, 0, 0, 21, 16, 21939),
+    ("512 of 4096", "update", "", "v6e"): (3, 13, 0, 0, 0, 1, 1),
+    ("60 + 4 x 256", "update", "", "v6e"): (4, 13, 0, 0, 5, 5, 69),
+    ("60 + 4 x 256", "write", "", "v6e"): (2, 9, 0, 0, 3, 3, 4403),
     ("64 x 2048", "update", "group 1", "v5e"): (1, 2, 0, 0, 1, 0, 1),
     ("64 x 2048", "update", "group 3", "tpu7x"): (1, 2, 0, 0, 1, 0, 1),
 }
@@ -57,10 +59,10 @@ def _call(batch, call, terms, generation):
     """What a user writes, jitted, and its arguments as shapes; the pages are donated where they are written."""
     rows, lengths = zip(*BATCHES[batch], strict=True)
     q_heads, kv_heads = GROUPS.get(terms, (32, 8))
-    spec = paged.AttentionSpec(
-        num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=128, **{"window": WINDOW, "listed": LISTED}.get(terms, {})
-    )
-    layout = LAYOUT.replace(num_kv_heads=kv_heads)
+    more = {"window": WINDOW, "listed": LISTED, "joined": JOINED}.get(terms, {})
+    spec = paged.AttentionSpec(num_q_heads=q_heads, num_kv_heads=kv_heads, **{"head_dim": WIDE, **more})
+    dim, order = spec.head_dim, "packed" if spec.head_dim == WIDE else "joined"
+    layout = paged.PageLayout(page_size=16, num_kv_heads=kv_heads, head_dim=dim, order=order)
     attend = paged.lower(spec, layout, target="tpu").on_chip(generation)
     tokens, seqs = sum(rows), len(rows)
 
@@ -83,21 +85,22 @@ def _call(batch, call, terms, generation):
     calls = {
         "layers": layers,
         "attend": lambda pages, q, k, v, *integers: attend(q, pages, step(*integers)),
-        "update": lambda pages, q, k, v, *integers: attend.update(q, k, v, pages, step(*integers)),
+        "update": lambda pages, q, k, v, *integers: attend.update(q, k, v, pages, step(*integers[:3]), *integers[3:]),
         "write": lambda pages, q, k, v, *integers: paged.write(k, v, pages, step(*integers), "tpu"),
     }
     shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
     num_pages = POOL_BYTES // layout.bytes_per_page
     pool = [shape(*dims) for dims in layout.array_shapes(num_pages)]
     integers = [shape(*dims, dtype=jnp.int32) for dims in ((seqs,), (seqs, -(-max(lengths) // 16)), (seqs + 1,))]
-    new = shape(tokens, kv_heads, 128)
+    new, sinks = shape(tokens, kv_heads, dim), [shape(q_heads, dtype=jnp.float32)] if spec.sinks else []
     donated = () if call == "attend" else 0
     return jax.jit(calls[call], donate_argnums=donated), (
         layout.wrap(*pool),
-        shape(tokens, q_heads, 128, dtype=jnp.float16 if terms.endswith("float16") else jnp.bfloat16),
+        shape(tokens, q_heads, dim, dtype=jnp.float16 if terms.endswith("float16") else jnp.bfloat16),
         new,
         new,
         *integers,
+        *sinks,
     )
 
 

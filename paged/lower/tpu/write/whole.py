@@ -21,7 +21,7 @@ from ..chips import LANES
 from ..references import Copies, Ref
 from .granules import GRANULE
 from .pipeline import pipeline
-from .plan import Part, Writer, granules_at
+from .plan import Writer, granules_at
 from .slots import Places, Slots, inner
 
 
@@ -70,7 +70,9 @@ class Whole:
         dma, ahead, size = pltpu.SemaphoreType.DMA, writer.blocks_ahead, writer.granules_per_block
         noted: Any = [pltpu.SMEM(((2 * ahead + 1) * size,), jnp.int32)] * len(Noted._fields)
         new, granules, apart = writer.whole_vmem(ahead, size)
-        return Scratch(new, granules, apart, Noted(*noted), pltpu.SMEM((2,), jnp.int32), dma((ahead + 1,)), dma((ahead,)))
+        return Scratch(
+            new, granules, apart, Noted(*noted), pltpu.SMEM((2,), jnp.int32), dma((ahead + 1,)), dma((ahead,))
+        )
 
     def run(self, core: Any, cores: int) -> None:
         """Write this core's blocks: as many as the others have."""
