@@ -83,7 +83,10 @@ WRITE = (
     _write("one token more", method(Partial, "_put", _one_token_more)),
     _write("neighbours at once", method(Partial, "_note", _never_shared), trial="write, neighbours"),
     _write("a buffer is read into too early", attribute(partial_module, "pipeline", _read_too_early)),
-    _write("a buffer of blocks is read into too early", attribute(whole_module, "pipeline", _read_too_early)),
+    dataclasses.replace(
+        _write("a buffer of blocks is filled too early", attribute(whole_module, "pipeline", _read_too_early)),
+        killed_by="no races",
+    ),
     _write("the next row", method(Whole, "_note", _next_row)),
     _write("a granule too many", method(Whole, "_granules_of", _granule_too_many)),
 )  # fmt: skip

@@ -22,7 +22,7 @@ _MOST_AHEAD = 16
 # Numbers in scalar memory per sequence, besides its block table: three of its own, and five for each of two granules.
 _NUMBERS_PER_SLOT = 13
 # Vector memory for blocks of whole granules, and for the ring of partial ones.
-_BLOCKS_BYTES, _RING_BYTES = 6 * 2**20, 2**22
+_BLOCKS_BYTES = _RING_BYTES = 2**22
 
 
 def refuses_write(layout: PageLayout, chip: Chip) -> str | None:
