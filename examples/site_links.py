@@ -27,7 +27,7 @@ API = {
     "testing": "For who proves a mask, a kernel, a layer or a pool of pages.",
     "pictures": "For who draws what an attention or an engine did.",
 }
-_NAMED_BY_FILE = re.compile(r"\[([\w./-]+\.md)\]\(([^)#\s]+\.md)\)")
+_NAMED_BY_FILE = re.compile(r"\[([\w./-]+\.md)\]\(([^)#\s]+\.md)(#[^)\s]+)?\)")
 _ROW = re.compile(r"^\|.*$", re.MULTILINE)
 _LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
 
@@ -85,7 +85,7 @@ def rewritten(markdown: str, page: str) -> str:
     def named(match: re.Match) -> str:
         """On the site a page is called by its title, and not by its file."""
         first = (ROOT / here / match[2]).read_text().partition("\n")[0]
-        return f"[{first.removeprefix('# ')}]({match[2]})"
+        return f"[{first.removeprefix('# ')}]({match[2]}{match[3] or ''})"
 
     def link(match: re.Match) -> str:
         target = posixpath.normpath(posixpath.join(here, match[2]))

@@ -46,6 +46,7 @@ def test_a_link_of_the_repository_becomes_a_link_of_the_site(page, link, on_site
 
 def test_on_the_site_a_page_is_called_by_its_title():
     assert site_links.rewritten("[gpu.md](gpu.md)", "README.md") == "[Attention on GPUs](gpu.md)"
+    assert site_links.rewritten("[gpu.md](gpu.md#here)", "README.md") == "[Attention on GPUs](gpu.md#here)"
 
 
 def test_code_in_a_table_has_no_backslash_on_the_site():
