@@ -12,6 +12,8 @@ from paged.lower.gpu import GPU_DECODE, HOPPERS
 from paged.spec import Prefix, RaggedBatch, Window
 from tests.pictures.drawn import require_sound
 
+from .running import needs_kernels
+
 SPEC = paged.AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
 LAYOUT = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
 LENGTHS = [0, 40, 700, 1024]
@@ -71,6 +73,7 @@ def test_pages_that_nobody_sees_are_no_work(mask, pages):
     assert [count for _, count, _ in items] == pages
 
 
+@needs_kernels
 @pytest.mark.parametrize("generation", HOPPERS)
 def test_the_work_is_drawn(generation):
     batch = RaggedBatch.decode([40, 16, 900], np.arange(3 * 64).reshape(3, 64))
