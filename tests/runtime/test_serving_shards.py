@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import paged
 from paged.models import load, open_safetensors
 from paged.runtime import Engine, ModelDraft, NGramDraft, PagedCache, Sampler, generate
-from paged.runtime.serving import programs
+from paged.runtime.serving import programs, serve_many
 from paged.runtime.serving.rows import Rows
 from tests.mesh.placing import collectives, mesh_of, needs_devices
 from tests.models.test_load import CHECKPOINTS
@@ -139,6 +140,23 @@ def test_generate_deals_prompts_to_shards_and_gives_the_tokens_of_one_device():
     assert sum(sum(report.rows.values()) for report in reports) == sum(report.tokens for report in reports)
     again = generate(model, state, PROMPTS, **rules, speculation=NGramDraft(num_tokens=2, ngram=1))
     assert [own.tokens for own in again] == [own.tokens for own in want]
+
+
+@needs_devices
+@pytest.mark.slow
+def test_a_loop_of_shards_that_is_read_back_serves_the_same_tokens():
+    served = engine(*on_mesh(sequences=2))
+    handles = [served.submit(prompt, 7) for prompt in PROMPTS]
+    served._upload()
+    device = served._device
+    run = jax.jit(lambda state: serve_many(device.model, state, 40, budget=device._facts[0]))
+    again = export.deserialize(export.export(run)(device.state).serialize())
+    state, events, _ = again.call(device.state)
+    tokens = np.asarray(state.queue.requests.tokens).reshape(8, -1)
+    for handle in handles:
+        own = tokens[handle.row, len(handle.prompt) : len(handle.prompt) + 7]
+        assert tuple(own.tolist()) == greedy_ref(tiny(PAGES)[0], handle.prompt, 7)
+    assert {handle.row // 4 for handle in handles} == {0, 1} and events.request.shape[1] == SLOTS
 
 
 @needs_devices
