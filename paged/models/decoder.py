@@ -1,5 +1,6 @@
 """`Decoder`: the model of every architecture, from tokens to logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,7 @@ from paged.spec import PageLayout
 
 from .config import Config, LayerConfig
 from .experts import draw
-from .layers import DecoderLayer, Projection, RMSNorm, product
+from .layers import DecoderLayer, Projection, RMSNorm, TurnedProjection, product
 
 
 class Embedding(eqx.Module):
@@ -144,10 +145,19 @@ class Decoder(eqx.Module):
     def apart(self) -> "Decoder":
         """This model, to serve on a CPU, where it then copies no layer's parameters: see `LayerStack.apart`.
 
+        And a float32 weight is stored with its features first, as XLA:CPU multiplies faster.
+
         **Returns:** a model that computes the same. The layers' parameters are copies: let go of this model. For
-        training, `LayerStack.together` stacks them again.
+        training, `together` gives a model like this one.
         """
-        return eqx.tree_at(lambda model: model.layers, self, self.layers.apart())
+        return self._with_layers(_mapped(TurnedProjection.of, self.layers, Projection).apart())
+
+    def together(self) -> "Decoder":
+        """This model as it was before `apart`: stacked, with the features of every weight last."""
+        return self._with_layers(_mapped(TurnedProjection.back, self.layers.together(), TurnedProjection))
+
+    def _with_layers(self, layers: LayerStack) -> "Decoder":
+        return eqx.tree_at(lambda model: model.layers, self, layers)
 
     def dense(self, tokens: Int[Array, "*batch tokens"]) -> Float[Array, "*batch tokens vocab"]:
         """Logits at every position of whole sequences, computed without pages: for training, and to check a cache.
@@ -161,6 +171,12 @@ class Decoder(eqx.Module):
         x = self.embed_tokens(tokens.reshape(-1, tokens.shape[-1]))
         logits = self.logits(self.layers.dense(x))
         return logits.reshape(*tokens.shape, -1)
+
+
+def _mapped(f: Callable[[Any], Any], layers: LayerStack, kind: type) -> LayerStack:
+    """The stack with ``f`` of every part of a kind."""
+    is_one = lambda x: isinstance(x, kind)
+    return jax.tree.map(lambda x: f(x) if is_one(x) else x, layers, is_leaf=is_one)
 
 
 def _period(kinds: tuple[LayerConfig, ...]) -> int:

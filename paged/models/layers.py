@@ -121,10 +121,44 @@ class Projection(eqx.Module):
         outputs, features = self.weight.shape[:-1], self.weight.shape[-1]
         weight = self.weight.astype(x.dtype)
         weight = weight.reshape(-1, features) if self.is_matrix else weight
-        y = product(x, weight).reshape(*x.shape[:-1], *outputs)
+        return self.with_bias(product(x, weight).reshape(*x.shape[:-1], *outputs))
+
+    def with_bias(self, y: Float[Array, "*rows_and_outputs"]) -> Float[Array, "*rows_and_outputs"]:
+        """``y`` and the bias, if there is one."""
         if self.bias is None:
             return y
-        return y + self.bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + outputs)
+        return y + self.bias.astype(y.dtype).reshape((1,) * (y.ndim - self.bias.ndim) + self.bias.shape)
+
+
+class TurnedProjection(eqx.Module):
+    """A `Projection` of float32 whose weight is [features, outputs], to serve on a CPU: all rows come first.
+
+    With XLA:CPU no number of rows is slower than in the other layout. There 8 rows take up to 1.4 times as long with
+    JAX 0.12, and 40 rows 1.25 times with JAX 0.10 (measured, SmolLM2-135M's layers on one core).
+    """
+
+    weight: Float[Array, "*layers features outputs"]
+    plain: Projection  # without its weight
+    outputs: tuple[int, ...] = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, stack: Any) -> Any:
+        """A projection of stacked layers, turned if it is one of float32; anything else as it is."""
+        if not isinstance(stack, Projection) or not stack.is_matrix or stack.weight.dtype != jnp.float32:
+            return stack
+        layers, *outputs, features = stack.weight.shape
+        weight = jnp.swapaxes(stack.weight.reshape(layers, -1, features), 1, 2)
+        return cls(weight, eqx.tree_at(lambda plain: plain.weight, stack, None), tuple(outputs))
+
+    def back(self) -> Projection:
+        """The projection of stacked layers from which this one was made."""
+        layers, features, _ = self.weight.shape
+        weight = jnp.swapaxes(self.weight, 1, 2).reshape(layers, *self.outputs, features)
+        return eqx.tree_at(lambda plain: plain.weight, self.plain, weight, is_leaf=lambda x: x is None)
+
+    def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows_and_outputs"]:
+        y = jax.lax.dot_general(x, self.weight.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+        return self.plain.with_bias(y.reshape(*x.shape[:-1], *self.outputs))
 
 
 class Attention(eqx.Module):

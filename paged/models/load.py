@@ -203,7 +203,7 @@ def save(model: Decoder, path: str | os.PathLike) -> None:
     ...     sorted(name.name for name in pathlib.Path(folder).iterdir())
     ['config.json', 'model.safetensors']
     """
-    model = eqx.tree_at(lambda model: model.layers, model, model.layers.together())
+    model = model.together()
     folder, config = pathlib.Path(path), model.config
     folder.mkdir(parents=True, exist_ok=True)
     in_layers, in_model = leaves_of_layer(config), leaves_of_model(config)

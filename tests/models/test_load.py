@@ -223,7 +223,7 @@ def test_a_model_that_is_apart_copies_no_weights_and_is_saved_as_it_was(tmp_path
     make = eqx.filter_jit(lambda key: eqx.nn.make_with_state(Decoder)(config, layout, 8, check=False, key=key))
     model, state = make(jax.random.key(0))
     batch = RaggedBatch.decode(lengths=[5, 3], block_tables=[[1, 0], [2, 3]])
-    tokens = jnp.zeros(2, jnp.int32)
+    tokens, results = jnp.zeros(2, jnp.int32), []
     for name, each in (("whole", model), ("apart", model.apart())):
         arrays, static = eqx.partition(each, eqx.is_array)
         step = jax.jit(lambda arrays, state, static=static: eqx.combine(arrays, static)(tokens, batch, state)[0])
@@ -231,6 +231,10 @@ def test_a_model_that_is_apart_copies_no_weights_and_is_saved_as_it_was(tmp_path
         copied = re.findall(r"dynamic_slice.*-> tensor<1x(?:\d+x)+(?:128|256)xf32>", program)
         assert len(copied) == (4 if name == "whole" else 0), copied
         save(each, tmp_path / name)
+        x = jax.random.normal(jax.random.key(1), (3, 128))
+        results.append(each.layers.layer(1).self_attn.qkv_proj(x))
+    assert results[0].shape == (3, 4, 3, 32)
+    np.testing.assert_allclose(*results, atol=1e-5)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "apart")]
     assert files[0] == files[1]
 
