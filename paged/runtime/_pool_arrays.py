@@ -9,10 +9,8 @@ from jaxtyping import Array, Bool, Int, UInt
 
 from paged.lower import vary_alike
 
-# How many pages are handed out at once, and of how many slots tables are changed: XLA:CPU updates one place after the
-# other, and compares these with all slots and all words of flags.
+# How many pages are handed out at once: they are compared with all slots and all words of flags.
 _AT_ONCE = 64
-_SLOTS_AT_ONCE = 8
 
 
 def entries_held(tables: Int[Array, "seqs pages_per_seq"]) -> Int[Array, " seqs"]:
@@ -96,62 +94,64 @@ def handed_out(
     return jax.lax.while_loop(lambda carry: carry[0] < total, some, (done, ref_counts, tables))[1:]
 
 
+Held = tuple[Int[Array, " pages"], Int[Array, "seqs pages_per_seq"]]
+
+
 @jax.jit
 def given_up(
-    ref_counts: Int[Array, " pages"],
-    tables: Int[Array, "seqs pages_per_seq"],
+    held: tuple[Held, ...],
     which: Bool[Array, " seqs"],
-    is_given_up: Bool[Array, "seqs entries"],
-) -> tuple[Int[Array, " pages"], Int[Array, "seqs pages_per_seq"]]:
-    """The counts and the tables after some slots have given up pages.
+    gone: tuple[Bool[Array, "seqs entries"], ...],
+    others: tuple[Int[Array, " seqs"], ...] | None = None,
+) -> tuple[Held, ...]:
+    """The counts and the tables of several pools after some slots have given up pages.
 
-    Nothing is done for other slots: a scatter of all entries takes longer than a step.
+    They are gone through one by one: a scatter of all entries takes longer than a step.
 
     **Arguments:**
 
-    - `ref_counts`, `tables`: those before.
+    - `held`: the counts and the tables of each pool before.
     - `which`: the slots.
-    - `is_given_up`: the entries; one column for all.
+    - `gone`: the entries that they give up; one column for all.
+    - `others`: one page more that each slot gives up, -1 for none.
     """
-    operands = vary_alike(ref_counts, tables, which, is_given_up)
+    held, which, gone, others = vary_alike(held, which, gone, others)
 
-    def some(at: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        counts, tables = carry
-        rows = tables.at[at].get(mode="fill", fill_value=-1)
-        gone = jnp.where(operands[3].at[at].get(mode="fill", fill_value=False), rows, -1)
-        # Of the rows that were read, so that XLA sets them in place.
-        return counted(counts, gone, -1), tables.at[at].set(jnp.where(gone >= 0, -1, rows), mode="drop")
+    def one(slot: Array, held: tuple[Held, ...]) -> tuple[Held, ...]:
+        after = []
+        for pool, (counts, tables) in enumerate(held):
+            row, more = tables[slot], jnp.full(1, -1, jnp.int32) if others is None else others[pool][slot][None]
+            page = jnp.where(gone[pool][slot], row, -1)
+            # Of the row that was read, so that XLA sets it in place.
+            row = jnp.where(page >= 0, -1, row)
+            after.append((counted(counts, jnp.concatenate([page, more]), -1), set_row(tables, slot, row)))
+        return tuple(after)
 
-    return for_some(operands[2], some, operands[:2])
+    return for_each(which, one, held)
 
 
 @jax.jit
-def given_rows(
-    ref_counts: Int[Array, " pages"],
-    tables: Int[Array, "seqs pages_per_seq"],
-    which: Bool[Array, " seqs"],
-    new: Int[Array, "seqs pages_per_seq"],
-) -> tuple[Int[Array, " pages"], Int[Array, "seqs pages_per_seq"]]:
+def given_rows(held: Held, which: Bool[Array, " seqs"], new: Int[Array, "seqs pages_per_seq"]) -> Held:
     """The counts and the tables after some slots have got pages that others hold, in place of what they had."""
-    operands = vary_alike(ref_counts, tables, which, new)
-
-    def some(at: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        counts, tables = carry
-        rows = operands[3].at[at].get(mode="fill", fill_value=-1)
-        return counted(counts, rows, 1), tables.at[at].set(rows, mode="drop")
-
-    return for_some(operands[2], some, operands[:2])
+    held, which, new = vary_alike(held, which, new)
+    return for_each(which, lambda at, held: (counted(held[0], new[at], 1), set_row(held[1], at, new[at])), held)
 
 
-def for_some(which: Bool[Array, " seqs"], change: Callable[[Array, Any], Any], carry: Any) -> Any:
-    """``carry`` after ``change(slots, carry)`` for all of some slots, a few at a time: past them numbers of no slot."""
+def for_each(which: Bool[Array, " seqs"], change: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """``carry`` after ``change(slot, carry)`` for each of some slots in order."""
+    number = jnp.arange(which.shape[0], dtype=jnp.int32)
 
-    def some(state: tuple[Array, Any]) -> tuple[Array, Any]:
+    def one(state: tuple[Array, Any]) -> tuple[Array, Any]:
         left, carry = state
-        at = Places.of(left).at(jnp.arange(_SLOTS_AT_ONCE, dtype=jnp.int32))
-        return left.at[at].set(False, mode="drop"), change(at, carry)
+        slot = jnp.argmax(left).astype(jnp.int32)
+        return left & (number != slot), change(slot, carry)
 
-    return jax.lax.while_loop(lambda state: jnp.any(state[0]), some, (which, carry))[1]
+    return jax.lax.while_loop(lambda state: jnp.any(state[0]), one, (which, carry))[1]
+
+
+def set_row(tables: Int[Array, "seqs pages_per_seq"], slot: Array, row: Array) -> Int[Array, "seqs pages_per_seq"]:
+    """The tables with another row: in place, and compiled in less time than a scatter."""
+    return jax.lax.dynamic_update_index_in_dim(tables, row, slot, 0)
 
 
 class Places(NamedTuple):

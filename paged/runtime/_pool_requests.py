@@ -1,4 +1,4 @@
-"""What `PagePool.reserve` and `extend` do, for one pool or for several of the same slots."""
+"""What `PagePool.reserve`, `extend` and `release` do, for one pool or for several of the same slots."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from ._arguments import Counts, slot_counts
-from ._pool_arrays import counted, handed_out, served_in_order
+from ._pool_arrays import counted, given_up, handed_out, served_in_order
 
 Pool = Any  # a `PagePool`, whose module imports this one
 
@@ -78,6 +78,18 @@ def reserve_asked(pools: Sequence[Pool], asked: Sequence[Asked]) -> tuple[tuple[
     ok, first = served_in_order(extra, fits, jnp.stack([pool.num_free for pool in pools]))
     pairs = enumerate(zip(pools, asked, strict=True))
     return tuple(given_to(pool, own, ok, first[:, i]) for i, (pool, own) in pairs), ok
+
+
+def release_in_all(pools: Sequence[Pool], is_released: Bool[Array, " seqs"]) -> tuple[Pool, ...]:
+    """`PagePool.release` in several pools of the same slots."""
+    held = tuple((pool.ref_counts, pool.block_tables) for pool in pools)
+    all_of_them, copies = (is_released[:, None],) * len(pools), tuple(pool.copy_from for pool in pools)
+    after, without = [], lambda x, none: jnp.where(is_released, none, x)
+    for pool, (counts, tables) in zip(pools, given_up(held, is_released, all_of_them, copies), strict=True):
+        changes = {"copy_from": without(pool.copy_from, -1), "copy_at": without(pool.copy_at, -1)}
+        changes |= {"ref_counts": counts, "block_tables": tables, "lengths": without(pool.lengths, 0)}
+        after.append(dataclasses.replace(pool, **changes))
+    return tuple(after)
 
 
 def extend_in_all(pools: Sequence[Pool], tokens: Counts) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:

@@ -13,7 +13,7 @@ from paged.spec import Mask, values_of
 
 from ._groups import keeps_all, mask_of
 from ._kept import kept_pages
-from ._pool_arrays import counted
+from ._pool_arrays import counted, set_row
 from .grouped_pool import GroupedPool
 from .pool import PagePool
 
@@ -35,12 +35,13 @@ def with_slot(
 
     What `PagePool.attach` does for all slots.
     """
-    new, at = [], jnp.where(slot >= 0, slot, pool.num_slots)
+    new, at = [], jnp.maximum(slot, 0)
+    is_slot = jnp.arange(pool.num_slots, dtype=jnp.int32) == slot
     for own, row in zip(pools_of_groups(pool), rows, strict=True):
         changes = {
             "ref_counts": counted(own.ref_counts, jnp.where(slot >= 0, row, -1), 1),
-            "block_tables": own.block_tables.at[at].set(row, mode="drop"),
-            "lengths": own.lengths.at[at].set(length, mode="drop"),
+            "block_tables": set_row(own.block_tables, at, jnp.where(slot >= 0, row, own.block_tables[at])),
+            "lengths": jnp.where(is_slot, length, own.lengths),
         }
         new.append(dataclasses.replace(own, **changes))
     return with_pools_of_groups(pool, new)

@@ -9,11 +9,11 @@ from jaxtyping import Array, Bool, Int
 
 from paged.spec import AttentionSpec, GroupedBatch, Mask, RaggedBatch
 
-from ._arguments import Counts, Flags, Number, slot_counts
+from ._arguments import Counts, Flags, Number, slot_counts, slot_flags
 from ._groups import Masks, keeps_all, mask_of, page_groups, pages_for
 from ._kept import kept_pages
 from ._pool_arrays import entries_missing
-from ._pool_requests import extend_in_all, reserve_in_all
+from ._pool_requests import extend_in_all, release_in_all, reserve_in_all
 from .pool import PagePool
 
 
@@ -173,7 +173,8 @@ class GroupedPool(eqx.Module):
 
         - `is_released`: which slots.
         """
-        return self._map(lambda pool: pool.release(is_released))
+        is_released = slot_flags("is_released", is_released, self.num_slots)
+        return GroupedPool(release_in_all(self.pools, is_released), self.masks)
 
     def trim(self, values: Mapping[str, Any] | None = None) -> "GroupedPool":
         """Free the pages that the masks of their group hide from every query to come. See `PagePool.trim`.

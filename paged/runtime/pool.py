@@ -16,7 +16,7 @@ from ._arguments import Counts, Flags, slot_counts, slot_flags
 from ._kept import kept_pages
 from ._pool_arrays import counted, entries_held, entries_missing, given_rows, given_up
 from ._pool_batches import PoolBatches
-from ._pool_requests import extend_in_all, reserve_in_all
+from ._pool_requests import extend_in_all, release_in_all, reserve_in_all
 
 
 class PagePool(PoolBatches):
@@ -152,9 +152,7 @@ class PagePool(PoolBatches):
         **Returns:** the new pool. Raises ``ValueError`` or ``TypeError`` unless ``is_released`` is bool[seqs].
         """
         is_released = slot_flags("is_released", is_released, self.num_slots)
-        pool = self._without_copies(is_released)
-        counts, tables = given_up(pool.ref_counts, self.block_tables, is_released, is_released[:, None])
-        return pool._replace(ref_counts=counts, block_tables=tables, lengths=jnp.where(is_released, 0, self.lengths))
+        return release_in_all((self,), is_released)[0]
 
     def trim(self, mask: Mask, values: Mapping[str, Any] | None = None) -> "PagePool":
         """Free the pages that a mask hides from every query still to come.
@@ -187,7 +185,7 @@ class PagePool(PoolBatches):
         kept = kept_pages(mask, self.lengths, self.page_size, self.pages_per_seq, values)
         is_full = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None] < (self.lengths // self.page_size)[:, None]
         is_freed = is_full & ~kept & (self.block_tables >= 0)
-        counts, tables = given_up(self.ref_counts, self.block_tables, jnp.any(is_freed, axis=1), is_freed)
+        ((counts, tables),) = given_up(((self.ref_counts, self.block_tables),), jnp.any(is_freed, axis=1), (is_freed,))
         return self._replace(ref_counts=counts, block_tables=tables)
 
     def fork(self, source: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
@@ -298,7 +296,7 @@ class PagePool(PoolBatches):
         """
         is_given = slot_flags("is_given", is_given, self.num_slots)
         lengths = slot_counts("lengths", lengths, self.num_slots)
-        counts, tables = given_rows(self.ref_counts, self.block_tables, is_given, block_tables)
+        counts, tables = given_rows((self.ref_counts, self.block_tables), is_given, block_tables)
         return self._replace(ref_counts=counts, block_tables=tables, lengths=jnp.where(is_given, lengths, self.lengths))
 
     @property

@@ -179,9 +179,9 @@ class PrefixCache(eqx.Module):
         is_empty = (pool.lengths[at] == 0) & jnp.all(jnp.stack([own.block_tables[at] for own in pools]) < 0)
         count = jnp.where((slot == at) & is_empty, hit.count, 0)
         pool = with_slot(
-            pool, jnp.where(count > 0, at, -1), [_resized(row, pool.pages_per_seq) for row in hit.pages], count
+            pool, jnp.where(count > 0, at, -1), [resized(row, pool.pages_per_seq) for row in hit.pages], count
         )
-        return self._used(jnp.where(count > 0, hit.nodes, -1)), pool, count
+        return self.used_now(jnp.where(count > 0, hit.nodes, -1)), pool, count
 
     def insert(
         self,
@@ -215,7 +215,7 @@ class PrefixCache(eqx.Module):
         length = jnp.minimum(length, entries * size)
         found, old = self._chain(rows, length, salt)
         entry = jnp.arange(rows.shape[0], dtype=jnp.int32)
-        tables = jnp.stack([_resized(own.block_tables[slot], rows.shape[0]) for own in pools])
+        tables = jnp.stack([resized(own.block_tables[slot], rows.shape[0]) for own in pools])
         found = jnp.where(entry < old, found, -1)
         entries = jnp.minimum(entries, _arrays.first_hidden(self.pages, tables, old, [own.num_pages for own in pools]))
         room, pools = self._with_free_nodes(pools, found, entries - old)
@@ -337,7 +337,7 @@ class PrefixCache(eqx.Module):
         count = jnp.min(jnp.where(is_same, entries, entry))
         return jnp.where(entry < count, found, -1), count
 
-    def _used(self, nodes: Array) -> "PrefixCache":
+    def used_now(self, nodes: Array) -> "PrefixCache":
         """The cache after these nodes were used."""
         at = jnp.where(nodes >= 0, nodes, self.num_nodes)
         last_used = self.last_used.at[at].set(self.clock, mode="drop")
@@ -382,9 +382,9 @@ class PrefixCache(eqx.Module):
             taken = jnp.where((nodes >= 0) & (pages[group, nodes] < 0), tables[group], -1)
             pages = pages.at[group, jnp.where(taken >= 0, at, self.num_nodes)].set(taken, mode="drop")
             new.append(dataclasses.replace(own, ref_counts=counted(own.ref_counts, taken, 1)))
-        return dataclasses.replace(self, pages=pages)._used(nodes), with_pools_of_groups(pool, new)
+        return dataclasses.replace(self, pages=pages).used_now(nodes), with_pools_of_groups(pool, new)
 
 
-def _resized(row: Int[Array, " entries"], width: int) -> Int[Array, " width"]:
+def resized(row: Int[Array, " entries"], width: int) -> Int[Array, " width"]:
     """A block table of another width."""
     return jnp.pad(row[:width], (0, max(width - row.shape[0], 0)), constant_values=-1)

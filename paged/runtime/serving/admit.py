@@ -73,18 +73,18 @@ def _turn(turn: _Turn, budget: int) -> _Turn:
     is_slot = (number == slot) & may
     rows = jax.lax.cond(admits, lambda: jnp.zeros_like(number), lambda: plan_rows(queue, budget))
     held = tuple(
-        old.at[slot].set(jnp.where(may, entries_held(own.block_tables[slot][None])[0], old[slot]))
+        jnp.where(is_slot, entries_held(own.block_tables[slot][None]), old)
         for own, old in zip(pools_of_groups(queue.pool), turn.held, strict=True)
     )
     queue, held, fits = _with_pages(queue, rows, is_slot & admits, queue.requests.known[row], held)
     # One slot changes: that which is filled, or that of the newest sequence, which gives it up.
     newest = jnp.argmax(jnp.where(queue.is_running, queue.admission, -1)).astype(jnp.int32)
     begins, ends = admits & fits, ~admits & ~fits
-    changed = jnp.where(admits, row, jnp.maximum(queue.request[newest], 0))
-    changed = jnp.where(begins | ends, changed, queue.requests.status.shape[0])
-    status = jnp.where(begins, Status.RUNNING, Status.WAITING)
-    status = queue.requests.status.at[changed].set(status, mode="drop")
-    more = queue.requests.preemptions.at[jnp.where(ends, changed, queue.requests.status.shape[0])].add(1, mode="drop")
+    changed = jnp.where(admits, row, queue.request[newest])
+    is_changed = (jnp.arange(queue.requests.status.shape[0], dtype=jnp.int32) == changed) & (begins | ends)
+    status = jnp.where(begins, jnp.int32(Status.RUNNING), jnp.int32(Status.WAITING))
+    status = jnp.where(is_changed, status, queue.requests.status)
+    more = queue.requests.preemptions + (is_changed & ends).astype(jnp.int32)
     is_emptied = (is_slot & ~begins) | ((number == newest) & ends)
     lengths = queue.pool.lengths
     counts = queue.counts.plus(admitted=begins, preempted=ends, reused_tokens=jnp.where(begins, lengths[slot], 0))

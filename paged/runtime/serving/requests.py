@@ -139,7 +139,7 @@ class Requests(eqx.Module):
         numbers = {name: np.ones(x.shape, x.dtype) for name, x in (values or {}).items()}
         nobody = NewRequest((), 0, Sampler(), jax.random.key(0), values=numbers)
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (sizes.requests, *x.shape[1:])), cls.of([nobody], sizes))
-        return dataclasses.replace(rows, status=jnp.full(sizes.requests, Status.FREE, jnp.int32))
+        return dataclasses.replace(rows, status=jnp.full(sizes.requests, int(Status.FREE), jnp.int32))
 
     @classmethod
     def of(cls, new: Sequence[NewRequest], sizes: Sizes, keys: Any = None) -> "Requests":

@@ -13,6 +13,7 @@ from .._prefix_hit import PrefixHit
 from .._prefix_pages import NO_NODE, NextPages, with_pages
 from .._prefix_pools import pools_of_groups, with_pools_of_groups, with_slot
 from ..grouped_pool import GroupedPool
+from ..prefix_cache import resized
 from .state import Counts, Queue
 
 # How many pages are put into the cache at once.
@@ -50,12 +51,12 @@ def attach(
     this one begins, another sample of its prompt, or with a prefix cache whole pages. It would compute them again, and
     finds them a few steps later.
     """
-    most = _most_found(queue, row)
-    queue, is_shared, waits = _share(queue, may & (most > 0), slot, row)
-    waits = waits & (most > 0)
-    if queue.cache is None:
-        return queue, waits
-    cache, size = queue.cache, queue.pool.page_size
+    most, size = _most_found(queue, row), queue.pool.page_size
+    own, is_shared, waits = _of_sample(queue, row)
+    is_shared, waits = may & (most > 0) & is_shared, waits & (most > 0)
+    cache = queue.cache
+    if cache is None:
+        return queue if own is None else own.given_to(queue, jnp.where(is_shared, slot, -1)), waits
 
     def found() -> tuple[PrefixHit, Array]:
         requests = queue.requests
@@ -66,11 +67,33 @@ def attach(
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found))
     hit, is_coming = jax.lax.cond(may & ~is_shared & ~waits, found, lambda: nothing)
     gets = may & ~is_shared & ~waits & ~is_coming
-    cache, pool, _ = cache.attach_hit(queue.pool, jnp.where(gets, slot, -1), hit)
-    whole, at = hit.count // size, jnp.where(gets, slot, queue.kept.shape[0])
+    whole = hit.count // size
     node = jnp.where(whole > 0, hit.nodes[jnp.maximum(whole - 1, 0)], -1)
-    kept, nodes = queue.kept.at[at].set(whole, mode="drop"), queue.nodes.at[at].set(node, mode="drop")
-    return queue.replace(cache=cache, pool=pool, kept=kept, nodes=nodes), waits | is_coming
+    pages = [resized(pages, queue.pool.pages_per_seq) for pages in hit.pages]
+    of_cache = _Beginning([jnp.where(hit.count > 0, own, -1) for own in pages], hit.count, whole, node)
+    if own is not None:
+        of_cache = jax.tree.map(lambda a, b: jnp.where(is_shared, a, b), own, of_cache)
+    queue = of_cache.given_to(queue, jnp.where(is_shared | gets, slot, -1))
+    return queue.replace(cache=cache.used_now(jnp.where(gets & (hit.count > 0), hit.nodes, -1))), waits | is_coming
+
+
+class _Beginning(NamedTuple):
+    """The first tokens of a request, in pages that others hold.
+
+    * ``rows``: for each group the pages, as a table has them. * ``length``: of how many tokens.
+    * ``whole``, ``node``: how many of the pages are in the cache, and the node of the last of these, -1 for none.
+    """
+
+    rows: list[Int[Array, " pages_per_seq"]]
+    length: Int[Array, ""]
+    whole: Int[Array, ""]
+    node: Int[Array, ""]
+
+    def given_to(self, queue: Queue, slot: Int[Array, ""]) -> Queue:
+        """The queue with these pages in an empty slot; -1 for none."""
+        is_slot = jnp.arange(queue.request.shape[0], dtype=jnp.int32) == slot
+        kept, nodes = jnp.where(is_slot, self.whole, queue.kept), jnp.where(is_slot, self.node, queue.nodes)
+        return queue.replace(pool=with_slot(queue.pool, slot, self.rows, self.length), kept=kept, nodes=nodes)
 
 
 def _is_coming(queue: Queue, row: Int[Array, ""], most: Array, found: Array) -> Bool[Array, ""]:
@@ -122,32 +145,26 @@ def _fitting(queue: Queue, hit: PrefixHit, known: Int[Array, ""]) -> PrefixHit:
     return PrefixHit(jnp.where(is_tight, whole * size, hit.count), jnp.where(is_left, hit.nodes, -1), pages)
 
 
-def _share(
-    queue: Queue, may: Bool[Array, ""], slot: Int[Array, ""], row: Int[Array, ""]
-) -> tuple[Queue, Bool[Array, ""], Bool[Array, ""]]:
-    """Give a slot the prompt's pages of another sample; whether it has got them, and whether it should rather wait."""
+def _of_sample(queue: Queue, row: Int[Array, ""]) -> tuple[_Beginning | None, Bool[Array, ""], Bool[Array, ""]]:
+    """The prompt's pages of another sample; whether there are such, and whether a request should rather wait."""
     if queue.requests.family is None:
         no = jnp.zeros((), bool)
-        return queue, no, no
+        return None, no, no
     requests, source = queue.requests, _sample_with_prompt(queue, row)
     waits = jnp.any(_is_of_family(queue, row) & _is_on_its_way(queue, row)) & (source < 0)
     has_more = (requests.known[row] > requests.prompt[row]) if queue.cache is not None else jnp.zeros((), bool)
-
-    shares, prompt = may & (source >= 0) & ~has_more, requests.prompt[row] - 1
+    may, prompt = (source >= 0) & ~has_more, requests.prompt[row] - 1
     values = {name: x[row][None] for name, x in requests.values.items()}
     of_groups = (values,) if isinstance(queue.pool, GroupedPool) else ()
-    rows, ok = queue.pool.prefix_of(source[None], prompt[None], *of_groups)  # some pages may be freed
-    is_shared = shares & ok[0]
-    rows = [own[0] for own in rows] if isinstance(queue.pool, GroupedPool) else [rows[0]]
-    pool, kept, nodes = with_slot(queue.pool, jnp.where(is_shared, slot, -1), rows, prompt), queue.kept, queue.nodes
+    tables, ok = queue.pool.prefix_of(source[None], prompt[None], *of_groups)  # some pages may be freed
+    rows = [own[0] for own in (tables if isinstance(queue.pool, GroupedPool) else [tables])]
+    whole, node = jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
     if queue.cache is not None:
-        parents, whole = queue.cache.parents, jnp.minimum(kept[source], prompt // pool.page_size)
-        above = jnp.where(shares, kept[source] - whole, 0)
-        node = jax.lax.fori_loop(0, above, lambda _, node: parents[node], nodes[source])
-        at = jnp.where(shares, slot, kept.shape[0])
-        kept = kept.at[at].set(whole, mode="drop")
-        nodes = nodes.at[at].set(jnp.where(whole > 0, node, -1), mode="drop")
-    return queue.replace(pool=pool, kept=kept, nodes=nodes), is_shared, waits
+        parents, whole = queue.cache.parents, jnp.minimum(queue.kept[source], prompt // queue.pool.page_size)
+        above = jnp.where(may, queue.kept[source] - whole, 0)
+        node = jax.lax.fori_loop(0, above, lambda _, node: parents[node], queue.nodes[source])
+        node = jnp.where(whole > 0, node, -1)
+    return _Beginning(rows, prompt, whole, node), may & ok[0], waits
 
 
 def _most_found(queue: Queue, row: Int[Array, ""]) -> Int[Array, ""]:
@@ -239,10 +256,13 @@ def keep(queue: Queue, is_last: Bool[Array, " slots"]) -> Queue:
         cache, pools, of_pages = with_pages(cache, pools, new)
         to = jnp.where(of_pages >= 0, slot, slots)
         is_latest = ~jnp.append(to[:-1] == to[1:], False)
-        kept = kept.at[to].add(1, mode="drop")
-        nodes = nodes.at[jnp.where(is_latest, to, slots)].set(of_pages, mode="drop")
+        # For each slot how many pages more are kept, whether one cannot be, and the last one's node: by one scatter.
+        node = jnp.where(is_latest & (to < slots), of_pages + 1, 0)
+        told = jnp.stack([*(x.astype(jnp.int32) for x in (of_pages >= 0, of_pages == NO_NODE)), node], axis=1)
+        more, is_ended, node = jnp.zeros((slots, 3), jnp.int32).at[slot].add(told, mode="drop").T
+        kept, nodes = kept + more, jnp.where(node > 0, node - 1, nodes)
         # A page that cannot be kept ends the chain of its slot, until the next step.
-        left = (left & (kept < entries)).at[jnp.where(of_pages == NO_NODE, slot, slots)].set(False, mode="drop")
+        left = left & (kept < entries) & (is_ended == 0)
         return _Changing(cache, with_pools_of_groups(pool, pools), kept, nodes, counted), left
 
     left = queue.is_running & (queue.kept < entries)
