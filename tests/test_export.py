@@ -120,6 +120,7 @@ def test_a_layer_and_its_pool_are_one_program():
         args = (args[0], *got[1:])
 
 
+@pytest.mark.kernels
 def test_a_stack_of_layers_is_one_program_for_any_number_of_sequences():
     """The state goes in and out as its arrays, because `eqx.nn.State` cannot be written down."""
     make = lambda key: random_layer(GLOBAL, 8, key, check=False)

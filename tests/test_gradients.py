@@ -260,6 +260,7 @@ def test_second_derivatives_are_finite_and_zero_where_nothing_is_visible(lowerin
         assert not np.asarray(found).any(), name
 
 
+@pytest.mark.kernels
 @every_lowering
 def test_a_third_derivative_is_for_forward_mode_and_says_so(lowering):
     built = build(_case("causal"))

@@ -42,6 +42,8 @@ LATEST = {
 }
 # The form of XLA for GPUs shares its terms with the other form: one check always, and some more with its program.
 AT_ONCE = "xla at once"
+# The crossed rows of `tpu/test_ragged.py` and `tpu/test_interpreted.py` ask this of kernels in all phases.
+LATEST |= {(name, "equals the reference") for name in ("tpu-ragged", "tpu-decode inline")}
 LATEST |= {(AT_ONCE, check) for check in ("holes are invisible", "page order is invisible", "padding is nothing")}
 # What the decode kernel is asked again with its sequences on the grid; `make test-slow` asks the rest.
 OF_GRID = ("equals the reference", "page order is invisible", "other sequences are invisible", "holes are invisible")
@@ -50,6 +52,7 @@ OF_GRID += ("bad values stay in their sequence", "update")
 OF_TABLES = ("holes are invisible", "past the table")
 # Writes and bad values, which `tpu/test_update.py` and `tpu/test_live.py` have for this kernel in every run.
 OF_WRITES = ("update", "bad values stay in their sequence")
+LATEST |= {("tpu-decode inline", check) for check in OF_TABLES + OF_WRITES}
 ALWAYS_OF_PROMPTS = ("equals the reference", "huge scores", "padding is nothing")
 # What says most about numbers, heads and trees on a kernel; `make test-slow` runs the other checks too.
 BROUGHT_TO_KERNELS = {

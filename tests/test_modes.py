@@ -189,7 +189,7 @@ def test_no_result_is_nan_where_unused_slots_hold_nan():
 
 
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(x, marks=pytest.mark.kernels) for x in ("state", "write")), "merge", "sample", "pool"]
+    "name", [*(pytest.param(x, marks=pytest.mark.kernels) for x in ("state", "write", "pool")), "merge", "sample"]
 )
 def test_operation_by_operation_without_a_nan(name):
     """Without ``jax.jit`` every number in between is looked at, and every loop is one of Python's."""

@@ -133,6 +133,7 @@ def test_vmap_and_scan_over_the_caches_of_layers_are_a_loop_over_layers(lowering
             np.testing.assert_array_equal(got[1].arrays[0][i], pages.arrays[0])
 
 
+@pytest.mark.kernels
 @every_lowering
 def test_vmap_of_derivatives_is_a_loop_over_them(lowering):
     """Queries and directions are stacked, pages are shared."""

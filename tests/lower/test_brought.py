@@ -270,6 +270,7 @@ def test_a_new_number_does_not_trace_again_and_gradients_flow():
     assert len(traces) == 1 and np.isfinite(first).all() and not np.array_equal(first, second)
 
 
+@pytest.mark.kernels
 def test_a_batch_without_ancestors_is_a_chain():
     q, pages, tables, starts = arrays()
     spec = AttentionSpec(**HEADS, window=6)

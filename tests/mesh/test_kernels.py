@@ -59,8 +59,9 @@ def test_interpreted_kernels_on_two_devices_equal_the_reference(field):
     assert_state_close(rows_of(attend.state(q, *others), 0, 1), one)
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in the package libtpu")
-@pytest.mark.parametrize("field", ["kv_heads", pytest.param("context", marks=pytest.mark.kernels)])
+@pytest.mark.parametrize("field", ["kv_heads", pytest.param("context", marks=pytest.mark.slow)])
 def test_the_tpu_compiler_takes_a_step_on_four_chips(field):
     """A decode step that writes donated pages. Devices exchange nothing, or states only."""
     chip, spec = CHIPS["v5e"], paged.AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128, scores=(ALiBi(),))

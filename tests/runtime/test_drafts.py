@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import paged
 from paged import RaggedBatch, tree
@@ -28,6 +29,7 @@ def stack_of(mask):
     return eqx.nn.make_with_state(LayerStack.make)(make, jax.random.split(jax.random.key(0), 3))
 
 
+@pytest.mark.kernels
 def test_decoding_goes_on_from_the_accepted_path_as_if_it_had_been_decoded():
     """Two sequences of unlike paths; the pages of three layers are one pool."""
     (drafted, state), (plain, other) = stack_of(paged.Tree()), stack_of(None)

@@ -222,6 +222,7 @@ def test_an_exception_brings_what_was_drawn(error, donates):
     assert [g.finish_reason for g in partial.generations] == ["length", "interrupted", "interrupted"]
 
 
+@pytest.mark.kernels
 def test_a_state_comes_back_from_an_exception_too():
     model, state = two_layers(SPANS)
     how = {"max_new_tokens": 2, "num_slots": 1, "pages_per_seq": 4, "chunk_size": 5, "donate_state": True}

@@ -24,7 +24,10 @@ class Generous(PagePool):
         return pool, jnp.ones_like(ok)
 
 
-@pytest.mark.parametrize(("pool_type", "text"), [(Greedy, "ref_counts"), (Generous, "ok of (reserve|extend)")])
+@pytest.mark.parametrize(
+    ("pool_type", "text"),
+    [(Greedy, "ref_counts"), pytest.param(Generous, "ok of (reserve|extend)", marks=pytest.mark.kernels)],
+)
 def test_wrong_pools_are_named(pool_type, text):
     with pytest.raises(CheckFailure, match=text):
         check_pool(pool_type, examples=20)

@@ -79,7 +79,8 @@ def test_windows_slots_without_tokens_and_dead_slots(corner):
         _assert_nothing_is_seen(got, np.array([0, 2, 3]))
 
 
-@pytest.mark.parametrize("is_split", [pytest.param(False, marks=pytest.mark.kernels), True])
+@pytest.mark.kernels
+@pytest.mark.parametrize("is_split", [False, True])
 def test_holes_in_every_phase_of_a_sequence_hide_their_tokens(is_split):
     """In the masked blocks at both ends, in blocks seen in full, two in one block, a whole block, and everywhere."""
     holes = [(0, 5), (1, 9), (1, 7), (2, 4), (2, 5), (3, 1), (3, 3), *((4, page) for page in range(2, 8))]

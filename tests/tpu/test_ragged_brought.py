@@ -138,9 +138,7 @@ LAST = (("tree", "on_wait"), ("tree, chunk or prefix", "eager"), ("tree, slopes,
 LAST += (("tree, per head", "eager"),)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), rows_of(itertools.product(OWN, MODES), fast=(("tree, window", "on_wait"),), slow=LAST)
-)
+@pytest.mark.parametrize(("name", "mode"), rows_of(itertools.product(OWN, MODES), slow=LAST))
 def test_trees(name, mode):
     """Also where the sequence of one row goes to the decode kernel, and two cores share the tiles of groups of four."""
     pool = {"tree, chunk or prefix": {"dtype": "int8", "scales": "token"}, "tree, per head": {"order": "interleaved"}}

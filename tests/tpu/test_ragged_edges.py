@@ -71,7 +71,8 @@ def test_whole_blocks_visible_in_full(corner):
     )
 
 
-@pytest.mark.parametrize("buffers", [2, pytest.param(3, marks=pytest.mark.kernels)])
+@pytest.mark.kernels
+@pytest.mark.parametrize("buffers", [2, 3])
 def test_holes_in_blocks_that_are_seen_in_full_hide_their_tokens(buffers):
     """The first block, one in the middle, the last one, two in turn, and all. The whole sequence is masked then."""
     built = build(WHOLE.replace(corner=Corner(((6, 0), (6, 3), (4, 0), (5, -1), (3, 0)), (17,) * 5)))
