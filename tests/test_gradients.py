@@ -200,8 +200,8 @@ DERIVATIVES = {
 @pytest.mark.parametrize(
     ("name", "order", "kinds"),
     [
-        pytest.param("causal", "split", tuple(DERIVATIVES), marks=pytest.mark.kernels),
-        ("window, cap, sinks", "packed", ("grad of grad",)),
+        pytest.param("causal", "split", tuple(DERIVATIVES), marks=pytest.mark.slow),
+        pytest.param("window, cap, sinks", "packed", ("grad of grad",), marks=pytest.mark.kernels),
         pytest.param("chunks, ALiBi", "interleaved", ("jvp of grad",), marks=pytest.mark.kernels),
     ],
 )

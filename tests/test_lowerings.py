@@ -37,7 +37,8 @@ LATEST = {
     for check in (
         *("holes are invisible", "scores of zero", "page order is invisible", "padding is nothing"),
         *("past the table", "bad values stay in their sequence", "chunks are invisible", "update"),
-        *("num_seqs is clamped", "the order of sequences is invisible"),
+        *("num_seqs is clamped", "the order of sequences is invisible", "reruns are equal", "huge scores"),
+        *("sequences alone are the same", "any shape"),
     )
 }
 # The form of XLA for GPUs shares its terms with the other form: one check always, and some more with its program.
@@ -47,7 +48,6 @@ LATEST |= {(name, "equals the reference") for name in ("tpu-ragged", "tpu-decode
 LATEST |= {(AT_ONCE, check) for check in ("holes are invisible", "page order is invisible", "padding is nothing")}
 # What the decode kernel is asked again with its sequences on the grid; `make test-slow` asks the rest.
 OF_GRID = ("equals the reference", "page order is invisible", "other sequences are invisible", "holes are invisible")
-OF_GRID += ("bad values stay in their sequence", "update")
 # Faults of tables, which `tpu/test_interval.py` has for this kernel in every run: each is one more program.
 OF_TABLES = ("holes are invisible", "past the table")
 # Writes and bad values, which `tpu/test_update.py` and `tpu/test_live.py` have for this kernel in every run.
@@ -56,8 +56,8 @@ LATEST |= {("tpu-decode inline", check) for check in OF_TABLES + OF_WRITES}
 ALWAYS_OF_PROMPTS = ("equals the reference", "huge scores", "padding is nothing")
 # What says most about numbers, heads and trees on a kernel; `make test-slow` runs the other checks too.
 BROUGHT_TO_KERNELS = {
-    "tpu-decode inline": ("equals the reference", "page order is invisible", "other sequences are invisible"),
-    "tpu-ragged": ("equals the reference", "other sequences are invisible"),
+    "tpu-decode inline": ("equals the reference", "other sequences are invisible"),
+    "tpu-ragged": ("equals the reference",),
 }
 
 

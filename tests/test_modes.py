@@ -189,7 +189,7 @@ def test_no_result_is_nan_where_unused_slots_hold_nan():
 
 
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(x, marks=pytest.mark.kernels) for x in ("state", "write", "pool")), "merge", "sample"]
+    "name", [*(pytest.param(x, marks=pytest.mark.kernels) for x in ("state", "write", "pool", "sample")), "merge"]
 )
 def test_operation_by_operation_without_a_nan(name):
     """Without ``jax.jit`` every number in between is looked at, and every loop is one of Python's."""
@@ -206,7 +206,11 @@ class Parrot(eqx.Module):
         return jax.nn.one_hot(tokens, 10, dtype=jnp.float32), state
 
 
-@pytest.mark.parametrize("mode", [jax.enable_x64, jax.enable_checks, jax.debug_nans], ids=["x64", "checks", "nans"])
+@pytest.mark.parametrize(
+    "mode",
+    [jax.enable_x64, pytest.param(jax.enable_checks, marks=pytest.mark.kernels), jax.debug_nans],
+    ids=["x64", "checks", "nans"],
+)
 def test_generate(mode):
     model, state = eqx.nn.make_with_state(Parrot)()
     with mode(True):

@@ -154,6 +154,7 @@ def test_vmap_of_derivatives_is_a_loop_over_them(lowering):
             _close(a[i], b, scale=float(10 * jnp.abs(b).max()))
 
 
+@pytest.mark.kernels
 @every_lowering
 def test_checkpoint_changes_no_gradient(lowering):
     built = build(case_of("rich", "ragged"))

@@ -94,7 +94,8 @@ def handed_out(
     return jax.lax.while_loop(lambda carry: carry[0] < total, some, (done, ref_counts, tables))[1:]
 
 
-Held = tuple[Int[Array, " pages"], Int[Array, "seqs pages_per_seq"]]
+# Pages of a group, and tables. Each group has as many pages as it needs.
+Held = tuple[Int[Array, " _"], Int[Array, "seqs pages_per_seq"]]
 
 
 @jax.jit

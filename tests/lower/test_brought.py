@@ -184,8 +184,8 @@ def test_masks_by_head(mask):
 @pytest.mark.parametrize(
     "terms",
     [
-        Window(3) & Tree(),
-        *(pytest.param(mask, marks=pytest.mark.kernels) for mask in (Tree(), Prefix(2) & Tree(), Tree() & Chunk(4))),
+        pytest.param(mask, marks=pytest.mark.kernels)
+        for mask in (Window(3) & Tree(), Tree(), Prefix(2) & Tree(), Tree() & Chunk(4))
     ],
     ids=str,
 )

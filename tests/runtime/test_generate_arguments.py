@@ -33,6 +33,7 @@ def test_every_kind_of_eos_ends():
         assert (result.tokens, result.finish_reason) == ((3,), "eos"), eos
 
 
+@pytest.mark.kernels
 def test_integers_of_every_kind_are_integers():
     for prompts in ([(1, 3)], [range(1, 4, 2)], [np.array([1, 3])], np.array([[1, 3]]), [jnp.array([1, 3])], ([1, 3],)):
         for limit in (2, np.int8(2), jnp.int32(2), [2], (2,), np.array([2]), jnp.array([2]), np.array(2)):

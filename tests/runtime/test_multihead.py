@@ -116,6 +116,7 @@ def test_process_heads_with_positions_serves():
         layer(x[:4], batch, state, process_heads=turned)
 
 
+@pytest.mark.kernels
 def test_cross_attention_writes_once_and_reads_without_a_causal_mask():
     """Two sequences attend to one context, with more rows than it has tokens, and a third to another one."""
     mha = multihead(**HEADS_OF_OTHER_SIZES)

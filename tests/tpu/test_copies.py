@@ -98,6 +98,7 @@ def test_a_copy_is_as_large_as_explain_says_and_the_advised_pages_are_not_copied
     assert told < taken[0] < told + 2**20 and taken[1] < 2**20
 
 
+@pytest.mark.kernels
 def test_padded_keys_and_values_give_the_same_attention():
     """What the advice for unequal dimensions rests on, at small ones."""
     layout, advised = (

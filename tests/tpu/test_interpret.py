@@ -39,6 +39,7 @@ def _written(target, **how):
     return paged.write(kv, kv, LAYOUT.init(num_pages=1), BATCH, target, **how)
 
 
+@pytest.mark.kernels
 def test_true_interprets_prompts_of_few_rows_and_their_write():
     """JAX makes an interpreted kernel a program when it lowers it. Values with ``True`` are in `test_double`."""
     attend, kv = paged.lower(SPEC, LAYOUT, "tpu", interpret=True), jnp.zeros((5, 2, 16))
