@@ -68,7 +68,10 @@ class Cuts(NamedTuple):
     longest: int
 
     def within(self, chunk_size: int, advice: str) -> np.ndarray | None:
-        """``may``, None where all of it is true; ``ValueError`` with some advice where a piece exceeds a chunk."""
+        """``may``, or None where every cut may be made.
+
+        Raises ``ValueError``, which ends with the advice, where the longest piece exceeds a chunk.
+        """
         if self.longest <= chunk_size:
             return None if self.may.all() else self.may
         cut = self.start + chunk_size
