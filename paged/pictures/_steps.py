@@ -23,8 +23,8 @@ def steps(source: Source) -> Picture:
     """Draw which request had how many rows in which step.
 
     A column is a step, and a line is a request. A high bar is a chunk of a prompt, with its rows where there is room; a
-    half one is a row that decodes; one of two thirds is such a row with drafts that are verified with it. An engine's
-    requests are numbered in the order in which they first had a slot, and those of `generate` by the place of their
+    half one is a row that decodes; one of two thirds is such a row with drafts that are verified with it. Requests
+    of an engine have numbers in the order in which they first had a slot. Those of `generate` have the place of their
     result.
 
     **Arguments:**

@@ -69,7 +69,7 @@ def handed_out(
 
     - `ref_counts`, `tables`: those before.
     - `first`: which of the free pages is the first of each slot, 0 for the one of the smallest number.
-    - `own`: the entry in which a slot gets a page of its own, before all others; -1 for none.
+    - `own`: the entry whose shared page the slot replaces by one of its own, the first that it gets; -1 for none.
     - `held`: the entry from which on it gets others.
     - `count`: how many it gets in all.
     """

@@ -19,7 +19,7 @@ NO_NODE, LATER = -1, -2
 class NextPages(NamedTuple):
     """The next pages of some slots: in token order, one slot after the other.
 
-    * ``is_first`` bool[some]: whether a page is the first one of its slot here. All before it are in the cache.
+    * ``is_first`` bool[some]: whether a page is the first of its slot in this list. Its predecessors are in the cache.
     * ``parents``, ``depths`` i32[some]: the node of the page before the slot's first one here, -1 for none; and how
       many pages are before each.
     * ``tokens`` i32[some, page_size], ``counts`` i32[some]: their tokens, -1 past ``counts``; 0 for no page.

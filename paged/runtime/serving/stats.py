@@ -89,7 +89,7 @@ class EngineStats:
 
     @classmethod
     def of(cls, counts: Counts, held: Any, times: Times, **host: Any) -> "EngineStats":
-        """Those of an engine.
+        """The figures of an engine.
 
         **Arguments:**
 

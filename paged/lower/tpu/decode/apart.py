@@ -67,7 +67,7 @@ class Apart:
             memory[stage, row, pl.ds(0, self.q_heads), pl.ds(0, self.views.layout.head_dim)] = x
 
     def queries(self, memory: Ref, stage: Any, tile: int) -> Float[Array, "tile_rows dim"]:
-        """The rows that meet a tile."""
+        """The rows of queries that a tile of keys is multiplied with."""
         lanes = pl.ds(0, self.views.layout.head_dim)
         parts = [memory[stage, row, pl.ds(first, self.views.group), lanes] for row, first in self._first_rows_of(tile)]
         return self.views.operand(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0))

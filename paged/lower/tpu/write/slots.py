@@ -1,4 +1,4 @@
-"""What every sequence writes, as the scalar core reads it, and which granules that are."""
+"""Which tokens and granules every sequence writes, as numbers that the scalar core reads."""
 
 import dataclasses
 from typing import Any, NamedTuple
