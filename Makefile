@@ -42,10 +42,10 @@ test-slow: $(VENV)/.test
 	PAGED_TEST_OPTIMISED=1 $(PYTEST) -m "slow or kernels or not slow"
 
 test-gpu-proofs:
-	@if command -v $(GPU_PYTHON) > /dev/null; then \
+	@if $(GPU_PYTHON) --version > /dev/null 2>&1; then \
 		$(MAKE) VENV=$(GPU_VENV) PYTHON=$(GPU_PYTHON) gpu-proofs; \
 	else \
-		echo "Skipped: the proofs of the GPU kernel need Python 3.12, for JAX 0.12, and $(GPU_PYTHON) is not here."; \
+		echo "Skipped: the proofs of the GPU kernel need Python 3.12, for JAX 0.12, and $(GPU_PYTHON) does not run."; \
 	fi
 
 gpu-proofs: $(VENV)/.gpu-proofs
