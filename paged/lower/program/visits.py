@@ -17,6 +17,8 @@ from .sequences import count_up_to
 
 # Pairs of positions and pages that are asked about at most, to bound how many pages a row sees.
 _MOST_PAIRS = 2**20
+# Pages of a table whose places are a constant of the compiled program.
+_FEW_PAGES = 1024
 
 
 class Visits(NamedTuple):
@@ -130,11 +132,19 @@ def _visits(program: Program, rows: QueryRows, table: Any, page_size: int, num_p
     return Coverage(some, full), jnp.sum(full if is_own is None else full & ~is_own, dtype=jnp.int32)
 
 
+def _first_keys(width: Any, page_size: int) -> Array:
+    """The place of each page's first key: in short tables a constant, so that XLA on CPU makes one program of it, and
+    not one per use. Where more than eight programs are ready at once, it wakes other threads, which takes longer."""
+    if isinstance(width, int) and width <= _FEW_PAGES:
+        return jnp.asarray(np.arange(width, dtype=np.int32) * np.int32(page_size))
+    return jnp.arange(width, dtype=jnp.int32) * page_size
+
+
 def _by_place(program: Program, rows: QueryRows, table: Any, page_size: int, num_pages: int) -> tuple[Coverage, Any]:
     """Coverage by the places of keys, where pages of the step's own tokens are visited in any case; and which these
     are, if the batch brings anything for its rows: then nothing more is known of them."""
     p0, p1, length, numbers, own = rows
-    j0 = jnp.arange(table.shape[0], dtype=jnp.int32) * page_size
+    j0 = _first_keys(table.shape[0], page_size)
     j1, is_own = j0 + page_size, None
     is_there = (p0 < p1) & (table >= 0) & (table < num_pages)
     some, full = program.coverage(p0, p1, j0, j1, length, numbers)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from ..program import QueryRows, Sequences, Visits, count_up_to, position_range
@@ -90,11 +91,15 @@ class RowBlocks(NamedTuple):
         return cls(seq, ends - per_seq, ends[-1])
 
     @classmethod
-    def even(cls, slots: int, query_rows: int, rows: int) -> "RowBlocks":
-        """Row blocks of ``rows``, as many of every slot as ``query_rows`` rows make: constants, whatever the batch."""
+    def even(cls, slots: int, query_rows: int, rows: int, used: Any = None) -> "RowBlocks":
+        """Row blocks of ``rows``, as many of every slot as ``query_rows`` rows make.
+
+        Only the first ``used`` slots have row blocks, if that is given. Otherwise everything is constant.
+        """
         per_slot = -(-query_rows // rows)
-        slot = jnp.arange(slots, dtype=jnp.int32)
-        return cls(jnp.repeat(slot, per_slot), slot * per_slot, jnp.int32(slots * per_slot))
+        slot = np.arange(slots, dtype=np.int32)
+        count = jnp.asarray(per_slot * (slots if used is None else used), jnp.int32)
+        return cls(jnp.asarray(np.repeat(slot, per_slot)), jnp.asarray(slot * per_slot), count)
 
     def block(self, seqs: Sequences, which: Any, rows: int) -> RowBlock:
         """Row block number ``which``, of at most ``rows`` rows; it has no row if ``which`` is ``count`` or more."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from paged.spec import AttentionState, PageLayout, Pages, merge
@@ -171,11 +172,14 @@ def _lists(seqs: Sequences) -> XlaLists | None:
 def _row_blocks(
     schedule: XlaSchedule, call: Call, seqs: Sequences, rows: int, is_member: Bool[Array, " seqs"]
 ) -> RowBlocks:
-    """The row blocks of a phase. In the form ``"at_once"`` they are constants where every slot has as many rows."""
+    """The row blocks of a phase. Where every slot has as many rows, they are constants; but of those that are worked on
+    in turn, none come after the last slot that has rows."""
+    if call.query_rows is not None and call.has_even_starts and isinstance(call.slots, int):
+        slot = np.arange(call.slots, dtype=np.int32)
+        used = None if schedule.form == AT_ONCE else jnp.max(jnp.where(seqs.counts > 0, slot + 1, 0), initial=0)
+        return RowBlocks.even(call.slots, call.query_rows, rows, used)
     if schedule.form != AT_ONCE:
         return RowBlocks.of(seqs, is_member, rows, call.tokens)
-    if call.query_rows is not None and call.has_even_starts:
-        return RowBlocks.even(call.slots, call.query_rows, rows)
     is_single = rows == 1 and len(_phases(schedule, call, seqs)) > 1
     return RowBlocks.of(seqs, is_member, rows, call.tokens, most_row_blocks(call, rows, is_single))
 
