@@ -62,9 +62,10 @@ def test_temporaries_are_bounded_in_a_table_of_any_width(width):
 
 @pytest.mark.slow
 @needs_compiler
-def test_in_a_graph_no_loop_is_steered_by_the_host():
-    """A decode call over tables of 131,072 tokens has one loop."""
-    made = compiled(16, 4096, width=2**17, options=paged.GPU_GRAPHS)
+@pytest.mark.parametrize("width", [2**17, 2**20])
+def test_in_a_graph_no_loop_is_steered_by_the_host(width):
+    """A decode call over tables of so many tokens has one loop."""
+    made = compiled(16, 4096, width=width, options=paged.GPU_GRAPHS)
     assert made.gpu.loops == 1 and made.gpu.host_steered == 0 and made.temporary_bytes < 256 * MIB
 
 
@@ -77,7 +78,7 @@ def test_in_a_graph_the_loops_of_a_large_ragged_batch_are_not_steered_by_the_hos
     q = jax.ShapeDtypeStruct((2048, 32, 128), jnp.bfloat16)
     attend = paged.lower(SPEC, LAYOUT, "xla")
     made = paged.compile_for(attend, "h200", q, pages, batch, compiler_options=paged.GPU_GRAPHS)
-    assert made.gpu.loops >= 2 and made.gpu.host_steered == 0 and made.temporary_bytes < 320 * MIB
+    assert made.gpu.loops >= 2 and made.gpu.host_steered == 0 and made.temporary_bytes < 256 * MIB
 
 
 def test_the_options_for_graphs_are_options_of_the_compiler():
@@ -102,7 +103,7 @@ def test_a_window_stores_the_scores_of_its_own_pages():
 def test_prefill_is_few_launches_without_a_loop():
     made = compiled(1, 4096, 512)
     assert made.gpu.launches <= 40 and made.gpu.loops == made.gpu.host_steered == 0
-    assert made.temporary_bytes < 320 * MIB
+    assert made.temporary_bytes < 256 * MIB
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from ..jax_version import vary_alike, varying_axes
 from ..program import Running, Visits, at_most, plain_terms, select_values
 from . import tiles
 from .blocks import RowBlock
-from .sizes import FIXED_STEPS, STEP_BYTES, derivative_key_bytes, fit, fixed_steps, is_summed
+from .sizes import DERIVATIVE_BYTES, FIXED_STEPS, derivative_key_bytes, fit, fixed_steps, is_narrow, is_summed
 from .walk import Operands, Walk, dot_products
 
 # Sums over keys are made in as many parts, which fill a machine that has few rows to work on.
@@ -96,7 +96,7 @@ def for_derivatives(walk: Walk, operands: Operands) -> Walk:
     layout, most = operands.pages.layout, operands.row_blocks.seq.shape[0]
     per_key = derivative_key_bytes(walk.program, layout, walk.rows)
     at_once, pages = at_most(walk.row_blocks_at_once, most), walk.pages_per_block
-    at_once, pages = fit(STEP_BYTES, per_key, layout.page_size, at_once, pages)
+    at_once, pages = fit(DERIVATIVE_BYTES, per_key, layout.page_size, at_once, pages)
     if pages != walk.pages_per_block:
         q = operands.q
         shape = walk.program.num_kv_heads, walk.program.group * walk.rows, pages * layout.page_size
@@ -148,7 +148,7 @@ def _step(
     page_block = walk.page_block(i, visits, row_block, pages.layout.page_size)
     is_visible = walk.visible(page_block, row_block, constants)
     k, v = tiles.gather(pages, page_block.ids, None)
-    narrow = operands.q.dtype if operands.q.dtype == pages.layout.dtype != jnp.float32 else None
+    narrow = operands.q.dtype if is_narrow(operands.q.dtype, pages.layout) else None
     if is_summed(q.shape[1]):
         product: Any = _sums_of_products
     elif narrow is not None:
@@ -169,13 +169,17 @@ def _dots(formula: str, x: Array, y: Array) -> Array:
 
 
 def _of_halves(weights: Float[Array, "kv_heads rows keys"], v: Float[Array, "kv_heads keys dim"]) -> Array:
-    """Weighted sums of 16-bit values, by products of 16-bit numbers: each weight is the sum of two of these."""
+    """Weighted sums of 16-bit values, by one product of 16-bit numbers: each weight is the sum of two of these.
+
+    The two lie side by side in the 4 bytes of their weight, so that XLA writes them over the scores, and a product over
+    twice as many keys adds them up (seen in compiled code: two arrays of halves would take as much memory again).
+    """
     info = jnp.finfo(v.dtype)
     # XLA may leave out a conversion there and back, but not this rounding.
     high = jax.lax.reduce_precision(weights, info.nexp, info.nmant)
-    halves = jnp.concatenate([high, weights - high], axis=1).astype(v.dtype)
-    high, low = jnp.split(_dots("hrk,hkd->hrd", halves, v), 2, axis=1)
-    return high + low
+    bits = lambda x: jax.lax.bitcast_convert_type(x.astype(v.dtype), jnp.uint16).astype(jnp.uint32)
+    halves = jax.lax.bitcast_convert_type((bits(high) << 16) | bits(weights - high), v.dtype)
+    return _dots("hrk,hkd->hrd", halves.reshape(*weights.shape[:2], -1), jnp.repeat(v, 2, axis=1))
 
 
 def _sums_of_products(q: Array, k: Array) -> Array:

@@ -11,7 +11,9 @@ from .schedule import AT_ONCE, XlaSchedule
 
 # Temporaries of a step, at most, as `key_bytes` counts them: of sums, and of products of matrices. Sums of so many keys
 # cost the same whether or not their pages are seen, so that larger steps would not follow what is visible.
-_SUMMED_BYTES, STEP_BYTES = 64 * 2**20, 288 * 2**20
+_SUMMED_BYTES, _PRODUCT_BYTES = 64 * 2**20, 192 * 2**20
+# The same of a derivative's step, as `derivative_key_bytes` counts them.
+DERIVATIVE_BYTES = 288 * 2**20
 # The most query rows per KV head whose products are sums, which read the pages in place. More rows are worth a copy of
 # their pages, since a product of matrices reads each number once for many rows.
 _SUMMED_ROWS = 8
@@ -31,14 +33,20 @@ def is_summed(group_rows: int) -> bool:
     return group_rows <= _SUMMED_ROWS
 
 
+def is_narrow(q_dtype: Any, layout: PageLayout) -> bool:
+    """Whether queries and pages have one 16-bit dtype, in which they are multiplied as they are."""
+    return jnp.dtype(q_dtype) == layout.dtype and layout.dtype.itemsize == 2
+
+
 def key_bytes(program: Program, layout: PageLayout, q_dtype: Any, rows: int) -> int:
     """Bytes that one key of a row block takes in a step: scores, weights and, where they are stored, key and value."""
-    scores = 8 * program.num_q_heads * rows
+    scores = 4 * program.num_q_heads * rows
     if is_summed(program.group * rows):
-        return scores
-    is_narrow = jnp.dtype(q_dtype) == layout.dtype
-    itemsize = layout.dtype.itemsize if is_narrow else 4
-    return scores + program.num_kv_heads * (layout.head_dim + layout.value_dim) * itemsize
+        return 2 * scores
+    if not is_narrow(q_dtype, layout):
+        return 2 * scores + 4 * program.num_kv_heads * (layout.head_dim + layout.value_dim)
+    # Weights take the place of the scores that they are made of, and meet each value twice: see `at_once`.
+    return scores + 2 * program.num_kv_heads * (layout.head_dim + 2 * layout.value_dim)
 
 
 def derivative_key_bytes(program: Program, layout: PageLayout, rows: int) -> int:
@@ -71,7 +79,7 @@ def _alike(total: int, most: int) -> int:
 def at_once_schedule(program: Program, layout: PageLayout, call: Call) -> XlaSchedule:
     """The heuristic for GPUs."""
     rows = at_most(_RAGGED_ROWS, call.tokens) if call.query_rows is None else min(_EVEN_ROWS, call.query_rows)
-    limit = _SUMMED_BYTES if is_summed(program.group * rows) else STEP_BYTES
+    limit = _SUMMED_BYTES if is_summed(program.group * rows) else _PRODUCT_BYTES
     sizes = key_bytes(program, layout, call.q_dtype, rows), layout.page_size
     at_once, pages = fit(
         limit, *sizes, most_row_blocks(call, rows), pages_listed(program, layout.page_size, call, rows)
