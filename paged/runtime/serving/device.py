@@ -119,6 +119,16 @@ class Device:
         self.launches += 1
         self.in_flight.append(Launch(*told, handles=dict(handles)))
 
+    @property
+    def has_come_back(self) -> bool:
+        """Whether what the oldest launch has drawn should be told before another launch.
+
+        Other devices get their next launch first, so that they do not wait. On a CPU the host does the work itself, and
+        returns from a launch when it is done.
+        """
+        told = jax.tree.leaves(self.in_flight[0][:-1]) if self.in_flight else []
+        return bool(told) and all(x.is_ready() and next(iter(x.devices())).platform == "cpu" for x in told)
+
     def collect(self) -> tuple[StepEvents, int, Mapping[int, Any]]:
         """What the oldest launch has drawn: one read of the device. And whose the rows were."""
         launch = self.in_flight[0]
