@@ -6,7 +6,6 @@ The tests need Chromium (Debian's package `chromium`), and are skipped where the
 import html
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -15,8 +14,8 @@ import pytest
 import paged
 from examples import pictures as examples
 from paged import pictures
+from tests.support.browser import CHROMIUM
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Tells for each picture which words leave it or overlap, how wide each line is, and how many colours an image of it
 # has. The page waits until all images are drawn.
 SCRIPT = """

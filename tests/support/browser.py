@@ -14,8 +14,18 @@ import subprocess
 import sys
 import time
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SECONDS = 60  # for one answer of the browser
+
+
+def _found() -> str | None:
+    """A Chromium that runs. Some systems have a file of its name that only says how to install it."""
+    for path in filter(None, map(shutil.which, ("chromium", "chromium-browser"))):
+        if subprocess.run([path, "--version"], capture_output=True, timeout=SECONDS).returncode == 0:
+            return path
+    return None
+
+
+CHROMIUM = _found()
 SLICE = 2000  # pixels of a page in one screenshot
 # The browser reads its commands from file 3 and answers to file 4.
 _START = """
