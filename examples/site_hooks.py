@@ -6,17 +6,10 @@ from typing import Any
 from mkdocs.exceptions import PluginError  # pyright: ignore[reportMissingImports]
 from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
 
-from examples.site_links import (
-    API,
-    NOTEBOOKS,
-    OUTSIDE,
-    ROOT,
-    api_page,
-    dead_links,
-    linked_files,
-    notebook_page,
-    rewritten,
-)
+from examples.site_api import API, api_page
+from examples.site_links import NOTEBOOKS, OUTSIDE, ROOT, dead_links, linked_files, notebook_page, rewritten
+
+WIDE = ("support.md",)  # pages whose tables have more columns than fit beside a table of contents
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:
@@ -25,13 +18,15 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for path in NOTEBOOKS:
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_page(path)))
-    for package in API:
-        files.append(File.generated(config, f"api/{package}.md", content=api_page(package)))
+    for page in API:
+        files.append(File.generated(config, f"api/{page}.md", content=api_page(page)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links lead to the site's own pages."""
+    """Let links lead to the site's own pages, and give wide tables the place of the table of contents."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     return markdown if page.file.src_uri.startswith("api/") else rewritten(markdown, page.file.src_uri)
 
 

@@ -4,7 +4,6 @@ A link such as ``../benchmarks/gpu/README.md`` works on GitHub, where pages lie 
 file at ``benchmarks/gpu/README.md``. Files of other kinds that a page links are copied.
 """
 
-import ast
 import html.parser
 import json
 import pathlib
@@ -20,44 +19,9 @@ OUTSIDE = (
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("README.md")),
 )
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-API = {
-    "paged": "For who writes attention: specs, masks, layouts, batches, `lower`, and what explains and tunes.",
-    "runtime": "For who writes and serves models: layers, pools of pages, caches, sampling, `generate` and engines.",
-    "models": "For who serves released checkpoints.",
-    "testing": "For who proves a mask, a kernel, a layer or a pool of pages.",
-    "pictures": "For who draws what an attention or an engine did.",
-}
 _NAMED_BY_FILE = re.compile(r"\[([\w./-]+\.md)\]\(([^)#\s]+\.md)(#[^)\s]+)?\)")
 _ROW = re.compile(r"^\|.*$", re.MULTILINE)
 _LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
-
-
-def names_of(package: str) -> dict[str, str | None]:
-    """What a package exports, in order, and the module that each name comes from; None for a module itself.
-
-    These are the names that its `__init__.py` imports as themselves, tables of constants included.
-    """
-    folder = ROOT / "paged" / ("" if package == "paged" else package)
-    tree = ast.parse((folder / "__init__.py").read_text())
-    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    pairs = [(alias, node.module) for node in imported for alias in node.names if alias.asname == alias.name]
-    found = {alias.name: module for alias, module in sorted(pairs, key=lambda pair: pair[1] is not None)}
-    return {name: found[name] for name in sorted(found, key=str.lower) if not name.startswith("_")}
-
-
-def api_page(package: str) -> str:
-    """A page with a directive of mkdocstrings for each name of a package."""
-    module = "paged" if package == "paged" else f"paged.{package}"
-    parts = [f"# {module}\n\n{API[package]}\n"]
-    for name, source in names_of(package).items():
-        # `paged.lower` is a package and the function of its name, which is what users call.
-        path = f"{module}.{name}.{name}" if source == name else f"{module}.{name}"
-        options = {"heading_level": 2, "heading": f"{module}.{name}"}
-        if name.isupper():  # a table, whose source would be a page
-            options["show_attribute_values"] = "false"
-        lines = "".join(f"      {key}: {value}\n" for key, value in options.items())
-        parts.append(f"::: {path}\n    options:\n{lines}")
-    return "\n".join(parts)
 
 
 def notebook_page(path: pathlib.Path) -> str:

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import paged
-from examples import masks, site_links, support
+from examples import masks, site_api, site_links, support
 from paged.spec import terms_in
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,14 +83,17 @@ def test_links_to_a_place_of_a_page_lead_to_a_heading():
     assert found > 20 and not dead
 
 
-@pytest.mark.parametrize("package", site_links.API)
-def test_the_reference_has_every_public_name(package):
+@pytest.mark.parametrize("package", site_api.PACKAGES)
+def test_the_reference_has_every_public_name_once(package):
     module = paged if package == "paged" else getattr(paged, package)
+    named = site_api.names_of(package)
     tables = {name for name in vars(module) if name.isupper() and name[0] != "_"} - {"TYPE_CHECKING"}
-    assert tables <= set(site_links.names_of(package)) and tables <= _tables_with_words()
+    assert tables <= set(named) and tables <= _tables_with_words()
     public = {name for name, value in vars(module).items() if callable(value) and not name.startswith("_")}
     own = {name for name in public if getattr(vars(module)[name], "__module__", "").startswith("paged")}
-    assert own and own <= set(site_links.names_of(package))
+    assert own and own <= set(named)
+    pages = [page for page, about in site_api.API.items() if about.package == package]
+    assert sorted(name for page in pages for name in site_api.names_on(page)) == sorted(named)
 
 
 def test_a_dead_link_of_the_site_is_found(tmp_path):
@@ -203,4 +206,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "api" / "paged.html").read_text().count('id="paged.') > 60
+    for page in site_api.API:
+        html = (tmp_path / "api" / f"{page}.html").read_text()
+        names = set(re.findall(r'<h2 id="paged\.([\w.]+)"', html))
+        assert {name.rpartition(".")[2] for name in names} == set(site_api.names_on(page))
