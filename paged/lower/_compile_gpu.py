@@ -174,7 +174,10 @@ def _kernels(dumps: pathlib.Path, listed: str) -> list[GpuKernel]:
     for file in sorted(dumps.glob("*.ptx")):
         target = re.search(r"^\.target (\w+)", file.read_text(), re.M)
         command = [ptxas, "-v", f"-arch={target.group(1) if target else 'sm_90'}", str(file), "-o", os.devnull]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE).stderr
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        told = ended.stderr
+        if ended.returncode:
+            raise CompilerFailed(f"{ptxas} ended with status {ended.returncode}: {told[-2000:]}")
         names = list(_ENTRY.finditer(told))
         ends = [one.start() for one in names[1:]] + [len(told)]
         for one, end in zip(names, ends, strict=False):

@@ -183,3 +183,11 @@ def test_a_compiler_that_ends_or_hangs_is_told(monkeypatch, tmp_path, ended, tol
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(_compile_gpu.CompilerFailed, match=told):
         _compile_gpu._compiled(tmp_path)
+
+
+def test_a_ptxas_that_does_not_run_is_told(tmp_path, monkeypatch):
+    """Such as a file of its name that only says how to install it. The program would seem to have no kernel."""
+    (tmp_path / "module.ptx").write_text(".target sm_90\n")
+    monkeypatch.setattr(_compile_gpu, "_ptxas", lambda: "false")
+    with pytest.raises(_compile_gpu.CompilerFailed, match="false ended with status 1"):
+        _compile_gpu._program(tmp_path, "")
