@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import paged
 from paged.lower import Call
-from paged.runtime import Engine, ModelDraft, NGramDraft, PagePool, Sampler
+from paged.runtime import Engine, ModelDraft, NGramDraft, PagePool, Sampler, generate
 from paged.runtime.serving import NewRequest, Requests, Sizes, serve_step
 from paged.spec import Causal, GroupedBatch, Prefix, Window
 
@@ -212,6 +212,29 @@ def test_a_draft_model_gets_other_weights_without_another_trace(name, kind):
     (handle,), figures = run(served, [job])
     assert handle.tokens == before.tokens and figures["accepted_tokens"] == figures["drafted_tokens"] >= 7
     assert len(TINY.traces) == traced
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ngram", "same", "opposite", "other groups"])
+def test_generate_gives_the_tokens_of_generate_without_drafts(kind):
+    """Twice with one draft model: what `generate` takes of its state must be a copy."""
+    model, state = PAGED
+    prompts = [[1, 2, 3, 1, 2, 3, 1], [4, 5, 4, 5, 4, 5], [6]]
+    how = {"max_new_tokens": 12, "num_slots": 3, "num_pages": 12, "page_size": 4, "chunk_size": 5, "n": 2}
+    how |= {"sampler": Sampler(temperature=0.8), "key": jax.random.key(4), "eos": 3}
+    want, steps = _generated(model, _copied(state), prompts, False, **how)
+    drafts = drafts_of(kind, model, state)
+    for donate_state in (False, True):
+        got, own = _generated(model, _copied(state), prompts, donate_state, **how, speculation=drafts)
+        assert [(one.tokens, one.finish_reason) for one in got] == [(one.tokens, one.finish_reason) for one in want]
+        assert kind != "same" or own < steps
+
+
+def _generated(model, state, prompts, donate_state, **how):
+    """The answers, and the steps that they took."""
+    reports = []
+    told = generate(model, state, prompts, **how, donate_state=donate_state, on_step=reports.append)
+    return told[0] if donate_state else told, len(reports)
 
 
 @pytest.mark.slow
