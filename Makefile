@@ -20,9 +20,10 @@ demo: $(VENV)/.examples $(VENV)/.models
 demo-train: $(VENV)/.examples
 	$(BIN)/python -m examples.demo_train
 
-pictures: $(VENV)/.examples
+pictures: $(VENV)/.examples $(VENV)/.models
 	$(BIN)/python -m examples.pictures
 	$(BIN)/python -m examples.masks
+	$(BIN)/python -m examples.notebooks
 
 # The GPU kernel's column needs JAX 0.11, and so Python 3.12.
 support: $(VENV)/.examples

@@ -6,8 +6,9 @@ from typing import Any
 from mkdocs.exceptions import PluginError  # pyright: ignore[reportMissingImports]
 from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
 
+from examples import notebooks
 from examples.site_api import API, api_page
-from examples.site_links import NOTEBOOKS, OUTSIDE, ROOT, dead_links, linked_files, notebook_page, rewritten
+from examples.site_links import OUTSIDE, ROOT, dead_links, linked_files, rewritten
 
 WIDE = ("support.md",)  # pages whose tables have more columns than fit beside a table of contents
 
@@ -16,8 +17,10 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
     """Add the pages that do not lie in `docs`."""
     for path in (*OUTSIDE, *sorted(linked_files())):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
-    for path in NOTEBOOKS:
-        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_page(path)))
+    for path in notebooks.PATHS:
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebooks.page(path)))
+        for name, svg in notebooks.pictures_of(path).items():
+            files.append(File.generated(config, f"notebooks/{name}", content=svg))
     for page in API:
         files.append(File.generated(config, f"api/{page}.md", content=api_page(page)))
     return files

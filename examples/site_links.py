@@ -5,7 +5,6 @@ file at ``benchmarks/gpu/README.md``. Files of other kinds that a page links are
 """
 
 import html.parser
-import json
 import pathlib
 import posixpath
 import re
@@ -18,18 +17,9 @@ OUTSIDE = (
     "tests/README.md",
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("README.md")),
 )
-NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 _NAMED_BY_FILE = re.compile(r"\[([\w./-]+\.md)\]\(([^)#\s]+\.md)(#[^)\s]+)?\)")
 _ROW = re.compile(r"^\|.*$", re.MULTILINE)
 _LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
-
-
-def notebook_page(path: pathlib.Path) -> str:
-    """A notebook as a page: its words, and its code in blocks."""
-    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"]]
-    first, *others = [f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells]
-    note = f"This page is the notebook `docs/notebooks/{path.name}`. Run it to see what it prints and draws."
-    return "\n\n".join([first, note, *others]) + "\n"
 
 
 def place_on_site(path: str) -> str:

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import paged
-from examples import masks, site_api, site_links, support
+from examples import masks, notebooks, site_api, site_links, support
 from paged.spec import terms_in
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -181,24 +181,25 @@ def test_the_support_matrix_is_not_stale():
     assert support.page() == PAGE, "docs/support.md is stale: run `make support`"
 
 
-def test_every_notebook_is_in_the_navigation_and_stores_no_output():
-    """What is stored would be shown, true or not."""
+def test_every_notebook_is_in_the_navigation_and_shows_what_it_prints_and_draws():
     navigation = (ROOT / "mkdocs.yml").read_text()
-    assert site_links.NOTEBOOKS
-    for path in site_links.NOTEBOOKS:
+    assert notebooks.PATHS
+    for path in notebooks.PATHS:
         assert f"notebooks/{path.stem}.md" in navigation
         code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-        assert code and not any(cell["outputs"] for cell in code), path.name
-        assert re.match(r"# .*\n\nFor whom? ", site_links.notebook_page(path)), path.name
+        tells = re.compile(r"^ *print\(|^paged\.pictures\.", re.MULTILINE)
+        assert [bool(cell["outputs"]) for cell in code] == [
+            bool(tells.search("".join(cell["source"]))) for cell in code
+        ]
+        page = notebooks.page(path)
+        assert re.match(r"# .*\n\nFor whom? ", page), path.name
+        assert all(f"]({name})" in page for name in notebooks.pictures_of(path))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", site_links.NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path):
-    names = {}
-    for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), str(path), "exec"), names)
+@pytest.mark.parametrize("path", notebooks.PATHS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom_and_what_it_shows_is_not_stale(path):
+    assert notebooks.ran(path) == json.loads(path.read_text()), f"{path.name} is stale: run `make pictures`"
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -62,8 +62,8 @@ def _platform(name: str, value: Any) -> dict[str, Any]:
     value = getattr(value, "value", value)
     if not (value is None or isinstance(value, str)) or value not in _TARGETS:
         raise ValueError(
-            f'{name} must be "xla", "pallas" (which is target="tpu" here), "auto" or None; got {value!r}. There are no '
-            "kernels for GPUs."
+            f'{name} must be "xla", "pallas" (which is target="tpu" here), "auto" or None; got {value!r}. On '
+            'GPUs these calls run as "xla".'
         )
     return {"target": _TARGETS[value]}
 
