@@ -2,8 +2,10 @@
 
 import dataclasses
 
-GPU_GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE"}
-"""Options for ``jax.jit(step, compiler_options=paged.GPU_GRAPHS)``: XLA's default, and loops.
+GPU_GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
+}
+"""Options for ``jax.jit(step, compiler_options=paged.GPU_GRAPHS)``: XLA's default on one GPU, and loops.
 
 On a GPU, a loop whose turns follow the batch is then a part of a CUDA graph: the GPU counts its turns, and the host
 launches it once and waits for nothing. It was compiled, and never run on a GPU.

@@ -10,6 +10,7 @@ import pytest
 
 import paged
 from paged.lower.jax_version import CONVERTED_WHOLE
+from paged.lower.xla import copy
 from paged.spec import PAGE_ORDERS, PageLayout, RaggedBatch
 from paged.testing import check_write
 from tests.support.hlo import copies_in_loops
@@ -68,6 +69,17 @@ def test_pages_are_copied_bit_for_bit_and_no_others(order):
         pages = random_pages(layout_of(order, dtype, scales))
         got = paged.copy_pages(pages, SOURCES, np.array(TARGETS))
         assert_same_bits([*got.arrays, got.k_scale, got.v_scale], copied_by_loop(pages, SOURCES, TARGETS))
+
+
+def test_a_gpu_copies_the_same_at_once(monkeypatch):
+    """By one gather and one scatter per array, of which no loop is left."""
+    monkeypatch.setattr(copy, "_copy_in_turn", lambda axis, _, *args: copy._copy_at_once(axis, *args))
+    for order, dtype, scales in (("packed", "float32", None), ("joined", "int8", "token")):
+        pages = random_pages(layout_of(order, dtype, scales))
+        got = paged.copy_pages(pages, SOURCES, np.array(TARGETS))
+        assert_same_bits([*got.arrays, got.k_scale, got.v_scale], copied_by_loop(pages, SOURCES, TARGETS))
+    lowered = jax.jit(paged.copy_pages).trace(pages, jnp.array(SOURCES), jnp.array(TARGETS)).lower(lowering_platforms=("cuda",))
+    assert "stablehlo.while" not in lowered.as_text()
 
 
 def test_a_write_copies_first():

@@ -1,4 +1,7 @@
-"""Copying pages inside of a pool, in place: a loop over the pages that are copied, and no pass over the pool."""
+"""Copying pages inside of a pool, in place: no pass over the pool.
+
+It is a loop over the pages that are copied, or on a GPU two operations, since its host waits for every turn of a loop.
+"""
 
 import functools
 from typing import Any
@@ -35,11 +38,11 @@ def copy_scales(pages: Pages, copies: PageCopies) -> tuple[Array | None, Array |
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _copy(axis: int, pools: tuple[Array, ...], copies: PageCopies) -> tuple[Array, ...]:
     """The pools with pages copied. The gradient of a target goes to its source, and none to what was there before."""
+    # On CPU a page may be moved as integers: see `cpu`.
+    has_bits = any(pool.dtype in CONVERTED_WHOLE for pool in pools)
+    in_turn, at_once = functools.partial(_copy_in_turn, axis, has_bits), functools.partial(_copy_at_once, axis)
     plain = functools.partial(_copy_in_turn, axis, False)
-    if not any(pool.dtype in CONVERTED_WHOLE for pool in pools):
-        return plain(pools, copies)
-    # On CPU a page is moved as integers: see `cpu`.
-    return jax.lax.platform_dependent(pools, copies, cpu=functools.partial(_copy_in_turn, axis, True), default=plain)
+    return jax.lax.platform_dependent(pools, copies, cpu=in_turn, cuda=at_once, rocm=at_once, default=plain)
 
 
 def _copy_in_turn(axis: int, has_bits: bool, pools: tuple[Array, ...], copies: PageCopies) -> tuple[Array, ...]:
@@ -64,6 +67,19 @@ def _copy_in_turn(axis: int, has_bits: bool, pools: tuple[Array, ...], copies: P
 
     pools = jax.lax.fori_loop(0, rank[-1], copy_one, pools)
     return tuple(from_bits(pool, dtype) for pool, dtype in zip(pools, dtypes, strict=True))
+
+
+def _copy_at_once(axis: int, pools: tuple[Array, ...], copies: PageCopies) -> tuple[Array, ...]:
+    """One gather and one scatter. A sequence that copies nothing reads page 0, and its target is past the last page."""
+    is_copied = copies.target >= 0
+    source = jnp.where(is_copied, copies.source, 0)
+
+    def copy_in(pool: Array) -> Array:
+        target = jnp.where(is_copied, copies.target, pool.shape[axis])
+        copied = jnp.take(pool, source, axis=axis, mode="clip")
+        return pool.at[(slice(None),) * axis + (target,)].set(copied, mode="drop")
+
+    return tuple(copy_in(pool) for pool in pools)
 
 
 def _copy_jvp(axis: int, primals: Any, tangents: Any) -> Any:
