@@ -87,15 +87,29 @@ def test_the_standard_library_is_split_into_disjoint_files():
     assert not any(file[:2000].tobytes() in whole for file in held_out)
 
 
-@pytest.mark.slow
-def test_the_demo_serves_exactly_and_reports_an_untrained_model(monkeypatch, capsys):
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demo that trains, with few pages. Its training may promote dtypes, which optax relies on; serving may not."""
+    train = demo_train.train_and_report
+
+    def train_with_promotion(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return train(*args)
+
+    monkeypatch.setattr(demo_train, "train_and_report", train_with_promotion)
     monkeypatch.setattr(demo_train, "NUM_PAGES", 40)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_demo")
+def test_the_demo_serves_exactly_and_reports_an_untrained_model(capsys):
     assert demo_train.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
     printed = capsys.readouterr().out
     assert re.search(r"\b0 different: ok", printed) and "NOT BETTER" in printed and "FAILED" in printed
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_demo")
 def test_the_demo_notices_a_wrong_token(monkeypatch, capsys):
     honest = demo_train.generate
 
@@ -104,7 +118,6 @@ def test_the_demo_notices_a_wrong_token(monkeypatch, capsys):
         wrong = ((first.tokens[0] + 1) % 256, *first.tokens[1:])
         return [type(first)(first.prompt, wrong, first.finish_reason, first.preemptions), *others]
 
-    monkeypatch.setattr(demo_train, "NUM_PAGES", 40)
     monkeypatch.setattr(demo_train, "generate", dishonest)
     assert demo_train.main(["--steps", "2", "--prompts", "6", "--new-tokens", "16"]) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
