@@ -30,6 +30,12 @@ _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _STACK = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 _DYNAMIC = re.compile(r": kCustomKernel .*?\] (\S+) grid: .*shared_memory: (\d+) bytes")
+# In the text of a compiled program: where a computation begins, and which computations an operation runs.
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) .*\{$")
+_RUNS_OTHERS = re.compile(r" (while|conditional|call|async-start)\(")
+_RUN = re.compile(
+    r"(?:condition|body|branch_computations|true_computation|false_computation|calls|to_apply)=(\{[^}]*\}|[%\w.-]+)"
+)
 # What runs nothing on the GPU, or runs what is listed below it.
 _NO_LAUNCH = ("While", "Conditional", "CommandBuffer", "Sequential")
 
@@ -142,7 +148,9 @@ def _program(dumps: pathlib.Path, text: str) -> GpuProgram:
     lists = [sorted(dumps.glob(f"*thunk_sequence{end}.txt"), key=_size) for end in ("", "_after_thunk_passes")]
     listed = next((found[-1].read_text() for found in reversed(lists) if found), "")
     counts = {"launches": 0, "launches_in_loops": 0, "loops": 0, "host_steered": 0}
-    depth_of_loop, depth_of_graph = None, None
+    depth_of_loop, depth_of_graph, is_known = None, None, _known_loops(text)
+    if len(is_known) != len(re.findall(r"^ *\d+: kWhile ", listed, re.M)):
+        is_known = []  # the two lists cannot be matched: then no loop is taken as known
     for line in listed.splitlines():
         found = _THUNK.match(line)
         if found is None:
@@ -151,16 +159,39 @@ def _program(dumps: pathlib.Path, text: str) -> GpuProgram:
         depth_of_loop = None if depth_of_loop is not None and depth <= depth_of_loop else depth_of_loop
         depth_of_graph = None if depth_of_graph is not None and depth <= depth_of_graph else depth_of_graph
         if kind in ("While", "Conditional"):
+            is_steered = kind == "Conditional" or not is_known or not is_known[counts["loops"]]
             counts["loops"] += kind == "While"
-            counts["host_steered"] += depth_of_graph is None
+            counts["host_steered"] += depth_of_graph is None and is_steered
             depth_of_loop = depth if depth_of_loop is None else depth_of_loop
         elif kind == "CommandBuffer":
             depth_of_graph = depth if depth_of_graph is None else depth_of_graph
         elif kind not in _NO_LAUNCH:
             counts["launches" if depth_of_loop is None else "launches_in_loops"] += 1
-    known = len(re.findall(r"= .* while\(.*known_trip_count", text))
-    counts["host_steered"] = max(0, counts["host_steered"] - known)
     return GpuProgram(**counts, kernels=tuple(_kernels(dumps, listed)))
+
+
+def _known_loops(text: str) -> list[bool]:
+    """Of each loop of a compiled program, in the order in which they run, whether XLA knows how many turns it has."""
+    computations: dict[str, list[str]] = {}
+    name, entry, found = "", "", []
+    for line in text.splitlines():
+        begins = _COMPUTATION.match(line)
+        if begins is not None:
+            name = begins.group(2)
+            entry = name if begins.group(1) else entry
+        elif _RUNS_OTHERS.search(line):
+            computations.setdefault(name, []).append(line)
+
+    def walk(name: str) -> None:
+        for line in computations.get(name, ()):
+            if " while(" in line:
+                found.append("known_trip_count" in line)
+            for names in _RUN.findall(line):
+                for one in re.findall(r"[\w.-]+", names):
+                    walk(one)
+
+    walk(entry)
+    return found
 
 
 def _size(file: pathlib.Path) -> int:

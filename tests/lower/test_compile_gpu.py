@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import subprocess
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import paged
 from paged.lower import _compile_gpu
 from paged.lower.gpu_targets import GPU_TARGETS
+from paged.runtime import LayerStack, PagedAttention
 
 SPEC = paged.AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128)
 LAYOUT = paged.PageLayout(page_size=16, num_kv_heads=8, head_dim=128)
@@ -133,6 +135,27 @@ def test_a_gradient_is_bounded_and_has_no_loop_where_one_has_none():
     assert sizes["temp"] < 512 * MIB
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_a_step_of_stacked_layers_waits_for_nothing_and_copies_no_pool(monkeypatch):
+    """The loop over layers has a known number of turns, also in a batch that may copy pages first."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cuda")  # layers choose their schedules by it
+
+    def make(key):
+        facts = {"num_pages": 2048, "embed_dim": 256, "dtype": jnp.bfloat16, "check": False}
+        return PagedAttention(SPEC, LAYOUT, **facts, key=key)
+
+    stack, state = eqx.nn.make_with_state(LayerStack.make)(make, jax.random.split(jax.random.key(0), 3))
+    weights, rest = eqx.partition(stack, eqx.is_array)
+    *_, batch = arguments(8, 4096)
+    batch = dataclasses.replace(batch, copy_from=np.full(8, -1, np.int32))
+    run = lambda weights, x, batch, state: eqx.combine(weights, rest)(x, batch, state)
+    x = jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)
+    sizes, program = _compile_gpu.compile_on_gpu(GPU_TARGETS["h200"], run, 3, weights, x, batch, state)
+    assert program.loops == 1 and program.host_steered == 0 and program.launches_in_loops <= 60
+    assert sizes["temp"] < 64 * MIB < sizes["alias"] == 3 * 128 * MIB
+
+
 @pytest.mark.skipif(HAS_COMPILER, reason="the GPU compiler is installed")
 def test_a_missing_compiler_is_an_import_error_that_says_what_to_install():
     with pytest.raises(ImportError, match=r'pip install "paged\[gpu-compile\]"'):
@@ -163,7 +186,28 @@ condition:
 """
 
 
-@pytest.mark.parametrize(("text", "steered"), [("", 2), ("%a = s32[] while(%b), known_trip_count", 1)])
+PROGRAM = """\
+%add (p: s32[]) -> s32[] {{
+}}
+%body (p: s32[]) -> s32[] {{
+  %a = s32[] while(%p), condition=%is_less, body=%add{}
+}}
+ENTRY %main (p: s32[]) -> s32[] {{
+  %b = s32[] call(%p), to_apply=%body
+  %c = s32[] while(%b), condition=%is_less, body=%add{}
+}}
+"""
+KNOWN = ', backend_config={"known_trip_count":{"n":"4"}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "steered"),
+    [
+        *(("", 2), (PROGRAM.format("", ""), 2), (PROGRAM.format("", KNOWN), 1)),
+        *((PROGRAM.format(KNOWN, ""), 2), (PROGRAM.format(KNOWN, KNOWN), 1)),
+    ],
+    ids=["no text", "none", "the second", "the one in a graph", "both"],
+)
 def test_launches_and_loops_are_counted_from_the_list_of_what_is_launched(tmp_path, text, steered):
     (tmp_path / "module.thunk_sequence.txt").write_text("001: kCopy [source | sink] kCopy\n")
     (tmp_path / "module.thunk_sequence_after_thunk_passes.txt").write_text(LISTED)
