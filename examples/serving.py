@@ -41,7 +41,7 @@ class Comparison:
         """Print the result. Returns whether every token was equal or a tie."""
         count = self.equal + self.ties + self.different
         is_exact = self.different == 0 and count > 0
-        print(f"\n{count} served tokens against dense recomputation without a cache: {self.equal} equal, ")
+        print(f"\n{count} served tokens against dense recomputation without a cache: {self.equal} equal,")
         print(f"{self.ties} ties (logits within {self.tie:g}), ", end="")
         print(f"{self.different} different: {'ok' if is_exact else 'NOT EQUAL'}")
         return is_exact

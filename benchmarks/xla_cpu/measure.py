@@ -124,7 +124,8 @@ def matmul(size: int) -> tuple[Candidate, float]:
 def progress(section: str, setting: Setting, cases: list[Any]) -> Iterator[Any]:
     """The cases, each announced on stderr."""
     for i, case in enumerate(cases):
-        print(f"[{section}, {setting.cores} core(s), {i + 1}/{len(cases)}] {case}", file=sys.stderr, flush=True)
+        cores = "one core" if setting.cores == "one" else "all cores"
+        print(f"[{section}, {cores}, {i + 1}/{len(cases)}] {case}", file=sys.stderr, flush=True)
         yield case
 
 

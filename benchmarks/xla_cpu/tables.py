@@ -23,7 +23,10 @@ _RATIO = {
 def tables(rows: list[Row]) -> str:
     """All sections that have rows."""
     sections = [section for section in GOALS if any(row.section == section for row in rows)]
-    busy = f"`~`: other processes kept more than {_BUSY} cores busy meanwhile: trust ratios only, and no wall time."
+    busy = (
+        f"`~`: other processes kept more than {_BUSY} cores busy meanwhile. Trust the ratios of one core, which are of "
+        "CPU time. Wall times mean nothing then, and neither do their ratios."
+    )
     return "\n\n".join([*(_section(name, [row for row in rows if row.section == name]) for name in sections), busy])
 
 
@@ -47,7 +50,8 @@ def _line(section: str, one: Row | None, every: Row | None, has_all: bool) -> st
     cells = [row.case, row.name, *([_ratio(one)] if _RATIO[section] else []), _seconds(one)]
     if has_all:
         gain = one.seconds / every.seconds if one and every and one.seconds and every.seconds else None
-        cells += [_ratio(every), _seconds(every), "" if gain is None else f"{gain:.2f}"]
+        mark = _mark(every)
+        cells += [_ratio(every, mark), _seconds(every), "" if gain is None else f"{mark}{gain:.2f}"]
     if section != "invariants":
         cells += [_bytes(row.temporaries), "" if row.compile_seconds is None else f"{row.compile_seconds:.1f} s"]
     if row.note:
@@ -62,16 +66,19 @@ def _paired(rows: list[Row]) -> list[tuple[Row | None, Row | None]]:
     return [(by_cores.get("one"), by_cores.get("all")) for by_cores in found.values()]
 
 
-def _ratio(row: Row | None) -> str:
-    return "" if row is None or row.ratio is None else f"{row.ratio:.2f}"
+def _mark(row: Row | None) -> str:
+    return "~" if row is not None and (row.others or 0) > _BUSY else ""
+
+
+def _ratio(row: Row | None, mark: str = "") -> str:
+    return "" if row is None or row.ratio is None else f"{mark}{row.ratio:.2f}"
 
 
 def _seconds(row: Row | None) -> str:
     if row is None or row.seconds is None:
         return ""
-    mark = "~" if (row.others or 0) > _BUSY else ""
     seconds = row.seconds
-    return mark + (f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us")
+    return _mark(row) + (f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us")
 
 
 def _bytes(count: int | None) -> str:
