@@ -37,7 +37,7 @@ ROOMS = {
         "_compile_gpu", "_compile_for", "tuning", "mesh", "door",
     ),
     "paged/lower/tpu": ("chips", "references", "pages", "write", "copy", "base", "decode", "prefill"),
-    "paged/lower/gpu": ("chips", "schedule", "terms", "kernel", "launch", "plan", "lowering"),
+    "paged/lower/gpu": ("chips", "schedule", "terms", "refs", "narrow", "kernel", "launch", "plan", "lowering"),
 }  # fmt: skip
 FILE_LINES, FUNCTION_LINES = 400, 60
 

@@ -45,6 +45,7 @@ class Point:
     page_size: int = 16
     order: Any = "packed"
     dtype: str = "bfloat16"
+    scales: Any = None
     rows: int = 1
     slots: int = 16
     pages_per_seq: int = 256
@@ -67,6 +68,7 @@ class Point:
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             dtype=jnp.dtype(self.dtype),
+            scales=self.scales,
             order=self.order,
         )
         return paged.lower(spec, layout, "gpu").on_chip(self.chip)
@@ -81,12 +83,17 @@ def compile_point(point: Point) -> dict[str, Any]:
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def given(*shape: int, dtype: Any = point.dtype) -> jax.ShapeDtypeStruct:
+    q_dtype = "bfloat16" if attend.layout.is_quantised else point.dtype
+
+    def given(*shape: int, dtype: Any = q_dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
     tokens, heads = point.slots * point.rows, (point.kv_heads, point.head_dim)
     q, new = given(tokens, point.heads, point.head_dim), (given(tokens, *heads), given(tokens, *heads))
-    pages = attend.layout.wrap(*(given(*shape) for shape in attend.layout.array_shapes(8192)))
+    arrays = (given(*shape, dtype=point.dtype) for shape in attend.layout.array_shapes(8192))
+    shape = attend.layout.scale_shape(8192)
+    k_scale, v_scale = (None if shape is None else given(*shape, dtype="float32") for _ in range(2))
+    pages = attend.layout.wrap(*arrays, k_scale=k_scale, v_scale=v_scale)
     lengths = given(point.slots, dtype="int32")
     batch = RaggedBatch.decode(lengths, given(point.slots, point.pages_per_seq, dtype="int32"), query_rows=point.rows)
     batch = jax.tree.map(lambda x: given(*x.shape, dtype=x.dtype), batch)
@@ -103,7 +110,7 @@ def compile_point(point: Point) -> dict[str, Any]:
         "counted_bytes": shared_bytes(
             attend.layout, rows_of(attend.program, paged.lower.Call.of(q, pages, batch)), schedule
         ),
-        "tile_bytes": schedule.pages_per_block * point.page_size * point.head_dim * 2,
+        "tile_bytes": schedule.pages_per_block * point.page_size * point.head_dim * jnp.dtype(point.dtype).itemsize,
         "launches": _launches(compiled.as_text()),
         "loops": compiled.as_text().count(" while("),
         "temporary_bytes": memory.temp_size_in_bytes,

@@ -21,8 +21,10 @@ def kernel_jaxpr(attend: Attend, rows: int = 1) -> Any:
     """The program of the kernel of a decode call."""
     layout, spec = attend.layout, attend.spec
     batch = RaggedBatch.decode(jnp.array([9, 300]), jnp.zeros((2, 64), jnp.int32), query_rows=rows)
-    q = jnp.zeros((2 * rows, spec.num_q_heads, spec.head_dim), layout.dtype)
-    call = jax.make_jaxpr(attend.state)(q, layout.init(num_pages=4), batch)
+    dtype = jnp.bfloat16 if layout.is_quantised else layout.dtype
+    q = jnp.zeros((2 * rows, spec.num_q_heads, spec.head_dim), dtype)
+    scales = {"k_scale": 1.0, "v_scale": 1.0} if layout.is_quantised else {}
+    call = jax.make_jaxpr(attend.state)(q, layout.init(num_pages=4, **scales), batch)
     (kernel,) = (eqn.params["jaxpr"] for eqn in _equations(call.jaxpr) if _is_kernel(eqn))
     return kernel
 

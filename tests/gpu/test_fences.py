@@ -19,19 +19,25 @@ SPEC = paged.AttentionSpec(
 LAYOUT = paged.PageLayout(page_size=16, num_kv_heads=2, head_dim=128)
 
 
-def _kernel(stages=4):
+INT8 = LAYOUT.replace(dtype="int8", scales="head")
+FLOAT8 = LAYOUT.replace(dtype="float8_e4m3fn", scales="head")
+
+
+def _kernel(stages=4, layout=LAYOUT):
     schedule = GpuDecodeSchedule(pages_per_block=4, stages=stages, kv_splits=2)
-    return kernel_jaxpr(paged.lower(SPEC, LAYOUT, "gpu", schedule=schedule))
+    return kernel_jaxpr(paged.lower(SPEC, layout, "gpu", schedule=schedule))
 
 
-@pytest.mark.parametrize("stages", [3, 4])
-def test_no_store_is_read_past_the_fence(stages):
-    assert unfenced(_kernel(stages)) == []
+@pytest.mark.parametrize(("stages", "layout"), [(3, LAYOUT), (4, LAYOUT), (3, INT8), (3, FLOAT8)])
+def test_no_store_is_read_past_the_fence(stages, layout):
+    assert unfenced(_kernel(stages, layout)) == []
 
 
-def test_a_step_and_the_end_have_a_fence_each():
-    names = names_in(_kernel())
-    assert names.count("commit_smem") == 2
+@pytest.mark.parametrize(("layout", "fences"), [(LAYOUT, 2), (INT8, 2), (FLOAT8, 4)])
+def test_a_step_and_the_end_have_a_fence_each(layout, fences):
+    """Float8 pages have two more: for keys that are converted, and for what other warps are told of values."""
+    names = names_in(_kernel(layout=layout))
+    assert names.count("commit_smem") == fences
     assert names.count("wgmma_ref") == 2
 
 
@@ -44,10 +50,19 @@ def _without_fences(original):
     return unfenced_step
 
 
-@pytest.mark.parametrize(("name", "reader"), [("step", "wgmma_ref"), ("store", "copy_smem_to_gmem")])
-def test_a_fence_that_is_left_out_is_noticed(name, reader):
+@pytest.mark.parametrize(
+    ("name", "reader", "layout"),
+    [
+        ("step", "wgmma_ref", LAYOUT),
+        ("store", "copy_smem_to_gmem", LAYOUT),
+        ("step", "wgmma_ref", INT8),
+        ("step", "wgmma_ref", FLOAT8),
+        ("step", "copy_gmem_to_smem", FLOAT8),
+    ],
+)
+def test_a_fence_that_is_left_out_is_noticed(name, reader, layout):
     with planted(method(Decode, name, _without_fences)):
-        assert any(reader in place for place in unfenced(_kernel()))
+        assert any(reader in place for place in unfenced(_kernel(layout=layout)))
 
 
 def test_pages_are_copied_while_others_are_used():

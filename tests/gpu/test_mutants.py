@@ -35,8 +35,13 @@ CASE = Case(
 )
 # What is seen are two runs of pages, so that they are listed.
 LISTED = dataclasses.replace(CASE, spec=CASE.spec.replace(window=None, mask=Window(40) | Prefix(20)))
+# Pages of 8 bits, of which no number is what is multiplied.
+NARROW = {
+    dtype: dataclasses.replace(CASE, spec=CASE.spec.replace(head_dim=128), dtype=dtype, scales="head")
+    for dtype in ("int8", "float8_e4m3fn")
+}
 # In a ring of eight no stage comes twice.
-STAGES, ONCE = 3, 8
+STAGES, ONCE, ONCE_NARROW = 3, 8, 6
 
 
 def _run(stages: int, case: Case = CASE) -> None:
@@ -110,6 +115,26 @@ def _one_arrival_more(original):
     return scratch
 
 
+def _low_digit_first(original):
+    def joined(products, rows):
+        turned = jnp.concatenate([products[:, i : i + rows] for i in range(2 * rows, -1, -rows)], axis=1)
+        return original(turned, rows)
+
+    return joined
+
+
+def _factorless(original):
+    return lambda q, layout: (original(q, layout)[0], jnp.ones(q.shape[:-1], jnp.float32))
+
+
+def _scaleless(original):
+    return lambda scale: jnp.ones((1, 1, 1), jnp.float32)
+
+
+def _unconverted(original):
+    return lambda tile, wide: None
+
+
 class Bug(NamedTuple):
     """A planted bug, the check that must see it, and the stages of the ring that it is planted in."""
 
@@ -132,11 +157,35 @@ BUGS = {
     "no sum decays": Bug(attribute(kernel_module, "update_maximum", _undecayed), REFERENCE),
     "a list's pages have each other's places": Bug(method(Decode, "_columns", _one_page_on), REFERENCE, case=LISTED),
     "every warp copies a page to one place": Bug(method(Decode, "_copy", _same_page), "no races"),
+    "float8: a wait is left out": Bug(
+        method(Decode, "_await", _unwaited), "no races", ONCE_NARROW, NARROW["float8_e4m3fn"]
+    ),
+    "float8: a tile is fetched too early": Bug(
+        method(Decode, "_refill", _too_early), "barriers are awaited", case=NARROW["float8_e4m3fn"]
+    ),
+    "float8: values are not silenced": Bug(
+        method(Decode, "_present", _always_whole), REFERENCE, case=NARROW["float8_e4m3fn"]
+    ),
+    "float8: tiles are not converted": Bug(
+        attribute(kernel_module, "widen", _unconverted), REFERENCE, case=NARROW["float8_e4m3fn"]
+    ),
+    "float8: the power of two of a query is left out": Bug(
+        attribute(launch_module, "queries_of", _factorless), REFERENCE, case=NARROW["float8_e4m3fn"]
+    ),
+    "int8: a wait is left out": Bug(method(Decode, "_await", _unwaited), "no races", ONCE_NARROW, NARROW["int8"]),
+    "int8: digits in the other order": Bug(
+        attribute(kernel_module, "joined", _low_digit_first), REFERENCE, case=NARROW["int8"]
+    ),
+    "int8: scales are left out": Bug(attribute(launch_module, "_of_heads", _scaleless), REFERENCE, case=NARROW["int8"]),
     "an arrival that never comes": Bug(attribute(launch_module, "scratch_of", _one_arrival_more), "kernels end"),
 }
 
 
-@pytest.mark.parametrize(("stages", "case"), [(STAGES, CASE), (ONCE, CASE), (STAGES, LISTED)])
+SOUND = [(STAGES, CASE), (ONCE, CASE), (STAGES, LISTED)]
+SOUND += [(stages, case) for stages in (STAGES, ONCE_NARROW) for case in NARROW.values()]
+
+
+@pytest.mark.parametrize(("stages", "case"), SOUND)
 def test_without_a_bug_the_trial_passes(stages, case):
     _run(stages, case)
 

@@ -24,9 +24,14 @@ def _by_a_table(p, j, h):
 PROGRAMS = {
     "tree": (SPEC.replace(mask=Tree()), {}, "Tree asks for a row's ancestors"),
     "a table by position": (SPEC.replace(scores=(Bias(_by_a_table),)), {}, "gather, which the kernel has no rule for"),
-    "float32": (SPEC, {"dtype": jnp.float32}, "must be float16 or bfloat16.*got float32"),
-    "int8": (SPEC, {"dtype": jnp.int8, "scales": "head"}, "must be float16 or bfloat16.*got int8"),
-    "float8": (SPEC, {"dtype": jnp.float8_e4m3fn, "scales": "token"}, "must be float16 or bfloat16.*got float8_e4m3fn"),
+    "float32": (SPEC, {"dtype": jnp.float32}, "must be float16, bfloat16, int8 or float8.*got float32"),
+    "int8 by token": (SPEC, {"dtype": jnp.int8, "scales": "token"}, 'scales must be "head" or "tensor".*got "token"'),
+    "float8 by token": (SPEC, {"dtype": jnp.float8_e4m3fn, "scales": "token"}, "no copies of per-token scales"),
+    "int8 of short heads": (
+        SPEC.replace(head_dim=64),
+        {"dtype": jnp.int8, "scales": "head", "head_dim": 64},
+        "head_dim of int8 and float8 pages must be 128 or 256.*got 64",
+    ),
     "pages of 4": (SPEC, {"page_size": 4}, r"page_size must be 8, 16, 32 or 64 \(got 4\)"),
     "pages of 128": (SPEC, {"page_size": 128}, r"page_size must be 8, 16, 32 or 64 \(got 128\)"),
     "head dim": (SPEC.replace(head_dim=80), {"head_dim": 80}, r"head_dim must be 64, 128 or 256.*got 80"),
@@ -41,6 +46,10 @@ CALLS = {
     "positions": ({"has_own_rows": True}, "positions of its rows"),
     "queries of float32": ({"q_dtype": jnp.dtype("float32")}, "queries must be bfloat16.*got float32"),
     "no page": ({"num_pages": 0}, "no page"),
+}
+NARROW_CALLS = {
+    "many rows": ({"tokens": 16 * 5, "query_rows": 5}, "20 rows per KV head, of at most 16 for int8 and float8 pages"),
+    "queries of float32": ({"q_dtype": jnp.dtype("float32")}, "int8 and float8 pages must be float16 or bfloat16"),
 }
 SCHEDULES = {
     "tokens": (GpuDecodeSchedule(pages_per_block=2), "its page blocks have 32 tokens"),
@@ -71,6 +80,16 @@ def test_a_call_is_refused_by_name(name):
     assert GPU_DECODE.refuses(paged.Program.from_spec(SPEC), LAYOUT, CALL) is None
 
 
+@pytest.mark.skipif(not HAS_GPU_KERNELS, reason=f"every program is refused on JAX {jax.__version__}")
+@pytest.mark.parametrize("name", NARROW_CALLS)
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_a_call_over_8_bit_pages_is_refused_by_name(dtype, name):
+    changes, words = NARROW_CALLS[name]
+    program, layout = paged.Program.from_spec(SPEC), LAYOUT.replace(dtype=dtype, scales="tensor")
+    assert words in str(GPU_DECODE.refuses(program, layout, dataclasses.replace(CALL, **changes)))
+    assert GPU_DECODE.refuses(program, layout, dataclasses.replace(CALL, tokens=64, query_rows=4)) is None
+
+
 def test_rows_that_do_not_fit_beside_three_tiles_are_refused():
     spec, layout = SPEC.replace(num_q_heads=32, head_dim=256), LAYOUT.replace(head_dim=256)
     program = paged.Program.from_spec(spec)
@@ -86,10 +105,15 @@ def test_a_schedule_that_cannot_run_says_why(name):
     assert words in str(GPU_DECODE.cannot_honour(paged.Program.from_spec(SPEC), LAYOUT, CALL, schedule))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "int8"), (256, "float8_e4m3fn")],
+)
 @pytest.mark.parametrize("page_size", [8, 16, 32, 64])
-def test_every_candidate_fits_and_no_sequence_is_split_into_nothing(head_dim, page_size):
-    spec, layout = SPEC.replace(head_dim=head_dim), LAYOUT.replace(head_dim=head_dim, page_size=page_size)
+def test_every_candidate_fits_and_no_sequence_is_split_into_nothing(head_dim, dtype, page_size):
+    scales = None if dtype == "bfloat16" else "head"
+    layout = LAYOUT.replace(head_dim=head_dim, page_size=page_size, dtype=dtype, scales=scales)
+    spec = SPEC.replace(head_dim=head_dim)
     program = paged.Program.from_spec(spec)
     for slots, width in ((1, 4), (16, 4096 // page_size), (256, 64)):
         call = dataclasses.replace(CALL, slots=slots, tokens=slots, pages_per_seq=width)

@@ -7,6 +7,8 @@ a group of query heads is far shorter:
     scores [keys, rows] = keys [keys, dim] @ queries.T [dim, rows]
     values [dim, rows] += values.T [dim, keys] @ weights [keys, rows]
 
+Where pages have 8 bits, threads convert tiles before they are multiplied, as `narrow` says.
+
 A ring of tiles in shared memory feeds it. Tile ``2i`` is the keys of block ``i``, tile ``2i + 1`` its values. A tile is
 on its way from the moment that the tile in its place before it was used. Each of the four warps starts a fourth of a
 tile's copies.
@@ -24,77 +26,14 @@ from paged.spec import Given, PageLayout
 
 from ..jax_version import plgpu
 from ..program import Program, Terms, by_name, dtypes_of, update_maximum
+from .narrow import is_multiplied_as_it_lies, joined, silence, widen
+from .refs import PAGES_PER_WORD, Ref, Refs
 from .terms import spread
 
-# A reference to memory, inside a kernel. Pallas has no public type for it.
-Ref = Any
 KEYS, VALUES = 0, 1
 # Columns of values that are selected at once: registers do not hold a tile of 256.
 _COLUMNS = 64
 _WARPS = 4
-# A word of `Inputs.presence` begins so many pages after the word before it, and tells of twice as many. So the pages of
-# one block, which are at most 16, are in one word.
-PAGES_PER_WORD = 16
-
-
-class Inputs(NamedTuple):
-    """The kernel's operands, in global memory.
-
-    * ``q`` [seqs, kv_heads, rows, dim]: query rows of each sequence and KV head.
-    * ``pools``: the arrays of pages.
-    * ``pages`` i32[seqs, entries]: pages of each sequence: its block table, or the list of the pages that it visits.
-    * ``presence`` i32[seqs, words]: which entries of ``pages`` are no holes. Bit ``b`` of word ``w`` is of entry
-      ``16 w + b``. None for lists, which have no holes.
-    * ``columns`` i32[seqs, entries]: the place of each page of a list in its sequence. None for tables.
-    * ``facts`` i32[seqs, 4 + n]: for each sequence the first entry to visit and the one after the last, the position of
-      the first query row, the number of keys, and the integers that the batch brings.
-    * ``floats`` f32[seqs, n]: the floats that the batch brings; None without any.
-    * ``arrays``: what scores and mask need of each row, [kv_heads, rows] each.
-    """
-
-    q: Ref
-    pools: tuple[Ref, ...]
-    pages: Ref
-    presence: Ref | None
-    columns: Ref | None
-    facts: Ref
-    floats: Ref | None
-    arrays: tuple[Ref, ...]
-
-
-class Outputs(NamedTuple):
-    """The kernel's results: out f32[seqs, kv_heads, splits, dim, rows] and lse f32[seqs, kv_heads, splits, rows]."""
-
-    out: Ref
-    lse: Ref
-
-
-class Scratch(NamedTuple):
-    """Shared memory and barriers.
-
-    * ``q`` [rows, dim].
-    * ``tiles`` [stages, keys, dim]: the ring.
-    * ``out`` f32[dim, rows]: results on their way, in the memory of the ring.
-    * ``weights`` [rows, keys].
-    * ``lse`` f32[rows].
-    * ``q_arrived``, ``arrived``: barriers, the latter one for each stage of the ring.
-    """
-
-    q: Ref
-    tiles: Ref
-    out: Ref
-    weights: Ref
-    lse: Ref
-    q_arrived: Ref
-    arrived: Ref
-
-
-class Refs(NamedTuple):
-    """All memory of the kernel."""
-
-    inputs: Inputs
-    outputs: Outputs
-    scratch: Scratch
 
 
 class Item(NamedTuple):
@@ -158,11 +97,14 @@ class Decode:
             block, kind = divmod(tile, 2)
             self.fetch(refs, item, jnp.int32(block), kind, tile)
         plgpu.barrier_wait(scratch.q_arrived)
-        arrays = tuple(self._row_array(ref, head) for ref in refs.inputs.arrays)
+        arrays = tuple(self._row_array(ref.at[head]) for ref in refs.inputs.arrays)
+        factor = self.terms.factor
+        if refs.inputs.factors is not None:
+            factor = self._row_array(refs.inputs.factors.at[seq, head])
         row = plgpu.layout_cast(jnp.full((self.rows,), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(0))
         start = Sums(row, self._zeros(self.keys), self._zeros(self.layout.head_dim))
         sums = jax.lax.fori_loop(
-            jnp.int32(0), item.blocks, lambda i, sums: self.step(refs, item, arrays, i, sums), start
+            jnp.int32(0), item.blocks, lambda i, sums: self.step(refs, item, factor, arrays, i, sums), start
         )
         self.store(refs, item, sums)
 
@@ -223,14 +165,20 @@ class Decode:
             case _:
                 assert_never(self.layout.order)
 
-    def step(self, refs: Refs, item: Item, arrays: tuple[Any, ...], i: Any, sums: Sums) -> Sums:
-        """Take in page block ``i``: a step of the online softmax, as in `docs/semantics.md`, with data on its way."""
+    def step(self, refs: Refs, item: Item, factor: Any, arrays: tuple[Any, ...], i: Any, sums: Sums) -> Sums:
+        """Take in page block ``i``: a step of the online softmax, as in `docs/semantics.md`, with data on its way.
+
+        ``factor`` is that of products of queries and keys: a number, or a tile.
+        """
         scratch, tile = refs.scratch, 2 * i
         # Early: what is read here comes while keys are awaited and multiplied.
         present, columns = self._present(refs, item, i), self._columns(refs, item, i)
 
         stage = self._await(refs, tile)
-        s = _product(scratch.tiles.at[stage], scratch.q.T) * self.terms.factor
+        keys = self._multiplied(refs, KEYS, stage)
+        if keys is scratch.wide:
+            plgpu.commit_smem()  # stored by threads: see below
+        s = joined(_product(keys, scratch.q.T), self.rows) * factor
         self._refill(refs, item, i, KEYS, stage)
 
         p, j = self._positions(item, i, columns)
@@ -245,13 +193,22 @@ class Decode:
 
         stage = self._await(refs, tile + 1)
         self._select_values(refs, stage, present, visible)
-        # Weights and selected values were stored by threads, and the matrix unit reads them past the threads' caches:
-        # without the fence it may read what was there before.
+        values = self._multiplied(refs, VALUES, stage)
+        # Weights and selected or converted values were stored by threads, and the matrix unit reads them past the
+        # threads' caches: without the fence it may read what was there before.
         plgpu.commit_smem()
-        product = _product(scratch.tiles.at[stage].T, scratch.weights.T)
+        product = _product(values.T, scratch.weights.T)
         values = sums.values * self._of_rows(decay, self.layout.head_dim) + product
         self._refill(refs, item, i, VALUES, stage)
         return Sums(top, total, values)
+
+    def _multiplied(self, refs: Refs, kind: int, stage: Any) -> Ref:
+        """A tile as the matrix unit reads it: from the ring, or converted. The latter needs a fence."""
+        scratch = refs.scratch
+        if is_multiplied_as_it_lies(self.layout, is_key=kind == KEYS):
+            return scratch.tiles.at[stage]
+        widen(scratch.tiles.at[stage], scratch.wide)
+        return scratch.wide
 
     def _await(self, refs: Refs, tile: Any) -> Any:
         """Wait for a tile. Returns its stage of the ring."""
@@ -303,13 +260,20 @@ class Decode:
 
         They may be NaN, and a weight of 0 times NaN is NaN.
         """
+        if self.layout.dtype == jnp.int8:
+            return  # no int8 is NaN
         may_visit_unseen = self.program.may_visit_unseen(self.layout.page_size)
 
         @pl.when(True if may_visit_unseen else jnp.logical_not(present.is_whole))
         def _():
             seen = jnp.max(jnp.where(visible, 1.0, 0.0).astype(jnp.float32), axis=1)
             # All bits of a value that is seen, and none of another: two values are masked by one instruction.
-            seen = jnp.where(seen > 0, -1, 0).astype(jnp.int16)
+            seen = jnp.where(seen > 0, -1, 0)
+            if refs.scratch.seen is not None:
+                refs.scratch.seen[...] = seen.astype(jnp.int8)
+                plgpu.commit_smem()  # Other warps read it. The fence waits for all of them.
+                return silence(refs.scratch.tiles.at[stage], refs.scratch.seen)
+            seen = seen.astype(jnp.int16)
             for column in range(0, self.layout.head_dim, _COLUMNS):
                 part = refs.scratch.tiles.at[stage, :, pl.ds(column, _COLUMNS)]
                 v = plgpu.load(part, layout=plgpu.Layout.WGMMA)  # pyright: ignore
@@ -339,10 +303,10 @@ class Decode:
         """A number of each row, as a tile."""
         return jax.lax.broadcast_in_dim(x, (keys, self.rows), [1])
 
-    def _row_array(self, ref: Ref, head: Any) -> Any:
+    def _row_array(self, ref: Ref) -> Any:
         # Rows are few, so that the load is no whole line of the cache. It comes once.
         layout: Any = plgpu.Layout.WGMMA.reduce(0)
-        return self._of_rows(plgpu.load(ref.at[head], layout=layout, optimized=False), self.keys)  # pyright: ignore
+        return self._of_rows(plgpu.load(ref, layout=layout, optimized=False), self.keys)  # pyright: ignore
 
 
 class Present(NamedTuple):
@@ -373,13 +337,14 @@ def _page_of(key: Any, page_size: int) -> Any:
 
 
 def _product(a: Ref, b: Ref) -> Any:
-    """The product of two tiles in shared memory, in float32. It is done when the result is there."""
+    """The product of two tiles in shared memory. It is done when the result is there: in float32; of int8, in int32."""
+    dtype = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
 
     def multiply(accumulator: Any) -> Any:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))  # pyright: ignore
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), dtype))  # pyright: ignore
 
 
 def _ceil_div(a: Any, b: int) -> Any:

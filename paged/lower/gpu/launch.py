@@ -13,7 +13,9 @@ from paged.spec import AttentionState, Pages
 
 from ..jax_version import plgpu, result_like, vary_alike
 from ..program import PageIntervals, Program, Sequences, dtypes_of, in_order, kernel_terms, visits_by_scatter
-from .kernel import PAGES_PER_WORD, Decode, Inputs, Outputs, Refs, Scratch
+from .kernel import Decode
+from .narrow import is_multiplied_as_it_lies, queries_dtype, queries_of, query_tile, swizzled, weights_dtype
+from .refs import PAGES_PER_WORD, Inputs, Outputs, Refs, Scratch
 from .schedule import GpuDecodeSchedule
 from .terms import compute, has_own_powers
 
@@ -72,7 +74,11 @@ class DecodeLaunch:
         )
         visited = self.visited(seqs, layout.page_size, pages.num_pages)
         facts, floats = self._facts(seqs, visited)
-        operands = Inputs(self._queries(q), _pools(pages), *visited[:3], facts, floats, self._arrays(terms))
+        arrays = self._arrays(terms)
+        queries, factors = queries_of(self._queries(q), layout)
+        if factors is not None:
+            factors = factors * terms.factor * _of_heads(pages.k_scale)
+        operands = Inputs(queries, _pools(pages), *visited[:3], facts, floats, arrays, factors)
         # In a caller's `jax.shard_map`, a kernel's operands and results vary over the same mesh axes.
         inputs = vary_alike(operands)
         leaves, tree = jax.tree.flatten(inputs)
@@ -83,22 +89,29 @@ class DecodeLaunch:
             jax.ShapeDtypeStruct((*shape, self.rows), jnp.float32),
         )
 
+        memory = _in_turn(scratch_of(layout, self.rows, schedule))
+        shared, shared_tree = jax.tree.flatten(memory, is_leaf=lambda x: x is memory.tiles)
+
         def paged_decode(*refs: Any) -> None:
             count = len(leaves)
-            q, (tiles, out), *others = refs[count + 2 :]
-            scratch = Scratch(q, tiles, out, *others)
-            decode.run(Refs(tree.unflatten(refs[:count]), Outputs(*refs[count : count + 2]), scratch))
+            scratch = shared_tree.unflatten(refs[count + 2 :])
+            tiles, out = scratch.tiles
+            outputs = Outputs(*refs[count : count + 2])
+            decode.run(Refs(tree.unflatten(refs[:count]), outputs, scratch._replace(tiles=tiles, out=out)))
 
         kernel = plgpu.kernel(
             paged_decode,
             out_type=[result_like(leaves[0], result) for result in results],
             grid=shape,
             grid_names=("seq", "head", "split"),
-            scratch_types=_in_turn(scratch_of(layout, self.rows, schedule)),
+            scratch_types=shared,
             compiler_params=plgpu.CompilerParams(approx_math=has_own_powers(self.program)),
             interpret=self.interpret,
         )
-        return self._state(*kernel(*leaves))
+        out, lse = kernel(*leaves)
+        if layout.is_quantised:
+            out = out * _of_heads(pages.v_scale)[..., None, None]
+        return self._state(out, lse)
 
     def _queries(self, q: Array) -> Float[Array, "seqs kv_heads rows dim"]:
         """The query rows of each sequence and KV head, padded."""
@@ -191,17 +204,28 @@ def _merged(out: Float[Array, "splits tokens heads dim"], lse: Float[Array, "spl
     return AttentionState(values / jnp.where(total == 0, 1.0, total)[..., None], jnp.log(total) + origin)
 
 
+def _of_heads(scale: Array) -> Array:
+    """Per-tensor or per-head scales as a factor of arrays [seqs, kv_heads, _]."""
+    return scale.reshape(1, -1, 1)
+
+
 def scratch_of(layout: Any, rows: int, schedule: GpuDecodeSchedule) -> Scratch:
     """The shared memory and the barriers of a kernel."""
     dim, block = layout.head_dim, schedule.pages_per_block * layout.page_size
-    # The matrix unit reads tiles of 8 rows of 128 bytes, which are swizzled.
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    of_queries, of_weights = queries_dtype(layout), weights_dtype(layout)
+    is_widened = not is_multiplied_as_it_lies(layout, is_key=False)
+
+    def tile(dtype: Any, *shape: int) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, shape[-1]))
+
     return Scratch(
-        q=plgpu.SMEM((rows, dim), layout.dtype, transforms=swizzled),
-        tiles=plgpu.SMEM((schedule.stages, block, dim), layout.dtype, transforms=swizzled),
+        q=tile(of_queries, *query_tile(layout, rows)),
+        tiles=tile(layout.dtype, schedule.stages, block, dim),
         out=plgpu.SMEM((dim, rows), jnp.float32),
-        weights=plgpu.SMEM((rows, block), layout.dtype, transforms=swizzled),
+        weights=tile(of_weights, rows, block),
         lse=plgpu.SMEM((rows,), jnp.float32),
+        wide=tile(of_weights, block, dim) if is_widened else None,
+        seen=plgpu.SMEM((block,), jnp.int8) if is_widened and layout.dtype != jnp.int8 else None,
         q_arrived=plgpu.Barrier(),
         arrived=plgpu.Barrier(num_arrivals=schedule.pages_per_block, num_barriers=schedule.stages),
     )
@@ -209,11 +233,13 @@ def scratch_of(layout: Any, rows: int, schedule: GpuDecodeSchedule) -> Scratch:
 
 def shared_bytes(layout: Any, rows: int, schedule: GpuDecodeSchedule) -> int:
     """Shared memory of a kernel, without what the compiler adds for barriers and exchanges between warps."""
-    memory = scratch_of(layout, rows, schedule)
-    q, tiles, out, *others = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in memory[:5])
-    return sum((q, max(tiles, out), *others))
+    memory = scratch_of(layout, rows, schedule)._replace(q_arrived=None, arrived=None)._asdict()
+    sizes = {name: math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for name, x in memory.items() if x is not None}
+    if "seen" in sizes:
+        sizes["seen"] = 2**10  # memory is given by the KiB
+    return sum(sizes.values()) - min(sizes["tiles"], sizes["out"])
 
 
-def _in_turn(scratch: Scratch) -> list[Any]:
+def _in_turn(scratch: Scratch) -> Scratch:
     """The same memory for the ring, and for the results when the last tile was used."""
-    return [scratch.q, plgpu.RefUnion(scratch.tiles, scratch.out), *scratch[3:]]
+    return scratch._replace(tiles=plgpu.RefUnion(scratch.tiles, scratch.out), out=None)

@@ -16,7 +16,10 @@ from .terms import ELEMENTWISE
 
 # What one step of the softmax takes: the least that the matrix unit multiplies, and twice that.
 _TOKENS = (64, 128)
+_SHORT = 128  # bytes of a key, of which a step takes 128 tokens
 _MOST_ROWS = 32
+# With 32 rows, the compiler runs out of registers for the conversion of 8-bit pages.
+_MOST_ROWS_OF_8_BITS = 16
 _LEAST_STAGES, _MOST_STAGES = 3, 8
 # Shared memory that the compiler adds: barriers, and exchanges of maxima between warps.
 ADDED_BYTES = 3584
@@ -43,9 +46,17 @@ def refuses_program(program: Program, layout: PageLayout) -> str | None:
 
 
 def _refuses_layout(layout: PageLayout) -> str | None:
-    if layout.dtype not in ("float16", "bfloat16"):
+    if layout.dtype == "float32":
+        return "the pages must be float16, bfloat16, int8 or float8, which the matrix unit multiplies; got float32"
+    if layout.scales == "token":
         return (
-            f"the pages must be float16 or bfloat16, which the matrix unit multiplies as they lie; got {layout.dtype}"
+            'it has no copies of per-token scales: scales must be "head" or "tensor", which are factors of a whole '
+            'head; got "token"'
+        )
+    if layout.is_quantised and layout.head_dim == 64:
+        return (
+            "head_dim of int8 and float8 pages must be 128 or 256: at 64 the instructions would take about two thirds "
+            "of the cycles of the transfers; got 64"
         )
     if layout.head_dim not in (64, 128, 256) or layout.value_dim != layout.head_dim:
         dims = f"{layout.head_dim} with values of {layout.value_dim}"
@@ -59,14 +70,17 @@ def refuses_call(program: Program, layout: PageLayout, call: Call) -> str | None
     """Why the kernel does not accept this call, or None."""
     if call.query_rows is None or not call.has_even_rows:
         return "it decodes, with as many query rows for every sequence (RaggedBatch.decode), and this batch's rows vary"
-    if call.query_rows * program.group > _MOST_ROWS:
+    most = _MOST_ROWS_OF_8_BITS if layout.is_quantised else _MOST_ROWS
+    if call.query_rows * program.group > most:
         return (
             f"it decodes: {call.query_rows} query rows per sequence are {call.query_rows * program.group} rows per KV "
-            f"head, of at most {_MOST_ROWS}"
+            f"head, of at most {most}{' for int8 and float8 pages' if layout.is_quantised else ''}"
         )
     if call.has_own_rows:
         return "the batch brings positions of its rows, which the kernel does not read"
-    if call.q_dtype != layout.dtype:
+    if layout.is_quantised and call.q_dtype not in ("float16", "bfloat16"):
+        return f"queries of int8 and float8 pages must be float16 or bfloat16; got {call.q_dtype}"
+    if not layout.is_quantised and call.q_dtype != layout.dtype:
         return f"queries must be {layout.dtype}, as the pages: both are multiplied as they lie; got {call.q_dtype}"
     if not call.num_pages or not call.pages_per_seq:
         return "there is no page to copy"
@@ -98,14 +112,14 @@ def launch_of(
 
 
 def plan_schedule(program: Program, layout: PageLayout, call: Call | None, gpu: GpuTarget) -> GpuDecodeSchedule:
-    """The heuristic: steps of 64 tokens, or 128 of the shortest heads, as many tiles as two blocks of threads have room
+    """The heuristic: steps of 64 tokens, or 128 of the shortest keys, as many tiles as two blocks of threads have room
     for, and enough KV splits to fill the GPU's multiprocessors twice.
 
-    A step of 64 tokens with head_dim 64 issues more instructions than half of the cycles that its bytes take (counted
-    in compiled code).
+    A step of 64 tokens with keys of 128 bytes issues more instructions than half of the cycles that its bytes take
+    (counted in compiled code).
     """
     call = call or COMMON
-    pages = _blocks(layout)[layout.head_dim == 64]
+    pages = _blocks(layout)[layout.head_dim * layout.dtype.itemsize <= _SHORT]
     seen = -(-most_pages_seen(program, layout.page_size, call) // pages)
     items = call.slots * program.num_kv_heads
     wanted = -(-2 * _FILLS * gpu.multiprocessors // items)
