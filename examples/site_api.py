@@ -10,15 +10,12 @@ PACKAGES = ("paged", "runtime", "models", "testing", "pictures")
 
 @dataclasses.dataclass(frozen=True)
 class ApiPage:
-    """A page of the reference: some names of a package, in the order in which a reader meets them.
-
-    Without ``names`` these are all names of the package, in the order of the alphabet.
-    """
+    """A page of the reference: some names of a package, in the order in which a reader meets them."""
 
     package: str
     title: str
     whom: str
-    names: str = ""
+    names: str
 
     @property
     def module(self) -> str:
@@ -68,7 +65,13 @@ API = {
         "generate Generation PartialGenerations StepReport Engine Handle Event EngineStats Quantiles StepRecord "
         "Recorder TextStream NGramDraft ModelDraft commit Sampler Samplers sample draw log_probs top_log_probs",
     ),
-    "models": ApiPage("models", "paged.models", "For who serves released checkpoints."),
+    "models": ApiPage(
+        "models",
+        "paged.models",
+        "For who serves released checkpoints.",
+        "load save Decoder Config LayerConfig ExpertsConfig ARCHITECTURES open_checkpoint Checkpoint Weights Tensor "
+        "open_safetensors open_gguf write_safetensors unpack_mxfp4 open_tokenizer Tokenizer TextStream ChatTemplate",
+    ),
     "testing": ApiPage(
         "testing",
         "paged.testing: checks",
@@ -85,7 +88,12 @@ API = {
         "RUNNERS Runner across_targets mesh_runner watched interpreted interpret_params interpret_gpu_params poison "
         "shuffle_pages assert_in_place assert_no_leak assert_pages_visited",
     ),
-    "pictures": ApiPage("pictures", "paged.pictures", "For who draws what an attention or an engine did."),
+    "pictures": ApiPage(
+        "pictures",
+        "paged.pictures",
+        "For who draws what an attention or an engine did.",
+        "mask pages pool steps heads schedule explained Picture Page Box",
+    ),
 }
 
 
@@ -104,7 +112,7 @@ def names_of(package: str) -> dict[str, str | None]:
 
 def names_on(page: str) -> list[str]:
     """The names on a page of the reference, in order."""
-    return API[page].names.split() or list(names_of(API[page].package))
+    return API[page].names.split()
 
 
 def api_page(page: str) -> str:

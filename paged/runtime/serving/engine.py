@@ -223,7 +223,8 @@ class Engine:
 
         **Arguments:**
 
-        - `model`: the served model. - `draft_model`: of a `ModelDraft`; None for the one that there is.
+        - `model`: the served model.
+        - `draft_model`: of a `ModelDraft`; None for the one that there is.
 
         Raises ``ValueError`` for models of another structure, and for a draft model where there is none.
         """
