@@ -46,11 +46,13 @@ def case_of(target, name, spec=RICH, **facts):
 
 @slow
 def test_the_page_order_is_not_guessed_from_divisibility(target):
-    """The shape could mean four pages of two heads or two pages of four: the first axis counts heads."""
+    """The shape could mean four pages of two heads or two pages of four: the caller must say which."""
     size = target.page_size
     q, k, v = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 4, 8), *[(4, 2, size, 8)] * 2]))
     how = {} if isinstance(target, Xla) else {"target": "tpu", "interpret": params()}
-    out = page_attention(q, k, v, [3], [[1]], **how)
+    with pytest.raises(ValueError, match="both fit query's 4 heads"):
+        page_attention(q, k, v, [3], [[1]], **how)
+    out = page_attention(q, k, v, [3], [[1]], cache_order="heads_first", **how)
     scores = jnp.einsum("hd,hjd->hj", q[0], k[:, 1, :3]) / 8**0.5
     np.testing.assert_allclose(out[0], jnp.einsum("hj,hjd->hd", jax.nn.softmax(scores), v[:, 1, :3]), atol=1e-2)
 
