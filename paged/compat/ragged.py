@@ -30,7 +30,7 @@ def ragged_page_attention_v2(
     context_lens: Int[AnyArray, " seqs"] | Sequence[Any],
     block_tables: Int[AnyArray, "seqs pages_per_seq"] | Sequence[Any],
     query_start_loc: Int[AnyArray, " seqs_plus_1"] | Sequence[Any],
-    num_seqs: Int[AnyArray, "..."] | Sequence[Any] | int,
+    num_seqs: Int[AnyArray, "..."] | Sequence[Any] | int | np.integer,
     softmax_aux: Float[Array, "..."] | None = None,
     *,
     softmax_scale: float | None = None,
