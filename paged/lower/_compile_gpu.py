@@ -171,7 +171,7 @@ def _program(dumps: pathlib.Path, text: str) -> GpuProgram:
 
 
 def _known_loops(text: str) -> list[bool]:
-    """Of each loop of a compiled program, in the order in which they run, whether XLA knows how many turns it has."""
+    """Whether XLA knows the number of turns: for each loop of a compiled program, in the order of running."""
     computations: dict[str, list[str]] = {}
     name, entry, found = "", "", []
     for line in text.splitlines():
