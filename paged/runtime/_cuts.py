@@ -70,7 +70,7 @@ class Cuts(NamedTuple):
     def within(self, chunk_size: int, advice: str) -> np.ndarray | None:
         """``may``, or None where every cut may be made.
 
-        Raises ``ValueError``, which ends with the advice, where the longest piece exceeds a chunk.
+        Raises ``ValueError`` where the longest piece exceeds a chunk. Its words end with the advice.
         """
         if self.longest <= chunk_size:
             return None if self.may.all() else self.may

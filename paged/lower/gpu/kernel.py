@@ -27,13 +27,12 @@ from paged.spec import Given, PageLayout
 from ..jax_version import plgpu
 from ..program import Program, Terms, by_name, dtypes_of, update_maximum
 from .narrow import is_multiplied_as_it_lies, joined, silence, widen
-from .refs import PAGES_PER_WORD, Ref, Refs
+from .refs import PAGES_PER_WORD, WARPS, Ref, Refs
 from .terms import spread
 
 KEYS, VALUES = 0, 1
 # Columns of values that are selected at once: registers do not hold a tile of 256.
 _COLUMNS = 64
-_WARPS = 4
 
 
 class Item(NamedTuple):
@@ -125,7 +124,7 @@ class Decode:
 
         Every warp starts as many copies. What one warp issues, the scheduler of another one does not wait for.
         """
-        per_warp = -(-self.pages_per_block // _WARPS)
+        per_warp = -(-self.pages_per_block // WARPS)
 
         @pl.when(block < item.blocks)
         def _():
@@ -134,7 +133,7 @@ class Decode:
                 for n in range(per_warp):
                     place = warp * per_warp + n
 
-                    @pl.when(True if self.pages_per_block % _WARPS == 0 else place < self.pages_per_block)
+                    @pl.when(True if self.pages_per_block % WARPS == 0 else place < self.pages_per_block)
                     def _(place: Any = place):
                         self._copy(refs, item, block, kind, stage, place)
 
@@ -168,7 +167,7 @@ class Decode:
     def step(self, refs: Refs, item: Item, factor: Any, arrays: tuple[Any, ...], i: Any, sums: Sums) -> Sums:
         """Take in page block ``i``: a step of the online softmax, as in `docs/semantics.md`, with data on its way.
 
-        ``factor`` is that of products of queries and keys: a number, or a tile.
+        ``factor`` multiplies the products of queries and keys: one number, or a tile of numbers.
         """
         scratch, tile = refs.scratch, 2 * i
         # Early: what is read here comes while keys are awaited and multiplied.

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Shaped
 from paged.spec import PageLayout
 
 from ..jax_version import plgpu
-from .refs import Ref
+from .refs import WARPS, Ref
 
 DIGITS = 3
 # The largest number of three digits: its first is 127.
@@ -29,7 +29,7 @@ _LARGEST = 127 * 2.0**16
 _POWER = 15
 # Numbers of a row that one thread converts. It loads 8 bytes, and stores 16.
 _BESIDE = 8
-_WARPS, _LANES = 4, 32
+_LANES = 32
 # The matrix unit reads tiles of 8 rows of so many bytes, which are swizzled.
 _ROW_BYTES = 128
 
@@ -67,8 +67,8 @@ def queries_of(
 ) -> tuple[Shaped[Array, "seqs kv_heads _ dim"], Float[Array, "seqs kv_heads rows"] | None]:
     """Queries as they are multiplied, and what products with them are multiplied by.
 
-    For float8 pages a row is multiplied by a power of two. It then fits float16: what rounds to 0 there is below 2^-39
-    of the row's largest number. For int8 pages a row is rounded to 2^-24 of its largest number.
+    For float8 pages a row is multiplied by a power of two, so that it fits float16. A number that float16 then rounds
+    to 0 is below 2^-39 of the row's largest one. For int8 pages a row is rounded to 2^-24 of its largest number.
     """
     if not layout.is_quantised:
         return q, None
@@ -106,7 +106,7 @@ def joined(products: Any, rows: int) -> Any:
 
 
 def widen(tile: Ref, wide: Ref) -> None:
-    """Convert a tile of 8-bit numbers. Between this and a product with ``wide`` there must be a `commit_smem`."""
+    """Convert a tile of 8-bit numbers. Call `commit_smem` before a product reads ``wide``."""
     narrow = plgpu.load(tile, layout=_beside(tile.shape[1]))  # pyright: ignore
     wide[...] = narrow.astype(wide.dtype)
 
@@ -125,5 +125,5 @@ def _beside(dim: int) -> Any:
     loads nor the stores, twice as wide, of its threads meet in a bank of shared memory."""
     width = min(dim, _ROW_BYTES)
     rows = _LANES * _BESIDE // width
-    tiling = plgpu.Tiling(((_WARPS * rows, width), (rows, width), (_BESIDE,)))
+    tiling = plgpu.Tiling(((WARPS * rows, width), (rows, width), (_BESIDE,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)

@@ -7,6 +7,8 @@ Ref = Any
 # A word of `Inputs.presence` begins so many pages after the word before it, and tells of twice as many. So the pages of
 # one block, which are at most 16, are in one word.
 PAGES_PER_WORD = 16
+# Warps of a block of threads.
+WARPS = 4
 
 
 class Inputs(NamedTuple):

@@ -176,7 +176,7 @@ def _row_blocks(
     in turn, none come after the last slot that has rows."""
     if call.query_rows is not None and call.has_even_starts and isinstance(call.slots, int):
         slot = np.arange(call.slots, dtype=np.int32)
-        used = None if schedule.form == AT_ONCE else jnp.max(jnp.where(seqs.counts > 0, slot + 1, 0), initial=0)
+        used = None if schedule.form == AT_ONCE else jnp.max(jnp.where(is_member, slot + 1, 0), initial=0)
         return RowBlocks.even(call.slots, call.query_rows, rows, used)
     if schedule.form != AT_ONCE:
         return RowBlocks.of(seqs, is_member, rows, call.tokens)

@@ -12,7 +12,7 @@ from .schedule import AT_ONCE, XlaSchedule
 # Temporaries of a step, at most, as `key_bytes` counts them: of sums, and of products of matrices. Sums of so many keys
 # cost the same whether or not their pages are seen, so that larger steps would not follow what is visible.
 _SUMMED_BYTES, _PRODUCT_BYTES = 64 * 2**20, 192 * 2**20
-# The same of a derivative's step, as `derivative_key_bytes` counts them.
+# Temporaries of a derivative's step, at most, as `derivative_key_bytes` counts them.
 DERIVATIVE_BYTES = 288 * 2**20
 # The most query rows per KV head whose products are sums, which read the pages in place. More rows are worth a copy of
 # their pages, since a product of matrices reads each number once for many rows.

@@ -120,7 +120,7 @@ class Device:
         self.in_flight.append(Launch(*told, handles=dict(handles)))
 
     @property
-    def has_come_back(self) -> bool:
+    def is_told_first(self) -> bool:
         """Whether what the oldest launch has drawn should be told before another launch.
 
         Other devices get their next launch first, so that they do not wait. On a CPU the host does the work itself, and

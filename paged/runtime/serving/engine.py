@@ -294,7 +294,7 @@ class Engine:
         """Launch what there is to do, and take in what came back from the launch before."""
         with self._lock:
             self._restore()
-            if self._device.has_come_back:
+            if self._device.is_told_first:
                 return self._collect()
             if self._new_models is not None:
                 self._device.renew(*self._new_models)
