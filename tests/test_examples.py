@@ -55,17 +55,22 @@ def _annotations_rest(is_wrong_on_purpose):
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-# Pages of a test of seconds: they run with the kernels' tables.
-LONG = ("engine.md", "pictures.md", "start.md")
+# Pages of a test of seconds. Every run has how they begin; they run as a whole with the kernels' tables.
+LONG = ("engine.md", "layers.md", "pictures.md", "serving.md", "testing.md")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.name, marks=[pytest.mark.kernels] * (path.name in LONG)) for path in WITH_CODE],
-)
-def test_the_code_of_a_page_runs_and_prints_what_the_page_says(path):
+def _pages():
+    for path in WITH_CODE:
+        if path.name in LONG:
+            yield pytest.param(path, 1, id=f"{path.name}, the beginning")
+        yield pytest.param(path, None, id=path.name, marks=[pytest.mark.kernels] * (path.name in LONG))
+
+
+@pytest.mark.parametrize(("path", "blocks"), _pages())
+def test_the_code_of_a_page_runs_and_prints_what_the_page_says(path, blocks):
     names: dict[str, object] = {}
-    for code, _, shown in re.findall(r"```python\n(.*?)```(\s*```text\n(.*?)```)?", path.read_text(), re.DOTALL):
+    written = re.findall(r"```python\n(.*?)```(\s*```text\n(.*?)```)?", path.read_text(), re.DOTALL)
+    for code, _, shown in written[:blocks]:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), _annotations_rest("except " in code):
             exec(compile(code, str(path), "exec"), names)

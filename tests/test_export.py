@@ -166,7 +166,8 @@ def _for_tpu(generation, rows):
 
 
 @pytest.mark.parametrize(
-    ("generation", "rows"), [("v5e", 1), pytest.param("v4", 1, marks=pytest.mark.kernels), ("v6e", 40)]
+    ("generation", "rows"),
+    [("v5e", 1), *(pytest.param(*x, marks=pytest.mark.kernels) for x in (("v4", 1), ("v6e", 40)))],
 )
 def test_kernels_go_into_a_program_for_tpus_on_a_machine_without_one(generation, rows):
     again, _ = _for_tpu(generation, rows)

@@ -45,6 +45,8 @@ LATEST = {
 AT_ONCE = "xla at once"
 # The crossed rows of `tpu/test_ragged.py` and `tpu/test_interpreted.py` ask this of kernels in all phases.
 LATEST |= {(name, "equals the reference") for name in ("tpu-ragged", "tpu-decode inline")}
+LATEST |= {("tpu-ragged", check) for check in ("split and merge", "other sequences are invisible")}
+LATEST |= {("tpu-decode inline", "scores of zero")}
 LATEST |= {(AT_ONCE, check) for check in ("holes are invisible", "page order is invisible", "padding is nothing")}
 # What the decode kernel is asked again with its sequences on the grid; `make test-slow` asks the rest.
 OF_GRID = ("equals the reference", "page order is invisible", "other sequences are invisible", "holes are invisible")
@@ -148,7 +150,7 @@ def _rows():
             if name == "xla" and "ragged" in phases and check not in WRITES:
                 yield row(brought, ["ragged"], id=f"{name}-{check}-brought")
             if check in BROUGHT_TO_KERNELS.get(name, ()):
-                yield row(brought, phases[:1], id=f"{name}-{check}-brought", marks=[pytest.mark.kernels])
+                yield row(brought, phases[:1], id=f"{name}-{check}-brought", marks=[later])
             if name != "xla" or len(phases) > 1:
                 yield row(brought, phases, id=f"{name}-{check}-brought-all", marks=[pytest.mark.slow, *marks])
 

@@ -208,7 +208,7 @@ class Parrot(eqx.Module):
 
 @pytest.mark.parametrize(
     "mode",
-    [jax.enable_x64, pytest.param(jax.enable_checks, marks=pytest.mark.kernels), jax.debug_nans],
+    [jax.enable_x64, *(pytest.param(x, marks=pytest.mark.kernels) for x in (jax.enable_checks, jax.debug_nans))],
     ids=["x64", "checks", "nans"],
 )
 def test_generate(mode):

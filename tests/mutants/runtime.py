@@ -94,11 +94,11 @@ POOL = (
     ),
     Mutant(
         "pool", "pages are freed while the next token sees them", attribute(pool_module, "kept_pages", _from_the_next),
-        "pool", "block_tables", in_every_run=False,
+        "pool, the shortest", "block_tables", in_every_run=False,
     ),
     Mutant(
         "pool", "new pages fill the entries of freed ones", method(PagePool, "entries", lambda _: _not_freed),
-        "pool", "block_tables", in_every_run=False,
+        "pool, the shortest", "block_tables", in_every_run=False,
     ),
     Mutant(
         "pool", "pages of several holders are written", attribute(_pool_requests, "asked_of", _never_shared),
@@ -119,7 +119,7 @@ POOL = (
     ),
     Mutant(
         "pool", "a slot that does not fit stops the next ones",
-        attribute(_pool_requests, "served_in_order", _all_or_none), "pool", "ok",
+        attribute(_pool_requests, "served_in_order", _all_or_none), "pool, the shortest", "ok",
     ),
 )  # fmt: skip
 

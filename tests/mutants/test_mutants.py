@@ -25,13 +25,13 @@ IN_EVERY_RUN = {mutant.trial for mutant in FEW}
 
 # Trials of seconds each, of bugs that are much like others in the list.
 LONGEST = (
-    "pool: pages of several holders are written",
+    "pool, the shortest",
     "pool: a slot that does not fit stops the next ones",
     "pool: pages are freed while the next token sees them",
     "decode: an item past the end together with the last",
     "decode: an empty item together with another",
     "decode: cursor a block ahead",
-    "pool: a step does not know what to copy",
+    "pool: new pages fill the entries of freed ones",
     "xla at once, decode",
     "xla at once, holes",
     "at once: the list of pages is too short",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
@@ -33,6 +34,10 @@ from tests.support.listed import Listed
 
 LAYOUT = PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
 OPEN = PLAIN.replace(causal=False)
+_FIRST_FOUND = "paged, the first found"
+hypothesis.settings.register_profile(
+    _FIRST_FOUND, hypothesis.settings.get_profile("paged"), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+)
 PATIENCE = 20.0  # seconds, after which a kernel of a few pages will never end
 
 
@@ -56,6 +61,15 @@ def _at_once(spec: Any, phase: str, *corners: str, checks: tuple[str, ...] = ("e
     return functools.partial(
         check_lowering, lower, specs=[spec], layouts=[LAYOUT], phases=[phase], corners=corners, checks=checks
     )
+
+
+def _pool() -> None:
+    """The first sequence of operations that fails will do: to find the shortest takes most of the time."""
+    try:
+        hypothesis.settings.load_profile(_FIRST_FOUND)
+        check_pool(PagePool, examples=20)
+    finally:
+        hypothesis.settings.load_profile("paged")
 
 
 def _layer() -> None:
@@ -188,7 +202,8 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "xla at once, decode": _at_once(RICH, "decode", "mixed", "first page masked", "few live"),
     "xla at once, holes": _at_once(PLAIN, "decode", checks=("holes are invisible",)),
     "xla, write": functools.partial(check_write, paged.write),
-    "pool": functools.partial(check_pool, PagePool, examples=20),
+    "pool": _pool,
+    "pool, the shortest": functools.partial(check_pool, PagePool, examples=20),
     "layer": _layer,
     "decode, late": _kernel(_OPEN_DECODE, _decode(2, 3), "on_wait"),
     "decode, listed": _kernel(_LISTED_DECODE, _decode(2, 3), "on_wait"),
