@@ -35,9 +35,8 @@ from tests.support.listed import Listed
 LAYOUT = PageLayout(page_size=4, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
 OPEN = PLAIN.replace(causal=False)
 _FIRST_FOUND = "paged, the first found"
-hypothesis.settings.register_profile(
-    _FIRST_FOUND, hypothesis.settings.get_profile("paged"), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
-)
+_UNSHORTENED = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+hypothesis.settings.register_profile(_FIRST_FOUND, hypothesis.settings.get_profile("paged"), phases=_UNSHORTENED)
 PATIENCE = 20.0  # seconds, after which a kernel of a few pages will never end
 
 

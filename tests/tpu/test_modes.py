@@ -32,7 +32,7 @@ KERNELS = {
     "grid and splits": (DECODE, paged.DecodeSchedule(pages_per_block=1, sequence="grid", kv_splits=2)),
     "ragged": (MIXED, paged.RaggedSchedule(pages_per_block=16, rows_per_tile=16, single_rows=SINGLE)),
 }
-FEW = [pytest.param(x, marks=[pytest.mark.kernels] * (x == "grid and splits")) for x in KERNELS]
+FEW = [pytest.param(x, marks=[pytest.mark.kernels] * (x != "inline")) for x in KERNELS]
 
 
 def _arrays(tokens):
