@@ -66,7 +66,7 @@ def _pages():
         yield pytest.param(path, None, id=path.name, marks=[pytest.mark.kernels] * (path.name in LONG))
 
 
-@pytest.mark.parametrize(("path", "blocks"), _pages())
+@pytest.mark.parametrize(("path", "blocks"), list(_pages()))
 def test_the_code_of_a_page_runs_and_prints_what_the_page_says(path, blocks):
     names: dict[str, object] = {}
     written = re.findall(r"```python\n(.*?)```(\s*```text\n(.*?)```)?", path.read_text(), re.DOTALL)
