@@ -1,14 +1,17 @@
 """The batches that a `PagePool` makes: steps of its slots, with the pages that a step copies before it writes."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from paged.spec import RaggedBatch
 
 from ._arguments import Counts, Flags, Number, index_or_traced, slot_counts, slot_flags
+from ._one_program import one_program
 
 
 class PoolBatches(eqx.Module):
@@ -52,7 +55,10 @@ class PoolBatches(eqx.Module):
         """
         if not isinstance(query_rows, jax.Array) and np.any(np.asarray(query_rows) < 0):
             raise ValueError(f"query_rows must not be negative; got {np.asarray(query_rows).tolist()}.")
-        query_rows = slot_counts("query_rows", query_rows, self.num_slots)
+        return self._ragged(slot_counts("query_rows", query_rows, self.num_slots))
+
+    @one_program
+    def _ragged(self, query_rows: Int[Array, " seqs"]) -> RaggedBatch:
         starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(query_rows, dtype=jnp.int32)])
         return RaggedBatch(self.lengths, self.block_tables, starts, copy_from=self._copies_for(query_rows))
 
@@ -71,9 +77,13 @@ class PoolBatches(eqx.Module):
         >>> pool.decode_batch(jnp.array([False, True, True])).lengths.tolist()
         [0, 0, 1]
         """
-        lengths = self.lengths
         if is_decoding is not None:
-            lengths = jnp.where(slot_flags("is_decoding", is_decoding, self.num_slots), lengths, 0)
+            is_decoding = slot_flags("is_decoding", is_decoding, self.num_slots)
+        return self._decoding(is_decoding, query_rows)
+
+    @functools.partial(one_program, static=("query_rows",))
+    def _decoding(self, is_decoding: Bool[Array, " seqs"] | None, query_rows: int) -> RaggedBatch:
+        lengths = self.lengths if is_decoding is None else jnp.where(is_decoding, self.lengths, 0)
         copy_from = self._copies_for(jnp.where(lengths > 0, query_rows, 0))
         return RaggedBatch.decode(lengths, self.block_tables, query_rows=query_rows, copy_from=copy_from)
 
@@ -96,7 +106,10 @@ class PoolBatches(eqx.Module):
         """
         slot = index_or_traced("slot", slot, 0, self.num_slots - 1)
         query_rows = index_or_traced("query_rows", query_rows, 0, self.capacity)
-        rows = jnp.asarray(query_rows, jnp.int32)
+        return self._prefilling(jnp.asarray(slot, jnp.int32), jnp.asarray(query_rows, jnp.int32))
+
+    @one_program
+    def _prefilling(self, slot: Int[Array, ""], rows: Int[Array, ""]) -> RaggedBatch:
         copy_from = self._copies_for(jnp.broadcast_to(rows, self.num_slots))[slot][None]
         starts = jnp.stack([jnp.zeros((), jnp.int32), rows])
         return RaggedBatch(self.lengths[slot][None], self.block_tables[slot][None], starts, copy_from=copy_from)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from ._arguments import Counts, slot_counts
+from ._one_program import one_program
 from ._pool_arrays import counted, given_up, handed_out, served_in_order
 
 Pool = Any  # a `PagePool`, whose module imports this one
@@ -67,8 +68,12 @@ def given_to(pool: Pool, asked: Asked, ok: Array, first: Array) -> Pool:
 
 def reserve_in_all(pools: Sequence[Pool], tokens: Counts) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
     """`PagePool.reserve` in several pools of the same slots: a slot gets its pages in all of them, or in none."""
-    own = slot_counts("tokens", tokens, pools[0].num_slots)
-    return reserve_asked(pools, [asked_of(pool, own, pool.entries) for pool in pools])
+    return _reserved(tuple(pools), slot_counts("tokens", tokens, pools[0].num_slots))
+
+
+@one_program
+def _reserved(pools: tuple[Pool, ...], tokens: Int[Array, " seqs"]) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
+    return reserve_asked(pools, [asked_of(pool, tokens, pool.entries) for pool in pools])
 
 
 def reserve_asked(pools: Sequence[Pool], asked: Sequence[Asked]) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
@@ -80,6 +85,7 @@ def reserve_asked(pools: Sequence[Pool], asked: Sequence[Asked]) -> tuple[tuple[
     return tuple(given_to(pool, own, ok, first[:, i]) for i, (pool, own) in pairs), ok
 
 
+@one_program
 def release_in_all(pools: Sequence[Pool], is_released: Bool[Array, " seqs"]) -> tuple[Pool, ...]:
     """`PagePool.release` in several pools of the same slots."""
     held = tuple((pool.ref_counts, pool.block_tables) for pool in pools)
@@ -94,10 +100,14 @@ def release_in_all(pools: Sequence[Pool], is_released: Bool[Array, " seqs"]) -> 
 
 def extend_in_all(pools: Sequence[Pool], tokens: Counts) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
     """`PagePool.extend` in several pools of the same slots and lengths, as `reserve_in_all`."""
+    return _extended(tuple(pools), slot_counts("tokens", tokens, pools[0].num_slots))
+
+
+@one_program
+def _extended(pools: tuple[Pool, ...], tokens: Int[Array, " seqs"]) -> tuple[tuple[Pool, ...], Bool[Array, " seqs"]]:
     lengths = pools[0].lengths
-    tokens = slot_counts("tokens", tokens, pools[0].num_slots)
     # Compared before the addition, which could overflow; -1 is what reserve refuses.
     fits = (tokens >= 0) & (tokens <= pools[0].capacity - lengths)
     total = jnp.where(fits, lengths + tokens, -1)
-    pools, ok = reserve_in_all(pools, total)
+    pools, ok = _reserved(pools, total)
     return tuple(dataclasses.replace(pool, lengths=jnp.where(ok, total, lengths)) for pool in pools), ok

@@ -12,6 +12,7 @@ from paged.spec import AttentionSpec, GroupedBatch, Mask, RaggedBatch
 from ._arguments import Counts, Flags, Number, slot_counts, slot_flags
 from ._groups import Masks, keeps_all, mask_of, page_groups, pages_for
 from ._kept import kept_pages
+from ._one_program import one_program
 from ._pool_arrays import entries_missing
 from ._pool_requests import extend_in_all, release_in_all, reserve_in_all
 from .pool import PagePool
@@ -196,8 +197,7 @@ class GroupedPool(eqx.Module):
 
         **Returns:** the new pool, and ``ok``, as there.
         """
-        source = slot_counts("source", source, self.num_slots)
-        return self.share(source, self.lengths[jnp.clip(source, 0, self.num_slots - 1)])
+        return self._shared(slot_counts("source", source, self.num_slots), None, None)
 
     def share(
         self, source: Counts, tokens: Counts, values: Mapping[str, Any] | None = None
@@ -216,6 +216,14 @@ class GroupedPool(eqx.Module):
         """
         source = slot_counts("source", source, self.num_slots)
         tokens = slot_counts("tokens", tokens, self.num_slots)
+        return self._shared(source, tokens, None if values is None else dict(values))
+
+    @one_program
+    def _shared(
+        self, source: Int[Array, " seqs"], tokens: Int[Array, " seqs"] | None, values: dict[str, Any] | None
+    ) -> tuple["GroupedPool", Bool[Array, " seqs"]]:
+        """`share`, or `fork` where ``tokens`` is None."""
+        tokens = self.lengths[jnp.clip(source, 0, self.num_slots - 1)] if tokens is None else tokens
         tables, is_given = self.prefix_of(source, tokens, values)
         is_given = is_given & self.is_empty
         return self.attach(is_given, tables, tokens), is_given | (source == -1)

@@ -1,6 +1,7 @@
 """`PagePool`: which pages are free, and which sequence slots hold which; arrays of fixed shapes."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from paged.spec import Mask, register_module, require_positive_int
 
 from ._arguments import Counts, Flags, slot_counts, slot_flags
 from ._kept import kept_pages
+from ._one_program import one_program
 from ._pool_arrays import counted, entries_held, entries_missing, given_rows, given_up
 from ._pool_batches import PoolBatches
 from ._pool_requests import extend_in_all, release_in_all, reserve_in_all
@@ -182,6 +184,10 @@ class PagePool(PoolBatches):
         >>> pool.extend(jnp.array([1]))[0].block_tables.tolist()
         [[-1, -1, 2, 0]]
         """
+        return self._trimmed(mask, None if values is None else dict(values))
+
+    @functools.partial(one_program, static=("mask",))
+    def _trimmed(self, mask: Mask, values: dict[str, Any] | None) -> "PagePool":
         kept = kept_pages(mask, self.lengths, self.page_size, self.pages_per_seq, values)
         is_full = jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None] < (self.lengths // self.page_size)[:, None]
         is_freed = is_full & ~kept & (self.block_tables >= 0)
@@ -209,8 +215,7 @@ class PagePool(PoolBatches):
         >>> pool.block_tables.tolist(), pool.decode_batch().copy_from.tolist()
         ([[0, 1, -1], [0, 2, -1]], [-1, 1])
         """
-        source = slot_counts("source", source, self.num_slots)
-        return self.share(source, self.lengths[jnp.clip(source, 0, self.num_slots - 1)])
+        return self._shared(slot_counts("source", source, self.num_slots), None)
 
     def share(self, source: Counts, tokens: Counts) -> tuple["PagePool", Bool[Array, " seqs"]]:
         """Give empty slots the first tokens of other slots: `fork` of a prefix.
@@ -226,7 +231,14 @@ class PagePool(PoolBatches):
         source has may need these. Raises as `fork` does.
         """
         source = slot_counts("source", source, self.num_slots)
-        tokens = slot_counts("tokens", tokens, self.num_slots)
+        return self._shared(source, slot_counts("tokens", tokens, self.num_slots))
+
+    @one_program
+    def _shared(
+        self, source: Int[Array, " seqs"], tokens: Int[Array, " seqs"] | None
+    ) -> tuple["PagePool", Bool[Array, " seqs"]]:
+        """`share`, or `fork` where ``tokens`` is None."""
+        tokens = self.lengths[jnp.clip(source, 0, self.num_slots - 1)] if tokens is None else tokens
         tables, is_given = self.prefix_of(source, tokens)
         is_given = is_given & self.is_empty
         return self.attach(is_given, tables, tokens), is_given | (source == -1)
@@ -263,13 +275,17 @@ class PagePool(PoolBatches):
         >>> pool.block_tables.tolist(), pool.lengths.tolist(), int(pool.num_free)
         ([[2, -1], [2, -1]], [1, 1], 3)
         """
-        parents = slot_counts("parents", parents, self.num_slots)
+        return self._reordered(slot_counts("parents", parents, self.num_slots))
+
+    @one_program
+    def _reordered(self, parents: Int[Array, " seqs"]) -> tuple["PagePool", Bool[Array, " seqs"]]:
         ok = (parents >= -1) & (parents < self.num_slots)
         moves = ok & (parents != jnp.arange(self.num_slots, dtype=jnp.int32))
         at = jnp.clip(parents, 0, self.num_slots - 1)
         tokens = jnp.where(parents < 0, 0, self.lengths[at])
         return self.release(moves).attach(moves, self.tables_of(at, tokens), tokens), ok
 
+    @one_program
     def settle(self) -> "PagePool":
         """Let go of the shared pages that steps have copied.
 
@@ -295,7 +311,15 @@ class PagePool(PoolBatches):
         ``ValueError`` or ``TypeError`` unless the arguments have one entry for each slot.
         """
         is_given = slot_flags("is_given", is_given, self.num_slots)
-        lengths = slot_counts("lengths", lengths, self.num_slots)
+        return self._attached(is_given, block_tables, slot_counts("lengths", lengths, self.num_slots))
+
+    @one_program
+    def _attached(
+        self,
+        is_given: Bool[Array, " seqs"],
+        block_tables: Int[Array, "seqs pages_per_seq"],
+        lengths: Int[Array, " seqs"],
+    ) -> "PagePool":
         counts, tables = given_rows((self.ref_counts, self.block_tables), is_given, block_tables)
         return self._replace(ref_counts=counts, block_tables=tables, lengths=jnp.where(is_given, lengths, self.lengths))
 

@@ -12,6 +12,7 @@ from paged.spec import Mask
 
 from . import _prefix_arrays as _arrays
 from ._arguments import Number
+from ._one_program import one_program
 from ._pool_arrays import counted
 from ._prefix_chains import Chains
 from ._prefix_hit import PrefixHit as PrefixHit
@@ -113,6 +114,7 @@ class PrefixCache(eqx.Module):
         """How many nodes are not free."""
         return jnp.sum(self.counts > 0, dtype=jnp.int32)
 
+    @one_program
     def lookup(self, tokens: Tokens, length: Number, salt: Number = 0) -> PrefixHit:
         """Find the longest beginning of some tokens that is in the cache. Nothing changes.
 
@@ -157,6 +159,7 @@ class PrefixCache(eqx.Module):
             pages.append(own if is_kept is None else jnp.where(jnp.asarray(is_kept)[whole] | (entry >= whole), own, -1))
         return PrefixHit(whole * size + partial, nodes, jnp.stack(pages))
 
+    @one_program
     def attach(
         self, pool: Any, slot: Number, tokens: Tokens, length: Number, salt: Number = 0
     ) -> tuple["PrefixCache", Any, Int[Array, ""]]:
@@ -172,6 +175,7 @@ class PrefixCache(eqx.Module):
         """
         return self.attach_hit(pool, slot, self.lookup(tokens, length, salt))
 
+    @one_program
     def attach_hit(self, pool: Any, slot: Number, hit: PrefixHit) -> tuple["PrefixCache", Any, Int[Array, ""]]:
         """`attach` for what `lookup` has found, in this cache."""
         pools, slot = pools_of_groups(pool), jnp.asarray(slot, jnp.int32)
@@ -183,6 +187,7 @@ class PrefixCache(eqx.Module):
         )
         return self.used_now(jnp.where(count > 0, hit.nodes, -1)), pool, count
 
+    @one_program
     def insert(
         self,
         pool: Any,
@@ -245,6 +250,7 @@ class PrefixCache(eqx.Module):
         )
         return room._holding(pool, pools, nodes, tables)
 
+    @one_program
     def evict(self, pool: Any, num_free: Any, *, spare: Number = 0, num_nodes: Number = 0) -> tuple["PrefixCache", Any]:
         """Give up pages until the pool has some number of free ones, or no page can be given up any more.
 
@@ -299,6 +305,7 @@ class PrefixCache(eqx.Module):
         """The cache after a change of the model's weights: nothing that it has is found again, and all goes first."""
         return dataclasses.replace(self, epoch=self.epoch + 1, last_used=jnp.full_like(self.last_used, -1))
 
+    @one_program
     def clear(self, pool: Any) -> tuple["PrefixCache", Any]:
         """Give up every page, pinned or not.
 
