@@ -37,9 +37,10 @@ class PagePool(PoolBatches):
     never written: `reserve` and `extend` give the slot that is about to write a page of its own, once. The batches that
     the pool makes say which page that step copies before it writes.
 
-    Every operation is a pure function that works on all slots at once and returns a new pool. It is traced once under
-    ``jax.jit``, whatever the values. Running out of pages raises nothing: a slot that cannot have all that was asked
-    for stays as it was, and its entry of ``ok`` is False, to branch on.
+    Every operation is a pure function that works on all slots at once and returns a new pool. It is traced once,
+    whatever the values: under ``jax.jit`` as a part of the caller's program, elsewhere as one of its own. Running out
+    of pages raises nothing: a slot that cannot have all that was asked for stays as it was, and its entry of ``ok`` is
+    False, to branch on.
 
     >>> pool = PagePool.init(num_pages=4, num_slots=2, pages_per_seq=3, page_size=2)
     >>> pool, ok = pool.extend(jnp.array([5, 3]))

@@ -37,8 +37,8 @@ class PrefixCache(eqx.Module):
       freed, and nodes that are pinned stay.
     * In a `GroupedPool` a node has a page in each group. A group may lack those that its masks hide.
 
-    All operations are pure functions of arrays of fixed shapes, and are traced once under ``jax.jit``. None reads keys
-    or values.
+    All operations are pure functions of arrays of fixed shapes, and are traced once, as `PagePool` says. None reads
+    keys or values.
 
     - `tokens` i32[nodes, page_size], `counts` i32[nodes]: the tokens of each node's page, -1 past its ``counts``; a
       node without tokens is free.

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged.runtime import LayerStack, Sampler, generate
+from tests.support.compiling import compilations
 
 from .tiny import GLOBAL, PAGE_SIZE, VOCAB, greedy_ref, random_layer, shared_tiny
 
@@ -121,19 +122,13 @@ def test_nothing_is_traced_while_everything_varies(model_and_state):
 
 def test_other_lengths_compile_nothing_at_all(model_and_state):
     """Neither the steps of the model nor the small programs around them."""
-    compiled: list[str] = []
     run(model_and_state, num_pages=8)
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
-    )
-    try:
+    with compilations() as compiled:
         jax.jit(lambda x: x + 1)(1)
         assert compiled, "the listener hears of a compilation"
         compiled.clear()
         run(model_and_state, prompts=[[1] * 6, [2], [3] * 17], max_new_tokens=[3, 20, 2], num_pages=8)
         assert not compiled
-    finally:
-        jax.monitoring.clear_event_listeners()
 
 
 def test_the_callers_state_survives_unless_donated(model_and_state):

@@ -35,6 +35,7 @@ from paged.runtime.serving import (
     serve_step,
 )
 from tests.mesh.placing import collectives, mesh_of, needs_devices
+from tests.support.compiling import compilations
 
 from .tiny import EMBED, GLOBAL, LAYOUT, LOCAL, Tiny, greedy_ref, tiny
 
@@ -195,12 +196,9 @@ def test_an_engine_on_two_devices_serves_the_same_tokens_and_leaves_each_its_hea
     rules = [{}] * (len(PROMPTS) - 1) + [{"sampler": DRAWS, "key": jax.random.key(len(PROMPTS) - 1)}]
     served.submit([1], 1)
     list(served.stream())
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
-    handles = [served.submit(prompt, ANSWER, **rule) for prompt, rule in zip(PROMPTS, rules, strict=True)]
-    list(served.stream())
+    with compilations() as compiled:
+        handles = [served.submit(prompt, ANSWER, **rule) for prompt, rule in zip(PROMPTS, rules, strict=True)]
+        list(served.stream())
     assert not compiled, "the state comes back where it was"
     assert [tuple(handle.tokens) for handle in handles] == answers_ref() and served.stats().launches > 2
     device = served._device
