@@ -36,7 +36,7 @@ LATEST = {
     ("tpu-ragged", check)
     for check in (
         *("holes are invisible", "scores of zero", "page order is invisible", "padding is nothing"),
-        *("past the table", "bad values stay in their sequence", "chunks are invisible", "update"),
+        *("past the table", "chunks are invisible", "update"),
         *("num_seqs is clamped", "the order of sequences is invisible", "reruns are equal", "huge scores"),
         *("sequences alone are the same", "any shape"),
     )
@@ -52,6 +52,9 @@ LATEST |= {(AT_ONCE, check) for check in ("holes are invisible", "page order is 
 OF_GRID = ("equals the reference", "page order is invisible", "other sequences are invisible", "holes are invisible")
 # Faults of tables, which `tpu/test_interval.py` has for this kernel in every run: each is one more program.
 OF_TABLES = ("holes are invisible", "past the table")
+# Bad values, which `tpu/test_live.py` has for the kernel for prompts; and the reference, which `tpu/test_interpreted.py`
+# has for sequences on the grid.
+LAST = {("tpu-ragged", "bad values stay in their sequence"), ("tpu-decode grid", "equals the reference")}
 # Writes and bad values, which `tpu/test_update.py` and `tpu/test_live.py` have for this kernel in every run.
 OF_WRITES = ("update", "bad values stay in their sequence")
 LATEST |= {("tpu-decode inline", check) for check in OF_TABLES + OF_WRITES}
@@ -131,7 +134,7 @@ def _rows():
             own = LOWERING_CHECKS[check]
             phases = [phase for phase in runner.phases if phase in own.phases]
             is_slow = name not in (*KERNELS, "xla") or (name, check) in LATEST
-            is_slow |= name == "tpu-decode grid" and check not in OF_GRID
+            is_slow |= (name == "tpu-decode grid" and check not in OF_GRID) or (name, check) in LAST
             later = pytest.mark.slow if is_slow else pytest.mark.kernels
             marks = [needs_devices] * (name in MESHES)
             specs = plain[:1] if own.once else plain

@@ -41,8 +41,12 @@ LONGEST = (
 )
 
 
+# Of bugs of the interpreted kernels, which take seconds too, `make test-kernels` tries every other one.
+MANY = [mutant for mutant in MUTANTS if mutant.kind in ("prefill", "decode")]
+
+
 def _marked(name, value, in_every_run):
-    later = pytest.mark.slow if name in LONGEST else pytest.mark.kernels
+    later = pytest.mark.slow if name in LONGEST or value in MANY[1::2] else pytest.mark.kernels
     return pytest.param(value, id=name, marks=[] if in_every_run else [later])
 
 
