@@ -52,8 +52,8 @@ LATEST |= {(AT_ONCE, check) for check in ("holes are invisible", "page order is 
 OF_GRID = ("equals the reference", "page order is invisible", "other sequences are invisible", "holes are invisible")
 # Faults of tables, which `tpu/test_interval.py` has for this kernel in every run: each is one more program.
 OF_TABLES = ("holes are invisible", "past the table")
-# Bad values, which `tpu/test_live.py` has for the kernel for prompts; and the reference, which `tpu/test_interpreted.py`
-# has for sequences on the grid.
+# Bad values, which `tpu/test_live.py` has for the kernel for prompts; and the reference, which
+# `tpu/test_interpreted.py` has for sequences on the grid.
 LAST = {("tpu-ragged", "bad values stay in their sequence"), ("tpu-decode grid", "equals the reference")}
 # Writes and bad values, which `tpu/test_update.py` and `tpu/test_live.py` have for this kernel in every run.
 OF_WRITES = ("update", "bad values stay in their sequence")
