@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from paged.spec import RaggedBatch
 
-from ._arguments import Counts, Flags, Number, index_or_traced, slot_counts, slot_flags
+from ._arguments import Counts, Flags, Number, index_or_traced, integer, slot_counts, slot_flags
 from ._one_program import one_program
 
 
@@ -71,7 +71,7 @@ class PoolBatches(eqx.Module):
         - `query_rows`: rows of each slot: 1 to decode, more to verify drafts.
 
         **Returns:** the batch. Empty slots and slots that take no part have length 0: their rows give 0 and write
-        nothing. Raises ``ValueError`` or ``TypeError`` unless ``is_decoding`` is bool[seqs].
+        nothing. Raises ``ValueError`` or ``TypeError`` unless ``is_decoding`` is bool[seqs] and ``query_rows`` an int.
 
         >>> pool, _ = PagePool.init(4, num_slots=3, pages_per_seq=2, page_size=2).extend(jnp.array([3, 0, 1]))
         >>> pool.decode_batch(jnp.array([False, True, True])).lengths.tolist()
@@ -79,7 +79,7 @@ class PoolBatches(eqx.Module):
         """
         if is_decoding is not None:
             is_decoding = slot_flags("is_decoding", is_decoding, self.num_slots)
-        return self._decoding(is_decoding, query_rows)
+        return self._decoding(is_decoding, integer("query_rows", query_rows, least=0))
 
     @functools.partial(one_program, static=("query_rows",))
     def _decoding(self, is_decoding: Bool[Array, " seqs"] | None, query_rows: int) -> RaggedBatch:

@@ -176,7 +176,8 @@ class PagePool(PoolBatches):
         **Returns:** the new pool. Lengths stay. Batches that bring ``positions`` below a slot's length must be served
         before its pages are trimmed.
 
-        Raises ``ValueError`` for a value that the mask names and ``values`` lacks, or of another shape.
+        Raises ``TypeError`` for what is no mask, and ``ValueError`` for a value that the mask names and ``values``
+        lacks, or of another shape.
 
         >>> pool, _ = PagePool.init(4, num_slots=1, pages_per_seq=4, page_size=2).extend(jnp.array([6]))
         >>> pool = pool.trim(paged.Causal() & paged.Window(3))  # position 6 sees tokens 4, 5 and 6
@@ -185,6 +186,8 @@ class PagePool(PoolBatches):
         >>> pool.extend(jnp.array([1]))[0].block_tables.tolist()
         [[-1, -1, 2, 0]]
         """
+        if not isinstance(mask, Mask):
+            raise TypeError(f"mask must be a Mask, such as that of a spec, spec.visibility; got {mask!r}.")
         return self._trimmed(mask, None if values is None else dict(values))
 
     @functools.partial(one_program, static=("mask",))

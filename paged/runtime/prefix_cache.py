@@ -120,7 +120,8 @@ class PrefixCache(eqx.Module):
 
         **Arguments:**
 
-        - `tokens`: the ids of a sequence's tokens, in an array that may be longer.
+        - `tokens`: the ids of a sequence's tokens, in an array that may be longer. Arrays of one length for all
+          sequences, such as ``pool.capacity``, are one program; each other length is another.
         - `length`: how many of them a hit may have. A sequence whose next token is to be drawn must compute its last
           one, so pass one less than it has. May be traced.
         - `salt`: only nodes that were inserted with this number are found.

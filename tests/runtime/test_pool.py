@@ -276,6 +276,8 @@ def test_batches_pass_the_check():
         (lambda pool: pool.prefill_batch(0, 1.5), TypeError, "query_rows must be an int; got 1.5"),
         (lambda pool: pool.prefill_batch(0, jnp.float32(1)), TypeError, "query_rows must be an int.*float32"),
         (lambda pool: pool.prefill_batch(0, 5), ValueError, "query_rows must be at most 4; got 5"),
+        (lambda pool: pool.decode_batch(query_rows=1.5), TypeError, "query_rows must be an int; got 1.5"),
+        (lambda pool: pool.trim(None), TypeError, "mask must be a Mask.*spec.visibility; got None"),
     ],
 )
 def test_error_texts(call, error, text):
