@@ -1,10 +1,10 @@
-"""What a user calls between steps, outside of ``jax.jit``: each operation of pools and of the prefix cache."""
+"""What a user calls between steps, outside of ``jax.jit``: operations of pools and of the prefix cache; a draw."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from paged.runtime import GroupedPool, PagePool, PrefixCache
+from paged.runtime import GroupedPool, PagePool, PrefixCache, Sampler, Samplers, draw
 from paged.spec import Causal, Window
 from tests.support.compiling import compilations
 
@@ -60,3 +60,14 @@ def test_an_operation_is_one_program_that_is_compiled_once(name, of_groups):
         assert first <= (pool.num_groups if of_groups else 1) + 1
         operation(pool, 2)
         assert len(compiled) == first
+
+
+def test_a_draw_with_a_rule_for_each_row_is_one_program_that_is_compiled_once():
+    """Its branches were compiled again with every call."""
+    logits, keys = jnp.zeros((2, 5)), jax.random.split(jax.random.key(0), 2)
+    rules = [Samplers.of([Sampler(temperature=n), Sampler(top_k=2, temperature=n)]) for n in (1.0, 2.0)]
+    with compilations() as compiled:
+        draw(logits, rules[0], keys)
+        assert len(compiled) == 1
+        draw(logits, rules[1], keys)
+        assert len(compiled) == 1

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from paged.lower import vary_alike
 from paged.spec import LARGEST_INT32
 
+from .._one_program import one_program
 from .samplers import Samplers
 
 # How many of the likeliest tokens are ranked to find those that may be drawn. Measured on two cores, 8 rows of 49152
@@ -49,7 +50,7 @@ def draw(
     seen: Bool[Array, "rows vocab"] | None = None,
     drawn: Bool[Array, "rows vocab"] | None = None,
 ) -> Int[Array, " rows"]:
-    """Draw one token for each row, in float32: a pure function, to be used inside of a step.
+    """Draw one token for each row, in float32: a pure function, inside of a step or outside.
 
     **Arguments:**
 
@@ -71,14 +72,24 @@ def draw(
     >>> draw(logits, rules, jax.random.split(jax.random.key(0), 2)).tolist()
     [1, 0]
     """
+    if callable(keys):
+        return _drawn(logits, samplers, keys, seen, drawn)
+    return _drawn_with(logits, samplers, keys, seen, drawn)
+
+
+@one_program
+def _drawn_with(logits: Array, samplers: Samplers, keys: Array, seen: Any, drawn: Any) -> Array:
+    return _drawn(logits, samplers, lambda: keys, seen, drawn)
+
+
+def _drawn(logits: Array, samplers: Samplers, keys: Callable[[], Array], seen: Any, drawn: Any) -> Array:
     logits = samplers.changed(logits.astype(jnp.float32), seen, drawn)
     first = take_largest(logits)
     has_token = first >= 0
 
     def by_chance() -> Array:
         largest = jnp.take_along_axis(logits, jnp.maximum(first, 0)[:, None], axis=1)
-        own = keys() if callable(keys) else keys
-        return jnp.where(samplers.is_greedy, first, _by_chance(logits, largest, has_token, samplers, own))
+        return jnp.where(samplers.is_greedy, first, _by_chance(logits, largest, has_token, samplers, keys()))
 
     found = jax.lax.cond(jnp.all(samplers.is_greedy | ~has_token), lambda: first, by_chance)
     return jnp.where(has_token, found, -1)

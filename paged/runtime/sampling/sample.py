@@ -70,7 +70,6 @@ def sample(
     return _draw(logits, keys, *history, rules)
 
 
-# Each has a jit of its own: outside of one, the branches of the draw would be compiled at every call.
 @jax.jit
 def _draw(logits: Array, keys: Array, seen: Any, drawn: Any, rules: Samplers) -> Array:
     logits, keys = whole_rows(logits, keys)
