@@ -20,6 +20,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 # Tests run what the heuristics choose, on whichever machine and whatever was tuned there.
 os.environ["PAGED_TUNING"] = "off"
+# Nor do they find programs there, or leave any.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import ctypes
 import dataclasses

@@ -2,7 +2,8 @@
 
 import sys
 
-from .command import main
+from .command import keep_compiled, main
 
 if __name__ == "__main__":
+    keep_compiled()
     sys.exit(main())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from . import explain as _explain
 from . import generate as _generate
 from . import tune as _tune
+from .compiled import keep_compiled as keep_compiled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

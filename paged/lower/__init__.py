@@ -61,6 +61,7 @@ from .registry import refusals as refusals
 from .schedule import Key as Key
 from .schedule import TuningFile as TuningFile
 from .schedule import TuningWarning as TuningWarning
+from .schedule import cache_folder as cache_folder
 from .schedule import schedules as schedules
 from .schedule import sources_fingerprint as sources_fingerprint
 from .tpu import CHIPS as CHIPS

@@ -18,6 +18,7 @@ from .context import schedules as schedules
 from .context import sources_fingerprint as sources_fingerprint
 from .file import Entry as Entry
 from .file import TuningFile as TuningFile
+from .file import cache_folder as cache_folder
 from .grid import around as around
 from .grid import grid as grid
 from .grid import halvings as halvings

@@ -214,7 +214,7 @@ def _replace(path: pathlib.Path, entries: list[Entry]) -> None:
 def _of_process(*where: str | None) -> TuningFile | None:
     """The process's file, cached by the platform and the environment: every call outside of ``jax.jit`` asks for it."""
     del where
-    folder = _cache_folder()
+    folder = cache_folder()
     return None if folder is None else TuningFile(folder / "paged" / "tuning.json")
 
 
@@ -222,8 +222,8 @@ def _named(path: "str | os.PathLike[str]") -> TuningFile | None:
     return None if path == OFF else TuningFile(pathlib.Path(path).expanduser())
 
 
-def _cache_folder() -> pathlib.Path | None:
-    """The platform's folder for caches."""
+def cache_folder() -> pathlib.Path | None:
+    """The platform's folder for caches of this user; None where there is none."""
     home = pathlib.Path(os.path.expanduser("~"))
     if sys.platform == "win32":
         named, default = os.environ.get("LOCALAPPDATA", ""), home / "AppData" / "Local"
