@@ -54,16 +54,13 @@ OF_GRID = ("equals the reference", "page order is invisible", "other sequences a
 OF_TABLES = ("holes are invisible", "past the table")
 # Bad values, which `tpu/test_live.py` has for the kernel for prompts; and the reference, which
 # `tpu/test_interpreted.py` has for sequences on the grid.
-LAST = {("tpu-ragged", "bad values stay in their sequence"), ("tpu-decode grid", "equals the reference")}
+ONLY_SLOW = {("tpu-ragged", "bad values stay in their sequence"), ("tpu-decode grid", "equals the reference")}
 # Writes and bad values, which `tpu/test_update.py` and `tpu/test_live.py` have for this kernel in every run.
 OF_WRITES = ("update", "bad values stay in their sequence")
 LATEST |= {("tpu-decode inline", check) for check in OF_TABLES + OF_WRITES}
 ALWAYS_OF_PROMPTS = ("equals the reference", "huge scores", "padding is nothing")
-# What says most about numbers, heads and trees on a kernel; `make test-slow` runs the other checks too.
-BROUGHT_TO_KERNELS = {
-    "tpu-decode inline": ("equals the reference", "other sequences are invisible"),
-    "tpu-ragged": ("equals the reference",),
-}
+# What `tpu/test_brought.py` does not ask of numbers, heads and trees on a kernel; `make test-slow` runs every check.
+BROUGHT_TO_KERNELS = {"tpu-decode inline": ("other sequences are invisible",)}
 
 
 @functools.cache
@@ -134,7 +131,7 @@ def _rows():
             own = LOWERING_CHECKS[check]
             phases = [phase for phase in runner.phases if phase in own.phases]
             is_slow = name not in (*KERNELS, "xla") or (name, check) in LATEST
-            is_slow |= (name == "tpu-decode grid" and check not in OF_GRID) or (name, check) in LAST
+            is_slow |= (name == "tpu-decode grid" and check not in OF_GRID) or (name, check) in ONLY_SLOW
             later = pytest.mark.slow if is_slow else pytest.mark.kernels
             marks = [needs_devices] * (name in MESHES)
             specs = plain[:1] if own.once else plain
@@ -153,7 +150,7 @@ def _rows():
             if name == "xla" and "ragged" in phases and check not in WRITES:
                 yield row(brought, ["ragged"], id=f"{name}-{check}-brought")
             if check in BROUGHT_TO_KERNELS.get(name, ()):
-                yield row(brought, phases[:1], id=f"{name}-{check}-brought", marks=[later])
+                yield row(brought, phases[:1], id=f"{name}-{check}-brought", marks=[pytest.mark.kernels])
             if name != "xla" or len(phases) > 1:
                 yield row(brought, phases, id=f"{name}-{check}-brought-all", marks=[pytest.mark.slow, *marks])
 

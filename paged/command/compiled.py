@@ -3,11 +3,13 @@
 import hashlib
 import pathlib
 import platform
-import typing
+from typing import Any
 
 import jax
 
 from paged.lower import cache_folder
+
+_SETTINGS: Any = jax.config  # whose types do not name its settings
 
 
 def keep_compiled() -> pathlib.Path | None:
@@ -20,11 +22,11 @@ def keep_compiled() -> pathlib.Path | None:
 
     >>> keep_compiled()  # not in these tests
     """
-    cache, settings = cache_folder(), typing.cast(typing.Any, jax.config)
+    cache, settings = cache_folder(), _SETTINGS
     if cache is None or settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return None
     folder = cache / "paged" / "compiled" / _processor()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    settings.update("jax_compilation_cache_dir", str(folder))
     return folder
 
 

@@ -70,7 +70,7 @@ class Cuts(NamedTuple):
     def within(self, chunk_size: int, advice: str) -> np.ndarray | None:
         """``may``, or None where every cut may be made.
 
-        Raises ``ValueError`` where the longest piece exceeds a chunk. Its words end with the advice.
+        Raises ``ValueError``, with the advice at the end of its message, where the longest piece exceeds a chunk.
         """
         if self.longest <= chunk_size:
             return None if self.may.all() else self.may

@@ -49,7 +49,7 @@ ROWS = [(name, False) for name in (*OF_POOLS, *OF_PAGE_POOLS, *OF_CACHES)] + [(n
 def test_an_operation_is_one_program_that_is_compiled_once(name, of_groups):
     """An insertion was 1167 programs, and most of them were compiled again with every call."""
     pool, operation = _pool(of_groups), {**OF_POOLS, **OF_PAGE_POOLS, **OF_CACHES}[name]
-    PrefixCache.init(pool, 6)
+    PrefixCache.init(pool, 6)  # its arrays take programs of their own
     with compilations() as compiled:
         jax.jit(lambda x: x + 1)(1)
         assert len(compiled) == 1, "the listener hears of a compilation"

@@ -28,17 +28,19 @@ CASES = {
     "bfloat16, many rows": ({"dtype": "bfloat16", "rows": 10}, {}, "on_wait"),
     "splits, written first": ({}, {"kv_splits": 2}, "on_wait"),
 }
-FAST = ("joined", "per-token scales")
+CORNERS = ("mixed", "one past a page", "more rows than tokens", "few live")
+# Two cores are interpreted several times as slowly: first in two corners.
+ROWS = [pytest.param(name, CORNERS[: 2 if "cores" in CASES[name][1] else 4], id=name) for name in CASES]
+ROWS += [pytest.param("two cores", CORNERS, id="two cores, every corner", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.kernels] * (n not in FAST)) for n in CASES])
+@pytest.mark.parametrize(("name", "corners"), ROWS)
 @pytest.mark.kernels
-def test_pages_are_those_of_the_write_and_rows_those_of_attending_to_them(name):
+def test_pages_are_those_of_the_write_and_rows_those_of_attending_to_them(name, corners):
     facts, choices, mode = CASES[name]
     case = case_of("plain", "decode", **{"page_size": 16, **facts})
     attend = interpreted(case, SCHEDULE.replace(**choices), mode)
-    # Two cores are interpreted several times as slowly.
-    for corner in ("mixed", "one past a page", "more rows than tokens", "few live")[: 2 if "cores" in choices else 4]:
+    for corner in corners:
         built = build(case.replace(corner=corner), hold_new=False)
         out, pages = watched(attend.update, built.q, built.k, built.v, built.pages, built.batch)
         written = paged.write(built.k, built.v, built.pages, built.batch)

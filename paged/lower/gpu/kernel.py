@@ -167,7 +167,7 @@ class Decode:
     def step(self, refs: Refs, item: Item, factor: Any, arrays: tuple[Any, ...], i: Any, sums: Sums) -> Sums:
         """Take in page block ``i``: a step of the online softmax, as in `docs/semantics.md`, with data on its way.
 
-        ``factor`` multiplies the products of queries and keys: one number, or a tile of numbers.
+        The products of queries and keys are multiplied by ``factor``, which is a number or a tile.
         """
         scratch, tile = refs.scratch, 2 * i
         # Early: what is read here comes while keys are awaited and multiplied.

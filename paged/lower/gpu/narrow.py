@@ -67,8 +67,8 @@ def queries_of(
 ) -> tuple[Shaped[Array, "seqs kv_heads _ dim"], Float[Array, "seqs kv_heads rows"] | None]:
     """Queries as they are multiplied, and what products with them are multiplied by.
 
-    For float8 pages a row is multiplied by a power of two, so that it fits float16. A number that float16 then rounds
-    to 0 is below 2^-39 of the row's largest one. For int8 pages a row is rounded to 2^-24 of its largest number.
+    For float8 pages each row is multiplied by a power of two, so that it fits float16. Numbers below 2^-39 of the
+    row's largest one may become 0. For int8 pages a row is rounded to 2^-24 of its largest number.
     """
     if not layout.is_quantised:
         return q, None
@@ -106,7 +106,7 @@ def joined(products: Any, rows: int) -> Any:
 
 
 def widen(tile: Ref, wide: Ref) -> None:
-    """Convert a tile of 8-bit numbers. Call `commit_smem` before a product reads ``wide``."""
+    """Convert a tile of 8-bit numbers into ``wide``. The caller calls `commit_smem` before a product reads it."""
     narrow = plgpu.load(tile, layout=_beside(tile.shape[1]))  # pyright: ignore
     wide[...] = narrow.astype(wide.dtype)
 

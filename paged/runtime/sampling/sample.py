@@ -70,6 +70,7 @@ def sample(
     return _draw(logits, keys, *history, rules)
 
 
+# Outside of a jit one program each, as `draw` is. By plain `jax.jit`, so that a test can clear what was traced.
 @jax.jit
 def _draw(logits: Array, keys: Array, seen: Any, drawn: Any, rules: Samplers) -> Array:
     logits, keys = whole_rows(logits, keys)
